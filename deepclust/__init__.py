@@ -1,0 +1,41 @@
+"""Pretrain image backbones by clustering: DeepCluster from a laptop to a cluster.
+
+The names below are the Python door; they are imported when first used, so that `import deepclust`
+(and the command line's help) costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from deepclust.clustering.kmeans import kmeans
+    from deepclust.clustering.whiten import Whitening
+    from deepclust.data.index import open_index
+    from deepclust.data.plan import EpochPlan
+    from deepclust.export import load_backbone
+    from deepclust.launch import pretrain
+    from deepclust.recipe import Recipe
+
+_HOMES = {
+    "Recipe": "deepclust.recipe",
+    "pretrain": "deepclust.launch",
+    "open_index": "deepclust.data.index",
+    "EpochPlan": "deepclust.data.plan",
+    "Whitening": "deepclust.clustering.whiten",
+    "kmeans": "deepclust.clustering.kmeans",
+    "load_backbone": "deepclust.export",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of the chain
+    "Recipe", "pretrain", "open_index", "EpochPlan", "Whitening", "kmeans", "load_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deepclust' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,121 @@
+"""Files that are either whole or not there: write under a temporary name, sync, then rename.
+
+A full disk becomes a `DiskError` that names the path; what stood there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import DiskError
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a `DiskError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRNOS:
+            raise
+        raise DiskError(f"cannot write {path}: {error.strerror}. {_remedy(error.errno)}") from error
+
+
+def _remedy(number: int | None) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space there and resume; nothing that was finished is lost."
+    return "Choose a folder that you may write to."
+
+
+def temporary(path: Path) -> Path:
+    """The name under which `path` is written before it is renamed; one per process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it is synced and renamed to `path`, else removed."""
+    path = Path(path)
+    partial = temporary(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document atomically, keys in the order given."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Append one line to a JSONL file in one write, so that readers never see half a record."""
+    with disk_errors(path), open(path, "ab") as file:
+        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    """The blake2b of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[], None]) -> None:
+    """Fill a temporary folder, sync it, call `before` (the fence), then rename it to `path`."""
+    partial = temporary(path)
+    with disk_errors(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            fill(partial)
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            before()
+            os.rename(partial, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

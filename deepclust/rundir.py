@@ -1,0 +1,190 @@
+"""A run directory: its layout, its stages, and what makes a stage finished.
+
+A stage is a folder that is filled under a temporary name and renamed when whole; its manifest
+holds the hash of every file and what it was made from, and DONE is written last. A stage that is
+done is never run again. Every commit first asks the lock whether this process still holds the run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import DataError, RecipeError
+from deepclust.files import (
+    append_json,
+    atomic_folder,
+    disk_errors,
+    file_hash,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+from deepclust.lock import check_token
+from deepclust.recipe import Recipe
+
+ROUND_STAGES = ("features", "whitening", "centroids", "assignments")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, and the token by which this process may write to it ("" = read only)."""
+
+    path: Path
+    token: str = ""
+    incarnation: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return Recipe.load(self.path / "recipe.yaml")
+
+    def round(self, number: int) -> Path:
+        """The folder of a round."""
+        return self.path / "rounds" / f"{number:04d}"
+
+    def rounds(self) -> list[int]:
+        """The numbers of the rounds whose assignments are finished, in order."""
+        folders = sorted((self.path / "rounds").glob("[0-9]*"))
+        return [int(folder.name) for folder in folders if is_done(folder / "assignments")]
+
+    def checkpoints(self) -> list[Path]:
+        """The finished checkpoints, oldest first."""
+        return [p for p in sorted((self.path / "checkpoints").glob("[0-9]*")) if is_done(p)]
+
+    def fence(self) -> None:
+        """Raise `RunHeldError` when another controller has taken the run over."""
+        check_token(self.path, self.token)
+
+    def commit(
+        self, stage: Path, fill: Callable[[Path], None], inputs: dict[str, Any], **facts: Any
+    ) -> None:
+        """Fill a stage, write its manifest and DONE, and let it appear in one rename."""
+
+        def complete(folder: Path) -> None:
+            fill(folder)
+            seal(folder, inputs, **facts)
+
+        stage.parent.mkdir(parents=True, exist_ok=True)
+        atomic_folder(stage, complete, self.fence)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append to events.jsonl. Only the controller does this."""
+        record = {"time": time.time(), "incarnation": self.incarnation, "event": name, **fields}
+        append_json(self.path / "events.jsonl", record)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, oldest first."""
+        return read_jsonl(self.path / "events.jsonl")
+
+    def metric(self, kind: str, **fields: Any) -> None:
+        """Append to metrics.jsonl; of two records of one kind and step the later one counts."""
+        record = {"kind": kind, "incarnation": self.incarnation, **fields, "time": time.time()}
+        append_json(self.path / "metrics.jsonl", record)
+
+    def metrics(self, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind, the last one for every step (or round), in order."""
+        records = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["kind"] == kind]
+        latest = {record.get("step", record.get("round")): record for record in records}
+        return [latest[key] for key in sorted(latest)]
+
+
+def seal(folder: Path, inputs: dict[str, Any], **facts: Any) -> None:
+    """Write the manifest (inputs, facts, hashes) of a filled folder, then DONE."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "blake2b": file_hash(file)}
+        for file in sorted(folder.iterdir())
+    }
+    write_json(folder / "manifest.json", {"inputs": inputs, **facts, "files": files})
+    (folder / "DONE").touch()
+
+
+def is_done(stage: Path) -> bool:
+    """Whether a stage is finished."""
+    return (stage / "DONE").exists()
+
+
+def manifest(stage: Path) -> dict[str, Any]:
+    """The manifest of a finished stage."""
+    return dict(read_json(stage / "manifest.json"))
+
+
+def verify(stage: Path) -> None:
+    """Raise `DataError` when a file of the stage is not what its manifest says."""
+    for name, facts in manifest(stage)["files"].items():
+        file = stage / name
+        if not file.exists() or file.stat().st_size != facts["bytes"]:
+            raise DataError(f"{file} is missing or cut short")
+        if file_hash(file) != facts["blake2b"]:
+            raise DataError(f"{file} has changed since it was written")
+
+
+def exists(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (path / "recipe.yaml").is_file()
+
+
+def open_run(path: str | Path) -> Run:
+    """A run to look at, or a clear error that there is none."""
+    path = Path(path)
+    if not exists(path):
+        raise RecipeError(f"{path} is not a run: it has no recipe.yaml (see `deepclust status`)")
+    return Run(path)
+
+
+def create(path: Path, recipe: Recipe) -> None:
+    """Make the run directory: recipe and environment. Refuses a run that has begun."""
+    if exists(path) and (path / "rounds").exists():
+        raise RecipeError(
+            f"{path} holds a run already. To continue it: deepclust resume {path}\n"
+            "To start another one, choose another folder."
+        )
+    with disk_errors(path):
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+    recipe.save(path / "recipe.yaml")
+    write_json(path / "env.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and code, as they were when the run started."""
+    packages = ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "webdataset")
+    return {
+        "command": sys.argv,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in packages if _version(name)},
+        "git": _git_commit(),
+        "time": time.time(),
+    }
+
+
+def prune(folders: list[Path], keep: int) -> None:
+    """Delete the oldest folders, so that `keep` stay."""
+    for folder in folders[: max(0, len(folders) - keep)]:
+        (folder / "DONE").unlink(missing_ok=True)  # a half-deleted folder must not look whole
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None

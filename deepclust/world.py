@@ -1,0 +1,106 @@
+"""Who am I among the ranks, what may I compute on, and how do we agree: the World value.
+
+Every collective is a no-op at size 1, so no other file asks whether it is distributed. All
+randomness is `derive(seed, purpose, ...)`: the same for every rank, worker and restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def derive(seed: int, *purpose: str | int) -> int:
+    """A number in [0, 2^63) that depends on every part of the purpose, and on nothing else."""
+    text = repr((seed, *purpose)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A counter-based NumPy generator (Philox) for one purpose."""
+    return np.random.Generator(np.random.Philox(derive(seed, *purpose)))
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place in the gang. Shapes and meanings are those of torch.distributed."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    _tickets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all: writes checkpoints, reports progress."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' numbers; a flag raised by one is raised for all."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every rank (a small picklable object, or a tuple of them)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share_tensors(self, tensors: list[Tensor]) -> None:
+        """Overwrite every rank's tensors by rank 0's, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Never used to wait for the cluster worker."""
+        if self.size > 1:
+            dist.barrier()
+
+    def ticket(self, queue: str) -> int:
+        """The next number (0, 1, 2, ...) of a queue that all ranks draw from, each number once."""
+        if self.size > 1:
+            return int(dist.distributed_c10d._get_default_store().add(f"ticket/{queue}", 1)) - 1
+        number = self._tickets.get(queue, 0)
+        self._tickets[queue] = number + 1
+        return number
+
+
+def join(rank: int, size: int, meeting: Path, device: torch.device, timeout_s: float) -> World:
+    """Meet the other ranks at a file and return our World (gloo on a CPU, nccl on a GPU)."""
+    if size > 1:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{meeting}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    return World(rank, size, device)
+
+
+def leave() -> None:
+    """Close the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
