@@ -1,0 +1,49 @@
+"""Backbones for small images: ResNets with the CIFAR stem, and the few-shot literature's Conv-4."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+
+def small_resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    depths: tuple[int, int, int, int],
+    in_channels: int,
+    image_size: int,
+) -> nn.Module:
+    """A torchvision ResNet with a 3x3 stride-1 stem and no max-pool: the CIFAR convention.
+
+    Images [b, in_channels, h, w] to the pooled last stage, [b, 512 * block.expansion]; the last
+    stage is h/8 x w/8.
+    """
+    net: nn.Module = ResNet(block, list(depths))
+    net.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+    net.fc = nn.Identity()
+    return net
+
+
+def conv4(in_channels: int, image_size: int) -> nn.Module:
+    """Four blocks of 3x3 conv, BatchNorm, ReLU and 2x2 max-pool, then the mean: [b, 256]; s >= 16.
+
+    The few-shot literature uses 64 channels in every block and flattens; we widen with depth
+    (64-128-256-256) and pool, so that the features' width does not depend on the image's.
+    """
+    widths = (in_channels, 64, 128, 256, 256)
+    blocks = [_block(before, after) for before, after in itertools.pairwise(widths)]
+    return nn.Sequential(
+        OrderedDict(
+            blocks=nn.Sequential(*blocks), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()
+        )
+    )
+
+
+def _block(before: int, after: int) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU(inplace=True), nn.MaxPool2d(2))

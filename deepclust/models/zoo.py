@@ -1,0 +1,109 @@
+"""Networks of torchvision and timm with their classifier taken off, and 2 channels in if asked."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from deepclust.errors import RecipeError
+
+
+def torchvision_net(name: str, in_channels: int, image_size: int) -> nn.Module:
+    """The torchvision network `name`, random weights, features instead of logits.
+
+    Every parameter keeps torchvision's name, so the weights load back into
+    `torchvision.models.NAME()`. Raises RecipeError when a ViT's patches do not fill the image.
+    """
+    net = headless(torchvision_plain(name, image_size))
+    if in_channels != 3:
+        _narrow_first_conv(net, in_channels)
+    return net
+
+
+def torchvision_plain(name: str, image_size: int) -> nn.Module:
+    """The whole torchvision network `name`, classifier and all; a ViT is built for `image_size`."""
+    net: nn.Module
+    if not name.startswith("vit_"):
+        net = torchvision.models.get_model(name, weights=None)
+        return net
+    patch = int(name.rsplit("_", 1)[1])
+    if image_size % patch or image_size < patch:
+        below = max(patch, image_size // patch * patch)
+        raise RecipeError(
+            f"backbone.name: {name} cuts images into patches of {patch} pixels, and "
+            f"{image_size} is not a multiple of it. Set data.size={below} or {below + patch}."
+        )
+    net = torchvision.models.get_model(name, weights=None, image_size=image_size)
+    return net
+
+
+def headless(net: nn.Module) -> nn.Module:
+    """Take the classifier off a torchvision network, in place; what remains gives features.
+
+    A VGG is cut before the ReLU of fc7, as DeepCluster does (its `models/vgg16.py` has the same
+    layers and initialisation); the others after their global pooling or class token.
+    """
+    if isinstance(net, torchvision.models.VGG):
+        net.classifier = net.classifier[:4]
+    elif isinstance(net, torchvision.models.DenseNet):
+        net.classifier = nn.Identity()
+    elif isinstance(net, torchvision.models.VisionTransformer):
+        net.heads = nn.Identity()
+    else:
+        net.fc = nn.Identity()
+    return net
+
+
+def _narrow_first_conv(net: nn.Module, in_channels: int) -> None:
+    """Keep the first channels of the first convolution's random filters.
+
+    Filters are drawn independently for every channel, so a slice is a fair draw too; where the
+    scale depends on the number of channels it is off by sqrt(3/2), which the norm evens out.
+    """
+    conv = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    conv.weight = nn.Parameter(conv.weight.detach()[:, :in_channels].clone())
+    conv.in_channels = in_channels
+
+
+def has_timm() -> bool:
+    """Whether the optional package timm is installed."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def is_timm(name: str) -> bool:
+    """Whether timm is installed and knows this architecture."""
+    return name in timm_names()
+
+
+def timm_names() -> list[str]:
+    """Every architecture that the installed timm can build; empty without timm."""
+    if not has_timm():
+        return []
+    import timm
+
+    return list(timm.list_models())
+
+
+def timm_net(name: str, in_channels: int, image_size: int) -> nn.Module:
+    """The timm network `name`, random weights, no classifier (num_classes=0).
+
+    Raises RecipeError when it cannot be built for these channels or this image size.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    options: dict[str, Any] = {"in_chans": in_channels, "num_classes": 0}
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = image_size
+    try:
+        net: nn.Module = timm.create_model(name, pretrained=False, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"backbone.name: timm/{name} cannot be built for {in_channels} input channels and "
+            f"images of {image_size} pixels ({error}). Change data.size, turn backbone.sobel off, "
+            f"or choose another backbone."
+        ) from error
+    return net
