@@ -1,0 +1,276 @@
+"""The plan: which sample is trained on at which position of an epoch, uniform over the clusters.
+
+A plan is a pure function of (assignments, seed, epoch, global batch). Every non-empty cluster gets
+the same number of draws; within a cluster every sample is drawn floor(q / n) times and a random
+subset once more, so a small cluster repeats evenly and a large one is sampled without replacement.
+Ranks slice it, so the global batch doesn't depend on how many ranks there are, and the only state
+to resume from is the number of steps that were done.
+
+Source: the sampling of DeepCluster (Caron et al., ECCV 2018, section 3.1, "trivial
+parametrization"). Its released sampler draws with replacement from small clusters and yields
+indices that its data set reads in another order, so its draws are not uniform; mode "paper" is
+that draw as it was meant, mode "exact" has the quotas exact. `tools/bench/sampling.py` compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64, Integer, UInt32
+
+from deepclust.errors import DataError, RecipeError
+from deepclust.world import derive, generator
+
+MODES = ("exact", "paper")
+WINDOW = 8  # blocks (shards) that a lane mixes at a time
+BLOCK = 4096  # samples of a block, where the caller doesn't say where shards begin
+_ONE_GROUP = np.zeros(1, np.uint32)
+_LIMIT = 1 << 32  # ids and positions are sorted as the low half of 64-bit keys
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch's sample ids in training order, int64 [steps * global_batch]."""
+
+    ids: Int64[np.ndarray, " positions"]
+    steps: int
+    global_batch: int
+
+    @classmethod
+    def build(
+        cls,
+        assignments: Integer[np.ndarray, "*heads n"],
+        seed: int,
+        epoch: int,
+        global_batch: int,
+        steps: int | None = None,
+        lanes: int | None = None,
+        mode: str = "exact",
+        blocks: Int[np.ndarray, " blocks_plus_1"] | None = None,
+        purpose: str = "epoch",
+    ) -> EpochPlan:
+        """Plan one epoch, or one round: `steps` batches, by default as many as the data fills.
+
+        `assignments` int [n] or [heads, n] (head 0 samples), negative = excluded. `lanes` cuts
+        the same draws into that many contiguous pieces of a tape that walks through the shards
+        (`blocks`: `index.bases`), of which each step takes equal parts; it must divide the batch,
+        and a rank reads its own lanes if the number of ranks divides it. `epoch` is the key of
+        the draw within its `purpose`: a round that is cut by steps passes its own number.
+
+        Raises `RecipeError` for a batch, lanes or mode that cannot be, and `DataError` if there
+        are no assigned samples, or fewer than a batch and `steps` isn't given.
+        """
+        labels = _labels(assignments)
+        _check(global_batch, steps, lanes, mode)
+        if steps is None:
+            steps = _whole_batches(int(np.count_nonzero(labels >= 0)), global_batch)
+        key = (seed, "plan", purpose, epoch)
+        draws = _draw(labels, steps * global_batch, mode, key)
+        if lanes is None:
+            ids = draws[_order(_ONE_GROUP, len(draws), key)]
+            return cls(ids.astype(np.int64), steps, global_batch)
+        blocks = _even_blocks(len(labels)) if blocks is None else np.asarray(blocks)
+        tape = _tape(draws, blocks, key).reshape(lanes, steps, global_batch // lanes)
+        return cls(tape.swapaxes(0, 1).reshape(-1).astype(np.int64), steps, global_batch)
+
+    @property
+    def positions(self) -> Int64[np.ndarray, " positions"]:
+        """Each draw's place in the epoch, step * global_batch + slot: the key of its views."""
+        return np.arange(len(self.ids))
+
+    def for_rank(
+        self, rank: int, world: int, start_step: int = 0
+    ) -> Int64[np.ndarray, "steps local_batch"]:
+        """Sample ids of one rank of `world`, int64 [steps - start_step, global_batch // world]."""
+        return self._slice(self.ids, rank, world, start_step)
+
+    def positions_for_rank(
+        self, rank: int, world: int, start_step: int = 0
+    ) -> Int64[np.ndarray, "steps local_batch"]:
+        """The positions that belong to `for_rank`, same shape."""
+        return self._slice(self.positions, rank, world, start_step)
+
+    def _slice(
+        self, values: Int64[np.ndarray, " positions"], rank: int, world: int, start_step: int
+    ) -> Int64[np.ndarray, "steps local_batch"]:
+        if world < 1 or self.global_batch % world:
+            raise RecipeError(
+                f"a batch of {self.global_batch} cannot be split over {world} ranks; set "
+                "train.batch to a multiple of train.ranks"
+            )
+        if not 0 <= rank < world:
+            raise RecipeError(f"rank {rank} is not one of {world} ranks")
+        split = values.reshape(self.steps, world, self.global_batch // world)
+        return split[start_step:, rank]
+
+
+def _labels(assignments: Integer[np.ndarray, "*heads n"]) -> Integer[np.ndarray, " n"]:
+    labels = assignments if assignments.ndim == 1 else assignments[0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"assignments must be integers [n] or [heads, n]; got {assignments.dtype} "
+            f"{list(assignments.shape)}"
+        )
+    if len(labels) >= _LIMIT:
+        raise DataError(f"{len(labels):,} samples: a plan takes at most {_LIMIT - 1:,}")
+    return labels.astype(np.int32, copy=False)
+
+
+def _check(global_batch: int, steps: int | None, lanes: int | None, mode: str) -> None:
+    if mode not in MODES:
+        raise RecipeError(f"sampling mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if global_batch < 1 or (steps is not None and steps < 1):
+        raise RecipeError(
+            f"train.batch and steps must be at least 1; got {global_batch} and {steps}"
+        )
+    if lanes is not None and (lanes < 1 or global_batch % lanes):
+        raise RecipeError(f"{lanes} lanes do not divide a batch of {global_batch}")
+
+
+def _whole_batches(valid: int, global_batch: int) -> int:
+    if valid < global_batch:
+        raise DataError(
+            f"{valid:,} assigned samples do not fill one batch of {global_batch:,}; set "
+            f"train.batch to at most {valid:,}, or give more data"
+        )
+    return valid // global_batch
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Non-empty clusters, and their samples in random order: `ids[starts[j] : starts[j + 1]]`."""
+
+    ids: UInt32[np.ndarray, " valid"]
+    starts: Int64[np.ndarray, " clusters_plus_1"]
+
+    @property
+    def sizes(self) -> Int64[np.ndarray, " clusters"]:
+        return np.diff(self.starts)
+
+
+def _draw(
+    labels: Integer[np.ndarray, " n"], total: int, mode: str, key: tuple
+) -> UInt32[np.ndarray, " total"]:
+    if total >= _LIMIT:
+        raise RecipeError(f"{total:,} draws in one plan: it takes at most {_LIMIT - 1:,}")
+    members = _members(labels, derive(*key, "members"))
+    draw = _exact_draw if mode == "exact" else _paper_draw
+    return draw(members, total, key)
+
+
+def _members(labels: Integer[np.ndarray, " n"], key: int) -> _Members:
+    # Seen as unsigned, the excluded (negative) labels are the largest: they sort to the end.
+    clusters, order = _random_order(labels.view(np.uint32), len(labels), key)
+    valid = int(np.searchsorted(clusters, np.uint32(1 << 31)))
+    if valid == 0:
+        raise DataError("every sample is excluded (assignment -1): there is nothing to train on")
+    changes = np.flatnonzero(clusters[1:valid] != clusters[: valid - 1]) + 1
+    return _Members(order[:valid], np.concatenate([[0], changes, [valid]]))
+
+
+def _exact_draw(members: _Members, total: int, key: tuple) -> UInt32[np.ndarray, " total"]:
+    quota = _quota(len(members.sizes), total, generator(*key, "quota"))
+    copies, extra = np.divmod(quota, members.sizes)
+    counts = np.repeat(copies.astype(np.uint32), members.sizes)
+    counts += _is_among_first(extra, members)
+    return np.repeat(members.ids, counts)
+
+
+def _quota(clusters: int, total: int, rng: np.random.Generator) -> Int64[np.ndarray, " clusters"]:
+    """Equal shares of `total`; random clusters take the remainder."""
+    quota = np.full(clusters, total // clusters, np.int64)
+    quota[rng.permutation(clusters)[: total % clusters]] += 1
+    return quota
+
+
+def _is_among_first(
+    extra: Int64[np.ndarray, " clusters"], members: _Members
+) -> Bool[np.ndarray, " valid"]:
+    """Whether a member stands among the first `extra[j]` of its cluster: a random subset."""
+    ends = (members.starts[:-1] + extra).astype(np.uint32)
+    return np.arange(len(members.ids), dtype=np.uint32) < np.repeat(ends, members.sizes)
+
+
+def _paper_draw(members: _Members, total: int, key: tuple) -> UInt32[np.ndarray, " total"]:
+    """DeepCluster's `UnifLabelSampler`: N // K + 1 a cluster, shuffled, cut to the length."""
+    sizes, starts = members.sizes, members.starts[:-1]
+    share = max(len(members.ids), total) // len(sizes) + 1
+    small = sizes <= share
+    rng = generator(*key, "paper")
+    repeated = rng.integers(0, sizes[small, None], size=(int(small.sum()), share))
+    once = np.broadcast_to(np.arange(share), (int((~small).sum()), share))
+    places = np.concatenate([repeated + starts[small, None], once + starts[~small, None]])
+    chosen: UInt32[np.ndarray, " drawn"] = members.ids[places.reshape(-1)]
+    chosen = chosen[_order(_ONE_GROUP, len(chosen), (*key, "cut"))[:total]]
+    return chosen
+
+
+def _even_blocks(n: int) -> Int64[np.ndarray, " blocks_plus_1"]:
+    return np.append(np.arange(0, n, BLOCK), n)
+
+
+def _tape(
+    draws: UInt32[np.ndarray, " total"],
+    blocks: Int[np.ndarray, " blocks_plus_1"],
+    key: tuple,
+) -> UInt32[np.ndarray, " total"]:
+    """The draws, window of blocks after window of blocks, in random order inside a window."""
+    place = generator(*key, "blocks").permutation(len(blocks) - 1) // WINDOW
+    block = np.searchsorted(blocks[1:], draws, side="right")
+    window = place.astype(np.uint32)[block]
+    tape: UInt32[np.ndarray, " total"] = draws[_order(window, len(draws), key)]
+    return tape
+
+
+def _order(group: UInt32[np.ndarray, " n_or_1"], n: int, key: tuple) -> UInt32[np.ndarray, " n"]:
+    return _random_order(group, n, derive(*key, "order"))[1]
+
+
+def _random_order(
+    group: UInt32[np.ndarray, " n_or_1"], n: int, key: int
+) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " n"]]:
+    """Sort 0..n-1 by group, at random inside a group; return sorted groups and the order.
+
+    The random half of the sort keys is a keyed bijection of the position: no two keys are equal,
+    so an unstable (vectorised) sort gives the same order on every machine, and the position comes
+    back out of the sorted key without carrying it. A permutation and a stable sort take ten times
+    as long at 100 million samples.
+    """
+    keys = np.empty(n, np.uint64)
+    keys[:] = group
+    keys <<= np.uint64(32)
+    keys |= _scramble(np.arange(n, dtype=np.uint32), key)
+    keys.sort()
+    order = _unscramble(keys.astype(np.uint32), key)
+    keys >>= np.uint64(32)
+    return keys.astype(np.uint32), order
+
+
+# Shifts and odd factors of "triple32" (C. Wellons, hash-prospector); a word of the key before each.
+_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB), (14, 1))
+
+
+def _words(key: int) -> list[np.uint32]:
+    parts = np.array([derive(key, "words", i) for i in range(len(_ROUNDS))], np.uint64)
+    return list(parts.astype(np.uint32))
+
+
+def _scramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
+    """A keyed bijection of 32-bit numbers, in place."""
+    for word, (shift, factor) in zip(_words(key), _ROUNDS, strict=True):
+        x ^= word
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    return x
+
+
+def _unscramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
+    """The inverse of `_scramble`, in place."""
+    for word, (shift, factor) in zip(reversed(_words(key)), reversed(_ROUNDS), strict=True):
+        x *= np.uint32(pow(factor, -1, _LIMIT))
+        while shift < 32:  # y = x ^ x >> s is undone by y ^ y >> s, then 2s, 4s, ...
+            x ^= x >> np.uint32(shift)
+            shift *= 2
+        x ^= word
+    return x

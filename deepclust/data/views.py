@@ -1,0 +1,153 @@
+"""Views: what the network sees of an image, as uint8, with torchvision's semantics.
+
+All randomness is a counter-based hash of (key, position, draw number), computed for a whole batch
+at once: a view depends neither on workers nor on ranks nor on restarts, and costs nothing per image
+but the crop itself. Images stay uint8 until `to_float`, which runs on the training device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64, UInt8, UInt64
+from torch import Tensor
+
+from deepclust.errors import RecipeError
+
+_resize = torch.ops.aten._upsample_bilinear2d_aa
+_LONGEST = 16  # times the shorter side: what a centre crop keeps of a longer image, see there
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """`Resize(resize)` of the shorter side, then `CenterCrop(size)`; pixels. Nothing is random."""
+
+    size: int
+    resize: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.resize:
+            raise RecipeError(
+                f"a centre crop of {self.size} px needs a shorter side of at least that; "
+                f"got resize = {self.resize}"
+            )
+
+    def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> Sequence[None]:
+        """No draw for every position."""
+        return [None] * len(positions)
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], draw: None = None) -> UInt8[Tensor, "3 s s"]:
+        """The resized centre of the image."""
+        short = min(image.shape[1:])
+        # 1 x 60,000 pixels would become resize x (60,000 * resize): drop what can't be seen. The
+        # only difference to torchvision, of less than a pixel, in images longer than 16:1.
+        image = _centre(image, *(min(side, _LONGEST * short) for side in image.shape[1:]))
+        if short != self.resize:
+            height, width = (int(self.resize * side / short) for side in image.shape[1:])
+            image = _resized(image, height, width)
+        return _centre(image, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """torchvision's `RandomResizedCrop(size, scale, ratio)`, then a flip with that probability.
+
+    Ten tries at a crop of a uniform share of the area and a log-uniform aspect ratio, else the
+    largest centre crop whose ratio is allowed (Szegedy et al., 2015, as in torchvision).
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    tries = 10
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.flip <= 1:
+            raise RecipeError(f"size must be positive and flip in [0, 1]; got {self}")
+        if not (0 < self.scale[0] <= self.scale[1] and 0 < self.ratio[0] <= self.ratio[1]):
+            raise RecipeError(f"scale and ratio are positive (least, most); got {self}")
+
+    def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> list[list[float]]:
+        """What each position's crop is made of, a pure function of (key, position).
+
+        A row holds 10 relative heights, 10 relative widths (of the square root of the area), the
+        crop's place in [0, 1) down and across, and 1 if it is flipped.
+        """
+        u = uniform(key, positions, 2 * self.tries + 3)
+        tries = self.tries
+        area = self.scale[0] + u[:, :tries] * (self.scale[1] - self.scale[0])
+        low, high = np.log(self.ratio)
+        ratio = np.exp(low + u[:, tries : 2 * tries] * (high - low))
+        sides = np.concatenate([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=1)
+        flip = u[:, -1:] < self.flip
+        rows: list[list[float]] = np.hstack([sides, u[:, -3:-1], flip]).tolist()
+        return rows
+
+    def box(self, height: int, width: int, draw: list[float]) -> tuple[int, int, int, int]:
+        """The crop of a height x width image: top, left, height, width in pixels."""
+        root = math.sqrt(height * width)
+        for i in range(self.tries):
+            h, w = round(root * draw[i]), round(root * draw[i + self.tries])
+            if 0 < h <= height and 0 < w <= width:
+                return int(draw[-3] * (height - h + 1)), int(draw[-2] * (width - w + 1)), h, w
+        low, high = self.ratio
+        h = max(1, min(height, round(width / low)))
+        w = max(1, min(width, round(height * high)))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], draw: list[float]) -> UInt8[Tensor, "3 s s"]:
+        """Cut the crop of `draw` out, resize it to size x size, flip it if the draw says so."""
+        top, left, h, w = self.box(image.shape[1], image.shape[2], draw)
+        crop = image[:, top : top + h, left : left + w]
+        crop = _resized(crop, self.size, self.size)
+        return crop.flip(-1) if draw[-1] else crop
+
+
+View = CentreCrop | RandomResizedCrop
+
+
+def _resized(image: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 s t"]:
+    """Antialiased bilinear resize on uint8: torchvision's kernel, called directly (3x at 28 px)."""
+    batch: Tensor = _resize(image[None], [height, width], False)
+    return batch[0]
+
+
+def _centre(image: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 s t"]:
+    top = round((image.shape[1] - height) / 2)
+    left = round((image.shape[2] - width) / 2)
+    return image[:, top : top + height, left : left + width]
+
+
+def uniform(key: int, positions: Int64[np.ndarray, " b"], count: int) -> Float64[np.ndarray, "b m"]:
+    """`count` numbers in [0, 1) for every position, each a hash of (key, position, number)."""
+    streams = hashed(np.asarray(positions, np.uint64) ^ hashed(np.array([key], np.uint64)))
+    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    bits: UInt64[np.ndarray, "b m"] = hashed(streams[:, None] + steps)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def hashed(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
+    """The finaliser of splitmix64 (Steele et al., 2014), a bijection of 64-bit numbers."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def to_float(
+    images: UInt8[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Tensor, "b 3 h w"]:
+    """(images / 255 - mean) / std per channel, on the images' device; mean and std in [0, 1]."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    return images.to(torch.float32).mul_(scale).add_(shift[:, None, None])
