@@ -1,0 +1,164 @@
+"""The members of a tar file: where each one's bytes begin, with nothing lost in silence.
+
+`tarfile` and `webdataset` stop without a word at a damaged header, at a missing end-of-archive
+marker, and at the end of the first of two tars joined by `cat`; here each of these is an error that
+names the file, the offset and the fix.
+
+`tarfile` reads about 25,000 headers a second. Plain headers are therefore read here (one `pread` of
+512 bytes, so that several threads can wait for a slow disk together), the others (PAX, GNU long
+names, ustar prefixes, sizes in base 256) by `tarfile`. Nothing is extracted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from deepclust.errors import DataError
+
+_BLOCK = 512
+_END = bytes(_BLOCK)
+_REGULAR = b"0\0"
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
+_REWRITE = "Copy or write the shard again."
+
+
+class Member(NamedTuple):
+    """One regular file of a tar: its name, where its bytes begin, and how many they are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file that is open for `pread`."""
+
+    path: Path
+    handle: int
+    size: int
+
+    def wrong(self, what: str, fix: str) -> DataError:
+        """The error that names this shard."""
+        return DataError(f"shard {self.path}: {what}. {fix}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Shard]:
+    """Open a shard; whatever the disk refuses is a DataError that names it."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield Shard(path, handle, os.fstat(handle).st_size)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}.") from error
+
+
+def members(shard: Shard) -> Iterator[Member]:
+    """The regular files, in order, up to the end-of-archive marker; folders and links are skipped.
+
+    Names that are no UTF-8 carry their bytes as surrogates, as in `tarfile`. Raises DataError for a
+    file that is empty, compressed, no tar, damaged, truncated, sparse, or goes on after its end.
+    """
+    position = 0
+    while (header := os.pread(shard.handle, _BLOCK, position)) != _END:
+        member, following = _plain(header, position) or _extended(shard, header, position)
+        if following > shard.size:
+            raise _truncated(shard, f"the member at offset {position} ends at {following}")
+        if member is not None:
+            yield member
+        position = following
+    _check_tail(shard, position)
+
+
+def _plain(header: bytes, position: int) -> tuple[Member | None, int] | None:
+    """A regular file whose name and size stand in this one header; else None, without judging."""
+    if len(header) < _BLOCK or header[156] not in _REGULAR or header[124] & 0x80 or header[345]:
+        return None
+    try:
+        size = int(header[124:136].strip(b" \0") or b"0", 8)
+        checksum = int(header[148:156].strip(b" \0"), 8)
+    except ValueError:
+        return None
+    name = header[:100].partition(b"\0")[0]
+    counted = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if counted != checksum or name.endswith(b"/"):
+        return None
+    start = position + _BLOCK
+    text = name.decode("utf-8", "surrogateescape")
+    return Member(text, start, size), start + -(-size // _BLOCK) * _BLOCK
+
+
+def _extended(shard: Shard, header: bytes, position: int) -> tuple[Member | None, int]:
+    """Whatever stands at this position, read by `tarfile`; None for folders and links."""
+    if len(header) < _BLOCK:
+        raise _ended_early(shard, position)
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        found, following = _read_with_tarfile(shard.path, position)
+    except tarfile.TarError as error:
+        raise _damaged(shard, header, position, error) from error
+    if found is None:
+        raise _truncated(shard, f"the header at offset {position} has no member after it")
+    if found.issparse():
+        raise shard.wrong(f"{found.name!r} is a sparse file", "Write the tar without --sparse.")
+    if not found.isreg():
+        return None, following
+    return Member(found.name, found.offset_data, found.size), following
+
+
+def _read_with_tarfile(path: Path, position: int) -> tuple[tarfile.TarInfo | None, int]:
+    with open(path, "rb") as file:
+        file.seek(position)
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        return tar.next(), tar.offset
+
+
+def _check_tail(shard: Shard, position: int) -> None:
+    """Only zeros may follow the end marker: further members would be lost in silence."""
+    while block := os.pread(shard.handle, 1 << 16, position):
+        if block.count(0) != len(block):
+            raise shard.wrong(
+                f"data follows its end-of-archive marker (offset {position}), as when tars are "
+                "joined with `cat`",
+                "Join them with `tar --concatenate`, or keep them as separate shards.",
+            )
+        position += len(block)
+
+
+def _damaged(shard: Shard, header: bytes, position: int, error: Exception) -> DataError:
+    if position:
+        return shard.wrong(f"damaged or cut short at offset {position} ({error})", _REWRITE)
+    for magic, program in _COMPRESSIONS.items():
+        if header.startswith(magic):
+            return shard.wrong(
+                "compressed, but samples are read by their offset in a plain tar",
+                f"Unpack it (`{program}`); images are compressed already.",
+            )
+    return shard.wrong("not a tar file", "Take it out of the folder, or write it again.")
+
+
+def _ended_early(shard: Shard, position: int) -> DataError:
+    if shard.size == 0:
+        return shard.wrong("empty (0 bytes)", _REWRITE)
+    if position == 0:
+        header = os.pread(shard.handle, _BLOCK, 0)
+        return _damaged(shard, header, 0, EOFError())
+    return _truncated(shard, f"no end-of-archive marker stands at offset {position}")
+
+
+def _truncated(shard: Shard, what: str) -> DataError:
+    return shard.wrong(f"truncated: it has {shard.size} bytes, and {what}", _REWRITE)
