@@ -1,0 +1,81 @@
+"""Count, sum and second moment of rows about a fixed pivot: PCA in D x D memory, not n x D.
+
+Moments of parts merge exactly (float64 adds), so units can be extracted by anyone in any order.
+The pivot, a row near the mean, is subtracted before squaring: `faiss.PCAMatrix` squares first and
+subtracts n * mean * mean' in float32 afterwards, which cancels when the mean is large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepclust.clustering.precision import full_precision
+from deepclust.files import atomic_file
+
+BLOCK = 4096  # rows of one float32 product; longer sums would lose digits before float64
+
+
+@dataclass
+class Moments:
+    """Sums over rows x of (x - pivot) and of its outer product, on the device of the pivot."""
+
+    count: int
+    pivot: Float32[Tensor, " D"]
+    sum: Float64[Tensor, " D"]
+    outer: Float64[Tensor, "D D"]
+
+    @classmethod
+    def zero(cls, pivot: Float[Tensor, " D"]) -> Moments:
+        """No rows yet. Take a row near the mean as pivot, e.g. the mean of the first batch."""
+        total = torch.zeros_like(pivot, dtype=torch.float64)
+        return cls(0, pivot.float(), total, torch.outer(total, total))
+
+    def add(self, rows: Float[Tensor, "n D"]) -> Moments:
+        """Add rows in place: one float32 product per 4096 rows (no TF32), summed in float64.
+
+        The last digits depend on where blocks start, so whoever wants equal bits cuts the rows
+        at the same places (our units do).
+        """
+        with full_precision():
+            for block in torch.split(rows, BLOCK):
+                centred = block.to(self.pivot) - self.pivot
+                self.sum += centred.sum(0, dtype=torch.float64)
+                self.outer += centred.T @ centred
+        self.count += len(rows)
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Add the rows of `other` in place; both must stand about the same pivot."""
+        assert torch.equal(self.pivot, other.pivot.to(self.pivot)), "moments about two pivots"
+        self.count += other.count
+        self.sum += other.sum.to(self.sum)
+        self.outer += other.outer.to(self.outer)
+        return self
+
+    def mean(self) -> Float64[Tensor, " D"]:
+        """The mean row."""
+        return self.pivot.double() + self.sum / max(self.count, 1)
+
+    def covariance(self) -> Float64[Tensor, "D D"]:
+        """Covariance (divided by n), corrected by the pivot: E[yy'] - E[y]E[y]', y = x - pivot."""
+        shift = self.sum / max(self.count, 1)
+        return self.outer / max(self.count, 1) - torch.outer(shift, shift)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, atomically."""
+        tensors = {"pivot": self.pivot, "sum": self.sum, "outer": self.outer}
+        tensors["count"] = torch.tensor(self.count)
+        with atomic_file(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+
+    @classmethod
+    def load(cls, path: Path) -> Moments:
+        """Read what `save` wrote, onto the CPU."""
+        tensors = load_file(path)
+        return cls(int(tensors.pop("count")), **tensors)

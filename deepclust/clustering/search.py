@@ -1,0 +1,49 @@
+"""Two ways to find the nearest centroids of a tile: torch (default), FAISS (reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from deepclust.errors import ResourceError
+
+Search: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def torch_search(centroids: Float32[Tensor, "k d"], inner: bool) -> Search:
+    """Return rows [m, d] -> int64 [m]: one float32 product and an argmin; ties go to the lowest id.
+
+    |x - c|^2 is ranked by |e|^2 + 2 o.e - 2 x.e, where e = c - o and o is the mean centroid. The
+    usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin; this does not.
+    With `inner` the largest inner product wins.
+    """
+    wide = centroids.double()
+    offset = torch.zeros_like(wide[0]) if inner else wide.mean(0)
+    bias = (wide - offset).square().sum(1) + 2 * (wide - offset) @ offset
+    bias = torch.zeros_like(bias) if inner else bias
+    columns = (wide - offset).float().T.contiguous()
+    constant = bias.float()
+    return lambda rows: torch.addmm(constant, rows, columns, alpha=-2).argmin(1)
+
+
+def faiss_search(centroids: Float32[Tensor, "k d"], inner: bool) -> Search:
+    """The same by `IndexFlatL2` or `IndexFlatIP` on the CPU."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ResourceError("backend=faiss needs faiss-cpu or faiss-gpu; use torch") from error
+    index = (faiss.IndexFlatIP if inner else faiss.IndexFlatL2)(centroids.shape[1])
+    index.add(centroids.cpu().contiguous().numpy())
+
+    def search(rows: Tensor) -> Tensor:
+        _, found = index.search(rows.cpu().contiguous().numpy(), 1)
+        return torch.from_numpy(found[:, 0]).to(rows.device)
+
+    return search
+
+
+SEARCHES = {"auto": torch_search, "torch": torch_search, "faiss": faiss_search}

@@ -1,0 +1,138 @@
+"""Where k-means starts: distinct random rows, k-means++, given centroids, or old labels.
+
+FAISS draws k rows by index and may draw one value twice; such a twin never wins a row. Here the
+free centroids start on rows of distinct values, or the user is told how many there are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32
+from torch import Tensor
+
+from deepclust.clustering.points import Points, Rows
+from deepclust.errors import DataError, RecipeError
+from deepclust.world import generator
+
+SAMPLE = 32  # rows per cluster that k-means++ looks at; more cost time and change little
+
+
+def start(
+    points: Points,
+    free: int,
+    fixed: Float32[Tensor, "m d"],
+    init: str | Rows,
+    labels: Int32[Tensor, " n"] | None,
+    seed: int,
+) -> Float32[Tensor, "free d"]:
+    """The first `free` centroids; none equals a fixed one unless `init` is an array."""
+    if labels is not None:
+        return from_labels(points, free, fixed, labels, seed)
+    if not isinstance(init, str):
+        return from_array(points, free, len(fixed), init)
+    if init == "k-means++":
+        return plus_plus(points, free, fixed, seed)
+    if init == "random":
+        return distinct_rows(points, free, fixed, seed)
+    raise RecipeError(f"init={init!r} is not known; use 'random', 'k-means++' or an array [k, d]")
+
+
+def distinct_rows(
+    points: Points, count: int, taken: Float32[Tensor, "m d"], seed: int
+) -> Float32[Tensor, "count d"]:
+    """Rows of `count` distinct values, none in `taken`, drawn uniformly over rows.
+
+    Walks a random permutation and keeps first occurrences. Raises `DataError` if it ends early.
+    """
+    order = generator(seed, "kmeans", "init").permutation(points.n)
+    chosen, at, size = taken, 0, max(count, 1024)
+    while len(chosen) < len(taken) + count:
+        if at >= points.n:
+            raise DataError(too_few(len(chosen) - len(taken), count, points.n))
+        rows = points.take(torch.from_numpy(order[at : at + size]))
+        chosen = _first_occurrences(torch.cat([chosen, rows]), len(taken))
+        at, size = at + size, 2 * size
+    return chosen[len(taken) : len(taken) + count]
+
+
+def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tensor, "m d"]:
+    """Rows without those that equal an earlier one; the first `keep` stay, equal or not."""
+    plain = (rows + 0.0).cpu().contiguous().numpy()  # + 0.0: -0.0 equals 0.0
+    bytes_of = plain.view(np.dtype((np.void, plain.dtype.itemsize * plain.shape[1])))[:, 0]
+    _, first = np.unique(bytes_of, return_index=True)
+    places = np.union1d(first, np.arange(keep))
+    return rows[torch.from_numpy(places).to(rows.device)]
+
+
+def too_few(distinct: int, free: int, n: int) -> str:
+    """The message for fewer distinct points than clusters."""
+    return (
+        f"{free} clusters need {free} distinct feature rows, but the {n} rows have only {distinct} "
+        f"(rows equal to a fixed centroid do not count). Set cluster.k to at most {distinct}, or "
+        "look for duplicate images or a collapsed backbone."
+    )
+
+
+def from_array(points: Points, free: int, fixed: int, init: Rows) -> Float32[Tensor, "free d"]:
+    """Given centroids: [k, d], of which the first `fixed` are ignored, or [free, d]."""
+    given = torch.as_tensor(init).to(device=points.device, dtype=torch.float32)
+    if given.ndim != 2 or given.shape[1] != points.dim or len(given) not in (free, free + fixed):
+        raise RecipeError(
+            f"init must have shape ({free + fixed}, {points.dim}), got {tuple(given.shape)}"
+        )
+    if not torch.isfinite(given).all():
+        raise RecipeError("init has a row that is not finite")
+    return given[len(given) - free :].clone()
+
+
+def from_labels(
+    points: Points,
+    free: int,
+    fixed: Float32[Tensor, "m d"],
+    labels: Int32[Tensor, " n"],
+    seed: int,
+) -> Float32[Tensor, "free d"]:
+    """Means of the rows of each old label on the new features; ids without a row start at random.
+
+    Old centroids are of no use, since the whitening turns and flips between rounds.
+    """
+    k = len(fixed) + free
+    if labels.shape != (points.n,) or int(labels.max()) >= k:
+        raise RecipeError(f"labels must be {points.n} ids below k={k} (-1: none) for a warm start")
+    found = points.total(labels, k)
+    means = (found.sums / found.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
+    empty = (found.mass[len(fixed) :] == 0).nonzero().flatten()
+    if len(empty):
+        taken = torch.cat([fixed, means])
+        means[empty] = distinct_rows(points, len(empty), taken, seed)
+    return means
+
+
+def plus_plus(
+    points: Points, free: int, fixed: Float32[Tensor, "m d"], seed: int
+) -> Float32[Tensor, "free d"]:
+    """k-means++ (Arthur and Vassilvitskii 2007) on a random sample of 32 rows per cluster.
+
+    Each centroid is a row drawn with probability proportional to the squared distance to the
+    nearest one so far, fixed ones included. Runs out of distinct rows: the rest start at random.
+    """
+    draws = generator(seed, "kmeans", "k-means++")
+    count = min(points.n, SAMPLE * free)
+    sample = points.take(torch.from_numpy(np.sort(draws.permutation(points.n)[:count])))
+    nearest = torch.full((count,), torch.inf, device=sample.device)
+    for row in fixed:
+        nearest = torch.minimum(nearest, (sample - row).square().sum(1))
+    chosen = [sample[int(draws.integers(count))]] if len(fixed) == 0 else []
+    while len(chosen) < free:
+        if chosen:
+            nearest = torch.minimum(nearest, (sample - chosen[-1]).square().sum(1))
+        heights = nearest.double().cumsum(0)
+        if heights[-1] <= 0:
+            break
+        aim = torch.tensor([draws.random()], device=sample.device, dtype=torch.float64)
+        place = torch.searchsorted(heights, aim * heights[-1], right=True)
+        chosen.append(sample[int(place.clamp(max=count - 1))])
+    found = torch.stack(chosen) if chosen else fixed[:0]
+    rest = distinct_rows(points, free - len(found), torch.cat([fixed, found]), seed)
+    return torch.cat([found, rest])

@@ -1,0 +1,159 @@
+"""PCA-whitening, exact and streaming: features [n, D] -> unit rows [n, dim] for k-means.
+
+Source: DeepCluster (Caron et al. 2018), section 3.4: PCA to 256, whitening, L2 normalisation.
+Their `faiss.PCAMatrix(eigen_power=-0.5)` is our reference in tests. We differ where it breaks:
+the covariance is streamed in float64 about a pivot (no n x D array, no cancellation), only the
+top eigenvectors are solved for, eigenvalues are clamped as in DeeperCluster, and directions that
+the data do not have give zeros instead of NaN, so the shape never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float32, Float64
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from deepclust.clustering.moments import BLOCK, Moments
+from deepclust.clustering.points import ArrayPoints, Rows, unit_rows
+from deepclust.clustering.precision import full_precision
+from deepclust.errors import DataError, NumericalError
+from deepclust.files import atomic_file
+
+__all__ = ["Moments", "Whitening", "solve"]
+
+CLAMP = 1e-5  # DeeperCluster's: a direction is never amplified more than 316 times the first one
+RANK_TOLERANCE = 1e-6  # eigenvalues below this share of the largest are float32 rounding
+
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """y = normalise((x - mean) @ matrix). Columns of `matrix` beyond `rank` are zero."""
+
+    mean: Float32[np.ndarray, " D"]
+    matrix: Float32[np.ndarray, "D dim"]
+    eigenvalues: Float32[np.ndarray, " dim"]
+    rank: int
+
+    @classmethod
+    def fit(cls, x: Rows, dim: int = 256) -> Whitening:
+        """Whitening of x [n, D] (numpy, memory-mapped or torch; any float type), read in blocks.
+
+        Raises `NumericalError` for a row that is not finite (named) or constant features.
+        """
+        points = ArrayPoints(x)
+        points.check_finite()
+        if points.n == 0:
+            raise DataError("whitening needs at least one row, got an array of 0 rows")
+        blocks = (rows for _, rows in points.tiles(BLOCK))
+        first = next(blocks)
+        moments = Moments.zero(first.double().mean(0)).add(first)
+        for rows in blocks:
+            moments.add(rows)
+        return solve(moments, dim)
+
+    def __call__(self, x: Array) -> Array:
+        """Project x [n, D] to unit rows float32 [n, dim], of x's kind; zero rows stay zero."""
+        points = ArrayPoints(x)
+        mean, matrix = (torch.from_numpy(a).to(points.device) for a in (self.mean, self.matrix))
+        out = torch.empty(points.n, matrix.shape[1], device=points.device)
+        with full_precision():
+            for start, rows in points.tiles(BLOCK):
+                out[start : start + len(rows)] = unit_rows((rows - mean) @ matrix)
+        return out if isinstance(x, Tensor) else out.numpy()
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know when the features have fewer directions than asked for."""
+        dim = len(self.eigenvalues)
+        if self.rank == dim:
+            return None
+        return (
+            f"the features have rank {self.rank}, fewer than the {dim} dimensions asked for; the "
+            f"last {dim - self.rank} are zero. Set cluster.dim={self.rank} to save memory, or look "
+            f"for dead units in the backbone."
+        )
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, atomically; `rank` is the number of eigenvalues above zero."""
+        arrays = {"mean": self.mean, "matrix": self.matrix, "eigenvalues": self.eigenvalues}
+        with atomic_file(path) as partial:
+            save_file(arrays, partial)
+
+    @classmethod
+    def load(cls, path: Path) -> Whitening:
+        """Read what `save` wrote."""
+        arrays = load_file(path)
+        return cls(**arrays, rank=int(np.count_nonzero(arrays["eigenvalues"])))
+
+
+def solve(moments: Moments, dim: int, clamp: float = CLAMP) -> Whitening:
+    """The whitening of the rows behind `moments`, always of shape [D, dim].
+
+    Column i is eigenvector i of the covariance over the square root of its eigenvalue, which is
+    raised to `clamp` times the largest if smaller (0: as in FAISS). Signs: the component of largest
+    magnitude is positive (ties: the first), so that runs and machines agree.
+
+    Raises `NumericalError` if the features are constant or not finite.
+    """
+    covariance = moments.covariance().cpu().numpy()
+    mean = moments.mean().cpu().numpy()
+    _check(moments.count, mean, covariance)
+    values, vectors = _top_eigenvectors(covariance, min(dim, len(mean)))
+    floor = _rounding(mean) + RANK_TOLERANCE * values[0]
+    rank = min(int((values > floor).sum()), moments.count - 1)
+    if rank <= 0:
+        raise NumericalError(_collapsed(moments.count, values[0]))
+    matrix = np.zeros((len(mean), dim), np.float32)
+    scales = np.maximum(values[:rank], clamp * values[0]) ** -0.5
+    matrix[:, :rank] = _fix_signs(vectors[:, :rank]) * scales
+    eigenvalues = np.zeros(dim, np.float32)
+    eigenvalues[:rank] = values[:rank]
+    return Whitening(mean.astype(np.float32), matrix, eigenvalues, rank)
+
+
+def _check(count: int, mean: np.ndarray, covariance: np.ndarray) -> None:
+    if count == 0:
+        raise DataError("whitening needs at least one row, and no row was added")
+    broken = np.flatnonzero(~np.isfinite(mean + np.diagonal(covariance)))
+    if len(broken):
+        raise NumericalError(
+            f"the moments of {count} feature rows are not finite in {len(broken)} dimensions, "
+            f"first {broken[:5].tolist()}. Leave rows with NaN or infinity out before adding them."
+        )
+
+
+def _top_eigenvectors(
+    covariance: Float64[np.ndarray, "D D"], count: int
+) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
+    """Largest eigenvalues first."""
+    size = len(covariance)
+    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[size - count, size - 1])
+    return values[::-1], vectors[:, ::-1]
+
+
+def _rounding(mean: np.ndarray) -> float:
+    """Variance that float32 rounding of the features alone can make: constant features have it."""
+    return (float(np.finfo(np.float32).eps) * float(np.abs(mean).max())) ** 2
+
+
+def _fix_signs(vectors: Float64[np.ndarray, "D d"]) -> Float64[np.ndarray, "D d"]:
+    largest = np.abs(vectors).argmax(0)
+    return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
+
+
+def _collapsed(count: int, variance: float) -> str:
+    return (
+        f"the {count} feature rows are constant (largest variance {variance:.3g}): the backbone "
+        "has collapsed, or every input is the same. Lower the learning rate, start from an earlier "
+        "checkpoint, or check the images."
+    )
