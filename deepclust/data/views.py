@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,20 @@ from deepclust.errors import RecipeError
 
 _resize = torch.ops.aten._upsample_bilinear2d_aa
 _LONGEST = 16  # times the shorter side: what a centre crop keeps of a longer image, see there
+
+
+class View(Protocol):
+    """A way to look at an image: random numbers for a batch of positions, then image by image."""
+
+    @property
+    def size(self) -> int:
+        """The side of the square that comes out, pixels."""
+
+    def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> Sequence[Any]:
+        """What each position's view is made of, a pure function of (key, position)."""
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], draw: Any) -> UInt8[Tensor, "3 s s"]:
+        """The view of one image for one of the draws."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +122,6 @@ class RandomResizedCrop:
         crop = image[:, top : top + h, left : left + w]
         crop = _resized(crop, self.size, self.size)
         return crop.flip(-1) if draw[-1] else crop
-
-
-View = CentreCrop | RandomResizedCrop
 
 
 def _resized(image: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 s t"]:
