@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.points import ArrayPoints, Pass, Points, Rows, unit_rows
+from deepclust.clustering.points import ArrayPoints, Pass, Points, Rows, as_tensor, unit_rows
 from deepclust.clustering.repair import REPAIRS, fill_empties, fill_small
 from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.seeding import start
@@ -81,7 +81,7 @@ def kmeans(
     points = _points(x, weights, spherical, backend, device)
     anchors = _anchors(points, k, fixed, spherical)
     _check_counts(points, k, min_size)
-    old = None if labels is None else torch.as_tensor(labels).to(points.device, torch.int32)
+    old = None if labels is None else as_tensor(labels).to(points.device, torch.int32)
     centroids = torch.cat([anchors, start(points, k - len(anchors), anchors, init, old, seed)])
     if spherical:
         centroids[len(anchors) :] = unit_rows(centroids[len(anchors) :])
@@ -182,7 +182,7 @@ def _anchors(points: Points, k: int, fixed: Rows | None, spherical: bool) -> Flo
     """The fixed centroids; for a spherical clustering those not of unit norm are scaled once."""
     if fixed is None:
         return torch.zeros(0, points.dim, device=points.device)
-    anchors = torch.as_tensor(fixed).to(points.device, torch.float32)
+    anchors = as_tensor(fixed).to(points.device, torch.float32)
     if anchors.ndim != 2 or anchors.shape[1] != points.dim or len(anchors) > k:
         raise RecipeError(
             f"fixed must have shape (m <= k={k}, {points.dim}), got {tuple(anchors.shape)}"

@@ -221,6 +221,11 @@ def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows / torch.where(norms == 0, 1.0, norms)
 
 
+def as_tensor(values: Rows) -> Tensor:
+    """A tensor of an array, copied: torch warns about sharing memory that is read-only."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+
+
 def _resident(rows: Rows, device: torch.device) -> Rows:
     """Rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
     if isinstance(rows, np.ndarray) and rows.flags.writeable:
@@ -232,7 +237,7 @@ def _resident(rows: Rows, device: torch.device) -> Rows:
 
 
 def _weights(weights: Rows, n: int) -> Float64[Tensor, " n"]:
-    tensor = torch.as_tensor(weights).double()
+    tensor = as_tensor(weights).double()
     if tensor.shape != (n,):
         raise DataError(f"weights must have shape ({n},), got {tuple(tensor.shape)}")
     bad = (~(torch.isfinite(tensor) & (tensor >= 0))).nonzero().flatten()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
-from deepclust.clustering.points import Points, Rows
+from deepclust.clustering.points import Points, Rows, as_tensor
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import generator
 
@@ -76,7 +76,7 @@ def too_few(distinct: int, free: int, n: int) -> str:
 
 def from_array(points: Points, free: int, fixed: int, init: Rows) -> Float32[Tensor, "free d"]:
     """Given centroids: [k, d], of which the first `fixed` are ignored, or [free, d]."""
-    given = torch.as_tensor(init).to(device=points.device, dtype=torch.float32)
+    given = as_tensor(init).to(device=points.device, dtype=torch.float32)
     if given.ndim != 2 or given.shape[1] != points.dim or len(given) not in (free, free + fixed):
         raise RecipeError(
             f"init must have shape ({free + fixed}, {points.dim}), got {tuple(given.shape)}"

@@ -1,0 +1,99 @@
+"""Which cluster of this round continues which cluster of the last one?
+
+k-means numbers its clusters anew every round. To keep the head's rows, or to say how many images
+changed cluster, ids are matched by overlap first. The contingency is sparse (at most n entries),
+and so is the assignment problem: 10,000 clusters need no 10,000 x 10,000 matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sparse
+from jaxtyping import Bool, Int, Int64
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+EXACT_UP_TO = 20_000  # clusters; above, the Hungarian method takes too long
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A one-to-one renumbering of the current clusters."""
+
+    new_ids: Int64[np.ndarray, " k"]  # new id of every current cluster; a permutation
+    overlapping: Bool[
+        np.ndarray, " k"
+    ]  # by current id: shares a sample with the cluster it continues
+    unmatched: Int64[np.ndarray, " u"]  # new ids that continue nothing: their head rows start anew
+
+
+def contingency(
+    rows: Int[np.ndarray, " n"],
+    columns: Int[np.ndarray, " n"],
+    shape: tuple[int, int] | None = None,
+) -> sparse.csr_array:
+    """Counts [rows, columns] of pairs of ids, int64, sparse; pairs with a negative id left out."""
+    both = (rows >= 0) & (columns >= 0)
+    pairs = (rows[both].astype(np.int64), columns[both].astype(np.int64))
+    sizes = shape or tuple(int(ids.max(initial=-1)) + 1 for ids in pairs)
+    table = sparse.coo_array((np.ones(len(pairs[0]), np.int64), pairs), shape=sizes)
+    return table.tocsr()  # sums what occurs more than once
+
+
+def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: int) -> Matching:
+    """The renumbering of `current` (ids below k, -1 excluded) that agrees most with `previous`.
+
+    Exact (Hungarian) up to 20,000 clusters, above greedy by overlap, which is at least half as
+    good. Clusters without overlap take the ids that are left, in ascending order.
+    """
+    table = contingency(np.asarray(current), np.asarray(previous), (k, k))
+    partners = _hungarian(table) if k <= EXACT_UP_TO else _greedy(table)
+    overlapping = partners >= 0
+    left = np.setdiff1d(np.arange(k), partners[overlapping])
+    new_ids = partners.copy()
+    new_ids[~overlapping] = left
+    return Matching(new_ids, overlapping, left)
+
+
+def _hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
+    """Column of every row with the largest sum of overlaps, -1 without one.
+
+    A private extra column per row makes a full matching possible; one is added to every weight
+    (SciPy takes zero for no edge), which adds k to every full matching and so changes none.
+    """
+    k = table.shape[0]
+    edges = table.astype(np.float64)
+    edges.data += 1
+    padded = sparse.hstack([edges, sparse.eye_array(k)], format="csr")
+    rows, columns = min_weight_full_bipartite_matching(padded, maximize=True)
+    partners = np.full(k, -1, np.int64)
+    partners[rows] = np.where(columns < k, columns, -1)
+    return partners
+
+
+def _greedy(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
+    """Take the largest overlap, strike its row and column, and so on (ties: lowest ids).
+
+    All edges that come first in both their row and their column are taken at once, which gives the
+    same matching as one at a time.
+    """
+    edges = table.tocoo()
+    order = np.lexsort((edges.col, edges.row, -edges.data))
+    rows, columns = edges.row[order], edges.col[order]
+    partners = np.full(table.shape[0], -1, np.int64)
+    while len(rows):
+        place = np.arange(len(rows))
+        first = _first(rows, place) & _first(columns, place)
+        partners[rows[first]] = columns[first]
+        left = ~(np.isin(rows, rows[first]) | np.isin(columns, columns[first]))
+        rows, columns = rows[left], columns[left]
+    return partners
+
+
+def _first(ids: Int[np.ndarray, " e"], place: Int[np.ndarray, " e"]) -> Bool[np.ndarray, " e"]:
+    """Where each id occurs for the first time."""
+    best = np.full(int(ids.max()) + 1, len(ids))
+    np.minimum.at(best, ids, place)
+    first: Bool[np.ndarray, " e"] = best[ids] == place
+    return first
