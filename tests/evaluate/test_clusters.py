@@ -1,0 +1,66 @@
+"""Clusters against classes: scikit-learn's scores, the class count alone from training labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.whiten import Whitening
+from deepclust.errors import DataError
+from deepclust.evaluate.clusters import clusters
+from deepclust.world import derive
+from tests.evaluate.blobs import splits
+
+
+def scores(train: tuple, test: tuple, **options: int) -> dict[str, float]:
+    return dict(clusters(*train, *test, **options))
+
+
+def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
+    train, (x, y) = splits(400, noise=0.8)
+    whiten = Whitening.fit(train[0], 16)
+    fitted = kmeans(whiten(train[0]), 4, seed=derive(0, "evaluate", "clusters", 0))
+    centroids = np.asarray(fitted.centroids)
+    labels = ((whiten(x)[:, None] - centroids) ** 2).sum(2).argmin(1)
+    found = scores(train, (x, y), restarts=1)
+    assert 0.1 < found["nmi"] < 0.99
+    expected = normalized_mutual_info_score(y, labels, average_method="geometric")
+    assert found["nmi"] == pytest.approx(expected, abs=1e-6)
+    assert found["ari"] == pytest.approx(adjusted_rand_score(y, labels), abs=1e-6)
+
+
+def test_blobs_far_apart_are_found_exactly() -> None:
+    perfect = {"nmi": 1.0, "ari": 1.0, "accuracy": 1.0}
+    assert scores(*splits(400, noise=0.05)) == pytest.approx(perfect, abs=1e-9)
+
+
+def test_training_labels_give_nothing_but_their_number() -> None:
+    (x, y), test = splits(400, noise=0.8)
+    shuffled = np.random.default_rng(0).permutation(y)
+    assert scores((x, shuffled), test) == scores((x, y), test)
+
+
+def test_restarts_keep_the_best_inertia() -> None:
+    train, test = splits(300, noise=0.3, classes=12)
+    assert scores(train, test, restarts=10)["nmi"] > scores(train, test, restarts=1)["nmi"]
+
+
+def test_features_without_structure_score_about_nothing() -> None:
+    train, test = splits(600, noise=1e4)
+    found = scores(train, test)
+    assert found["nmi"] < 0.05
+    assert abs(found["ari"]) < 0.05
+
+
+def test_twice_gives_the_same_numbers() -> None:
+    train, test = splits(300, noise=0.8)
+    assert scores(train, test) == scores(train, test)
+
+
+def test_fewer_different_rows_than_classes_is_a_clear_error() -> None:
+    (x, y), test = splits(100)
+    x[:] = x[[0, 1]].repeat(50, axis=0)
+    with pytest.raises(DataError, match="distinct"):
+        scores((x, y), test)
