@@ -71,6 +71,10 @@ class Batches(Dataset[Loaded]):
         self.files = ShardFiles(index.shards, staged)
         self._labels: tuple[Path, Int32[np.ndarray, " n"]] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the index and the assignments again instead of copying them."""
+        return Batches, (self.index, self.files.staged, self.max_pixels)
+
     def __getitem__(self, request: Request) -> Loaded:
         """Read, decode and view every sample of the request."""
         size = request.view.size

@@ -8,6 +8,7 @@ import os
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from deepclust.errors import DataError
 
@@ -25,6 +26,10 @@ class ShardFiles:
     def __init__(self, shards: list[Path], staged: Path | None = None, keep_open: int = 128):
         self.shards, self.staged, self.keep_open = shards, staged, keep_open
         self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens files of its own."""
+        return ShardFiles, (self.shards, self.staged, self.keep_open)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of the shard with that ordinal.
