@@ -143,7 +143,7 @@ def _find_idx(prefix: Path, what: str) -> Path | None:
     return next(iter(sorted(prefix.parent.glob(pattern))), None)
 
 
-def _read_idx(prefix: Path, what: str) -> UInt8[np.ndarray, "n *shape"]:
+def _read_idx(prefix: Path, what: str) -> UInt8[np.ndarray, " *shape"]:
     """LeCun's format: 0, 0, 8 (unsigned bytes), dimensions, each as big-endian int32, then data."""
     path = _find_idx(prefix, what)
     if path is None:
