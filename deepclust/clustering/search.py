@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from deepclust.errors import ResourceError
@@ -27,7 +27,22 @@ def torch_search(centroids: Float32[Tensor, "k d"], inner: bool) -> Search:
     bias = torch.zeros_like(bias) if inner else bias
     columns = (wide - offset).float().T.contiguous()
     constant = bias.float()
-    return lambda rows: torch.addmm(constant, rows, columns, alpha=-2).argmin(1)
+    scores = torch.empty(0, len(centroids), device=centroids.device)
+
+    def search(rows: Tensor) -> Tensor:
+        nonlocal scores  # one buffer for all tiles, so that it stays in the cache
+        if len(scores) < len(rows):
+            scores = scores.new_empty(len(rows), len(centroids))
+        return _argmin(torch.addmm(constant, rows, columns, alpha=-2, out=scores[: len(rows)]))
+
+    return search
+
+
+def _argmin(scores: Float32[Tensor, "m k"]) -> Int64[Tensor, " m"]:
+    """Column of the smallest score, the first of equals. NumPy's is 10 times faster on a CPU."""
+    if scores.is_cuda:
+        return scores.argmin(1)
+    return torch.from_numpy(scores.numpy().argmin(1))
 
 
 def faiss_search(centroids: Float32[Tensor, "k d"], inner: bool) -> Search:
