@@ -31,7 +31,13 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the chain
-    "Recipe", "pretrain", "open_index", "EpochPlan", "Whitening", "kmeans", "load_backbone",
+    "Recipe",
+    "pretrain",
+    "open_index",
+    "EpochPlan",
+    "Whitening",
+    "kmeans",
+    "load_backbone",
 ]
 
 

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from deepclust.errors import DataError
 from deepclust.files import read_json, write_json
 from deepclust.rundir import Run, is_done, prune, verify
+from deepclust.tensorfile import write_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -58,9 +59,7 @@ def save(run: Run, state: State, parts: dict[str, Tensors], keep: int) -> bool:
 
     def fill(partial: Path) -> None:
         for name, tensors in parts.items():
-            # a copy: safetensors refuses tensors that share memory, as tied weights do
-            whole = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-            save_file(whole, partial / f"{name}.safetensors")
+            write_tensors(partial / f"{name}.safetensors", tensors)
         write_json(partial / "state.json", asdict(state))
 
     run.commit(folder, fill, {"step": state.step, "round": state.round})

@@ -54,7 +54,7 @@ class RunDiffersError(DeepclustError, ValueError):
     exit_code = 8
 
 
-class RequeueWanted(DeepclustError):  # noqa: N818 - a request, not a failure
+class RequeueWanted(DeepclustError):
     """The run stopped at a step boundary because it was asked to; `resume` continues it."""
 
     exit_code = 75

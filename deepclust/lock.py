@@ -103,7 +103,7 @@ def _is_stale(run: Path, lock: dict[str, Any]) -> bool:
 
 def _is_here(lock: dict[str, Any]) -> bool:
     here = (platform.node(), _boot_id(), _pid_space())
-    return here == (lock["host"], lock["boot"], lock["pid_space"])
+    return bool(here == (lock["host"], lock["boot"], lock["pid_space"]))
 
 
 def _age(path: Path) -> float:

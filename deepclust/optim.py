@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -38,7 +37,7 @@ class Optimizers:
             weight_decay=config.weight_decay,
         )
 
-    def renew_head(self, fresh: Bool[Tensor, "k"]) -> None:
+    def renew_head(self, fresh: Bool[Tensor, " k"]) -> None:
         """Forget the momentum of the rows that are new."""
         if "head" not in self.by_name:
             return

@@ -11,9 +11,10 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,7 +23,8 @@ from deepclust.errors import RecipeError
 from deepclust.files import write_text
 
 
-class Cadence(NamedTuple):
+@dataclass(frozen=True)
+class Cadence:
     """How often something happens: every `count` epochs or steps."""
 
     count: int
@@ -170,6 +172,12 @@ class Recipe(Section):
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
 
+    @property
+    def clusters_inline(self) -> bool:
+        """Whether rank 0 clusters itself: by default when it is the only one."""
+        where = self.cluster.where
+        return where == "inline" or (where == "auto" and self.train.ranks == 1)
+
     @classmethod
     def load(cls, source: str | Path, *overrides: str) -> Recipe:
         """Read a recipe (a path or a shipped name) and apply `a.b=c` overrides."""
@@ -268,7 +276,9 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key}: is required"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+    return f"{key}: {message}" + (
+        "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    )
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tickets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -16,13 +16,14 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 
 from deepclust.clustering.whiten import Whitening
+from deepclust.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a step, on its device; labels are -1 where nobody gave one."""
 
-    ids: Int64[Tensor, "b"]
+    ids: Int64[Tensor, " b"]
     images: Float[Tensor, "b 3 h w"]
     targets: Int64[Tensor, "heads b"]
 
@@ -39,11 +40,13 @@ class Targets:
     ids: Int32[np.ndarray, "heads n"]
     centroids: Float[np.ndarray, "heads k d"]
     whitening: Whitening | None
-    kept: Bool[np.ndarray, "k"] | None
+    kept: Bool[np.ndarray, " k"] | None
 
 
 class Method(nn.Module, ABC):
     """A pretraining method. `forward` is the loss, so that DDP's hooks fire."""
+
+    backbone: Backbone
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -54,7 +57,7 @@ class Method(nn.Module, ABC):
         """The features that are clustered."""
 
     @abstractmethod
-    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, "k"]:
+    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, " k"]:
         """Take a round in; returns the rows of the head that are new."""
 
     @abstractmethod

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from deepclust.methods.base import Batch, Method, Targets
+from deepclust.models.backbone import Backbone
 from deepclust.models.heads import CentroidHead, LinearHead
 from deepclust.world import derive
 
@@ -22,37 +23,44 @@ from deepclust.world import derive
 class DeepCluster(Method):
     """Backbone and classifier, with the paper's loss: mean cross-entropy to the pseudo-labels."""
 
-    def __init__(self, backbone: nn.Module, k: int, dim: int, head: str) -> None:
+    def __init__(self, backbone: Backbone, k: int, dim: int, head: str, seed: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.policy = head
-        features = int(backbone.dim)  # type: ignore[arg-type]
-        self.head: nn.Module = (
-            CentroidHead(features, dim, k) if head == "centroids" else LinearHead(features, k)
-        )
+        self.head: LinearHead | CentroidHead
+        if head == "centroids":
+            width = backbone.dim
+            empty = torch.zeros(width), torch.zeros(width, dim), torch.zeros(k, dim)
+            self.head = CentroidHead(*empty)
+        else:
+            self.head = LinearHead(backbone.dim, k, seed=seed)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the head's logits against `batch.targets[0]`."""
         features = self.backbone(batch.images)
-        if self.policy != "centroids":
-            features = self.backbone.activate(features)  # type: ignore[operator]
+        if isinstance(self.head, LinearHead):
+            features = self.backbone.activation(features)
         return {"loss": F.cross_entropy(self.head(features).float(), batch.targets[0])}
 
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
         """The backbone's features, before the last ReLU where the backbone ends in one."""
-        return self.backbone(images)  # type: ignore[no-any-return]
+        features: Tensor = self.backbone(images)
+        return features
 
-    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, "k"]:
+    @torch.no_grad()
+    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, " k"]:
         """Renew the head for a round, by policy; the draws depend on (seed, round) only."""
+        k = targets.centroids.shape[1]
         if isinstance(self.head, CentroidHead):
             assert targets.whitening is not None
-            self.head.adopt(targets.whitening, torch.from_numpy(targets.centroids[0].copy()))
-            return torch.zeros(targets.centroids.shape[1], dtype=torch.bool)
-        kept = targets.kept if self.policy == "match" else None
-        fresh = torch.ones(targets.centroids.shape[1], dtype=torch.bool)
-        if kept is not None:
-            fresh = torch.from_numpy(~kept)
-        self.head.reset(derive(seed, "head", targets.round), fresh)  # type: ignore[operator]
+            self.head.mean.copy_(torch.from_numpy(targets.whitening.mean))
+            self.head.matrix.copy_(torch.from_numpy(targets.whitening.matrix))
+            self.head.centroids.copy_(torch.from_numpy(targets.centroids[0].copy()))
+            return torch.zeros(k, dtype=torch.bool)
+        fresh = torch.ones(k, dtype=torch.bool)
+        if self.policy == "match" and targets.kept is not None:
+            fresh = torch.from_numpy(~targets.kept)
+        self.head.reset(derive(seed, "head", targets.round), fresh.nonzero().flatten())
         return fresh
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -1,0 +1,136 @@
+"""Which image is in which cluster: a round's assignments as one Parquet or CSV table.
+
+Every sample of the index has a row a head: the excluded ones with cluster -1 and the reason. The
+table is written shard by shard, so that a hundred million rows need no more memory than a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from jaxtyping import Float32, Int32
+
+from deepclust.data.index import Index, open_index
+from deepclust.errors import RecipeError, RunDiffersError
+from deepclust.extract import read_excluded
+from deepclust.files import atomic_file
+from deepclust.rundir import Run, is_done, manifest, open_run
+
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.int64(),
+        "shard": pa.string(),
+        "key": pa.string(),
+        "head": pa.int32(),
+        "cluster": pa.int32(),
+        "distance": pa.float32(),
+        "reason": pa.string(),
+    }
+)
+Writer: TypeAlias = pyarrow.parquet.ParquetWriter | pyarrow.csv.CSVWriter
+WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
+REASON_LOST = "excluded from this round; the reason was deleted with the round's features"
+
+
+def export_assignments(run: Path, out: Path, round: int | None = None) -> Path:
+    """Write the assignments of a round (default: the last) to `out`, atomically; returns `out`.
+
+    Columns: sample_id, shard (file name), key, head, cluster (-1 = excluded), distance (squared L2
+    to the own centroid in the whitened space, null if excluded), reason (null unless excluded).
+    Rows are ordered by shard, then head, then sample id.
+
+    Raises `RecipeError` for a suffix other than .parquet and .csv or a round that is not there,
+    `RunDiffersError` when the shards are no longer those that were clustered.
+    """
+    out = Path(out)
+    if out.suffix not in WRITERS:
+        raise RecipeError(f"cannot write {out}: name it {' or '.join('*' + s for s in WRITERS)}")
+    found = open_run(run)
+    number = choose_round(found, round)
+    index = open_clustered(found, number)
+    with atomic_file(out) as partial, WRITERS[out.suffix](partial, SCHEMA) as writer:
+        for batch in _batches(found, number, index):
+            writer.write_batch(batch)
+    return out
+
+
+def choose_round(run: Run, wanted: int | None) -> int:
+    """The wanted round, or the last one; `RecipeError` lists those there are."""
+    rounds = run.rounds()
+    if not rounds:
+        raise RecipeError(
+            f"{run.path} has no finished round yet. Continue it: deepclust resume {run.path}"
+        )
+    if wanted is not None and wanted not in rounds:
+        there = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+        raise RecipeError(f"{run.path} has no round {wanted}; there are {len(rounds)}: {there}")
+    return rounds[-1] if wanted is None else wanted
+
+
+def open_clustered(run: Run, number: int) -> Index:
+    """The index of the run's shards; `RunDiffersError` if round `number` clustered other ones."""
+    data = run.recipe.data
+    index = open_index(data.shards, data.index)
+    clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
+    if index.fingerprint != clustered:
+        raise RunDiffersError(
+            f"{data.shards} now has fingerprint {index.fingerprint}, but round {number} of "
+            f"{run.path} clustered {clustered}: the ids no longer name the same images. "
+            "Put the shards of the run back in their place."
+        )
+    return index
+
+
+def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:
+    """Why samples have no cluster, by sample id: known to the index, or found by extraction."""
+    features = run.round(number) / "features"
+    found = read_excluded(features) if is_done(features) else {}
+    return {**found, **index.excluded}
+
+
+def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:
+    stage = run.round(number) / "assignments"
+    assignments = np.load(stage / "assignments.npy", mmap_mode="r")
+    distances = np.load(stage / "distances.npy", mmap_mode="r")
+    reasons = exclusions(run, number, index)
+    keys = iter(index.keys)
+    for shard, path in enumerate(index.shards):
+        first, last = index.bases[shard : shard + 2].tolist()
+        names = list(islice(keys, last - first))
+        for head in range(len(assignments)):
+            clusters, squared = assignments[head, first:last], distances[head, first:last]
+            yield _batch(first, path.name, names, head, clusters, squared, reasons)
+
+
+def _batch(
+    first: int,
+    shard: str,
+    keys: list[str],
+    head: int,
+    clusters: Int32[np.ndarray, " m"],
+    distances: Float32[np.ndarray, " m"],
+    reasons: dict[int, str],
+) -> pa.RecordBatch:
+    """One shard's rows of one head."""
+    count = len(clusters)
+    excluded = clusters < 0
+    told = np.full(count, None, dtype=object)
+    for place in np.flatnonzero(excluded):
+        told[place] = reasons.get(first + int(place), REASON_LOST)
+    columns = [
+        pa.array(np.arange(first, first + count)),
+        pa.repeat(shard, count),
+        pa.array(keys, pa.string()),
+        pa.repeat(pa.scalar(head, pa.int32()), count),
+        pa.array(clusters),
+        pa.array(distances, mask=excluded),
+        pa.array(told, pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -1,0 +1,284 @@
+"""The `deepclust` command. Every verb is a few lines on top of a function that does the work.
+
+Imports of torch and of everything heavy happen inside the verbs, so that `--help` is instant.
+Results go to stdout, everything else to stderr; exit codes are those of `deepclust.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from deepclust.errors import DeepclustError
+
+app = typer.Typer(
+    help="Pretrain image backbones by clustering.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation
+    typer.Argument(metavar="[a.b=c ...]", help="recipe values"),
+]
+Out = Annotated[Path, typer.Option("--out", help="file to write")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+def main() -> None:
+    """Entry point: run a verb, and turn our errors into a message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except DeepclustError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was finished is kept\n")
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option(help="run directory")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="where the images go")] = Path("datasets"),
+    overrides: Overrides = None,
+) -> None:
+    """Fashion-MNIST, a few minutes: run, table, report, export."""
+    from cluster_jobs.demo import run_demo
+
+    run_demo(run, data, overrides or [])
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str, typer.Argument(help="image folder, idx:DIR/train, torchvision:NAME@DIR")
+    ],
+    out: Annotated[Path, typer.Argument(help="folder for the shards")],
+    workers: Annotated[int, typer.Option(help="processes; the bytes are the same")] = 1,
+    seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
+    resize_short: Annotated[Optional[int], typer.Option(help="short side, pixels")] = None,  # noqa: UP045
+    shard_size: Annotated[Optional[int], typer.Option(help="samples a shard")] = None,  # noqa: UP045
+) -> None:
+    """Write images as shuffled tar shards, and index them."""
+    from deepclust.data.pack import pack as pack_images
+
+    index = pack_images(
+        source, out, workers=workers, seed=seed, resize_short=resize_short, shard_size=shard_size
+    )
+    _say(f"{len(index)} samples in {len(index.shards)} shards: {out}")
+
+
+@app.command()
+def index(
+    shards: Annotated[str, typer.Argument(help="folder of tar shards, or a brace pattern")],
+    verify: Annotated[bool, typer.Option(help="read every header again and compare")] = False,
+    at: Annotated[Optional[Path], typer.Option("--index", help="where the index lies")] = None,  # noqa: UP045
+) -> None:
+    """Index anyone's WebDataset shards."""
+    from deepclust.data.index import build_index
+
+    built = build_index(shards, at, verify=verify)
+    labels = "no labels" if built.labels is None else "labels"
+    _say(f"{len(built)} samples in {len(built.shards)} shards, {labels}, {built.fingerprint}")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="a path or a shipped name")],
+    run: Annotated[Path, typer.Option("--run", help="run directory")],
+    overrides: Overrides = None,
+) -> None:
+    """Pretrain in the foreground, on this machine."""
+    from cluster_jobs.display import Display
+    from deepclust.launch import pretrain as start
+    from deepclust.recipe import Recipe
+
+    with Display() as display:
+        start(Recipe.load(recipe, *(overrides or [])), run, display)
+    _finished(run)
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(help="a path or a shipped name")],
+    run: Annotated[Path, typer.Option("--run", help="run directory")],
+    on: Annotated[str, typer.Option("--on", help="local")] = "local",
+    dry_run: Annotated[bool, typer.Option(help="print what would be done, do nothing")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Start a run in the background."""
+    from cluster_jobs.executors import executor
+    from deepclust.recipe import Recipe
+
+    where = executor(on)
+    plan = where.prepare(Recipe.load(recipe, *(overrides or [])), run)
+    if dry_run:
+        typer.echo(str(plan))
+        return
+    where.submit(plan)
+    _say(f"submitted {run}\n  deepclust logs {run} -f\n  deepclust status {run}")
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="a run, or a folder of runs")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """How runs are doing."""
+    from cluster_jobs import store
+
+    found = [store.status(run) for run in store.find_runs(folder)]
+    if as_json:
+        typer.echo(json.dumps([one.as_dict() for one in found]))
+        return
+    from rich.console import Console
+
+    from cluster_jobs.display import status_table
+
+    Console().print(status_table(found) if found else f"no runs in {folder}")
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on until the end")] = False,
+    rank: Annotated[int, typer.Option(help="whose log")] = 0,
+) -> None:
+    """Print the log of a run; Ctrl-C detaches and stops nothing."""
+    from cluster_jobs.store import tail
+
+    try:
+        for line in tail(run, rank, follow):
+            typer.echo(line)
+    except KeyboardInterrupt:
+        _say(f"detached; {run} goes on")
+
+
+@app.command()
+def cancel(run: RunPath) -> None:
+    """Stop a run at its next step; it can be resumed."""
+    from cluster_jobs.executors import local
+
+    _say(local.cancel(run))
+
+
+@app.command()
+def resume(
+    run: RunPath,
+    on: Annotated[Optional[str], typer.Option("--on", help="local: in the background")] = None,  # noqa: UP045
+    overrides: Overrides = None,
+) -> None:
+    """Continue a run from what is on disk; a finished one is left as it is."""
+    from cluster_jobs.display import Display
+    from cluster_jobs.executors import executor
+    from deepclust.launch import resume as start
+
+    if on is not None:
+        executor(on).resume(run, overrides or [])
+        _say(f"resuming {run}\n  deepclust logs {run} -f")
+        return
+    with Display() as display:
+        start(run, *(overrides or []), show=display)
+    _finished(run)
+
+
+@app.command()
+def extract(run: RunPath) -> None:
+    """One stage: the features of the round that is due."""
+    _stage(run, "extract")
+
+
+@app.command()
+def cluster(run: RunPath) -> None:
+    """One stage: the assignments of the round that is due."""
+    _stage(run, "cluster")
+
+
+@app.command()
+def train(run: RunPath) -> None:
+    """One stage: training until the next round is due."""
+    _stage(run, "train")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    train_shards: Annotated[str, typer.Option("--train", help="labelled shards to fit on")],
+    test_shards: Annotated[str, typer.Option("--test", help="labelled shards to score on")],
+    as_json: Json = False,
+) -> None:
+    """Weighted kNN, linear probe and clusters of the run's frozen backbone."""
+    from cluster_jobs.evaluation import evaluate_run
+
+    scores = evaluate_run(run, train_shards, test_shards)
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    for name, values in scores.items():
+        typer.echo(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+
+
+@app.command()
+def assignments(
+    run: RunPath,
+    out: Out,
+    round_: Annotated[Optional[int], typer.Option("--round", help="default: the last")] = None,  # noqa: UP045
+) -> None:
+    """Which image is in which cluster, as Parquet or CSV."""
+    from cluster_jobs.assignments import export_assignments
+
+    export_assignments(run, out, round_)
+    _say(f"wrote {out}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Out,
+    format_: Annotated[
+        str, typer.Option("--format", help="torchvision or safetensors")
+    ] = "safetensors",
+) -> None:
+    """The backbone of the newest checkpoint, read back and compared before it counts."""
+    from cluster_jobs.evaluation import export_run
+
+    done = export_run(run, out, format_)
+    _say(f"wrote {done.path} ({done.hash})\n{done.usage}")
+
+
+@app.command()
+def report(run: RunPath, out: Out) -> None:
+    """One static HTML page: curves, clusters, images."""
+    from cluster_jobs.report import write_report
+
+    _say(f"wrote {write_report(run, out)}")
+
+
+def _stage(run: Path, stage: str) -> None:
+    from cluster_jobs.display import Display
+    from deepclust.launch import run_stage
+
+    with Display() as display:
+        run_stage(run, stage, show=display)
+    _say(f"{stage} is done: {run}")
+
+
+def _finished(run: Path) -> None:
+    _say(
+        f"finished: {run}\n  weights  {run / 'export' / 'backbone.safetensors'}\n"
+        f"  next     deepclust report {run} --out {run / 'report.html'}\n"
+        f"           deepclust assignments {run} --out clusters.parquet"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

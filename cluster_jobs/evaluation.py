@@ -1,0 +1,98 @@
+"""Frozen features of a finished run for the evaluators, and the export of its backbone.
+
+Features of the labelled train and test shards come from the exported backbone (centre crop, as in
+extraction); the evaluators in `deepclust.evaluate` see arrays only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from deepclust.checkpoint import load_latest
+from deepclust.data.index import Index, open_index
+from deepclust.data.reader import Loader, Request
+from deepclust.data.views import CentreCrop, to_float
+from deepclust.errors import DataError
+from deepclust.evaluate import evaluate_features
+from deepclust.export import Exported, export_backbone
+from deepclust.files import write_json
+from deepclust.inherit import backbone_part, export_meta
+from deepclust.models import Backbone, build_backbone
+from deepclust.recipe import Data, Recipe
+from deepclust.rundir import Run, open_run
+
+Scores = dict[str, dict[str, float]]
+
+
+def evaluate_run(run: Path, train: str, test: str) -> Scores:
+    """Evaluate a run's backbone on labelled shards; the scores also land in `evaluations/`."""
+    found = open_run(run)
+    backbone = load_run(found)
+    data = found.recipe.data
+    scores = evaluate_features(
+        labelled_features(backbone, open_index(train), data),
+        labelled_features(backbone, open_index(test), data),
+    )
+    steps = found.checkpoints()[-1].name
+    (found.path / "evaluations").mkdir(exist_ok=True)
+    record = {"step": int(steps), "train": train, "test": test, "scores": scores}
+    write_json(found.path / "evaluations" / f"{steps}.json", record)
+    return scores
+
+
+def export_run(run: Path, out: Path, format_: str) -> Exported:
+    """Export the backbone of a run's newest checkpoint."""
+    found = open_run(run)
+    return export_backbone(load_run(found), out, format_, meta=export_meta(found.recipe))
+
+
+def load_run(run: Run) -> Backbone:
+    """The backbone of a run's newest readable checkpoint, in eval mode."""
+    latest = load_latest(run, lambda text: None, repair=False)
+    if latest is None:
+        raise DataError(f"{run.path} has no checkpoint yet; let it run, then try again")
+    backbone = fresh_backbone(run.recipe)
+    backbone.load_state_dict(backbone_part(latest[1]["model"]))
+    return backbone.eval()
+
+
+def fresh_backbone(recipe: Recipe) -> Backbone:
+    """The backbone as a run of this recipe begins with it."""
+    return build_backbone(
+        recipe.backbone.name, sobel=recipe.backbone.sobel,
+        image_size=recipe.data.size, seed=recipe.seed,
+    ).eval()  # fmt: skip
+
+
+def labelled_features(
+    backbone: Backbone, index: Index, data: Data
+) -> tuple[Float32[np.ndarray, "n D"], np.ndarray]:
+    """Features and labels of every readable, labelled sample, in sample order."""
+    if index.labels is None:
+        raise DataError(
+            f"{index.shards[0].parent} has no labels: evaluation needs KEY.cls or KEY.json members"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = backbone.to(device)
+    view = CentreCrop(data.size, data.short_side)
+    ids = np.flatnonzero(np.asarray(index.labels) >= 0)
+    requests = (
+        Request(ids=part, positions=part, key=0, view=view, assignments=None)
+        for part in np.array_split(ids, max(1, len(ids) // data.extract_batch))
+    )
+    rows, used = [], []
+    loader = Loader(index, data.workers, max_pixels=data.max_pixels)
+    try:
+        for loaded in loader.stream(requests):
+            with torch.inference_mode():
+                images = to_float(loaded.images.to(device), data.mean, data.std)
+                rows.append(backbone(images).float().cpu().numpy())
+            used.append(~np.isin(loaded.ids, [bad.sample_id for bad in loaded.bad]))
+    finally:
+        loader.close()
+    usable = np.concatenate(used)
+    return np.concatenate(rows)[usable], np.asarray(index.labels)[ids][usable]

@@ -1,0 +1,106 @@
+"""What the run directories say: the state of a run in words, read from its files alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deepclust import lock, rundir
+from deepclust.launch import is_finished
+from deepclust.rundir import Run
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at a glance. `state` is PENDING, RUNNING, SUCCEEDED, STOPPED, FAILED or DIED."""
+
+    name: str
+    state: str
+    phase: str
+    round: int | None
+    epoch: float | None
+    epochs: int
+    step: int | None
+    loss: float | None
+    images_per_s: float | None
+    owner: str | None
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The run that a folder is, or the runs that lie in it."""
+    if rundir.exists(folder):
+        return [Run(folder)]
+    return [Run(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))]
+
+
+def status(run: Run) -> Status:
+    """The state of a run, from its lock, events and metrics."""
+    owner = lock.owner(run.path)
+    events = run.events()
+    state, reason = _state(run, owner, events)
+    trained = run.metrics("train")
+    last = trained[-1] if trained else {}
+    rounds = run.rounds()
+    return Status(
+        name=run.path.name, state=state, phase=_phase(events), epochs=run.recipe.train.epochs,
+        round=rounds[-1] if rounds else None, epoch=last.get("epoch"), step=last.get("step"),
+        loss=last.get("loss"), images_per_s=last.get("images_per_s"), owner=owner, reason=reason,
+    )  # fmt: skip
+
+
+def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str]:
+    if owner:
+        return "RUNNING", ""
+    if is_finished(run):
+        return "SUCCEEDED", ""
+    if not events:
+        return "PENDING", "not started yet"
+    last = events[-1]
+    if last["event"] != "stopped":
+        return "DIED", f"ended without a word; deepclust resume {run.path}"
+    if last["kind"] in ("RequeueWanted", "KeyboardInterrupt"):
+        return "STOPPED", last["text"]
+    return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}"
+
+
+def _phase(events: list[dict[str, Any]]) -> str:
+    """What the newest telling event says is going on."""
+    following = {
+        "started": "start", "unit": "extract", "extracted": "whiten", "whitening": "project",
+        "features": "cluster", "clustered": "train", "checkpoint": "train", "finished": "done",
+    }  # fmt: skip
+    told = [e["event"] for e in events if e["event"] in following]
+    return following[told[-1]] if told else ""
+
+
+def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
+    """Lines of a rank's log and of the controller's; with `follow`, until the run ends."""
+    folder = rundir.open_run(run).path / "logs"
+    files = dict.fromkeys(("controller.log", f"rank-{rank:05d}.log"), 0)
+    while True:
+        alive = lock.owner(run) is not None
+        for name in files:
+            for line in _new_lines(folder / name, files):
+                yield line
+        if not follow or not alive:
+            return
+        time.sleep(0.5)
+
+
+def _new_lines(file: Path, seen: dict[str, int]) -> list[str]:
+    if not file.exists():
+        return []
+    with open(file, "rb") as log:
+        log.seek(seen[file.name])
+        data = log.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    seen[file.name] += len(whole)
+    return whole.decode(errors="replace").splitlines()

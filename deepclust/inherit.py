@@ -1,0 +1,122 @@
+"""Starting a run from another one: its weights, or its assignments of any round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32
+
+from deepclust import __version__, cluster
+from deepclust.checkpoint import load, load_latest
+from deepclust.data.index import Index, open_index
+from deepclust.errors import DataError, RecipeError
+from deepclust.export import load_backbone
+from deepclust.files import read_json, write_json
+from deepclust.models import Backbone
+from deepclust.recipe import Recipe
+from deepclust.rundir import Run, exists, is_done, manifest
+
+
+def load_weights(backbone: Backbone, source: str) -> None:
+    """Take the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
+    path = Path(source)
+    if exists(path):
+        found = load_latest(Run(path), lambda text: None, repair=False)
+        if found is None:
+            raise DataError(f"init.weights: {path} has no checkpoint yet")
+        state = backbone_part(found[1]["model"])
+    elif (path / "state.json").exists():
+        state = backbone_part(load(path)[1]["model"])
+    elif path.is_file():
+        state = dict(load_backbone(path).state_dict())
+    else:
+        raise DataError(f"init.weights: {path} is neither a run, a checkpoint nor an export")
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise RecipeError(f"init.weights: {path} is not a {backbone.name}: {error}") from None
+
+
+def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
+    """Make round 0 from another run's round: as it is where the data are equal, else by key."""
+    folder = run.round(0)
+    if is_done(folder / "assignments"):
+        return
+    source = Path(str(recipe.init.assignments))
+    if not is_done(source / "assignments"):
+        raise DataError(
+            f"init.assignments: {source} is not a finished round (runs/NAME/rounds/0003)"
+        )
+    centroids = np.load(source / "centroids" / "centroids.npy")
+    if centroids.shape[1] != recipe.cluster.k:
+        raise RecipeError(
+            f"init.assignments: {source} has {centroids.shape[1]} clusters and cluster.k is "
+            f"{recipe.cluster.k}; set cluster.k={centroids.shape[1]}"
+        )
+    labels = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
+    if manifest(source / "assignments")["inputs"]["data"] != index.fingerprint:
+        labels = _join(labels[0], _index_of(source), index)[None]
+    _write_round(run, source, index, np.asarray(labels), centroids)
+
+
+def export_meta(recipe: Recipe) -> dict[str, Any]:
+    """What an exported file says of how its images were made."""
+    data = recipe.data
+    return {
+        "mean": list(data.mean), "std": list(data.std), "resize": data.short_side,
+        "method": recipe.method.name, "deepclust": __version__,
+    }  # fmt: skip
+
+
+def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's tensors of a method's state dict."""
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _index_of(source: Path) -> Index:
+    other = Run(source.parent.parent).recipe
+    return open_index(other.data.shards, other.data.index)
+
+
+def _join(labels: Int32[np.ndarray, " m"], theirs: Index, ours: Index) -> Int32[np.ndarray, " n"]:
+    """Their labels on our sample ids, joined by shard name and key; -1 where they have none."""
+    table = _keys(theirs).append_column("label", pa.array(labels))
+    joined = _keys(ours).append_column("id", pa.array(np.arange(len(ours))))
+    joined = joined.join(table, ["shard", "key"], join_type="left outer").sort_by("id")
+    found = joined["label"].fill_null(-1).to_numpy().astype(np.int32)
+    if not (found >= 0).any():
+        raise DataError(
+            "init.assignments: no sample of data.shards has a shard and key of that run"
+        )
+    return np.asarray(found)
+
+
+def _keys(index: Index) -> pa.Table:
+    names = np.array([shard.name for shard in index.shards])
+    shards = np.repeat(names, np.diff(index.bases))
+    return pa.table({"shard": pa.array(shards), "key": pa.array(list(index.keys))})
+
+
+def _write_round(
+    run: Run, source: Path, index: Index, labels: np.ndarray, centroids: np.ndarray
+) -> None:
+    inputs = {"data": index.fingerprint, "from": str(source)}
+    folder = run.round(0)
+    if (source / "whitening").exists():
+        whitening = cluster.read_whitening(source)
+        run.commit(
+            folder / "whitening", lambda d: whitening.save(d / "whitening.safetensors"), inputs
+        )
+    run.commit(folder / "centroids", lambda d: np.save(d / "centroids.npy", centroids), inputs)
+
+    def fill(stage: Path) -> None:
+        np.save(stage / "assignments.npy", labels)
+        np.save(stage / "distances.npy", np.full(labels.shape, np.nan, np.float32))
+        statistics = read_json(source / "assignments" / "statistics.json")
+        write_json(stage / "statistics.json", {**statistics, "round": 0})
+
+    run.commit(folder / "assignments", fill, inputs)

@@ -1,0 +1,154 @@
+"""The rank program: what every process of a run executes, wherever it was started.
+
+As `python -m deepclust.rank` it is one trainer rank or the cluster worker of a local gang; with
+one rank and inline clustering the launcher calls `work` in its own process. It dies with its
+parent, logs to its own file, and hands events to the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deepclust import cluster, pipeline
+from deepclust.data.index import Index, open_index
+from deepclust.errors import DeepclustError, ResourceError, RunDiffersError
+from deepclust.files import read_json, write_json
+from deepclust.launch import CLUSTER_WORKER
+from deepclust.metrics import PipeReport, Report, log_to
+from deepclust.recipe import Recipe
+from deepclust.rundir import Run
+from deepclust.world import join, leave
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One process's place in a gang; rank -1 is the cluster worker. `stage`: only that one."""
+
+    rank: int
+    size: int
+    meeting: Path
+    stage: str | None = None
+
+
+def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
+    """Take a seat and do its work until the run is finished."""
+    recipe = run.recipe
+    log_to(run.path / "logs" / _log_name(seat), seat.rank)
+    torch.set_num_threads(recipe.train.threads or 1)
+    index = open_index(recipe.data.shards, recipe.data.index)
+    if seat.rank <= 0:
+        check_data(run, index)
+    if seat.rank == CLUSTER_WORKER:
+        cluster.serve(_cluster_job(run, recipe, index, report), stopping)
+        return
+    device = training_device(recipe, seat.rank)
+    world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
+    inline = recipe.clusters_inline and world.is_first
+    job = _cluster_job(run, recipe, index, report) if inline else None
+    try:
+        context = pipeline.Context(recipe, run, world, index, report, job, stopping, seat.stage)
+        pipeline.run(context)
+    finally:
+        leave()
+
+
+def training_device(recipe: Recipe, rank: int) -> torch.device:
+    """The rank's device: its own GPU, or the CPU."""
+    wanted, gpus = recipe.train.device, torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    if rank >= gpus:
+        raise ResourceError(
+            f"train.ranks={recipe.train.ranks} needs as many GPUs and this machine has {gpus}: "
+            "lower train.ranks, or set train.device=cpu"
+        )
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def clustering_device(recipe: Recipe) -> torch.device:
+    """The cluster worker's device: a GPU that no rank trains on, else rank 0's, else the CPU."""
+    if recipe.cluster.device != "auto":
+        return torch.device(recipe.cluster.device)
+    gpus = torch.cuda.device_count()
+    if not gpus or recipe.train.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", recipe.train.ranks if recipe.train.ranks < gpus else 0)
+
+
+def check_data(run: Run, index: Index) -> None:
+    """Raise `RunDiffersError` when the shards are not those that the run began with."""
+    file = run.path / "data.json"
+    facts = {"fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)}
+    if not file.exists():
+        write_json(file, facts)
+        return
+    before = read_json(file)
+    if before != facts:
+        changed = [f"{k}: {before[k]} then, {facts[k]} now" for k in facts if before[k] != facts[k]]
+        raise RunDiffersError(
+            f"the data of {run.path} are not those it began with ({'; '.join(changed)}). "
+            "Put the old shards back, or start a new run."
+        )
+
+
+def _cluster_job(run: Run, recipe: Recipe, index: Index, report: Report) -> cluster.Job:
+    return cluster.Job(
+        run, recipe.cluster, recipe.seed, index, recipe.method.head == "match",
+        clustering_device(recipe), report,
+    )  # fmt: skip
+
+
+def _log_name(seat: Seat) -> str:
+    return "cluster-worker.log" if seat.rank == CLUSTER_WORKER else f"rank-{seat.rank:05d}.log"
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> int:
+    """Run one seat of a local gang; the launcher gives the arguments."""
+    parser = argparse.ArgumentParser()
+    for name in ("--run", "--token", "--meeting"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--stage", default="")
+    for name in ("--incarnation", "--rank", "--size", "--parent", "--pipe"):
+        parser.add_argument(name, type=int, required=True)
+    args = parser.parse_args()
+    die_with(args.parent)
+    asked: list[int] = []
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked.append(received))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
+    report = PipeReport(args.pipe)
+    run = Run(Path(args.run), args.token, args.incarnation)
+    seat = Seat(args.rank, args.size, Path(args.meeting), args.stage or None)
+    try:
+        work(run, seat, report, lambda: bool(asked))
+    except DeepclustError as error:
+        report.failed(error, error.exit_code)
+        return error.exit_code
+    except BaseException as error:
+        traceback.print_exc()
+        report.failed(error, 1)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
