@@ -29,21 +29,21 @@ def test_an_unknown_evaluator_is_answered_with_the_known_ones() -> None:
 
 def test_shards_without_labels_are_refused_with_the_fix() -> None:
     (x, _), test = splits(100)
-    with pytest.raises(DataError, match="train shards have no labels.*KEY.cls"):
+    with pytest.raises(DataError, match=r"train shards have no labels.*KEY.cls"):
         evaluate_features((x, None), test)
 
 
 def test_a_sample_without_label_is_refused_and_named() -> None:
     train, (x, y) = splits(100)
     y[[7, 9]] = -1
-    with pytest.raises(DataError, match="2 of the 50 test samples have no label.*row 7.*KEY.cls"):
+    with pytest.raises(DataError, match=r"2 of the 50 test samples have no label.*row 7.*KEY.cls"):
         evaluate_features(train, (x, y))
 
 
 def test_a_row_that_is_not_finite_is_refused_and_named() -> None:
     (x, y), test = splits(100)
     x[3, 5] = np.nan
-    with pytest.raises(DataError, match="1 train rows are not finite.*row 3"):
+    with pytest.raises(DataError, match=r"1 train rows are not finite.*row 3"):
         evaluate_features((x, y), test)
 
 

@@ -65,5 +65,5 @@ def test_the_only_row_of_a_class_is_never_held_out() -> None:
 
 def test_one_row_a_class_is_too_few() -> None:
     (x, _), test = splits(20)
-    with pytest.raises(DataError, match="20 training rows of 20 classes.*knn"):
+    with pytest.raises(DataError, match=r"20 training rows of 20 classes.*knn"):
         list(linear(x, np.arange(20), *test))

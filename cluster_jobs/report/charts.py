@@ -1,0 +1,175 @@
+"""The curves of the report, as SVG text to be set into the page: small panels that print well."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cluster_jobs.report.facts import Facts, Record
+from deepclust.rundir import Run
+
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#c8701c", "#2b8a6b", "#8a94a3"
+STYLE: Any = {  # Any: matplotlib types the keys one by one, in new versions only
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "svg.hashsalt": "deepclust",  # the same run gives the same bytes
+    "font.size": 10.5,
+    "axes.edgecolor": "#c9d0d9",
+    "axes.labelcolor": "#4a5565",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#edf0f3",
+    "xtick.color": "#4a5565",
+    "ytick.color": "#4a5565",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+}
+MOST_POINTS = 600  # of a curve; more are averaged in runs of equal length
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A panel: what it shows, how to read it, and its SVG."""
+
+    title: str
+    reading: str
+    svg: Markup
+
+
+def charts(run: Run, facts: Facts) -> list[Chart]:
+    """The panels that there are numbers for."""
+    panels = [_loss(facts), *_by_round(facts.rounds), _sizes(run, facts)]
+    return [panel for panel in panels if panel is not None]
+
+
+def _loss(facts: Facts) -> Chart | None:
+    if not facts.train:
+        return None
+    steps, losses = (_column(facts.train, name) for name in ("step", "loss"))
+    k = facts.recipe.cluster.k
+
+    def draw(axes: Axes) -> None:
+        axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")
+        axes.axhline(math.log(k), color=GREY, linestyle="--", linewidth=1.2, label="a guess, ln k")
+        axes.set_xlabel("step")
+        axes.legend()
+
+    reading = "It falls between rounds and jumps at each, when the head starts anew."
+    return Chart("Training loss", reading, _svg(draw))
+
+
+def _by_round(rounds: list[Record]) -> list[Chart | None]:
+    return [
+        _lines(
+            rounds,
+            "Agreement with the labels",
+            "Labels only measure. Accuracy is low by nature when k exceeds the classes.",
+            [("nmi_labels", "NMI"), ("ari_labels", "ARI"), ("accuracy_labels", "accuracy")],
+        ),
+        _lines(
+            rounds,
+            "Agreement with the previous round",
+            "NMI should rise and the reassigned share fall as the clusters settle.",
+            [("nmi_previous", "NMI"), ("reassigned", "reassigned")],
+        ),
+        _lines(
+            rounds,
+            "Balance",
+            "Entropy of the sizes as a share of ln k: 1 is even, a fall is a collapse.",
+            [("entropy_ratio", "entropy"), ("largest_share", "largest share")],
+        ),
+        _lines(
+            rounds,
+            "Inertia",
+            "Mean squared distance to the own centroid, in the whitened space of its round.",
+            [("inertia", "inertia")],
+            shares=False,
+        ),
+    ]
+
+
+def _lines(
+    rounds: list[Record],
+    title: str,
+    reading: str,
+    series: Sequence[tuple[str, str]],
+    shares: bool = True,
+) -> Chart | None:
+    """A panel of some statistics by round (`shares`: from 0 to 1), without what no round has."""
+    there = [(key, name) for key, name in series if any(r.get(key) is not None for r in rounds)]
+    if not there:
+        return None
+    numbers = _column(rounds, "round")
+
+    def draw(axes: Axes) -> None:
+        for (key, name), colour in zip(there, (BLUE, ORANGE, GREEN), strict=False):
+            axes.plot(numbers, _column(rounds, key), marker="o", color=colour, label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("round")
+        if shares:
+            axes.set_ylim(-0.02, 1.02)
+        if len(there) > 1:
+            axes.legend()
+
+    return Chart(title, reading, _svg(draw))
+
+
+def _sizes(run: Run, facts: Facts) -> Chart | None:
+    if not facts.rounds:
+        return None
+    number, k = facts.rounds[-1]["round"], facts.recipe.cluster.k
+    labels = np.load(run.round(number) / "assignments" / "assignments.npy", mmap_mode="r")[0]
+    sizes = np.bincount(labels[labels >= 0], minlength=k)
+    wide = sizes.max() > 20 * max(1, np.median(sizes))
+
+    def draw(axes: Axes) -> None:
+        axes.hist(sizes, _edges(sizes, wide).tolist(), color=BLUE, alpha=0.85)
+        axes.axvline(sizes.mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="even share")
+        axes.set_xscale("log" if wide else "linear")
+        axes.set_xlabel("images in a cluster")
+        axes.set_ylabel("clusters")
+        axes.legend()
+
+    reading = f"Of round {number}: {sizes.min():,} to {sizes.max():,} images in each of {k:,}."
+    return Chart("Cluster sizes", reading, _svg(draw))
+
+
+def _edges(sizes: np.ndarray, wide: bool) -> np.ndarray:
+    """Some 32 bins: of equal ratio when a few clusters are huge, else of equal whole width."""
+    low, high = int(sizes.min()), int(sizes.max()) + 1
+    if wide:
+        return np.geomspace(max(1, low), high, 33)
+    return np.arange(low, high + 1, max(1, -(-(high - low) // 32))) - 0.5
+
+
+def _column(records: list[Record], key: str) -> np.ndarray:
+    """A column of numbers; what a record lacks is NaN, and leaves a gap in the curve."""
+    return np.array([r.get(key) for r in records], dtype=np.float64)
+
+
+def _thin(values: np.ndarray) -> np.ndarray:
+    parts = np.array_split(values, min(len(values), MOST_POINTS))
+    return np.array([part.mean() for part in parts])
+
+
+def _svg(draw: Callable[[Axes], None]) -> Markup:
+    """Draw on a fresh figure (no pyplot, no global state) and return its <svg> element."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.7, 2.5), layout="constrained")
+        draw(figure.add_subplot())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])

@@ -1,0 +1,96 @@
+"""Is it working? The questions that users ask about a clustering run, answered in sentences.
+
+Each check looks at the facts and answers with a verdict, or with None where it is too early. The
+limits are rules of thumb; they colour a sentence and stop nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cluster_jobs.report.facts import Facts
+
+STUCK = 0.97  # of ln k: no better than a guess
+CROWDED = 0.2  # share of the images in one cluster
+LOST = 0.001  # share of the samples that could not be used
+UNSETTLED = 0.05  # fall of the NMI between rounds
+
+
+class Check(NamedTuple):
+    """A verdict and its reason."""
+
+    good: bool
+    text: str
+
+
+def checks(facts: Facts) -> list[Check]:
+    """All answers that there are."""
+    asked: tuple[Callable[[Facts], Check | None], ...] = (learns, balanced, settles, filled, whole)
+    return [answer for ask in asked if (answer := ask(facts)) is not None]
+
+
+def learns(facts: Facts) -> Check | None:
+    """Whether the network beats a guess at the pseudo-labels, whose loss is ln k."""
+    trained = [one["loss"] for one in facts.rounds if one["loss"] is not None]
+    if not trained:
+        return None
+    loss, guess = trained[-1], math.log(facts.recipe.cluster.k)
+    if loss > STUCK * guess:
+        return Check(
+            False,
+            f"The loss, {loss:.2f}, is still that of a guess (ln k = {guess:.2f}): the network "
+            "does not learn its pseudo-labels. Try another train.lr, or a smaller cluster.k.",
+        )
+    return Check(True, f"The loss, {loss:.2f}, is below that of a guess (ln k = {guess:.2f}).")
+
+
+def balanced(facts: Facts) -> Check | None:
+    """Whether a few clusters swallow the images."""
+    if not facts.rounds:
+        return None
+    share, even = facts.rounds[-1]["largest_share"], 1 / facts.recipe.cluster.k
+    text = f"The largest cluster holds {share:.1%} of the images; an even share is {even:.2%}."
+    if share > max(CROWDED, 5 * even):
+        return Check(False, f"{text} The clustering is collapsing: lower train.lr and start anew.")
+    return Check(True, text)
+
+
+def settles(facts: Facts) -> Check | None:
+    """Whether consecutive rounds come to agree."""
+    agreed = [one["nmi_previous"] for one in facts.rounds if one["nmi_previous"] is not None]
+    if not agreed:
+        return None
+    if len(agreed) == 1:
+        return Check(True, f"The last two rounds agree to NMI {agreed[0]:.2f}; it should rise.")
+    text = f"Agreement of consecutive rounds went from NMI {agreed[0]:.2f} to {agreed[-1]:.2f}"
+    if agreed[-1] < agreed[0] - UNSETTLED:
+        return Check(False, f"{text}: the clusters do not settle. Lower train.lr.")
+    return Check(True, f"{text}.")
+
+
+def filled(facts: Facts) -> Check | None:
+    """Whether k-means had to fill clusters that won nothing."""
+    forced = facts.rounds[-1].get("forced", 0) if facts.rounds else 0
+    if not forced:
+        return None
+    return Check(
+        forced <= 0.01 * facts.recipe.cluster.k,
+        f"{forced:,} images were moved into clusters that had won none. "
+        "If there are many, the images have fewer kinds than cluster.k.",
+    )
+
+
+def whole(facts: Facts) -> Check | None:
+    """Whether samples had to be left out."""
+    if not facts.rounds:
+        return None
+    excluded, n = facts.rounds[-1]["excluded"], facts.rounds[-1]["n"]
+    if not excluded:
+        return Check(True, f"All {n:,} samples are in a cluster.")
+    return Check(
+        excluded <= LOST * n,
+        f"{excluded:,} of {n:,} samples could not be used; the table of deepclust assignments "
+        "tells which, and why.",
+    )

@@ -1,0 +1,173 @@
+"""What the report tells, read from the files of a run: plain values, nothing drawn yet."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from cluster_jobs import store
+from cluster_jobs.store import Status
+from deepclust.files import file_hash, read_json
+from deepclust.recipe import Recipe
+from deepclust.rundir import Run, manifest
+
+Record = dict[str, Any]
+UNKNOWN = "not known before the first round"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number to see first."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of an evaluation."""
+
+    evaluator: str
+    measure: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file in export/."""
+
+    path: str
+    bytes: int
+    hash: str
+    """blake2b of the file."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run in numbers and words."""
+
+    name: str
+    status: Status
+    recipe: Recipe
+    recipe_text: str
+    essentials: list[tuple[str, str]]
+    tiles: list[Tile]
+    rounds: list[Record]
+    train: list[Record]
+    scores: list[Score]
+    exports: list[Export]
+    commands: list[tuple[str, str]]
+
+
+def gather(run: Run) -> Facts:
+    """Everything but the images."""
+    recipe, train = run.recipe, run.metrics("train")
+    status = store.status(run)
+    scores = _scores(run)
+    rounds = [_round(run, number, train) for number in run.rounds()]
+    return Facts(
+        name=run.path.resolve().name,
+        status=status,
+        recipe=recipe,
+        recipe_text=recipe.dump(),
+        essentials=_essentials(run, recipe, rounds),
+        tiles=_tiles(status, rounds, scores),
+        rounds=rounds,
+        train=train,
+        scores=scores,
+        exports=[
+            Export(str(file), file.stat().st_size, file_hash(file))
+            for file in sorted((run.path / "export").glob("[!.]*"))
+        ],
+        commands=_commands(run, status.state),
+    )
+
+
+def _round(run: Run, number: int, train: list[Record]) -> Record:
+    """The statistics of a round, and the mean loss of the training on it."""
+    statistics = read_json(run.round(number) / "assignments" / "statistics.json")
+    losses = [record["loss"] for record in train if record["round"] == number]
+    return {**statistics, "loss": sum(losses) / len(losses) if losses else None}
+
+
+def _essentials(run: Run, recipe: Recipe, rounds: list[Record]) -> list[tuple[str, str]]:
+    data, cluster, train = recipe.data, recipe.cluster, recipe.train
+    told = _environment(run)
+    return [
+        (
+            "Backbone",
+            recipe.backbone.name + (" on Sobel gradients" if recipe.backbone.sobel else ""),
+        ),
+        ("Method", f"{recipe.method.name}, head {recipe.method.head}"),
+        ("Clusters", f"{cluster.k:,} of {cluster.dim} dimensions, anew every {cluster.every}"),
+        ("Training", f"{train.epochs} epochs, batch {train.batch:,}, rate {train.lr:g}"),
+        ("Ranks", f"{train.ranks}, seed {recipe.seed}"),
+        ("Data", f"{data.shards} at {data.size} px"),
+        ("Samples", f"{rounds[-1]['n']:,}" if rounds else UNKNOWN),
+        ("Fingerprint", _fingerprint(run, rounds)),
+        *told,
+    ]
+
+
+def _tiles(status: Status, rounds: list[Record], scores: list[Score]) -> list[Tile]:
+    """How far it is, how fast, and the best news there are."""
+    tiles = []
+    if status.epoch is not None:
+        tiles.append(Tile(f"of {status.epochs} epochs", f"{status.epoch:.3g}"))
+    if rounds:
+        tiles.append(Tile("rounds", str(len(rounds))))
+    for key, name in (("nmi_previous", "NMI to previous round"), ("nmi_labels", "NMI to labels")):
+        if rounds and rounds[-1].get(key) is not None:
+            tiles.append(Tile(name, f"{rounds[-1][key]:.3f}"))
+    first = {score.evaluator: score for score in reversed(scores) if score.measure == "top1"}
+    tiles += [Tile(f"{name} top-1", f"{score.value:.1%}") for name, score in first.items()]
+    if status.images_per_s:
+        tiles.append(Tile("images a second", f"{status.images_per_s:,.0f}"))
+    return tiles
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    path = run.path / "env.json"
+    if not path.exists():
+        return []
+    env = read_json(path)
+    started = datetime.fromtimestamp(env["time"]).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    versions = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
+    code = env.get("git") or "not from a git checkout"
+    return [("Created", f"{started} on {env['host']}"), ("Code", code[:12]), ("With", versions)]
+
+
+def _fingerprint(run: Run, rounds: list[Record]) -> str:
+    if not rounds:
+        return UNKNOWN
+    return str(manifest(run.round(rounds[-1]["round"]) / "assignments")["inputs"]["data"])
+
+
+def _scores(run: Run) -> list[Score]:
+    """The numbers of evaluations/*.json, newest evaluation first."""
+    found = []
+    for file in sorted((run.path / "evaluations").glob("*.json"), reverse=True):
+        record = read_json(file)
+        source = f"step {record['step']:,}: {record['train']} → {record['test']}"
+        for evaluator, values in record["scores"].items():
+            found += [Score(evaluator, name, value, source) for name, value in values.items()]
+    return found
+
+
+def _commands(run: Run, state: str) -> list[tuple[str, str]]:
+    """What to type next, and what it does."""
+    name = shlex.quote(str(run.path))
+    report = f"deepclust report {name} --out {shlex.quote(str(run.path / 'report.html'))}"
+    watch = [(f"deepclust logs {name} -f", "follow it"), (report, "write this page again")]
+    if state == "RUNNING":
+        return [*watch, (f"deepclust cancel {name}", "stop at the next step; can be resumed")]
+    if state != "SUCCEEDED":
+        return [(f"deepclust resume {name}", "continue from what is on disk"), *watch]
+    return [
+        (f"deepclust evaluate {name} --train SHARDS --test SHARDS", "kNN, linear probe, clusters"),
+        (f"deepclust assignments {name} --out clusters.parquet", "which image is in which cluster"),
+        (f"deepclust export {name} --format safetensors --out backbone.safetensors", "weights"),
+    ]

@@ -1,0 +1,177 @@
+"""The images of some clusters: those nearest to the centroid, and a few random members.
+
+The nearest ones show what a cluster means, the random ones what it holds. Images are read from the
+shards through the index, made small, and set into the page as data URIs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+from PIL import Image
+
+from cluster_jobs.assignments import open_clustered
+from deepclust.data.decode import DecodeError, decode
+from deepclust.data.index import Index
+from deepclust.errors import DeepclustError
+from deepclust.rundir import Run
+from deepclust.world import generator
+
+PER_GROUP = 4  # clusters of each kind: the largest, median, random
+NEAREST, RANDOM = 10, 5  # images of each cluster
+SIDE = 96  # pixels; 180 such images, 27 KB raw at the very worst, keep the page below 5 MB
+EXACT = 48  # images not larger are kept as they are, as PNG
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small image. `odd`: its class is not its cluster's most frequent one."""
+
+    source: str
+    title: str
+    odd: bool
+    tiny: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """A cluster. `majority` and `purity` are None where there are no labels."""
+
+    cluster: int
+    size: int
+    majority: str | None
+    purity: float | None
+    nearest: list[Thumbnail]
+    random: list[Thumbnail]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards by kind of cluster; or why there are none, in `note`."""
+
+    groups: list[tuple[str, list[Card]]]
+    note: str = ""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any cluster has a majority class."""
+        return any(card.majority is not None for _, cards in self.groups for card in cards)
+
+
+def gallery(run: Run) -> Gallery:
+    """The gallery of the last round; never an error, because the page is about more than images."""
+    rounds = run.rounds()
+    if not rounds:
+        return Gallery([], "The images of the clusters appear here after the first round.")
+    try:
+        index = open_clustered(run, rounds[-1])
+        return Gallery(_groups(run, rounds[-1], index))
+    except (DeepclustError, OSError) as error:
+        return Gallery([], f"The images cannot be shown: {error}")
+
+
+def _groups(run: Run, number: int, index: Index) -> list[tuple[str, list[Card]]]:
+    stage = run.round(number) / "assignments"
+    assignments = np.load(stage / "assignments.npy", mmap_mode="r")[0]
+    distances = np.load(stage / "distances.npy", mmap_mode="r")[0]
+    sizes = np.bincount(assignments[assignments >= 0])
+    return [
+        (title, [_card(index, int(one), assignments, distances) for one in chosen])
+        for title, chosen in choose(sizes, seed=number).items()
+    ]
+
+
+def choose(sizes: Int64[np.ndarray, " k"], seed: int) -> dict[str, Int64[np.ndarray, " c"]]:
+    """The clusters to show, by kind; all of them when they are few. Empty ones never."""
+    order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    if len(order) <= 3 * PER_GROUP:
+        return {"All clusters, by size": order}
+    largest, rest = order[:PER_GROUP], order[PER_GROUP:]
+    middle = max(0, len(order) // 2 - PER_GROUP - PER_GROUP // 2)
+    median = rest[middle : middle + PER_GROUP]
+    others = np.setdiff1d(rest, median)
+    drawn = generator(seed, "report", "gallery").choice(others, PER_GROUP, replace=False)
+    return {"The largest": largest, "Of median size": median, "At random": drawn}
+
+
+def _card(
+    index: Index,
+    cluster: int,
+    assignments: Int32[np.ndarray, " n"],
+    distances: Float32[np.ndarray, " n"],
+) -> Card:
+    members = np.flatnonzero(assignments == cluster)
+    by_distance = members[np.argsort(distances[members], kind="stable")]
+    draw = generator(cluster, "report", "members")
+    rest = draw.permutation(by_distance[NEAREST:])
+    majority, purity = _majority(index, members)
+    return Card(
+        cluster,
+        len(members),
+        None if majority is None else _class_name(index, majority),
+        purity,
+        _thumbnails(index, by_distance[: 2 * NEAREST], NEAREST, majority),
+        _thumbnails(index, rest[: 2 * RANDOM], RANDOM, majority),
+    )
+
+
+def _majority(index: Index, members: Int64[np.ndarray, " m"]) -> tuple[int | None, float | None]:
+    """The most frequent label of the members that have one, and its share."""
+    known = np.zeros(0, np.int64) if index.labels is None else index.labels[members]
+    known = known[known >= 0]
+    if not len(known):
+        return None, None
+    counts = np.bincount(known)
+    return int(counts.argmax()), float(counts.max() / len(known))
+
+
+def _class_name(index: Index, label: int) -> str:
+    return index.class_names[label] if index.class_names else f"class {label}"
+
+
+def _thumbnails(
+    index: Index, ids: Int64[np.ndarray, " m"], count: int, majority: int | None
+) -> list[Thumbnail]:
+    """The first `count` of the samples that can be decoded."""
+    found: list[Thumbnail] = []
+    for sample in ids.tolist():
+        if len(found) == count:
+            break
+        try:
+            image = decode(_read(index, sample))
+        except DecodeError:
+            continue
+        label = -1 if index.labels is None else int(index.labels[sample])
+        kind = f" · {_class_name(index, label)}" if label >= 0 else ""
+        title = f"{index.keys[sample]}{kind} · sample {sample}"
+        odd = majority is not None and label not in (-1, majority)
+        found.append(
+            Thumbnail(
+                _data_uri(image.permute(1, 2, 0).numpy()), title, odd, max(image.shape) <= EXACT
+            )
+        )
+    return found
+
+
+def _read(index: Index, sample: int) -> bytes:
+    shard, offset, size = (int(column[0]) for column in index.locate(np.array([sample])))
+    handle = os.open(index.shards[shard], os.O_RDONLY)
+    try:
+        return os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    exact = max(image.size) <= EXACT
+    image.thumbnail((SIDE, SIDE))
+    image.save(buffer, "PNG" if exact else "JPEG", quality=82)
+    kind = "png" if exact else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
