@@ -105,12 +105,15 @@ def _plain(header: bytes, position: int) -> tuple[Member | None, int] | None:
 def _extended(shard: Shard, header: bytes, position: int) -> tuple[Member | None, int]:
     """Whatever stands at this position, read by `tarfile`; None for folders and links."""
     if len(header) < _BLOCK:
-        raise _ended_early(shard, position)
+        raise _ended_early(shard, header, position)
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise _no_header(shard, header, position) from error
+    try:
         found, following = _read_with_tarfile(shard.path, position)
     except tarfile.TarError as error:
-        raise _damaged(shard, header, position, error) from error
+        raise _damaged(shard, position) from error
     if found is None:
         raise _truncated(shard, f"the header at offset {position} has no member after it")
     if found.issparse():
@@ -139,9 +142,9 @@ def _check_tail(shard: Shard, position: int) -> None:
         position += len(block)
 
 
-def _damaged(shard: Shard, header: bytes, position: int, error: Exception) -> DataError:
+def _no_header(shard: Shard, header: bytes, position: int) -> DataError:
     if position:
-        return shard.wrong(f"damaged or cut short at offset {position} ({error})", _REWRITE)
+        return _damaged(shard, position)
     for magic, program in _COMPRESSIONS.items():
         if header.startswith(magic):
             return shard.wrong(
@@ -151,13 +154,16 @@ def _damaged(shard: Shard, header: bytes, position: int, error: Exception) -> Da
     return shard.wrong("not a tar file", "Take it out of the folder, or write it again.")
 
 
-def _ended_early(shard: Shard, position: int) -> DataError:
+def _ended_early(shard: Shard, header: bytes, position: int) -> DataError:
     if shard.size == 0:
         return shard.wrong("empty (0 bytes)", _REWRITE)
     if position == 0:
-        header = os.pread(shard.handle, _BLOCK, 0)
-        return _damaged(shard, header, 0, EOFError())
+        return _no_header(shard, header, position)
     return _truncated(shard, f"no end-of-archive marker stands at offset {position}")
+
+
+def _damaged(shard: Shard, position: int) -> DataError:
+    return shard.wrong(f"damaged or cut short at offset {position}", _REWRITE)
 
 
 def _truncated(shard: Shard, what: str) -> DataError:
