@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int32, Int64, UInt32, UInt64
+from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
 from deepclust.data import index_build
 from deepclust.data.sources import common_folder, expand
@@ -118,7 +118,7 @@ class Index:
             )
         return names
 
-    def locate(self, ids: Int64[np.ndarray, " m"]) -> Location:
+    def locate(self, ids: Integer[np.ndarray, " m"]) -> Location:
         """Where the images of these samples are. An excluded sample has size 0."""
         ids = np.asarray(ids, np.int64)
         assert ids.size == 0 or (ids.min() >= 0 and ids.max() < len(self)), "no such sample id"
