@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.precision import full_precision
-from deepclust.clustering.search import SEARCHES
+from deepclust.clustering.search import SEARCHES, first_of_equals
 from deepclust.errors import DataError, NumericalError
 
 Rows: TypeAlias = np.ndarray | Tensor
@@ -144,10 +144,11 @@ class ArrayPoints:
         distances = torch.empty(self.n, device=self.device)
         sums = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
         search = SEARCHES[self.backend](centroids, self.unit)
+        first = first_of_equals(centroids)
         with full_precision():
             for start, rows in self.tiles(self._tile(k)):
                 stop = start + len(rows)
-                found = search(rows)
+                found = first[search(rows)]
                 labels[start:stop] = found
                 distances[start:stop] = (rows - centroids[found]).square_().sum(1)
                 self._sum(sums, found, rows, start)

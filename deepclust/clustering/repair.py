@@ -101,8 +101,7 @@ def fill_empties(points: Points, centroids: Tensor, found: Pass, fixed: int) -> 
     while len(empty := (found.counts[fixed:] == 0).nonzero().flatten() + fixed):
         places = _far_places(points, found, len(empty))
         if len(places) == 0:
-            distinct = int((found.counts[fixed:] > 0).sum())
-            raise DataError(too_few(distinct, len(centroids) - fixed, points.n))
+            raise DataError(too_few(points, len(centroids) - fixed, centroids[:fixed]))
         targets = empty[: len(places)]
         centroids[targets] = points.take(places)
         found = _reassign(points, centroids, found, targets, places)

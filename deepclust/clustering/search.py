@@ -15,7 +15,7 @@ Search: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def torch_search(centroids: Float32[Tensor, "k d"], inner: bool) -> Search:
-    """Return rows [m, d] -> int64 [m]: one float32 product and an argmin; ties go to the lowest id.
+    """Return rows [m, d] -> int64 [m]: one float32 product and an argmin.
 
     |x - c|^2 is ranked by |e|^2 + 2 o.e - 2 x.e, where e = c - o and o is the mean centroid. The
     usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin; this does not.
@@ -43,6 +43,24 @@ def _argmin(scores: Float32[Tensor, "m k"]) -> Int64[Tensor, " m"]:
     if scores.is_cuda:
         return scores.argmin(1)
     return torch.from_numpy(scores.numpy().argmin(1))
+
+
+def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
+    """For each centroid the lowest id with the same value.
+
+    A product rounds equal columns differently when they fall into different kernels, so an argmin
+    alone does not send ties to the lowest id. Equal rows meet after a stable sort by a projection.
+    """
+    wide = centroids.double()
+    weights = torch.linspace(1, 2, wide.shape[1], dtype=torch.float64, device=wide.device)
+    order = torch.argsort((wide * weights.sqrt()).sum(1), stable=True)
+    ranked = centroids[order]
+    opens = torch.ones_like(order, dtype=torch.bool)
+    opens[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    group = opens.cumsum(0) - 1
+    first = torch.empty_like(order)
+    first[order] = order[opens][group]
+    return first
 
 
 def faiss_search(centroids: Float32[Tensor, "k d"], inner: bool) -> Search:

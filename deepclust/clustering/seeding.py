@@ -34,14 +34,14 @@ def start(
     if init == "k-means++":
         return plus_plus(points, free, fixed, seed)
     if init == "random":
-        return distinct_rows(points, free, fixed, seed)
+        return distinct_rows(points, free, fixed, len(fixed), seed)
     raise RecipeError(f"init={init!r} is not known; use 'random', 'k-means++' or an array [k, d]")
 
 
 def distinct_rows(
-    points: Points, count: int, taken: Float32[Tensor, "m d"], seed: int
+    points: Points, count: int, taken: Float32[Tensor, "t d"], fixed: int, seed: int
 ) -> Float32[Tensor, "count d"]:
-    """Rows of `count` distinct values, none in `taken`, drawn uniformly over rows.
+    """Rows of `count` distinct values, none in `taken` (fixed ones first), uniform over rows.
 
     Walks a random permutation and keeps first occurrences. Raises `DataError` if it ends early.
     """
@@ -49,7 +49,7 @@ def distinct_rows(
     chosen, at, size = taken, 0, max(count, 1024)
     while len(chosen) < len(taken) + count:
         if at >= points.n:
-            raise DataError(too_few(len(chosen) - len(taken), count, points.n))
+            raise DataError(too_few(points, len(taken) - fixed + count, taken[:fixed]))
         rows = points.take(torch.from_numpy(order[at : at + size]))
         chosen = _first_occurrences(torch.cat([chosen, rows]), len(taken))
         at, size = at + size, 2 * size
@@ -65,12 +65,18 @@ def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tenso
     return rows[torch.from_numpy(places).to(rows.device)]
 
 
-def too_few(distinct: int, free: int, n: int) -> str:
-    """The message for fewer distinct points than clusters."""
+def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:
+    """The message for fewer distinct points than free clusters; counts them once more."""
+    known = fixed
+    for start in range(0, points.n, 65_536):
+        ids = torch.arange(start, min(start + 65_536, points.n))
+        known = _first_occurrences(torch.cat([known, points.take(ids)]), len(fixed))
+    distinct = len(known) - len(fixed)
+    aside = ", those equal to a fixed centroid left aside" if len(fixed) else ""
     return (
-        f"{free} clusters need {free} distinct feature rows, but the {n} rows have only {distinct} "
-        f"(rows equal to a fixed centroid do not count). Set cluster.k to at most {distinct}, or "
-        "look for duplicate images or a collapsed backbone."
+        f"{free} clusters need {free} distinct feature rows, but {points.n} rows have only "
+        f"{distinct}{aside}. Set cluster.k to at most {distinct + len(fixed)}, or look for "
+        "duplicate images or a collapsed backbone."
     )
 
 
@@ -104,8 +110,8 @@ def from_labels(
     means = (found.sums / found.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
     empty = (found.mass[len(fixed) :] == 0).nonzero().flatten()
     if len(empty):
-        taken = torch.cat([fixed, means])
-        means[empty] = distinct_rows(points, len(empty), taken, seed)
+        taken = torch.cat([fixed, means[found.mass[len(fixed) :] > 0]])
+        means[empty] = distinct_rows(points, len(empty), taken, len(fixed), seed)
     return means
 
 
@@ -134,5 +140,5 @@ def plus_plus(
         place = torch.searchsorted(heights, aim * heights[-1], right=True)
         chosen.append(sample[int(place.clamp(max=count - 1))])
     found = torch.stack(chosen) if chosen else fixed[:0]
-    rest = distinct_rows(points, free - len(found), torch.cat([fixed, found]), seed)
-    return torch.cat([found, rest])
+    taken = torch.cat([fixed, found])
+    return torch.cat([found, distinct_rows(points, free - len(found), taken, len(fixed), seed)])

@@ -1,0 +1,130 @@
+"""Points: one pass is the same from memory, a memory map or a view, and does not lose counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepclust.clustering.points import ArrayPoints, unit_rows
+from deepclust.clustering.search import first_of_equals
+from deepclust.errors import DataError, NumericalError
+
+
+def noise(n: int, dim: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_a_pass_equals_a_slow_reference(backend: str) -> None:
+    x, c = noise(1000), noise(7)
+    found = ArrayPoints(x, backend=backend).visit(torch.from_numpy(c))
+    table = ((x.astype(np.float64)[:, None] - c) ** 2).sum(2)
+    labels = table.argmin(1)
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_allclose(found.distances, table.min(1), rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(found.counts, np.bincount(labels, minlength=7))
+    sums = np.stack([x[labels == j].astype(np.float64).sum(0) for j in range(7)])
+    np.testing.assert_allclose(found.sums, sums, rtol=1e-12, atol=1e-12)
+    assert found.inertia == pytest.approx(table.min(1).sum(), rel=1e-7)
+
+
+def test_memory_map_view_and_memory_agree(tmp_path: Path) -> None:
+    x = noise(3000).astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    mapped = ArrayPoints(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    c = torch.from_numpy(noise(5))
+    ids = np.random.default_rng(1).permutation(3000)[:500]
+    for points in (mapped, ArrayPoints(torch.from_numpy(x))):
+        whole, part = points.visit(c), points.select(ids).visit(c)
+        torch.testing.assert_close(part.labels, whole.labels[ids])
+        np.testing.assert_array_equal(whole.sums, ArrayPoints(x).visit(c).sums)
+        np.testing.assert_array_equal(points.select(ids).take(torch.tensor([3])), x[ids[[3]]])
+    np.testing.assert_array_equal(mapped.select(ids).select(ids[:0]).n, 0)
+
+
+def test_sums_of_half_precision_rows_are_exact_in_any_order() -> None:
+    x = (noise(4000) / 3).astype(np.float16)
+    c = torch.from_numpy(noise(3))
+    shuffled = ArrayPoints(x[np.random.default_rng(0).permutation(4000)]).visit(c)
+    np.testing.assert_array_equal(ArrayPoints(x).visit(c).sums, shuffled.sums)
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    c = torch.from_numpy(noise(6)[[0, 1, 1, 2, 0, 0]])
+    for backend in ("torch", "faiss"):
+        labels = ArrayPoints(noise(500), backend=backend).visit(c).labels
+        assert set(labels.tolist()) <= {0, 1, 3}
+
+
+def test_rows_far_from_the_origin_find_their_centroid() -> None:
+    x = noise(2000) + np.float32(5e3)
+    c = x[:20].copy()
+    truth = ((x.astype(np.float64)[:, None] - c) ** 2).sum(2)
+    labels = ArrayPoints(x).visit(torch.from_numpy(c)).labels.numpy()
+    excess = truth[np.arange(2000), labels] - truth.min(1)
+    assert excess.max() < 0.05
+    assert (labels == truth.argmin(1)).mean() > 0.99
+
+
+def test_more_than_2_to_the_24_rows_in_one_cluster_are_counted() -> None:
+    n = 2**24 + 3
+    x = torch.full((1, 1), 0.3).expand(n, 1)
+    found = ArrayPoints(x).visit(torch.tensor([[0.0], [9.0]]))
+    assert found.counts.tolist() == [n, 0]
+    assert float(found.sums[0, 0]) / n == pytest.approx(float(x[0, 0]), rel=1e-12)
+    assert found.inertia == pytest.approx(n * 0.09, rel=1e-6)
+
+
+def test_farthest_members_are_found_and_empty_clusters_have_none() -> None:
+    x, c = noise(400), noise(5)
+    c[3] = 1e4
+    found = ArrayPoints(x).visit(torch.from_numpy(c))
+    ids, far = ArrayPoints(x).farthest(found)
+    assert ids[3] == -1
+    for j in (0, 1, 2, 4):
+        own = np.flatnonzero(found.labels.numpy() == j)
+        assert ids[j] == own[found.distances.numpy()[own].argmax()]
+        assert far[j] == found.distances[ids[j]]
+
+
+def test_farthest_of_equals_is_the_lowest_id() -> None:
+    points = ArrayPoints(np.array([[0.0], [2], [2], [-2]], np.float32))
+    ids, _ = points.farthest(points.visit(torch.zeros(1, 1)))
+    assert ids.tolist() == [1]
+
+
+def test_many_rows_that_are_not_finite_are_counted_and_the_first_named() -> None:
+    x = noise(5000)
+    x[100:110] = np.nan
+    x[4000] = -np.inf
+    with pytest.raises(NumericalError, match=r"11 of 5000 .* row 100, 101, 102, 103, 104, \.\.\."):
+        ArrayPoints(x).check_finite()
+    ArrayPoints(x).select(np.arange(100)).check_finite()
+
+
+def test_features_must_be_a_table() -> None:
+    with pytest.raises(DataError, match=r"\(5,\)"):
+        ArrayPoints(np.zeros(5))
+
+
+def test_unit_rows_leave_zero_rows_zero() -> None:
+    rows = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_unit_points_are_read_as_unit_rows_in_a_pass() -> None:
+    x, c = noise(300), torch.nn.functional.normalize(torch.from_numpy(noise(4)), dim=1)
+    found = ArrayPoints(x, unit=True).visit(c)
+    again = ArrayPoints(unit_rows(torch.from_numpy(x))).visit(c)
+    torch.testing.assert_close(found.labels, again.labels)
+    torch.testing.assert_close(found.distances, again.distances)
+
+
+def test_first_of_equals_is_the_lowest_id_of_each_value() -> None:
+    c = torch.from_numpy(noise(40)[np.random.default_rng(0).integers(0, 40, 500)])
+    expected = [int((c == row).all(1).nonzero()[0]) for row in c]
+    assert first_of_equals(c).tolist() == expected
+    assert first_of_equals(torch.tensor([[0.0], [-0.0], [1.0]])).tolist() == [0, 0, 2]
