@@ -115,7 +115,7 @@ def _decode_ppm(data: bytes | memoryview) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
 
 
-def _to_8_bits(image: Tensor) -> UInt8[Tensor, "3 h w"]:
+def _to_8_bits(image: Tensor) -> UInt8[Tensor, " *shape"]:
     """Round 0..65535 to 0..255 (65535 = 257 * 255)."""
     return ((image.to(torch.int32) + 128) // 257).to(torch.uint8)
 
