@@ -181,10 +181,10 @@ def _tell(
         "images_per_s": images / seconds,
         "waiting": (trainer.loader.waited - trainer.meter.waited) / seconds,
     }
-    if trainer.metrics is not None:
+    if trainer.metrics is not None:  # rank 0 speaks for all
         trainer.metrics.record("train", state.step, **values)
-    done, of = state.offset, plan.steps
-    trainer.report.progress(phase="train", step=state.step, done=done, of=of, **values)
+        done, of = state.offset, plan.steps
+        trainer.report.progress(step=state.step, done=done, of=of, **values)
 
 
 def _fail_on_nan(trainer: Trainer, plan: EpochPlan, first: int, state: State) -> None:

@@ -1,0 +1,142 @@
+"""Kill -9 at chosen moments of a run, as a power cut would: no handler runs, nothing is flushed.
+
+A moment is something seen in the run directory (a stage that is under way, a temporary folder
+that is not renamed yet). The victim is the controller, a rank, or the cluster worker.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tiny import command
+
+from deepclust.rundir import Run, is_done
+
+Moment = Callable[[Path], bool]
+
+
+def _round(run: Path, number: int, stage: str) -> Path:
+    return run / "rounds" / f"{number:04d}" / stage
+
+
+def extracting(run: Path) -> bool:
+    """Some units of round 1 are there, not all."""
+    raw = _round(run, 1, "raw")
+    return any(raw.glob("unit-*.safetensors")) and not is_done(raw)
+
+
+def whitening(run: Path) -> bool:
+    """All units of round 1 are there, and no whitening."""
+    return is_done(_round(run, 1, "raw")) and not is_done(_round(run, 1, "whitening"))
+
+
+def clustering(run: Path) -> bool:
+    """The features of round 1 are there, and no assignments."""
+    return is_done(_round(run, 1, "features")) and not is_done(_round(run, 1, "assignments"))
+
+
+def training(run: Path) -> bool:
+    """The middle of an epoch of round 1: some steps, no checkpoint of them."""
+    return is_done(_round(run, 1, "assignments")) and any(
+        record["round"] == 1 for record in Run(run).metrics("train")
+    )
+
+
+def saving(run: Path) -> bool:
+    """A checkpoint is being written: its temporary folder is there."""
+    return any((run / "checkpoints").glob(".0*.tmp"))
+
+
+MOMENTS: dict[str, Moment] = {
+    "extraction": extracting,
+    "whitening": whitening,
+    "k-means": clustering,
+    "mid-epoch": training,
+    "checkpoint write": saving,
+}
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    """A `deepclust` command in the background, a process group of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        command(*arguments), stdout=quiet, stderr=quiet, env=environment, start_new_session=True
+    )
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        direct = [int(child) for child in children.read_text().split()]
+    except OSError:
+        direct = []
+    return [pid, *(grandchild for child in direct for grandchild in family(child))]
+
+
+def kill_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, delay: float) -> bool:
+    """Kill the controller when the moment has come; False when the run ended before."""
+    while not moment(run):
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    time.sleep(delay)
+    members = family(process.pid)
+    still = moment(run)
+    os.kill(members[0], signal.SIGKILL)
+    process.wait()
+    wait_until_gone(members)
+    return still
+
+
+def wait_until_gone(pids: list[int], patience: float = 20.0) -> None:
+    """The children must die with their parent; raise if one lives on."""
+    deadline = time.monotonic() + patience
+    while any(_alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still alive: {[pid for pid in pids if _alive(pid)]}")
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def random_delay(seed: int, longest: float) -> float:
+    """A random but repeatable delay, seconds."""
+    return random.Random(seed).uniform(0, longest)
+
+
+def stages_done_twice(run: Path) -> list[tuple[str, int]]:
+    """Finished stages that events.jsonl shows more than once."""
+    seen = [
+        (event["event"], event["round"], event.get("unit"))
+        for event in Run(run).events()
+        if event["event"] in ("unit", "extracted", "whitening", "features", "clustered")
+    ]
+    return sorted(
+        {(name, number) for name, number, unit in seen if seen.count((name, number, unit)) > 1}
+    )
+
+
+def redone_steps(run: Path) -> int:
+    """The most steps that any restart had to do again: steps told minus steps restored."""
+    most, reached = 0, 0
+    records = [r for r in Run(run).events() if r["event"] in ("restored", "checkpoint")]
+    for record in records:
+        if record["event"] == "checkpoint":
+            reached = record["step"]
+        else:
+            most = max(most, reached - record["step"])
+    return most

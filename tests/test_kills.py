@@ -1,0 +1,87 @@
+"""kill -9 at every kind of moment: the resumed run is the undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from killing import MOMENTS, family, kill_when, stages_done_twice, start, wait_until_gone
+from tiny import assert_same_run, deepclust, tiny_recipe, tiny_shards
+
+from deepclust.rundir import Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("data") / "shards", n=1200)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for ranks in (1, 2):
+        recipe(shards, folder, ranks)
+        deepclust("pretrain", folder / f"{ranks}.yaml", "--run", folder / f"run-{ranks}")
+    return {ranks: folder / f"run-{ranks}" for ranks in (1, 2)}
+
+
+def recipe(shards: Path, folder: Path, ranks: int) -> Path:
+    """Checkpoints every 10 steps, 20 steps an epoch, an extraction of several units."""
+    settings = (f"train.ranks={ranks}", "train.batch=60", "train.checkpoint=10 steps")
+    tiny_recipe(shards, *settings).save(folder / f"{ranks}.yaml")
+    return folder / f"{ranks}.yaml"
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks"),
+    [
+        ("extraction", 1), ("extraction", 2), ("whitening", 2), ("k-means", 1), ("k-means", 2),
+        ("mid-epoch", 1), ("mid-epoch", 2), ("checkpoint write", 1),
+    ],
+)  # fmt: skip
+def test_a_killed_run_resumes_to_the_same_bits(
+    shards: Path, undisturbed: dict[int, Path], tmp_path: Path, moment: str, ranks: int
+) -> None:
+    run = tmp_path / "run"
+    process = start("pretrain", recipe(shards, tmp_path, ranks), "--run", run)
+    assert kill_when(process, run, MOMENTS[moment], delay=0.0) or moment != "extraction"
+    deepclust("resume", run)
+    assert_same_run(run, undisturbed[ranks])
+    assert stages_done_twice(run) == []
+
+
+def test_a_killed_rank_stops_the_gang_and_is_named(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("pretrain", recipe(shards, tmp_path, 2), "--run", run)
+    while not MOMENTS["mid-epoch"](run):
+        time.sleep(0.05)
+    members = family(process.pid)
+    ranks = [pid for pid in members if _is_rank(pid)]
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(60) == 4
+    wait_until_gone(members)
+    stopped = Run(run).events()[-1]
+    assert stopped["event"] == "stopped"
+    assert "rank 1 was killed by signal 9" in stopped["text"]
+
+
+def test_a_resumed_run_may_have_another_number_of_ranks(
+    shards: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start("pretrain", recipe(shards, tmp_path, 1), "--run", run)
+    assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0)
+    deepclust("resume", run, "train.ranks=2")
+    told = [(r["step"], r["round"], r["epoch"]) for r in Run(run).metrics("train")]
+    whole = [(r["step"], r["round"], r["epoch"]) for r in Run(undisturbed[1]).metrics("train")]
+    assert told == whole
+
+
+def _is_rank(pid: int) -> bool:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return b"deepclust.rank" in words and words[words.index(b"--rank") + 1] != b"-1"

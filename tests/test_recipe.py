@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_recipe
+
+from deepclust import Recipe
+from deepclust.errors import RecipeError
+from deepclust.recipe import Cadence, differences, parse_cadence, shipped
+
+
+def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it() -> None:
+    assert len(shipped()) >= 5
+    for name in shipped():
+        Recipe.load(name)
+        text = (Path(__file__).parents[1] / f"deepclust/recipes/{name}.yaml").read_text()
+        assert "command    deepclust" in text
+        assert "Caron et al." in text
+
+
+def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "train.lr=1e-3", "cluster.every=7 steps")
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_an_override_wins_over_the_file() -> None:
+    assert Recipe.load("small-photos", "cluster.k=12").cluster.k == 12
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        tiny_recipe(tmp_path).seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.kk=3", r"cluster.kk: unknown key; did you mean 'k'\?"),
+        ("trian.epochs=3", r"trian: unknown key; did you mean 'train'\?"),
+        ("cluster.k=many", r"cluster.k: .*integer.*'many'"),
+        ("cluster.k=1", "cluster.k: .*greater than or equal to 2"),
+        ("method.head=forget", "method.head: .*'reset', 'match' or 'centroids'"),
+        ("cluster.every=often", "cluster.every: 'often' is not a cadence"),
+        ("train.ranks=5", "cannot be shared by 5 ranks"),
+        ("cluster.k.x=3", "k is a value, not a section"),
+        ("cluster.k", "not of the form"),
+    ],
+)
+def test_a_wrong_override_is_named_with_the_fix(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        tiny_recipe(tmp_path, override)
+
+
+def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'small-photos'"):
+        Recipe.load("small-photo")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match=r"r.yaml is not YAML"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse({"data": {}, "backbone": {"name": "conv4"}, "cluster": {}, "train": {}})
+    assert all(key in str(caught.value) for key in ("data.shards", "cluster.k", "train.epochs"))
+
+
+def test_differences_name_the_keys_and_both_values(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    assert differences(recipe, recipe.replace("cluster.k=9")) == {"cluster.k": (8, 9)}
+
+
+def test_cadences_are_read_in_both_units() -> None:
+    assert parse_cadence("3 epochs") == Cadence(3, "epoch")
+    assert parse_cadence("1 step") == Cadence(1, "step")

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_recipe
+
+from deepclust.checkpoint import State
+from deepclust.errors import DataError
+from deepclust.timeline import Timeline
+
+
+def rounds(timeline: Timeline) -> list[int]:
+    """The round of every segment, and a check that a refresh is due exactly where it changes."""
+    state, seen = State(), []
+    while state.segment < timeline.segments:
+        due = timeline.refresh_due(state)
+        assert due == (timeline.round_of(state) != state.round)
+        state = state.in_round(timeline.round_of(state))
+        seen.append(state.round)
+        state = state.after_segment()
+    return seen
+
+
+def timeline(tmp_path: Path, *overrides: str, n: int = 240) -> Timeline:
+    return Timeline.of(tiny_recipe(tmp_path, "train.epochs=6", *overrides), n)
+
+
+def test_every_epoch_has_a_round_of_its_own(tmp_path: Path) -> None:
+    assert rounds(timeline(tmp_path)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_round_may_last_several_epochs(tmp_path: Path) -> None:
+    assert rounds(timeline(tmp_path, "cluster.every=4 epochs")) == [0, 0, 0, 0, 1, 1]
+
+
+def test_no_round_begins_from_epoch_until_on(tmp_path: Path) -> None:
+    assert rounds(timeline(tmp_path, "cluster.until=2")) == [0, 1, 1, 1, 1, 1]
+
+
+def test_rounds_of_steps_share_out_all_steps(tmp_path: Path) -> None:
+    found = timeline(tmp_path, "cluster.every=25 steps")  # 60 steps in all
+    assert rounds(found) == [0, 1, 2]
+    steps = [found.steps(State(segment=s)) for s in range(found.segments)]
+    assert steps == [25, 25, 10]
+
+
+def test_rounds_of_steps_stop_too(tmp_path: Path) -> None:
+    found = timeline(tmp_path, "cluster.every=10 steps", "cluster.until=2")
+    assert rounds(found) == [0, 1, 1, 1, 1, 1]
+
+
+def test_inside_a_segment_nothing_is_due(tmp_path: Path) -> None:
+    assert not timeline(tmp_path).refresh_due(State(segment=2, offset=1, round=1))
+
+
+def test_fewer_images_than_a_batch_is_an_error_with_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"23 images, fewer than one batch of 24.*lower"):
+        timeline(tmp_path, n=23)

@@ -1,0 +1,72 @@
+"""A job of seconds on real (drawn) images: shards, a recipe, and the `deepclust` command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from images import make_shards
+from safetensors.numpy import load_file
+
+from deepclust import Recipe
+from deepclust.rundir import Run
+
+TREE = {
+    "data": {"size": 16, "resize": 16, "workers": 0, "extract_batch": 64},
+    "backbone": {"name": "conv4"},
+    "cluster": {"k": 8, "dim": 8, "iterations": 5},
+    "train": {"epochs": 2, "batch": 24, "threads": 1, "log": 3, "device": "cpu"},
+}
+
+
+def tiny_shards(folder: Path, n: int = 300) -> Path:
+    """Labelled shards of small PNGs."""
+    make_shards(folder, n=n, shards=3, classes=4, size=16)
+    return folder
+
+
+def tiny_recipe(shards: Path, *overrides: str) -> Recipe:
+    """The smallest recipe that does everything."""
+    tree = {**TREE, "data": {**TREE["data"], "shards": str(shards)}}
+    return Recipe.parse(tree).replace(*overrides)
+
+
+def command(*arguments: object) -> list[str]:
+    """The `deepclust` command of this environment."""
+    return [sys.executable, "-m", "cluster_jobs.cli", *map(str, arguments)]
+
+
+def deepclust(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command and check its exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def final_weights(run: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the newest checkpoint."""
+    folder = Run(run).checkpoints()[-1]
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{f.stem}/{key}": value for f in files for key, value in load_file(f).items()}
+
+
+def assignments(run: Path) -> list[np.ndarray]:
+    """The assignments of every round."""
+    found = Run(run)
+    return [np.load(found.round(r) / "assignments" / "assignments.npy") for r in found.rounds()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs ended with the same weights, optimizers and assignments, bit for bit."""
+    a, b = final_weights(one), final_weights(other)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not np.array_equal(a[name], b[name])]
+    assert not different
+    pairs = zip(assignments(one), assignments(other), strict=True)
+    assert all(np.array_equal(x, y) for x, y in pairs)
