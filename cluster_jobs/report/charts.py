@@ -64,9 +64,11 @@ def _loss(facts: Facts) -> Chart | None:
         axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")
         axes.axhline(math.log(k), color=GREY, linestyle="--", linewidth=1.2, label="a guess, ln k")
         axes.set_xlabel("step")
-        axes.legend()
+        _legend(axes)
 
-    reading = "It falls between rounds and jumps at each, when the head starts anew."
+    reading = "It should fall well below the dashed line."
+    if facts.recipe.method.head == "reset":
+        reading = "It falls within a round, and jumps at each new one, as the head starts anew."
     return Chart("Training loss", reading, _svg(draw))
 
 
@@ -121,7 +123,7 @@ def _lines(
         if shares:
             axes.set_ylim(-0.02, 1.02)
         if len(there) > 1:
-            axes.legend()
+            _legend(axes)
 
     return Chart(title, reading, _svg(draw))
 
@@ -135,23 +137,29 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
     wide = sizes.max() > 20 * max(1, np.median(sizes))
 
     def draw(axes: Axes) -> None:
-        axes.hist(sizes, _edges(sizes, wide).tolist(), color=BLUE, alpha=0.85)
+        axes.hist(sizes, bin_edges(sizes, wide).tolist(), color=BLUE, alpha=0.85)
         axes.axvline(sizes.mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="even share")
         axes.set_xscale("log" if wide else "linear")
         axes.set_xlabel("images in a cluster")
         axes.set_ylabel("clusters")
-        axes.legend()
+        _legend(axes)
 
     reading = f"Of round {number}: {sizes.min():,} to {sizes.max():,} images in each of {k:,}."
     return Chart("Cluster sizes", reading, _svg(draw))
 
 
-def _edges(sizes: np.ndarray, wide: bool) -> np.ndarray:
+def _legend(axes: Axes) -> None:
+    """One line above the panel, where it hides no curve."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, borderpad=0, columnspacing=1)
+
+
+def bin_edges(sizes: np.ndarray, wide: bool) -> np.ndarray:
     """Some 32 bins: of equal ratio when a few clusters are huge, else of equal whole width."""
     low, high = int(sizes.min()), int(sizes.max()) + 1
     if wide:
         return np.geomspace(max(1, low), high, 33)
-    return np.arange(low, high + 1, max(1, -(-(high - low) // 32))) - 0.5
+    width = max(1, -(-(high - low) // 32))
+    return np.arange(low, high + width, width) - 0.5
 
 
 def _column(records: list[Record], key: str) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cluster_jobs.report import write_report
+from cluster_jobs.report.charts import bin_edges
 from cluster_jobs.report.gallery import choose, gallery
 from deepclust.errors import RecipeError
 from deepclust.rundir import Run, manifest
@@ -153,6 +154,13 @@ def test_many_clusters_are_shown_by_kind_each_once() -> None:
     median = np.median(sizes[sizes > 0])
     assert np.abs(sizes[chosen["Of median size"]] - median).max() <= 1
     assert (sizes[everything] > 0).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_histogram_counts_every_cluster(wide: bool) -> None:
+    for sizes in (np.array([43, 60, 185]), np.array([0, 0, 7]), np.array([5, 5]), np.arange(999)):
+        low = 1 if wide else 0  # a logarithmic axis has no place for the empty ones
+        assert np.histogram(sizes, bin_edges(sizes, wide))[0].sum() == (sizes >= low).sum()
 
 
 def test_large_photos_keep_the_page_small(tmp_path: Path) -> None:
