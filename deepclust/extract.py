@@ -163,6 +163,11 @@ def _find_pivot(job: Pass, embed: Embed, unit: range) -> None:
     rows = embed(loaded.images)
     usable = torch.isfinite(rows).all(1).cpu()
     usable[[int(b.sample_id) - unit.start for b in loaded.bad]] = False
+    if len(loaded.bad) == len(ids):
+        raise DataError(
+            f"none of the first {len(ids)} images of {job.index.shards[0]} can be read; the first: "
+            f"{loaded.bad[0].reason}"
+        )
     if not usable.any():
         raise NumericalError(
             f"none of the first {len(ids)} images of {job.index.shards[0]} gives finite features; "

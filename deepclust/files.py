@@ -28,7 +28,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRNOS:
             raise
-        raise DiskError(f"cannot write {path}: {error.strerror}. {_remedy(error.errno)}") from error
+        where = error.filename or path
+        raise DiskError(
+            f"cannot write {where}: {error.strerror}. {_remedy(error.errno)}"
+        ) from error
 
 
 def _remedy(number: int | None) -> str:

@@ -21,8 +21,8 @@ import torch
 
 from deepclust import cluster, pipeline
 from deepclust.data.index import Index, open_index
-from deepclust.errors import DeepclustError, ResourceError, RunDiffersError
-from deepclust.files import read_json, write_json
+from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
+from deepclust.files import disk_errors, read_json, write_json
 from deepclust.launch import CLUSTER_WORKER
 from deepclust.metrics import PipeReport, Report, log_to
 from deepclust.recipe import Recipe
@@ -42,12 +42,15 @@ class Seat:
 
 def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
     """Take a seat and do its work until the run is finished."""
+    with disk_errors(run.path):
+        _work(run, seat, report, stopping)
+
+
+def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
     recipe = run.recipe
     log_to(run.path / "logs" / _log_name(seat), seat.rank)
     torch.set_num_threads(recipe.train.threads or 1)
-    index = open_index(recipe.data.shards, recipe.data.index)
-    if seat.rank <= 0:
-        check_data(run, index)
+    index = open_data(run, recipe)
     if seat.rank == CLUSTER_WORKER:
         cluster.serve(_cluster_job(run, recipe, index, report), stopping)
         return
@@ -86,20 +89,29 @@ def clustering_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda", recipe.train.ranks if recipe.train.ranks < gpus else 0)
 
 
-def check_data(run: Run, index: Index) -> None:
-    """Raise `RunDiffersError` when the shards are not those that the run began with."""
+def open_data(run: Run, recipe: Recipe) -> Index:
+    """The index of the run's shards.
+
+    Raises `RunDiffersError` when they are not those that the run began with.
+    """
     file = run.path / "data.json"
+    began = read_json(file) if file.exists() else None
+    try:
+        index = open_index(recipe.data.shards, recipe.data.index)
+    except DataError as error:
+        if began is None:
+            raise
+        raise RunDiffersError(f"the data of {run.path} have changed: {error}") from error
     facts = {"fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)}
-    if not file.exists():
+    if began is None:
         write_json(file, facts)
-        return
-    before = read_json(file)
-    if before != facts:
-        changed = [f"{k}: {before[k]} then, {facts[k]} now" for k in facts if before[k] != facts[k]]
+    elif began != facts:
+        changed = [f"{k}: {began[k]} then, {facts[k]} now" for k in facts if began[k] != facts[k]]
         raise RunDiffersError(
             f"the data of {run.path} are not those it began with ({'; '.join(changed)}). "
             "Put the old shards back, or start a new run."
         )
+    return index
 
 
 def _cluster_job(run: Run, recipe: Recipe, index: Index, report: Report) -> cluster.Job:
