@@ -67,6 +67,8 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster x [n, d] (numpy, memory-mapped, torch, or `Points`) by `iterations` updates.
 
+    Fewer are made only if no point moves any more, which changes nothing.
+
     init: "random" (distinct rows), "k-means++", or centroids [k, d]. labels: old ids [n] (-1 none)
     whose means are the start instead. fixed: centroids [m, d], ids 0..m-1, that never change.
     empty: "split" as in FAISS, or "relocate", for empties between iterations; those left at the end
@@ -155,10 +157,11 @@ def _update(
 
 
 def _settled(history: list[Iteration], tol: float) -> bool:
-    if tol <= 0 or len(history) < 2 or history[-1].empties:
+    """Nothing moved, so nothing ever will; or the inertia changed by a share of at most `tol`."""
+    if len(history) < 2 or history[-1].empties:
         return False
     before, now = history[-2].inertia, history[-1].inertia
-    return abs(before - now) <= tol * before
+    return history[-1].moved == 0 or (tol > 0 and abs(before - now) <= tol * before)
 
 
 def _points(

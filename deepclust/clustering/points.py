@@ -21,7 +21,7 @@ from deepclust.clustering.search import SEARCHES, first_of_equals
 from deepclust.errors import DataError, NumericalError
 
 Rows: TypeAlias = np.ndarray | Tensor
-TILE = {"cpu": 2**21, "cuda": 2**23}  # scores of one tile, so that they stay in the L2/L3 cache
+TILE = {"cpu": 2**21, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class ArrayPoints:
         """Rows of a tile. FAISS makes its own tiles inside, so it gets more."""
         if self.backend == "faiss":
             return 65_536
-        return min(max(TILE.get(self.device.type, TILE["cpu"]) // k, 256), 4096)
+        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
+        return min(max(size, 256), 65_536)
 
     def _sum(self, sums: Tensor, labels: Tensor, rows: Tensor, start: int) -> None:
         """Add rows to their clusters in float64; fp16 rows add exactly, in any order."""
