@@ -164,7 +164,7 @@ class Loader:
 
 def _staging(index: Index, read: str, scratch: str | Path | None) -> staging.Staging | None:
     if read == "auto":
-        read = "block" if any(map(staging.on_network, index.shards[:1])) else "offset"
+        read = "block" if staging.on_network(index.shards[0]) else "offset"
     if read == "offset":
         return None
     return staging.Staging(index, Path(scratch or tempfile.gettempdir()))

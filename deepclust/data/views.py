@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepclust.errors import RecipeError
 
-_resize = torch.ops.aten._upsample_bilinear2d_aa
+_resize = torch.ops.aten._upsample_bilinear2d_aa.default
 _LONGEST = 16  # times the shorter side: what a centre crop keeps of a longer image, see there
 
 
@@ -62,8 +62,8 @@ class CentreCrop:
         # only difference to torchvision, of less than a pixel, in images longer than 16:1.
         image = _centre(image, *(min(side, _LONGEST * short) for side in image.shape[1:]))
         if short != self.resize:
-            height, width = (int(self.resize * side / short) for side in image.shape[1:])
-            image = _resized(image, height, width)
+            sides = [int(self.resize * side / short) for side in image.shape[1:]]
+            image = _resized(image, (0, 0, *image.shape[1:]), sides)
         return _centre(image, self.size, self.size)
 
 
@@ -118,15 +118,27 @@ class RandomResizedCrop:
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], draw: list[float]) -> UInt8[Tensor, "3 s s"]:
         """Cut the crop of `draw` out, resize it to size x size, flip it if the draw says so."""
-        top, left, h, w = self.box(image.shape[1], image.shape[2], draw)
-        crop = image[:, top : top + h, left : left + w]
-        crop = _resized(crop, self.size, self.size)
+        box = self.box(image.shape[1], image.shape[2], draw)
+        crop = _resized(image, box, [self.size, self.size])
         return crop.flip(-1) if draw[-1] else crop
 
 
-def _resized(image: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 s t"]:
-    """Antialiased bilinear resize on uint8: torchvision's kernel, called directly (3x at 28 px)."""
-    batch: Tensor = _resize(image[None], [height, width], False)
+def _resized(
+    image: UInt8[Tensor, "3 h w"], box: tuple[int, int, int, int], sides: list[int]
+) -> UInt8[Tensor, "3 s t"]:
+    """Crop (top, left, height, width) and resize: antialiased bilinear on uint8, as torchvision.
+
+    The crop is one strided view: after slices and `image[None]` the batch stride hides from the
+    kernel that decoded images are channels-last, and it converts them first (1.7x in all).
+    """
+    top, left, height, width = box
+    plane, row, column = image.stride()
+    crop = image.as_strided(
+        (1, 3, height, width),
+        (image.numel(), plane, row, column),
+        image.storage_offset() + top * row + left * column,
+    )
+    batch: Tensor = _resize(crop, sides, False, None, None)
     return batch[0]
 
 

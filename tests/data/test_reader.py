@@ -157,8 +157,8 @@ from deepclust.data.index import open_index
 from deepclust.data.reader import Loader, Request
 from deepclust.data.views import CentreCrop
 import numpy as np
-shards, scratch, read = sys.argv[1:]
-loader = Loader(open_index(shards), 2, read=read, scratch=scratch)
+shards, scratch = sys.argv[1:]
+loader = Loader(open_index(shards), 2, read="block", scratch=scratch)
 request = Request(np.arange(16), np.arange(16), 0, CentreCrop(32, 32))
 for _ in loader.stream(request for _ in range(10**9)):
     print(*[process.pid for process in loader._processes], flush=True)
@@ -166,10 +166,10 @@ for _ in loader.stream(request for _ in range(10**9)):
 """
 
 
-def run_script(index: Index, folder: Path, read: str) -> subprocess.Popen[str]:
+def run_script(index: Index, folder: Path) -> subprocess.Popen[str]:
     script = folder / "script.py"  # without a __main__ guard: workers must not run it again
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(index.shards[0].parent), str(folder / "s"), read]
+    command = [sys.executable, str(script), str(index.shards[0].parent), str(folder / "s")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -185,15 +185,14 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", ["offset", "block"])
-def test_workers_end_when_their_parent_is_killed(index, tmp_path, read):
-    with run_script(index, tmp_path, read) as parent:
+def test_workers_end_when_their_parent_is_killed(index, tmp_path):
+    with run_script(index, tmp_path) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         parent.kill()
         assert all(gone(pid) for pid in pids)
-    left = list((tmp_path / "s").glob("*")) if read == "block" else []
-    assert len(left) == (read == "block")
+    left = list((tmp_path / "s").glob("*"))
+    assert len(left) == 1
     Loader(index, 0, read="block", scratch=tmp_path / "s").close()
     assert not any(folder.exists() for folder in left)
 

@@ -13,9 +13,15 @@ def picture(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
+def decoded(height: int, width: int) -> torch.Tensor:
+    """An image in the channels-last layout that decoders give."""
+    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
+
+
 @pytest.mark.parametrize("shape", [(60, 90), (91, 60), (33, 33), (200, 51), (17, 90)])
-def test_a_centre_crop_is_torchvisions(shape):
-    image = picture(*shape)
+@pytest.mark.parametrize("make", [picture, decoded])
+def test_a_centre_crop_is_torchvisions(shape, make):
+    image = make(*shape)
     expected = v2.CenterCrop(32)(v2.Resize(40)(image))
     assert torch.equal(CentreCrop(32, 40)(image), expected)
 
@@ -32,8 +38,9 @@ def test_a_very_long_image_does_not_explode():
     assert view(picture(60_000, 1), view.draws(0, np.array([0]))[0]).shape == (3, 224, 224)
 
 
-def test_a_random_crop_is_torchvisions_resize_of_its_box():
-    image, view = picture(60, 90), RandomResizedCrop(24, flip=0.5)
+@pytest.mark.parametrize("image", [picture(60, 90), decoded(60, 90), decoded(70, 95)[:, 4:64, 5:]])
+def test_a_random_crop_is_torchvisions_resize_of_its_box(image):
+    view = RandomResizedCrop(24, flip=0.5)
     flips = 0
     for draw in view.draws(5, np.arange(20)):
         top, left, height, width = view.box(60, 90, draw)

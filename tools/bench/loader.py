@@ -1,0 +1,230 @@
+"""Images per second of our training loader against torchvision's and webdataset's.
+
+    python tools/bench/loader.py --photos imagenette96.tar.xz --fashion FOLDER --out loader.json
+
+Same images, same views (random resized crop, flip, normalise), same final float tensors, same
+number of worker processes. `ours` samples uniformly over Zipf-sized clusters, from shards;
+`imagefolder` is torchvision's ImageFolder with Pillow and its v1 transforms in a DataLoader, as
+DeepCluster and most training scripts do; `webdataset` is its stock pipeline (shuffle 1000) with
+torchvision's native decoder and v2 transforms on uint8, on the same shards.
+
+Each run is a process of its own, and the contenders take turns, so only the ratios within one turn
+are to be trusted on a machine that others use too. The clock runs from the first batch to the last.
+Photos at 500 x 375 are small ones made larger, JPEG quality 90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from PIL import Image
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SETS = {"photos 500x375": ("large", 224), "photos 96": ("small", 96), "fashion 28": ("fashion", 28)}
+BATCH = 64
+
+
+def write_folder(folder: Path, images: Iterator[tuple[str, str, bytes]]) -> None:
+    """Write (class, file name, bytes) in the ImageFolder convention."""
+    for label, name, data in images:
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        (folder / label / name).write_bytes(data)
+
+
+def photos(archive: Path, count: int, size: tuple[int, int] | None) -> Iterator[tuple]:
+    """The first `count` training photos of a tar, as they are or made larger."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if not (member.name.startswith("train/") and member.isfile()):
+                continue
+            data = tar.extractfile(member).read()
+            if size is not None:
+                buffer = io.BytesIO()
+                large = Image.open(io.BytesIO(data)).convert("RGB").resize(size, Image.BICUBIC)
+                large.save(buffer, "JPEG", quality=90)
+                data = buffer.getvalue()
+            yield member.name.split("/")[1], Path(member.name).name, data
+            count -= 1
+            if count == 0:
+                return
+
+
+def garments(folder: Path, count: int) -> Iterator[tuple]:
+    """The first `count` Fashion-MNIST images as grey PNG."""
+    images = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+    for i in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[i]).save(buffer, "PNG")
+        yield str(labels[8 + i]), f"{i:05d}.png", buffer.getvalue()
+
+
+def prepare(work: Path, options: argparse.Namespace) -> list[str]:
+    """Write every data set as a folder and as shards; return the names of those there are."""
+    from deepclust.data.pack import pack
+
+    sources = {}
+    if options.photos:
+        sources["large"] = photos(options.photos, options.count, (500, 375))
+        sources["small"] = photos(options.photos, options.count, None)
+    if options.fashion:
+        sources["fashion"] = garments(options.fashion, 10_000)
+    for name, images in sources.items():
+        if not (work / name / "shards").exists():
+            write_folder(work / name / "folder", images)
+            pack(work / name / "folder", work / name / "shards")
+    return [title for title, (name, _) in SETS.items() if name in sources]
+
+
+def ours(data: Path, size: int, workers: int) -> Iterator:
+    """Batches of our loader: uniform over Zipf-sized clusters, by offset from shards."""
+    from deepclust.data.index import open_index
+    from deepclust.data.plan import EpochPlan
+    from deepclust.data.reader import Loader, Request
+    from deepclust.data.views import RandomResizedCrop, to_float
+
+    index = open_index(data / "shards")
+    weights = 1 / np.arange(1, len(index) // 10)
+    labels = np.random.default_rng(0).choice(len(weights), len(index), p=weights / weights.sum())
+    assignments = data / "assignments.npy"
+    np.save(assignments, labels.astype(np.int32))
+    plan = EpochPlan.build(labels, seed=0, epoch=0, global_batch=BATCH)
+    view, loader = RandomResizedCrop(size), Loader(index, workers, read="offset")
+    rows = zip(plan.for_rank(0, 1), plan.positions_for_rank(0, 1), strict=True)
+    for loaded in loader.stream(Request(i, at, 0, view, assignments) for i, at in rows):
+        yield to_float(loaded.images, MEAN, STD)
+    loader.close()
+
+
+def imagefolder(data: Path, size: int, workers: int) -> Iterator:
+    """ImageFolder with Pillow, torchvision's v1 transforms and a plain DataLoader."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    images = ImageFolder(str(data / "folder"), transforms.Compose(steps))
+    for batch, _ in DataLoader(images, BATCH, shuffle=True, num_workers=workers, drop_last=True):
+        yield batch
+
+
+class Decode:
+    """torchvision's native decoder and v2 transforms on uint8, float last: for webdataset."""
+
+    def __init__(self, size: int) -> None:
+        import torch
+        from torchvision.transforms import v2
+
+        crop = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        self.views = v2.Compose(
+            [*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        )
+
+    def __call__(self, sample: tuple[bytes]):
+        import torch
+        from torchvision.io import ImageReadMode, decode_image
+
+        data = torch.frombuffer(bytearray(sample[0]), dtype=torch.uint8)
+        return self.views(decode_image(data, ImageReadMode.RGB))
+
+
+def webdataset(data: Path, size: int, workers: int) -> Iterator:
+    """The stock webdataset pipeline on the same shards."""
+    import torch
+    import webdataset as wds
+
+    torch.set_num_threads(1)
+    urls = sorted(str(path) for path in (data / "shards").glob("*.tar"))
+    images = wds.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).to_tuple("jpg;jpeg;png")
+    images = images.map(Decode(size)).batched(BATCH, collation_fn=torch.stack, partial=False)
+    yield from wds.WebLoader(images, batch_size=None, num_workers=workers)
+
+
+CONTENDERS: dict[str, Callable[[Path, int, int], Iterator]] = {
+    "ours": ours,
+    "imagefolder": imagefolder,
+    "webdataset": webdataset,
+}
+
+
+def race(name: str, data: Path, size: int, workers: int) -> float:
+    """Images per second of one contender over one epoch, from its first batch on."""
+    warnings.simplefilter("ignore")
+    batches = CONTENDERS[name](data, size, workers)
+    first = next(batches)
+    assert first.shape[1:] == (3, size, size), first.shape
+    assert str(first.dtype) == "torch.float32"
+    began, count = time.perf_counter(), 0
+    for batch in batches:
+        count += len(batch)
+    return count / (time.perf_counter() - began)
+
+
+def run(name: str, data: Path, size: int, workers: int) -> float:
+    """`race` in a process of its own."""
+    command = [sys.executable, __file__, "--race", name, str(data), str(size), str(workers)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def compare(work: Path, title: str, options: argparse.Namespace) -> dict:
+    """Let the contenders take turns on one data set; medians, and medians of paired ratios."""
+    name, size = SETS[title]
+    speeds = {contender: [] for contender in CONTENDERS}
+    for _ in range(options.repeats):
+        for contender in CONTENDERS:
+            speeds[contender].append(run(contender, work / name, size, options.workers))
+    row = {"set": title, "speeds": speeds}
+    for contender, values in speeds.items():
+        row[contender] = median(values)
+        row[f"ours / {contender}"] = median(np.array(speeds["ours"]) / values)
+    return row
+
+
+def main() -> None:
+    """Prepare, compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", type=Path, help="tar of train/CLASS/NAME.jpg")
+    parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's idx.gz files")
+    parser.add_argument("--count", type=int, default=4000, help="photos to use")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="where to keep the prepared images")
+    parser.add_argument("--only", choices=list(SETS), help="one of the data sets")
+    parser.add_argument("--out", type=Path, default=Path("/tmp/bench-loader.json"))
+    parser.add_argument("--race", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.race:
+        name, data, size, workers = options.race
+        print(race(name, Path(data), int(size), int(workers)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        names = [n for n in prepare(work, options) if options.only in (None, n)]
+        rows = [compare(work, title, options) for title in names]
+    print(f"{'images/s':<16}{'ours':>8}{'imagefolder':>13}{'webdataset':>12}{'ratios':>14}")
+    for row in rows:
+        print(
+            f"{row['set']:<16}{row['ours']:>8.0f}{row['imagefolder']:>13.0f}"
+            f"{row['webdataset']:>12.0f}{row['ours / imagefolder']:>8.2f}"
+            f"{row['ours / webdataset']:>6.2f}"
+        )
+    options.out.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
