@@ -21,7 +21,7 @@ from deepclust.data.index import Index, open_index
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.extract import read_excluded
 from deepclust.files import atomic_file
-from deepclust.rundir import Run, is_done, manifest, open_run
+from deepclust.rundir import Run, manifest, open_run
 
 SCHEMA = pa.schema(
     {
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 )
 Writer: TypeAlias = pyarrow.parquet.ParquetWriter | pyarrow.csv.CSVWriter
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
-REASON_LOST = "excluded from this round; the reason was deleted with the round's features"
+REASON_LOST = "not in the round that these assignments were taken over from"
 
 
 def export_assignments(run: Path, out: Path, round: int | None = None) -> Path:
@@ -90,9 +90,7 @@ def open_clustered(run: Run, number: int) -> Index:
 
 def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:
     """Why samples have no cluster, by sample id: known to the index, or found by extraction."""
-    features = run.round(number) / "features"
-    found = read_excluded(features) if is_done(features) else {}
-    return {**found, **index.excluded}
+    return {**read_excluded(run.round(number) / "assignments"), **index.excluded}
 
 
 def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:

@@ -88,8 +88,7 @@ def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
     while True:
         alive = lock.owner(run) is not None
         for name in files:
-            for line in _new_lines(folder / name, files):
-                yield line
+            yield from _new_lines(folder / name, files)
         if not follow or not alive:
             return
         time.sleep(0.5)

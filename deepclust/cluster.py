@@ -7,6 +7,7 @@ run directory. Ranks wait for the files, never inside a collective.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def _spread(result: KMeansResult, valid: Int64[np.ndarray, " m"], n: int) -> _Cl
 
 
 def _publish(job: Job, number: int, found: _Clustering, started: float) -> None:
-    """Renumber if asked, judge, and commit: centroids first, the assignments that need them last."""
+    """Renumber if asked, judge, and commit: centroids first, then the assignments."""
     folder = job.run.round(number)
     k = job.config.k
     before = _previous(job.run, number)
@@ -189,6 +190,7 @@ def _publish(job: Job, number: int, found: _Clustering, started: float) -> None:
     )
 
     def fill(stage: Path) -> None:
+        shutil.copy(folder / "features" / "excluded.parquet", stage)  # outlives the features
         np.save(stage / "assignments.npy", labels[None])
         np.save(stage / "distances.npy", found.distances[None])
         if kept is not None:

@@ -8,6 +8,7 @@ again, so a killed pass continues and nothing depends on who did what. Rows wait
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ def unit_ranges(bases: Int64[np.ndarray, " s1"]) -> list[range]:
     cuts = np.linspace(0, n, count + 1).round().astype(np.int64)
     if len(bases) - 1 >= count:
         cuts = np.unique(bases[np.searchsorted(bases, cuts)])
-    return [range(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [range(int(a), int(b)) for a, b in itertools.pairwise(cuts)]
 
 
 def extract(job: Pass, embed: Embed) -> None:
@@ -148,9 +149,11 @@ def merged_moments(raw: Path) -> Moments:
     return total
 
 
-def read_excluded(features: Path) -> dict[int, str]:
-    """Sample ids without a feature row, and why."""
-    table = pq.read_table(features / "excluded.parquet")
+def read_excluded(stage: Path) -> dict[int, str]:
+    """Sample ids without a feature row, and why; features and assignments both carry the list."""
+    if not (stage / "excluded.parquet").exists():  # assignments taken over from another run
+        return {}
+    table = pq.read_table(stage / "excluded.parquet")
     return dict(zip(*(table[name].to_pylist() for name in ("sample_id", "reason")), strict=True))
 
 

@@ -28,11 +28,11 @@ from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, Resourc
 from deepclust.lock import hold
 from deepclust.recipe import Recipe, differences
 from deepclust.rundir import Run
+from deepclust.seat import CLUSTER_WORKER, Seat
 
 Show = Callable[[dict[str, Any]], None]
 MAY_CHANGE = ("train.ranks", "data.workers")
 GRACE_S = 30.0
-CLUSTER_WORKER = -1  # its seat among the ranks
 
 
 def pretrain(recipe: Recipe, run: str | Path, show: Show | None = None) -> Run:
@@ -135,7 +135,7 @@ def _run_here(run: Run, recipe: Recipe, show: Show, stage: str | None) -> None:
 
 def _in_process(run: Run, show: Show, stage: str | None, asked: list[int]) -> None:
     from deepclust.metrics import DirectReport
-    from deepclust.rank import Seat, work
+    from deepclust.rank import work
 
     seat = Seat(0, 1, run.path, stage)
     work(run, seat, DirectReport(run, show), lambda: bool(asked))
@@ -279,8 +279,10 @@ class _Gang:
     def _end(self) -> None:
         """Ask, wait a little, then kill."""
         for child in self.children:
-            if child.process.poll() is None:
-                child.process.terminate() if child.name == "cluster worker" else child.process.kill()
+            if child.process.poll() is None and child.name == "cluster worker":
+                child.process.terminate()
+            elif child.process.poll() is None:
+                child.process.kill()
         deadline = time.monotonic() + GRACE_S
         for child in self.children:
             try:

@@ -97,13 +97,13 @@ def _me() -> dict[str, Any]:
 
 def _is_stale(run: Path, lock: dict[str, Any]) -> bool:
     if _is_here(lock):
-        return _start_time(int(lock["pid"])) != lock["started"]
+        return bool(_start_time(int(lock["pid"])) != lock["started"])
     return _age(run / "lock.json") > STALE_AFTER_S
 
 
 def _is_here(lock: dict[str, Any]) -> bool:
-    here = (platform.node(), _boot_id(), _pid_space())
-    return bool(here == (lock["host"], lock["boot"], lock["pid_space"]))
+    here = {"host": platform.node(), "boot": _boot_id(), "pid_space": _pid_space()}
+    return all(lock[name] == value for name, value in here.items())
 
 
 def _age(path: Path) -> float:

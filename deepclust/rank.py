@@ -14,7 +14,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,21 +22,11 @@ from deepclust import cluster, pipeline
 from deepclust.data.index import Index, open_index
 from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
 from deepclust.files import disk_errors, read_json, write_json
-from deepclust.launch import CLUSTER_WORKER
 from deepclust.metrics import PipeReport, Report, log_to
 from deepclust.recipe import Recipe
 from deepclust.rundir import Run
+from deepclust.seat import CLUSTER_WORKER, Seat
 from deepclust.world import join, leave
-
-
-@dataclass(frozen=True)
-class Seat:
-    """One process's place in a gang; rank -1 is the cluster worker. `stage`: only that one."""
-
-    rank: int
-    size: int
-    meeting: Path
-    stage: str | None = None
 
 
 def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
@@ -48,7 +37,7 @@ def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> 
 
 def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
     recipe = run.recipe
-    log_to(run.path / "logs" / _log_name(seat), seat.rank)
+    log_to(run.path / "logs" / seat.log_name, seat.rank)
     torch.set_num_threads(recipe.train.threads or 1)
     index = open_data(run, recipe)
     if seat.rank == CLUSTER_WORKER:
@@ -119,10 +108,6 @@ def _cluster_job(run: Run, recipe: Recipe, index: Index, report: Report) -> clus
         run, recipe.cluster, recipe.seed, index, recipe.method.head == "match",
         clustering_device(recipe), report,
     )  # fmt: skip
-
-
-def _log_name(seat: Seat) -> str:
-    return "cluster-worker.log" if seat.rank == CLUSTER_WORKER else f"rank-{seat.rank:05d}.log"
 
 
 def die_with(parent: int) -> None:

@@ -1,11 +1,7 @@
-"""What all tests share: the folder of test helpers on the path, and few threads."""
+"""What all tests share: one thread, so that they are repeatable and kind to each other."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)

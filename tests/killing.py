@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tiny import command
-
 from deepclust.rundir import Run, is_done
+from tests.tiny import command
 
 Moment = Callable[[Path], bool]
 

@@ -14,7 +14,7 @@ from deepclust.lock import hold
 from deepclust.rundir import Run
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     with hold(tmp_path) as token:
         yield Run(tmp_path, token)

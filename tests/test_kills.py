@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import MOMENTS, family, kill_when, stages_done_twice, start, wait_until_gone
-from tiny import assert_same_run, deepclust, tiny_recipe, tiny_shards
 
 from deepclust.rundir import Run
+from tests.killing import MOMENTS, family, kill_when, stages_done_twice, start, wait_until_gone
+from tests.tiny import assert_same_run, deepclust, tiny_recipe, tiny_shards
 
 pytestmark = pytest.mark.slow
 

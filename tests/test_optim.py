@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_recipe
 from torch import nn
 
 from deepclust.optim import Optimizers, Schedule
 from deepclust.recipe import TrainSection
+from tests.tiny import tiny_recipe
 
 
 def config(tmp_path: Path, *overrides: str) -> TrainSection:

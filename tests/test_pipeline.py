@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from images import draw
-from tiny import assert_same_run, assignments, final_weights, tiny_recipe, tiny_shards
 
 from deepclust import EpochPlan, load_backbone, pretrain
 from deepclust.errors import DataError, RecipeError, RequeueWanted, RunDiffersError
 from deepclust.launch import resume, run_stage
 from deepclust.rundir import Run, is_done
+from tests.images import draw
+from tests.tiny import assert_same_run, assignments, final_weights, tiny_recipe, tiny_shards
 
 pytestmark = pytest.mark.slow
 
@@ -146,7 +146,7 @@ def test_pretrain_on_a_run_prints_the_resume_command(shards: Path, undisturbed: 
 
 
 def test_resume_refuses_another_recipe_and_names_the_key(undisturbed: Path) -> None:
-    with pytest.raises(RunDiffersError, match="cluster.k: 8 -> 9"):
+    with pytest.raises(RunDiffersError, match=r"cluster\.k: 8 -> 9"):
         resume(undisturbed, "cluster.k=9")
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import tiny_recipe
 
 from deepclust import Recipe
 from deepclust.errors import RecipeError
 from deepclust.recipe import Cadence, differences, parse_cadence, shipped
+from tests.tiny import tiny_recipe
 
 
 def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it() -> None:

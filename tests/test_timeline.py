@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import tiny_recipe
 
 from deepclust.checkpoint import State
 from deepclust.errors import DataError
 from deepclust.timeline import Timeline
+from tests.tiny import tiny_recipe
 
 
 def rounds(timeline: Timeline) -> list[int]:

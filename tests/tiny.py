@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from images import make_shards
 from safetensors.numpy import load_file
 
 from deepclust import Recipe
 from deepclust.rundir import Run
+from tests.images import make_shards
 
 TREE = {
     "data": {"size": 16, "resize": 16, "workers": 0, "extract_batch": 64},

@@ -32,7 +32,8 @@ class Plan:
     command: list[str]
 
     def __str__(self) -> str:
-        return f"# in the background of this machine:\n{shlex.join(self.command)}\n\n{self.recipe.dump()}"
+        command = shlex.join(self.command)
+        return f"# in the background of this machine:\n{command}\n\n{self.recipe.dump()}"
 
 
 def prepare(recipe: Recipe, run: Path) -> Plan:

@@ -1,1 +1,1 @@
-"""Features into clusters: moments, whitening, k-means, and what the assignments look like."""
+"""From features to assignments: points, whitening, k-means, statistics."""

@@ -1,0 +1,1 @@
+"""Images on disk: packing, indexing, decoding, views, the plan, and the reader."""

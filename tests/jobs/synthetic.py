@@ -7,6 +7,7 @@ costs nothing; the layout, the manifests and the records are those of a real run
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ def _round(
     (stage / "assignments").mkdir()
     np.save(stage / "assignments" / "assignments.npy", assignments[None])
     np.save(stage / "assignments" / "distances.npy", distances[None])
+    shutil.copy(stage / "features" / "excluded.parquet", stage / "assignments")
     write_json(stage / "assignments" / "statistics.json", statistics)
     seal(stage / "assignments", {"data": index.fingerprint, "round": number, "k": k})
     return assignments

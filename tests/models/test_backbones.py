@@ -11,7 +11,7 @@ from deepclust.errors import RecipeError
 from deepclust.models import BACKBONES, build_backbone, zoo
 
 WIDTHS = {
-    "alexnet_bn": 4096, "vgg16_bn": 4096, "conv4": 256, "resnet10_small": 512,
+    "alexnet_bn": 4096, "vgg16_bn": 4096, "conv4": 384, "resnet10_small": 512,
     "resnet50_small": 2048, "resnet18": 512, "resnet50": 2048, "wide_resnet50_2": 2048,
     "densenet121": 1024, "densenet161": 2208, "vit_b_16": 768, "vit_l_16": 1024,
 }  # fmt: skip

@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""What are the features worth? Ours beside pixels, random weights, and shuffled pseudo-labels.
+
+    python tools/bench/quality.py                      Fashion-MNIST, recipe demo-fashion, 3 seeds
+    python tools/bench/quality.py --data photos --seeds 1        the photos of ../shared/data
+
+One row at a time, each in a process of its own; finished rows are kept in --out, so the command can
+be stopped and given again. Every row gets the same evaluators (deepclust/evaluate): weighted 20-NN,
+logistic regression, and k-means with as many clusters as classes. "shuffled" is our whole
+pipeline at equal budget, with each round's pseudo-labels permuted between the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = {
+    "fashion": ("demo-fashion", []),
+    "photos": ("small-photos", ["backbone.name=conv4", "data.size=64", "data.resize=64"]),
+}
+COLUMNS = (("knn", "top1"), ("linear", "top1"), ("clusters", "nmi"), ("clusters", "accuracy"))
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    args = arguments()
+    if args.row:
+        args.out.joinpath(f"{args.row}.json").write_text(json.dumps(one_row(args)))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for row in rows(args.seeds):
+        file = args.out / f"{row}.json"
+        if not file.exists():
+            command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
+            subprocess.run(command, check=True)
+        print(row, json.loads(file.read_text()), flush=True)
+    print(table(args))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=DATA, default="fashion")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-quality"))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
+    args = parser.parse_args()
+    args.out = args.out or args.work / f"{args.data}-rows"
+    return args
+
+
+def rows(seeds: int) -> list[str]:
+    """The rows; those without randomness once."""
+    kinds = ("random", "ours", "shuffled")
+    return ["pixels", "pixels-pca64", *(f"{kind}-{s}" for s in range(seeds) for kind in kinds)]
+
+
+def one_row(args: argparse.Namespace) -> dict[str, Any]:
+    """The scores of a row, and what it cost."""
+    from deepclust.evaluate import evaluate_features
+
+    started = time.monotonic()
+    kind, _, seed = args.row.partition("-")
+    train, test, facts = pixels(args, seed) if kind == "pixels" else network(args, kind, int(seed))
+    trained = time.monotonic() - started
+    return {**evaluate_features(train, test), "seconds": round(trained, 1), **facts}
+
+
+def shards(args: argparse.Namespace) -> dict[str, Path]:
+    """Labelled train and test shards, packed when first asked for."""
+    from deepclust.data.pack import pack
+
+    out = args.work / args.data
+    if args.data == "fashion":
+        from cluster_jobs.fashion_mnist import fetch
+
+        source = fetch(args.work / "fashion-mnist")
+        sources = {"train": f"idx:{source}/train", "test": f"idx:{source}/t10k"}
+    else:
+        photos = args.work / "imagenette"
+        sources = {"train": str(photos / "train"), "test": str(photos / "val")}
+        if not photos.exists():
+            photos.mkdir(parents=True)
+            archive = ROOT.parent / "shared/data/imagenette96.tar.xz"
+            subprocess.run(["tar", "-xJf", archive, "-C", photos], check=True)
+    for split, source in sources.items():
+        if not (out / split).exists():
+            pack(source, out / split)
+    return {split: out / split for split in sources}
+
+
+def recipe(args: argparse.Namespace, seed: int) -> Any:
+    """The recipe of the trained rows."""
+    from deepclust import Recipe
+
+    name, overrides = DATA[args.data]
+    where = f"data.shards={shards(args)['train']}"
+    return Recipe.load(name, where, *overrides, *args.overrides, f"seed={seed}")
+
+
+def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Pixels as features: raw, or their 64 principal components (not whitened)."""
+    from sklearn.decomposition import PCA
+
+    from cluster_jobs.evaluation import labelled_features
+    from deepclust import open_index
+
+    class Flat:
+        """Images as they are, one channel where all three are equal."""
+
+        def to(self, _device: Any) -> Flat:
+            return self
+
+        def __call__(self, images: Any) -> Any:
+            grey = bool((images[:, 0] == images[:, 2]).all())
+            return (images[:, :1] if grey else images).flatten(1)
+
+    data = recipe(args, 0).data.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
+    if args.data == "photos":
+        data = data.model_copy(update={"size": 32, "resize": 32})
+    folders = shards(args)
+    train, test = (
+        labelled_features(Flat(), open_index(folders[split]), data) for split in ("train", "test")
+    )
+    if how:
+        found = PCA(64, random_state=0).fit(train[0])
+        train, test = ((found.transform(x).astype(np.float32), y) for x, y in (train, test))
+    return train, test, {}
+
+
+def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Features of the recipe's backbone: at random initialisation, or trained."""
+    from cluster_jobs.evaluation import fresh_backbone, labelled_features, load_run
+    from deepclust import open_index
+    from deepclust.rundir import Run
+
+    wanted, facts = recipe(args, seed), {}
+    if kind == "random":
+        backbone = fresh_backbone(wanted)
+    else:
+        run = args.work / f"{args.data}-{kind}-{seed}"
+        train_run(wanted, run, shuffled=kind == "shuffled")
+        backbone = load_run(Run(run))
+        events = Run(run).events()
+        facts = {
+            "train_seconds": round(events[-1]["time"] - events[0]["time"], 1),
+            "images": Run(run).metrics("train")[-1]["step"] * wanted.train.batch,
+        }
+    folders = shards(args)
+    train, test = (
+        labelled_features(backbone, open_index(folders[split]), wanted.data)
+        for split in ("train", "test")
+    )
+    return train, test, facts
+
+
+def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
+    """Pretrain, or go on where a stopped one is."""
+    from cluster_jobs.display import Display
+    from deepclust import cluster, pretrain, rundir
+    from deepclust.launch import resume
+    from deepclust.world import generator
+
+    honest = cluster.kmeans
+
+    def permuted(*arguments: Any, **options: Any) -> Any:
+        found = honest(*arguments, **options)
+        order = generator(options["seed"], "shuffle").permutation(len(found.assignments))
+        return replace(found, assignments=found.assignments[order])
+
+    cluster.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
+    with Display() as display:
+        if rundir.exists(run) and (run / "rounds").exists():
+            resume(run, show=display)
+        else:
+            pretrain(wanted, run, display)
+
+
+def table(args: argparse.Namespace) -> str:
+    """Mean and spread by kind, as Markdown."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows(args.seeds):
+        kind = row if row.startswith("pixels") else row.rpartition("-")[0]
+        found.setdefault(kind, []).append(json.loads((args.out / f"{row}.json").read_text()))
+    names = ("20-NN", "linear", "NMI", "accuracy")
+    lines = [f"| {args.data} | " + " | ".join(names) + " | training, s |", "|---" * 6 + "|"]
+    for kind, records in found.items():
+        cells = [spread([r[a][b] for r in records]) for a, b in COLUMNS]
+        seconds = spread([r.get("train_seconds", 0) for r in records], 0)
+        lines.append(f"| {kind} | " + " | ".join(cells) + f" | {seconds} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Mean and standard deviation over the seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
