@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int, Int64, Integer, UInt32
 
+from deepclust.data.shuffle import LIMIT, random_order
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import derive, generator
 
@@ -26,7 +27,6 @@ MODES = ("exact", "paper")
 WINDOW = 8  # blocks (shards) that a lane mixes at a time
 BLOCK = 4096  # samples of a block, where the caller doesn't say where shards begin
 _ONE_GROUP = np.zeros(1, np.uint32)
-_LIMIT = 1 << 32  # ids and positions are sorted as the low half of 64-bit keys
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _labels(assignments: Integer[np.ndarray, "*heads n"]) -> Integer[np.ndarray,
             f"assignments must be integers [n] or [heads, n]; got {assignments.dtype} "
             f"{list(assignments.shape)}"
         )
-    if len(labels) >= _LIMIT:
-        raise DataError(f"{len(labels):,} samples: a plan takes at most {_LIMIT - 1:,}")
+    if len(labels) >= LIMIT:
+        raise DataError(f"{len(labels):,} samples: a plan takes at most {LIMIT - 1:,}")
     return labels.astype(np.int32, copy=False)
 
 
@@ -152,8 +152,8 @@ class _Members:
 def _draw(
     labels: Integer[np.ndarray, " n"], total: int, mode: str, key: tuple
 ) -> UInt32[np.ndarray, " total"]:
-    if total >= _LIMIT:
-        raise RecipeError(f"{total:,} draws in one plan: it takes at most {_LIMIT - 1:,}")
+    if total >= LIMIT:
+        raise RecipeError(f"{total:,} draws in one plan: it takes at most {LIMIT - 1:,}")
     members = _members(labels, derive(*key, "members"))
     draw = _exact_draw if mode == "exact" else _paper_draw
     return draw(members, total, key)
@@ -161,7 +161,7 @@ def _draw(
 
 def _members(labels: Integer[np.ndarray, " n"], key: int) -> _Members:
     # Seen as unsigned, the excluded (negative) labels are the largest: they sort to the end.
-    clusters, order = _random_order(labels.view(np.uint32), len(labels), key)
+    clusters, order = random_order(labels.view(np.uint32), len(labels), key)
     valid = int(np.searchsorted(clusters, np.uint32(1 << 31)))
     if valid == 0:
         raise DataError("every sample is excluded (assignment -1): there is nothing to train on")
@@ -224,53 +224,4 @@ def _tape(
 
 
 def _order(group: UInt32[np.ndarray, " n_or_1"], n: int, key: tuple) -> UInt32[np.ndarray, " n"]:
-    return _random_order(group, n, derive(*key, "order"))[1]
-
-
-def _random_order(
-    group: UInt32[np.ndarray, " n_or_1"], n: int, key: int
-) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " n"]]:
-    """Sort 0..n-1 by group, at random inside a group; return sorted groups and the order.
-
-    The random half of the sort keys is a keyed bijection of the position: no two keys are equal,
-    so an unstable (vectorised) sort gives the same order on every machine, and the position comes
-    back out of the sorted key without carrying it. A permutation and a stable sort take ten times
-    as long at 100 million samples.
-    """
-    keys = np.empty(n, np.uint64)
-    keys[:] = group
-    keys <<= np.uint64(32)
-    keys |= _scramble(np.arange(n, dtype=np.uint32), key)
-    keys.sort()
-    order = _unscramble(keys.astype(np.uint32), key)
-    keys >>= np.uint64(32)
-    return keys.astype(np.uint32), order
-
-
-# Shifts and odd factors of "triple32" (C. Wellons, hash-prospector); a word of the key before each.
-_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB), (14, 1))
-
-
-def _words(key: int) -> list[np.uint32]:
-    parts = np.array([derive(key, "words", i) for i in range(len(_ROUNDS))], np.uint64)
-    return list(parts.astype(np.uint32))
-
-
-def _scramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
-    """A keyed bijection of 32-bit numbers, in place."""
-    for word, (shift, factor) in zip(_words(key), _ROUNDS, strict=True):
-        x ^= word
-        x ^= x >> np.uint32(shift)
-        x *= np.uint32(factor)
-    return x
-
-
-def _unscramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
-    """The inverse of `_scramble`, in place."""
-    for word, (shift, factor) in zip(reversed(_words(key)), reversed(_ROUNDS), strict=True):
-        x *= np.uint32(pow(factor, -1, _LIMIT))
-        while shift < 32:  # y = x ^ x >> s is undone by y ^ y >> s, then 2s, 4s, ...
-            x ^= x >> np.uint32(shift)
-            shift *= 2
-        x ^= word
-    return x
+    return random_order(group, n, derive(*key, "order"))[1]
