@@ -64,7 +64,7 @@ class Display:
             self._move(f"train, round {record['round']}", record["done"], record["of"], facts)
         elif record["event"] == "unit":
             self.units += 1
-            self._move(f"extract, round {record['round']}", self.units, self.units, "units")
+            self._move(f"extract, round {record['round']}", self.units, record["of"], "units")
         elif record["event"] == "clustered":
             self.units = 0
             self.console.print(_round_line(record), highlight=False)

@@ -63,6 +63,8 @@ def solve_whitening(job: Job, number: int) -> None:
         **facts,
     )
     job.report.event("whitening", round=number, **facts)
+    if whitening.warning:
+        job.report.event("warning", text=whitening.warning)
 
 
 def cluster_features(job: Job, number: int) -> None:

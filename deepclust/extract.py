@@ -203,6 +203,7 @@ def _fill(job: Pass, embed: Embed, units: list[range], missing: list[int], pivot
         _add_batch(unit, embed(loaded.images).float(), loaded.ids, loaded.bad, pivot)
         if len(unit.rows) == batches[number]:
             _commit_unit(job, number, unit, pivot)
+            job.report.event("unit", round=job.round, unit=number, of=len(units))
             unit = _Open()
 
 
@@ -238,7 +239,6 @@ def _commit_unit(job: Pass, number: int, unit: _Open, pivot: Tensor) -> None:
     with atomic_file(job.unit_file(number)) as partial:
         write_tensors(partial, tensors, {"excluded": json.dumps(unit.bad)})
         job.run.fence()
-    job.report.event("unit", round=job.round, unit=number, rank=job.world.rank)
 
 
 def _excluded(raw: Path) -> dict[int, str]:

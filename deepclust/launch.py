@@ -78,10 +78,14 @@ def is_finished(run: Run) -> bool:
 
 
 def _resolved(recipe: Recipe) -> Recipe:
-    """Write down what this machine decides: results on a CPU depend on the threads per rank."""
+    """Write down what this machine decides: results on a CPU depend on the threads per rank.
+
+    A rank gets its share of the cores, less those that its reader processes keep busy.
+    """
     if recipe.train.threads is not None:
         return recipe
-    threads = max(1, len(os.sched_getaffinity(0)) // recipe.train.ranks)
+    share = len(os.sched_getaffinity(0)) // recipe.train.ranks
+    threads = max(1, share - recipe.data.workers)
     return recipe.replace(f"train.threads={threads}")
 
 

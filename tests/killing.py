@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deepclust.files import read_jsonl
 from deepclust.rundir import Run, is_done
 from tests.tiny import command
 
@@ -130,12 +131,11 @@ def stages_done_twice(run: Path) -> list[tuple[str, int]]:
 
 
 def redone_steps(run: Path) -> int:
-    """The most steps that any restart had to do again: steps told minus steps restored."""
-    most, reached = 0, 0
-    records = [r for r in Run(run).events() if r["event"] in ("restored", "checkpoint")]
-    for record in records:
-        if record["event"] == "checkpoint":
-            reached = record["step"]
-        else:
-            most = max(most, reached - record["step"])
+    """The most steps that a restart did again: the last step told before it, minus its first."""
+    told = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+    most = 0
+    for event in Run(run).events():
+        if event["event"] == "restored":
+            before = [r["step"] for r in told if r["incarnation"] < event["incarnation"]]
+            most = max(most, max(before, default=0) - event["step"])
     return most

@@ -111,8 +111,8 @@ def test_k_above_the_distinct_images_is_an_error_with_both_numbers(tmp_path: Pat
     members = [(f"{i:04d}.png", encode(draw(i % 5, 16, 16))) for i in range(300)]
     write_tar(tmp_path / "shards" / "shard-0.tar", members)
     text = fails(tmp_path / "shards", tmp_path, 3)
-    assert "5 distinct" in text
-    assert "8" in text
+    assert "8 clusters need 8 distinct feature rows, but 300 rows have only 5" in text
+    assert "cluster.k" in text
 
 
 def test_fewer_images_than_a_batch_is_an_error(shards: Path, tmp_path: Path) -> None:
