@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr; exit codes are those of `deepcl
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -32,9 +31,6 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout"
 
 def main() -> None:
     """Entry point: run a verb, and turn our errors into a message and an exit code."""
-    # OpenMP threads that spin while they wait starve each other on a shared machine; read by
-    # libgomp when torch is imported, here and in every process that we start
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=True)
     except DeepclustError as error:

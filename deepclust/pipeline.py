@@ -12,46 +12,17 @@ the newest checkpoint says which step of which plan comes next.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-
-from deepclust import checkpoint, cluster, inherit, train
-from deepclust.checkpoint import State
-from deepclust.data.index import Index
+from deepclust import cluster, inherit
+from deepclust.assemble import Context, build_trainer, embedder, restore
 from deepclust.data.plan import EpochPlan
-from deepclust.data.reader import Loader
-from deepclust.data.views import to_float
 from deepclust.errors import RequeueWanted
 from deepclust.export import export_backbone
 from deepclust.extract import Pass, extract, project
-from deepclust.methods import METHODS
 from deepclust.methods.base import Targets
-from deepclust.metrics import Metrics, Report
-from deepclust.models import build_backbone
-from deepclust.optim import Optimizers, Schedule
-from deepclust.recipe import Recipe, parse_cadence
-from deepclust.rundir import Run, is_done, prune
+from deepclust.rundir import is_done, prune
 from deepclust.timeline import Timeline
 from deepclust.train import Trainer, train_segment
-from deepclust.world import World
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the chain runs with: the recipe, the run, this rank's world, and its ways out."""
-
-    recipe: Recipe
-    run: Run
-    world: World
-    index: Index
-    report: Report
-    inline: cluster.Job | None  # we cluster ourselves; None: the cluster worker does
-    stopping: Callable[[], bool]
-    stage: str | None = None  # extract, cluster or train: do only that one
 
 
 def run(context: Context) -> None:
@@ -74,6 +45,8 @@ def run(context: Context) -> None:
             plan = EpochPlan.build(
                 targets.ids, seed=recipe.seed, epoch=state.segment, steps=timeline.steps(state),
                 global_batch=recipe.train.batch, mode=recipe.method.sampling,
+                lanes=timeline.lanes if context.read == "block" else None,
+                blocks=context.index.bases,
             )  # fmt: skip
             assignments = context.run.round(targets.round) / "assignments" / "assignments.npy"
             state = train_segment(trainer, plan, targets, assignments, state).after_segment()
@@ -88,21 +61,26 @@ def run(context: Context) -> None:
 
 
 def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
-    """Make round `number`: extract, whiten, cluster. Each stage that is done is skipped.
+    """Round `number`, made if it is not there; None when only one stage was wanted."""
+    assignments = context.run.round(number) / "assignments"
+    if not is_done(assignments):
+        if context.stage == "train":
+            return None
+        make_round(context, trainer, number)
+        if not is_done(assignments):
+            return None
+    if context.world.is_first:
+        tidy(context, trainer, number)
+    return cluster.read_targets(context.run, number)
 
-    None when only one stage was wanted and it ends before the assignments.
-    """
+
+def make_round(context: Context, trainer: Trainer, number: int) -> None:
+    """Extract, whiten, project, cluster. Each stage that is done is skipped."""
     run, world = context.run, context.world
-    folder = run.round(number)
-    if is_done(folder / "assignments"):
-        return cluster.read_targets(run, number)
-    if context.stage == "train":
-        return None
     if number == 0 and context.recipe.init.assignments:
         if world.is_first:
             inherit.import_assignments(run, context.recipe, context.index)
-        await_stage(context, number, "assignments")
-        return cluster.read_targets(run, 0)
+        return await_stage(context, number, "assignments")
     world.share_tensors(list(trainer.method.buffers()))  # batch statistics of rank 0, everywhere
     job = Pass(
         run, number, world, context.index, trainer.loader,
@@ -110,17 +88,18 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
     )  # fmt: skip
     extract(job, embedder(context, trainer))
     await_stage(context, number, "whitening")
-    project(job, cluster.read_whitening(folder))
-    if context.stage == "extract":
-        return None
-    await_stage(context, number, "assignments")
-    if world.is_first:
-        shutil.rmtree(folder / "raw", ignore_errors=True)
-        prune([run.round(r) / "features" for r in run.rounds()], context.recipe.keep.features)
-        statistics = cluster.read_statistics(run, number)
-        assert trainer.metrics is not None
-        trainer.metrics.record("round", number, **statistics)
-    return cluster.read_targets(run, number)
+    project(job, cluster.read_whitening(run.round(number)))
+    if context.stage != "extract":
+        await_stage(context, number, "assignments")
+
+
+def tidy(context: Context, trainer: Trainer, number: int) -> None:
+    """Drop what the finished round no longer needs, and write its statistics as metrics."""
+    run = context.run
+    shutil.rmtree(run.round(number) / "raw", ignore_errors=True)
+    prune([run.round(r) / "features" for r in run.rounds()], context.recipe.keep.features)
+    assert trainer.metrics is not None
+    trainer.metrics.record("round", number, **cluster.read_statistics(run, number))
 
 
 def await_stage(context: Context, number: int, stage: str) -> None:
@@ -131,84 +110,6 @@ def await_stage(context: Context, number: int, stage: str) -> None:
     if not cluster.wait_for(folder, context.stopping):
         raise RequeueWanted(f"stopped while waiting for {folder}")
     context.world.barrier()
-
-
-def embedder(context: Context, trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """Images (uint8, CPU) to features (float32, device), in eval mode, without gradients."""
-    data, device = context.recipe.data, context.world.device
-
-    def embed(images: Tensor) -> Tensor:
-        trainer.method.eval()
-        with torch.inference_mode(), train.autocast(trainer):
-            return trainer.method.embed(
-                to_float(images.to(device, non_blocking=True), data.mean, data.std)
-            ).float()
-
-    return embed
-
-
-def build_trainer(context: Context) -> Trainer:
-    """The method, its optimizers and the loader, from the recipe; weights depend on the seed."""
-    recipe, world, run = context.recipe, context.world, context.run
-    backbone = build_backbone(
-        recipe.backbone.name, sobel=recipe.backbone.sobel,
-        image_size=recipe.data.size, seed=recipe.seed,
-    )  # fmt: skip
-    if recipe.init.weights:
-        inherit.load_weights(backbone, recipe.init.weights)
-    method = METHODS[recipe.method.name](
-        backbone, recipe.cluster.k, recipe.cluster.dim, recipe.method.head, recipe.seed
-    ).to(world.device)
-    model: torch.nn.Module = method
-    if world.device.type == "cuda":
-        method = method.to(memory_format=torch.channels_last)
-    if world.size > 1:
-        # batch statistics are rank 0's, shared before every extraction: no need at every step
-        model = DistributedDataParallel(method, broadcast_buffers=False)
-    if recipe.train.compile:
-        model = torch.compile(model)  # type: ignore[assignment]
-    optimizers = Optimizers(method.param_groups(), recipe.train)
-    every = parse_cadence(recipe.train.checkpoint)
-
-    def save(state: State) -> None:
-        if world.is_first:
-            parts = {"model": dict(method.state_dict()), **optimizers.state()}
-            if checkpoint.save(run, state, parts, recipe.keep.checkpoints):
-                context.report.event("checkpoint", step=state.step)
-
-    def save_due(state: State) -> bool:
-        if every.unit == "step":
-            return state.step % every.count == 0
-        return state.offset == 0 and state.segment % every.count == 0
-
-    return Trainer(
-        world=world, index=context.index, method=method, model=model, optimizers=optimizers,
-        loader=Loader(
-            context.index, recipe.data.workers, read=recipe.data.read,
-            scratch=recipe.data.scratch, max_pixels=recipe.data.max_pixels,
-        ),
-        schedule=Schedule(recipe.train, len(context.index)), data=recipe.data,
-        config=recipe.train, seed=recipe.seed, folder=run.path,
-        metrics=Metrics(run) if world.is_first else None, report=context.report,
-        save=save, save_due=save_due, stopping=context.stopping,
-    )  # fmt: skip
-
-
-def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
-    """The newest readable checkpoint, and the round that it was training on."""
-
-    def say(text: str) -> None:
-        context.report.event("warning", text=text)
-
-    found = checkpoint.load_latest(context.run, say, repair=context.world.is_first)
-    context.world.barrier()
-    if found is None:
-        return State(), None
-    state, parts = found
-    trainer.method.load_state_dict(parts.pop("model"))
-    trainer.optimizers.load_state(parts)
-    context.report.event("restored", step=state.step, segment=state.segment, round=state.round)
-    return state, cluster.read_targets(context.run, state.round) if state.round >= 0 else None
 
 
 def finish(context: Context, trainer: Trainer) -> None:

@@ -15,11 +15,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deepclust import cluster, pipeline
+from deepclust.assemble import Context
 from deepclust.data.index import Index, open_index
+from deepclust.data.reader import resolve_read
 from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
 from deepclust.files import disk_errors, read_json, write_json
 from deepclust.metrics import PipeReport, Report, log_to
@@ -39,7 +42,7 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     recipe = run.recipe
     log_to(run.path / "logs" / seat.log_name, seat.rank)
     torch.set_num_threads(recipe.train.threads or 1)
-    index = open_data(run, recipe)
+    index, read = open_data(run, recipe)
     if seat.rank == CLUSTER_WORKER:
         cluster.serve(_cluster_job(run, recipe, index, report), stopping)
         return
@@ -48,7 +51,7 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     inline = recipe.clusters_inline and world.is_first
     job = _cluster_job(run, recipe, index, report) if inline else None
     try:
-        context = pipeline.Context(recipe, run, world, index, report, job, stopping, seat.stage)
+        context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
         pipeline.run(context)
     finally:
         leave()
@@ -78,29 +81,30 @@ def clustering_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda", recipe.train.ranks if recipe.train.ranks < gpus else 0)
 
 
-def open_data(run: Run, recipe: Recipe) -> Index:
-    """The index of the run's shards.
+def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
+    """The index of the run's shards, and how they are read, which decides the order of plans.
 
     Raises `RunDiffersError` when they are not those that the run began with.
     """
     file = run.path / "data.json"
-    began = read_json(file) if file.exists() else None
+    began: dict[str, Any] | None = read_json(file) if file.exists() else None
     try:
         index = open_index(recipe.data.shards, recipe.data.index)
     except DataError as error:
         if began is None:
             raise
         raise RunDiffersError(f"the data of {run.path} have changed: {error}") from error
-    facts = {"fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)}
+    facts: dict[str, Any] = {"fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)}
     if began is None:
-        write_json(file, facts)
-    elif began != facts:
+        began = facts | {"read": resolve_read(index, recipe.data.read)}
+        write_json(file, began)
+    if facts | {"read": began["read"]} != began:
         changed = [f"{k}: {began[k]} then, {facts[k]} now" for k in facts if began[k] != facts[k]]
         raise RunDiffersError(
             f"the data of {run.path} are not those it began with ({'; '.join(changed)}). "
             "Put the old shards back, or start a new run."
         )
-    return index
+    return index, str(began["read"])
 
 
 def _cluster_job(run: Run, recipe: Recipe, index: Index, report: Report) -> cluster.Job:

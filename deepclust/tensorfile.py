@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from torch import Tensor
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors (copied to the CPU, so that none share memory) under their names."""
-    whole = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+    """Write tensors under their names: copied to the CPU, in plain layout, none sharing memory."""
+    plain = {"memory_format": torch.contiguous_format}
+    whole = {key: value.detach().cpu().clone(**plain) for key, value in tensors.items()}
     path.write_bytes(save(whole, metadata))

@@ -6,11 +6,14 @@ With `cluster.every: "n epochs"` a segment is an epoch; with "n steps" it is a r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from deepclust.checkpoint import State
 from deepclust.errors import DataError
 from deepclust.recipe import Cadence, Recipe, parse_cadence
+
+LANES = 8  # a node's worth of ranks, each with shards of its own
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Timeline:
     epochs: int
     until: int | None
     epoch_steps: int
+    lanes: int  # of a plan for block reading; the same for any number of ranks
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
@@ -32,7 +36,8 @@ class Timeline:
                 f"{recipe.train.batch}: lower train.batch"
             )
         every = parse_cadence(recipe.cluster.every)
-        return cls(every, recipe.train.epochs, recipe.cluster.until, steps)
+        lanes = math.gcd(recipe.train.batch, LANES)
+        return cls(every, recipe.train.epochs, recipe.cluster.until, steps, lanes)
 
     @property
     def segments(self) -> int:

@@ -129,8 +129,7 @@ def _to_device(trainer: Trainer, loaded: Loaded, targets: Targets) -> Batch:
     images = to_float(
         loaded.images.to(device, non_blocking=True), trainer.data.mean, trainer.data.std
     )
-    if device.type == "cuda":
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.from_numpy(targets.ids[:, loaded.ids].astype(np.int64)).to(device)
     return Batch(torch.from_numpy(np.asarray(loaded.ids)), images, labels)
 

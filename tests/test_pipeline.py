@@ -76,6 +76,22 @@ def test_the_same_recipe_gives_the_same_run_with_reader_processes(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_reading_by_block_of_shards_resumes_exactly_too(shards: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(shards, "data.read=block", "data.workers=1")
+    pretrain(recipe, tmp_path / "straight")
+    with pytest.raises(RequeueWanted):
+        pretrain(recipe, tmp_path / "stopped", stop_at(15))
+    resume(tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_a_single_rank_may_have_a_cluster_worker_of_its_own(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    pretrain(tiny_recipe(shards, "cluster.where=worker"), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
 def test_stopped_in_mid_epoch_and_resumed_is_undisturbed(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

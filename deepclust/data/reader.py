@@ -24,7 +24,7 @@ from deepclust.data.decode import MAX_PIXELS
 from deepclust.data.index import Index
 from deepclust.errors import RecipeError, ResourceError
 
-__all__ = ["Bad", "Loaded", "Loader", "Request"]
+__all__ = ["Bad", "Loaded", "Loader", "Request", "resolve_read"]
 
 READS = ("auto", "offset", "block")
 
@@ -162,10 +162,15 @@ class Loader:
         self._batches.files.close()
 
 
+def resolve_read(index: Index, read: str) -> str:
+    """What `auto` means for these shards on this machine: "offset" or "block"."""
+    if read != "auto":
+        return read
+    return "block" if staging.on_network(index.shards[0]) else "offset"
+
+
 def _staging(index: Index, read: str, scratch: str | Path | None) -> staging.Staging | None:
-    if read == "auto":
-        read = "block" if staging.on_network(index.shards[0]) else "offset"
-    if read == "offset":
+    if resolve_read(index, read) == "offset":
         return None
     return staging.Staging(index, Path(scratch or tempfile.gettempdir()))
 

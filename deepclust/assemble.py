@@ -1,0 +1,137 @@
+"""From the recipe to the parts that a rank works with: method, optimizers, loader, saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from deepclust import checkpoint, cluster, inherit, train
+from deepclust.checkpoint import State
+from deepclust.data.index import Index
+from deepclust.data.reader import Loader
+from deepclust.data.views import to_float
+from deepclust.methods import METHODS
+from deepclust.methods.base import Method, Targets
+from deepclust.metrics import Metrics, Report
+from deepclust.models import build_backbone
+from deepclust.optim import Optimizers, Schedule
+from deepclust.recipe import Recipe, parse_cadence
+from deepclust.rundir import Run
+from deepclust.train import Trainer
+from deepclust.world import World
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the chain runs with: the recipe, the run, this rank's world, and its ways out."""
+
+    recipe: Recipe
+    run: Run
+    world: World
+    index: Index
+    read: str  # by offset or by block of shards
+    report: Report
+    inline: cluster.Job | None  # we cluster ourselves; None: the cluster worker does
+    stopping: Callable[[], bool]
+    stage: str | None = None  # extract, cluster or train: do only that one
+
+
+def build_trainer(context: Context) -> Trainer:
+    """The method, its optimizers and the loader, from the recipe; weights depend on the seed."""
+    recipe, world, data = context.recipe, context.world, context.recipe.data
+    method = build_method(recipe).to(world.device)
+    method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
+    optimizers = Optimizers(method.param_groups(), recipe.train)
+    return Trainer(
+        world=world, index=context.index, method=method, model=wrapped(method, context),
+        optimizers=optimizers, schedule=Schedule(recipe.train, len(context.index)),
+        loader=Loader(
+            context.index, data.workers, read=context.read, scratch=data.scratch,
+            max_pixels=data.max_pixels,
+        ),
+        data=data, config=recipe.train, seed=recipe.seed, folder=context.run.path,
+        metrics=Metrics(context.run) if world.is_first else None, report=context.report,
+        save=saver(context, method, optimizers), save_due=save_schedule(recipe),
+        stopping=context.stopping,
+    )  # fmt: skip
+
+
+def build_method(recipe: Recipe) -> Method:
+    """The recipe's method around the recipe's backbone, with new or inherited weights."""
+    backbone = build_backbone(
+        recipe.backbone.name, sobel=recipe.backbone.sobel,
+        image_size=recipe.data.size, seed=recipe.seed,
+    )  # fmt: skip
+    if recipe.init.weights:
+        inherit.load_weights(backbone, recipe.init.weights)
+    return METHODS[recipe.method.name](
+        backbone, recipe.cluster.k, recipe.cluster.dim, recipe.method.head, recipe.seed
+    )
+
+
+def wrapped(method: Method, context: Context) -> torch.nn.Module:
+    """The method as it is trained: compiled if asked, in DDP when there are several ranks."""
+    model: torch.nn.Module = method
+    if context.world.size > 1:
+        # batch statistics are rank 0's, shared before every extraction: no need at every step
+        model = DistributedDataParallel(method, broadcast_buffers=False)
+    return torch.compile(model) if context.recipe.train.compile else model  # type: ignore[return-value]
+
+
+def saver(context: Context, method: Method, optimizers: Optimizers) -> Callable[[State], None]:
+    """A function by which rank 0 saves where we are."""
+
+    def save(state: State) -> None:
+        if context.world.is_first:
+            parts = {"model": dict(method.state_dict()), **optimizers.state()}
+            if checkpoint.save(context.run, state, parts, context.recipe.keep.checkpoints):
+                context.report.event("checkpoint", step=state.step)
+
+    return save
+
+
+def save_schedule(recipe: Recipe) -> Callable[[State], bool]:
+    """A function that says whether a state is one to save, by `train.checkpoint`."""
+    every = parse_cadence(recipe.train.checkpoint)
+
+    def due(state: State) -> bool:
+        if every.unit == "step":
+            return state.step % every.count == 0
+        return state.offset == 0 and state.segment % every.count == 0
+
+    return due
+
+
+def embedder(context: Context, trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Images (uint8, CPU) to features (float32, device), in eval mode, without gradients."""
+    data, device = context.recipe.data, context.world.device
+
+    def embed(images: Tensor) -> Tensor:
+        trainer.method.eval()
+        with torch.inference_mode(), train.autocast(trainer):
+            floats = to_float(images.to(device, non_blocking=True), data.mean, data.std)
+            floats = floats.contiguous(memory_format=torch.channels_last)
+            return trainer.method.embed(floats).float()
+
+    return embed
+
+
+def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
+    """The newest readable checkpoint, and the round that it was training on."""
+
+    def say(text: str) -> None:
+        context.report.event("warning", text=text)
+
+    found = checkpoint.load_latest(context.run, say, repair=context.world.is_first)
+    context.world.barrier()
+    if found is None:
+        return State(), None
+    state, parts = found
+    trainer.method.load_state_dict(parts.pop("model"))
+    trainer.optimizers.load_state(parts)
+    context.report.event("restored", step=state.step, segment=state.segment, round=state.round)
+    return state, cluster.read_targets(context.run, state.round) if state.round >= 0 else None
