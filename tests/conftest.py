@@ -1,7 +1,40 @@
-"""What all tests share: one thread, so that they are repeatable and kind to each other."""
+"""What all tests share: one thread (repeatable, and kind to each other), and no skipping in CI.
+
+With DEEPCLUST_TEST_INSTALL=1 everything that tests need can be installed, so a skipped test is a
+hole that nobody sees: it fails. Only tests marked `gpu` may be skipped there.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+
+import pytest
 import torch
 
+NO_SKIPPING = os.environ.get("DEEPCLUST_TEST_INSTALL") == "1"
+
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("gpu") is None:
+        _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A skip becomes a failure with its reason; an expected failure (xfail) stays what it is."""
+    if NO_SKIPPING and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"DEEPCLUST_TEST_INSTALL=1 allows no skipped test: {reason}"
