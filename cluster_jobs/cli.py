@@ -20,6 +20,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
+INTERRUPTED = 130
+WIDE = 200  # columns of a table that no terminal bounds
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation
@@ -36,9 +38,10 @@ def main() -> None:
     except DeepclustError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was finished is kept\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
+            sys.stderr.write("interrupted; what was finished is kept\n")
+        raise
 
 
 @app.command()
@@ -140,7 +143,8 @@ def status(
 
     from cluster_jobs.display import status_table
 
-    Console().print(status_table(found) if found else f"no runs in {folder}")
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width).print(status_table(found) if found else f"no runs in {folder}")
 
 
 @app.command()
@@ -269,10 +273,12 @@ def _stage(run: Path, stage: str) -> None:
 
 
 def _finished(run: Path) -> None:
+    from cluster_jobs.display import typed
+
     _say(
         f"finished: {run}\n  weights  {run / 'export' / 'backbone.safetensors'}\n"
-        f"  next     deepclust report {run} --out {run / 'report.html'}\n"
-        f"           deepclust assignments {run} --out clusters.parquet"
+        f"  next     {typed('report', run, '--out', run / 'report.html')}\n"
+        f"           {typed('assignments', run, '--out', 'clusters.parquet')}"
     )
 
 

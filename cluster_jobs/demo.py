@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
-from cluster_jobs.display import Display, round_table
+from cluster_jobs.display import Display, round_table, typed
 from cluster_jobs.fashion_mnist import fetch
 from deepclust import rundir
 from deepclust.data.pack import pack
@@ -21,7 +22,7 @@ def run_demo(run: Path, data: Path, overrides: list[str]) -> None:
     with Display() as display:
         if rundir.exists(run):
             sys.stderr.write(f"continuing {run}\n")
-            resume(run, show=display)
+            resume(run, *overrides, show=display)
         else:
             recipe = Recipe.load("demo-fashion", f"data.shards={shards['train']}", *overrides)
             pretrain(recipe, run, display)
@@ -48,15 +49,14 @@ def _conclude(run: Path, shards: dict[str, Path]) -> None:
     console.print(round_table(rundir.Run(run).metrics("round")))
     for name, values in scores.items():
         console.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-    console.print(
-        f"\nreport   {page}\nweights  {run / 'export' / 'backbone.safetensors'}\n\nnext:\n"
-        f"  deepclust status {run}\n"
-        f"  deepclust assignments {run} --out clusters.parquet\n"
-        f"  deepclust pack YOUR_IMAGES shards && "
-        "deepclust pretrain small-photos --run runs/mine data.shards=shards\n",
-        highlight=False,
-        soft_wrap=True,
+    commands = (
+        typed("status", run),
+        typed("assignments", run, "--out", "clusters.parquet"),
+        typed("pack", "YOUR_IMAGES", "shards", "--resize-short", 72),
+        typed("pretrain", "small-photos", "--run", "runs/mine", "data.shards=shards"),
     )
+    typer.echo(f"\nreport   {page}\nweights  {run / 'export' / 'backbone.safetensors'}\n\nnext:")
+    typer.echo("".join(f"  {command}\n" for command in commands))
 
 
 CLASSES = (

@@ -5,6 +5,10 @@ Everything goes to stderr; stdout is for results.
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +21,13 @@ from rich.table import Table
 from cluster_jobs.store import Status
 
 PLAIN_EVERY_S = 10.0
+
+
+def typed(*words: object) -> str:
+    """A `deepclust` command as this user can type it: by its path where it is not on PATH."""
+    program = "deepclust" if shutil.which("deepclust") else os.path.relpath(sys.argv[0])
+    return shlex.join([program, *map(str, words)])
+
 
 ROUND_COLUMNS = {
     "round": "{:d}", "inertia": "{:.4f}", "entropy_ratio": "{:.3f}", "largest_share": "{:.2%}",
@@ -67,10 +78,10 @@ class Display:
             self._move(f"extract, round {record['round']}", self.units, record["of"], "units")
         elif record["event"] == "clustered":
             self.units = 0
-            self.console.print(_round_line(record), highlight=False)
+            self.console.print(_round_line(record), highlight=False, markup=False)
         elif record["event"] in ("warning", "replaced"):
             text = record.get("text") or f"{record['count']} unreadable images replaced"
-            self.console.print(f"warning: {text}", style="yellow", highlight=False)
+            self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
 
     def _move(self, what: str, done: int, of: int, facts: str) -> None:
         if self.bar is not None and self.task is not None:

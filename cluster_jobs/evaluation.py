@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from deepclust.checkpoint import load_latest
+from deepclust.checkpoint import Found, load_latest
 from deepclust.data.index import Index, open_index
 from deepclust.data.reader import Loader, Request
 from deepclust.data.views import CentreCrop, to_float
@@ -31,16 +31,14 @@ Scores = dict[str, dict[str, float]]
 def evaluate_run(run: Path, train: str, test: str) -> Scores:
     """Evaluate a run's backbone on labelled shards; the scores also land in `evaluations/`."""
     found = open_run(run)
-    backbone = load_run(found)
-    data = found.recipe.data
+    latest, data = _latest(found), found.recipe.data
+    backbone = _backbone(found, latest)
     scores = evaluate_features(
         labelled_features(backbone, open_index(train), data),
         labelled_features(backbone, open_index(test), data),
     )
-    steps = found.checkpoints()[-1].name
-    (found.path / "evaluations").mkdir(exist_ok=True)
-    record = {"step": int(steps), "train": train, "test": test, "scores": scores}
-    write_json(found.path / "evaluations" / f"{steps}.json", record)
+    record = {"step": latest.state.step, "train": train, "test": test, "scores": scores}
+    write_json(found.path / "evaluations" / f"{latest.state.step:08d}.json", record)
     return scores
 
 
@@ -52,11 +50,19 @@ def export_run(run: Path, out: Path, format_: str) -> Exported:
 
 def load_run(run: Run) -> Backbone:
     """The backbone of a run's newest readable checkpoint, in eval mode."""
-    latest = load_latest(run, lambda text: None, repair=False)
+    return _backbone(run, _latest(run))
+
+
+def _latest(run: Run) -> Found:
+    latest = load_latest(run, lambda text: None)
     if latest is None:
         raise DataError(f"{run.path} has no checkpoint yet; let it run, then try again")
+    return latest
+
+
+def _backbone(run: Run, latest: Found) -> Backbone:
     backbone = fresh_backbone(run.recipe)
-    backbone.load_state_dict(backbone_part(latest[1]["model"]))
+    backbone.load_state_dict(backbone_part(latest.parts["model"]))
     return backbone.eval()
 
 
@@ -95,4 +101,9 @@ def labelled_features(
     finally:
         loader.close()
     usable = np.concatenate(used)
+    if (~usable).mean() > data.max_bad:
+        raise DataError(
+            f"{(~usable).sum()} of {len(ids)} images of {index.shards[0].parent} cannot be read, "
+            f"more than data.max_bad={data.max_bad} allows"
+        )
     return np.concatenate(rows)[usable], np.asarray(index.labels)[ids][usable]

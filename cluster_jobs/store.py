@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust import lock, rundir
+from deepclust.errors import DeepclustError, RecipeError
 from deepclust.launch import is_finished
 from deepclust.rundir import Run
 
@@ -20,14 +21,14 @@ class Status:
     name: str
     state: str
     phase: str
-    round: int | None
-    epoch: float | None
     epochs: int
-    step: int | None
-    loss: float | None
-    images_per_s: float | None
-    owner: str | None
-    reason: str
+    round: int | None = None
+    epoch: float | None = None
+    step: int | None = None
+    loss: float | None = None
+    images_per_s: float | None = None
+    owner: str | None = None
+    reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -36,6 +37,8 @@ class Status:
 
 def find_runs(folder: Path) -> list[Run]:
     """The run that a folder is, or the runs that lie in it."""
+    if not folder.is_dir():
+        raise RecipeError(f"{folder} is not a folder: give a run, or a folder of runs")
     if rundir.exists(folder):
         return [Run(folder)]
     return [Run(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))]
@@ -43,6 +46,14 @@ def find_runs(folder: Path) -> list[Run]:
 
 def status(run: Run) -> Status:
     """The state of a run, from its lock, events and metrics."""
+    try:
+        return _status(run)
+    except DeepclustError as error:  # one broken run must not hide the others
+        reason = str(error).splitlines()[0]
+        return Status(run.path.resolve().name, "FAILED", "", 0, reason=reason)
+
+
+def _status(run: Run) -> Status:
     owner = lock.owner(run.path)
     events = run.events()
     state, reason = _state(run, owner, events)
@@ -50,7 +61,8 @@ def status(run: Run) -> Status:
     last = trained[-1] if trained else {}
     rounds = run.rounds()
     return Status(
-        name=run.path.name, state=state, phase=_phase(events), epochs=run.recipe.train.epochs,
+        name=run.path.resolve().name, state=state, phase=_phase(events),
+        epochs=run.recipe.train.epochs,
         round=rounds[-1] if rounds else None, epoch=last.get("epoch"), step=last.get("step"),
         loss=last.get("loss"), images_per_s=last.get("images_per_s"), owner=owner, reason=reason,
     )  # fmt: skip
@@ -66,7 +78,7 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
     last = events[-1]
     if last["event"] != "stopped":
         return "DIED", f"ended without a word; deepclust resume {run.path}"
-    if last["kind"] in ("RequeueWanted", "KeyboardInterrupt"):
+    if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
         return "STOPPED", last["text"]
     return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}"
 
@@ -84,7 +96,8 @@ def _phase(events: list[dict[str, Any]]) -> str:
 def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
     """Lines of a rank's log and of the controller's; with `follow`, until the run ends."""
     folder = rundir.open_run(run).path / "logs"
-    files = dict.fromkeys(("controller.log", f"rank-{rank:05d}.log"), 0)
+    names = ("controller.log", f"rank-{rank:05d}.log", f"rank-{rank}.out", "cluster-worker.out")
+    files = dict.fromkeys(names, 0)
     while True:
         alive = lock.owner(run) is not None
         for name in files:

@@ -14,6 +14,7 @@ from deepclust.checkpoint import State
 from deepclust.data.index import Index
 from deepclust.data.reader import Loader
 from deepclust.data.views import to_float
+from deepclust.errors import NumericalError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Targets
 from deepclust.metrics import Metrics, Report
@@ -21,6 +22,7 @@ from deepclust.models import build_backbone
 from deepclust.optim import Optimizers, Schedule
 from deepclust.recipe import Recipe, parse_cadence
 from deepclust.rundir import Run
+from deepclust.timeline import Timeline
 from deepclust.train import Trainer
 from deepclust.world import World
 
@@ -43,30 +45,32 @@ class Context:
 def build_trainer(context: Context) -> Trainer:
     """The method, its optimizers and the loader, from the recipe; weights depend on the seed."""
     recipe, world, data = context.recipe, context.world, context.recipe.data
-    method = build_method(recipe).to(world.device)
+    timeline = Timeline.of(recipe, len(context.index))
+    method = build_method(recipe, new=not context.run.checkpoints()).to(world.device)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
     optimizers = Optimizers(method.param_groups(), recipe.train)
     return Trainer(
         world=world, index=context.index, method=method, model=wrapped(method, context),
-        optimizers=optimizers, schedule=Schedule(recipe.train, len(context.index)),
+        optimizers=optimizers,
+        schedule=Schedule(recipe.train, timeline.epoch_steps * recipe.train.batch),
         loader=Loader(
             context.index, data.workers, read=context.read, scratch=data.scratch,
             max_pixels=data.max_pixels,
         ),
         data=data, config=recipe.train, seed=recipe.seed, folder=context.run.path,
         metrics=Metrics(context.run) if world.is_first else None, report=context.report,
-        save=saver(context, method, optimizers), save_due=save_schedule(recipe),
+        save=saver(context, method, optimizers), save_due=save_schedule(recipe, timeline),
         stopping=context.stopping,
     )  # fmt: skip
 
 
-def build_method(recipe: Recipe) -> Method:
-    """The recipe's method around the recipe's backbone, with new or inherited weights."""
+def build_method(recipe: Recipe, new: bool) -> Method:
+    """The recipe's method around the recipe's backbone; a new run may inherit weights."""
     backbone = build_backbone(
         recipe.backbone.name, sobel=recipe.backbone.sobel,
         image_size=recipe.data.size, seed=recipe.seed,
     )  # fmt: skip
-    if recipe.init.weights:
+    if recipe.init.weights and new:
         inherit.load_weights(backbone, recipe.init.weights)
     return METHODS[recipe.method.name](
         backbone, recipe.cluster.k, recipe.cluster.dim, recipe.method.head, recipe.seed
@@ -88,20 +92,34 @@ def saver(context: Context, method: Method, optimizers: Optimizers) -> Callable[
     def save(state: State) -> None:
         if context.world.is_first:
             parts = {"model": dict(method.state_dict()), **optimizers.state()}
+            check_finite(parts["model"], state)
             if checkpoint.save(context.run, state, parts, context.recipe.keep.checkpoints):
                 context.report.event("checkpoint", step=state.step)
 
     return save
 
 
-def save_schedule(recipe: Recipe) -> Callable[[State], bool]:
+def check_finite(tensors: dict[str, Tensor], state: State) -> None:
+    """Raise `NumericalError` rather than save weights that no resume could go on from."""
+    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise NumericalError(
+            f"at step {state.step} the weights are not finite ({broken[0]}); nothing was saved and "
+            "the checkpoint before is sound. Lower train.lr in a new run that starts from it "
+            "(init.weights)."
+        )
+
+
+def save_schedule(recipe: Recipe, timeline: Timeline) -> Callable[[State], bool]:
     """A function that says whether a state is one to save, by `train.checkpoint`."""
     every = parse_cadence(recipe.train.checkpoint)
+    by_epoch = every.unit == "epoch"
+    steps = every.count * (timeline.epoch_steps if by_epoch else 1)
 
     def due(state: State) -> bool:
-        if every.unit == "step":
-            return state.step % every.count == 0
-        return state.offset == 0 and state.segment % every.count == 0
+        if by_epoch and timeline.every.unit == "epoch":  # segments are epochs
+            return state.offset == 0 and state.segment % every.count == 0
+        return state.step % steps == 0
 
     return due
 
@@ -126,12 +144,14 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
     def say(text: str) -> None:
         context.report.event("warning", text=text)
 
-    found = checkpoint.load_latest(context.run, say, repair=context.world.is_first)
-    context.world.barrier()
-    if found is None:
+    found = checkpoint.load_latest(context.run, say) if context.world.is_first else None
+    folder = context.world.share(found.folder if found else None)  # rank 0 chooses for all
+    if folder is None:
         return State(), None
-    state, parts = found
+    state, parts = (found.state, found.parts) if found else checkpoint.load(folder)
     trainer.method.load_state_dict(parts.pop("model"))
     trainer.optimizers.load_state(parts)
-    context.report.event("restored", step=state.step, segment=state.segment, round=state.round)
+    if context.world.is_first:
+        facts = {"step": state.step, "segment": state.segment, "round": state.round}
+        context.report.event("restored", **facts)
     return state, cluster.read_targets(context.run, state.round) if state.round >= 0 else None

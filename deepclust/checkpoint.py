@@ -7,7 +7,6 @@ is set aside, which is said, and the one before it is used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,23 +72,33 @@ def load(folder: Path) -> tuple[State, dict[str, Tensors]]:
         verify(folder)
         state = State(**read_json(folder / "state.json"))
         parts = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    except (DataError, SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
+    except (DataError, SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
         raise DataError(f"checkpoint {folder} cannot be read: {error}") from error
     return state, parts
 
 
-def load_latest(
-    run: Run, say: Callable[[str], None], repair: bool
-) -> tuple[State, dict[str, Tensors]] | None:
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that could be read."""
+
+    folder: Path
+    state: State
+    parts: dict[str, Tensors]
+
+
+def load_latest(run: Run, say: Callable[[str], None]) -> Found | None:
     """The newest checkpoint that can be read, or None when there is none.
 
-    With `repair` (one rank does it) a damaged one is renamed, so that its step can be saved again.
+    Whoever holds the run renames a damaged one, so that its step can be saved again.
     """
-    for folder in reversed(run.checkpoints()):
+    folders = run.checkpoints()
+    for before, folder in reversed(list(enumerate(folders))):
         try:
-            return load(folder)
+            return Found(folder, *load(folder))
         except DataError as error:
-            say(f"{error}; using the one before it")
-            if repair:
+            say(
+                f"{error}; {'using the one before it' if before else 'starting from the beginning'}"
+            )
+            if run.token:
                 folder.rename(folder.with_name(f"unreadable-{folder.name}"))
     return None

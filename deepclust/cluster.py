@@ -73,7 +73,7 @@ def cluster_features(job: Job, number: int) -> None:
     if is_done(folder / "assignments"):
         return
     started = time.monotonic()
-    rows = np.load(folder / "features" / "rows.npy", mmap_mode="r")
+    rows = np.load(folder / "features" / "rows.npy", mmap_mode="c")  # torch wants it writeable
     excluded = read_excluded(folder / "features")
     valid = np.setdiff1d(np.arange(len(rows)), np.fromiter(excluded, np.int64, len(excluded)))
     result = _kmeans(job, number, rows, valid)
@@ -217,5 +217,6 @@ def _check_collapse(statistics: dict[str, Any], max_share: float, folder: Path) 
         raise NumericalError(
             f"the clustering of {folder} has collapsed: one cluster holds {share:.1%} of the "
             f"images (cluster.max_share is {max_share:.0%}). The features no longer tell images "
-            "apart: lower train.lr, or use more clusters, and resume from an earlier checkpoint."
+            "apart: start a new run with a lower train.lr or more clusters, from an earlier "
+            "checkpoint (init.weights) or from the beginning."
         )

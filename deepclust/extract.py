@@ -59,6 +59,11 @@ class Pass:
         """Scratch for unit files; deleted when the features are done."""
         return self.run.round(self.round) / "raw"
 
+    @property
+    def rows_file(self) -> Path:
+        """Where projected rows gather; of this controller alone, so that no zombie spoils them."""
+        return self.raw / f"rows-{self.run.token}.npy"
+
     def unit_file(self, number: int) -> Path:
         """Rows and moments of a unit."""
         return self.raw / f"unit-{number:05d}.safetensors"
@@ -120,7 +125,7 @@ def project(job: Pass, whitening: Whitening) -> None:
     if is_done(features):
         return
     units = unit_ranges(job.index.bases)
-    rows_file = job.raw / "rows.npy"
+    rows_file = job.rows_file
     dim = whitening.matrix.shape[1]
     if job.world.is_first:
         shape = (len(job.index), dim)
@@ -176,7 +181,8 @@ def _find_pivot(job: Pass, embed: Embed, unit: range) -> None:
             f"none of the first {len(ids)} images of {job.index.shards[0]} gives finite features; "
             "look at the images, or lower train.lr if this is not the first round"
         )
-    with atomic_file(job.raw / "pivot.npy") as partial, open(partial, "wb") as file:
+    pivot = job.raw / "pivot.npy"
+    with atomic_file(pivot, job.run.fence) as partial, open(partial, "wb") as file:
         np.save(file, rows[usable].mean(0).cpu().numpy())
 
 
@@ -236,9 +242,8 @@ def _commit_unit(job: Pass, number: int, unit: _Open, pivot: Tensor) -> None:
         "outer": unit.moments.outer,
         "pivot": pivot,
     }
-    with atomic_file(job.unit_file(number)) as partial:
+    with atomic_file(job.unit_file(number), job.run.fence) as partial:
         write_tensors(partial, tensors, {"excluded": json.dumps(unit.bad)})
-        job.run.fence()
 
 
 def _excluded(raw: Path) -> dict[int, str]:
@@ -281,9 +286,12 @@ def _project_unit(job: Pass, number: int, start: int, whitening: Whitening) -> n
 
 
 def _write_at(file: Path, offset: int, rows: np.ndarray) -> None:
+    left = memoryview(rows.tobytes())
     handle = os.open(file, os.O_WRONLY)
     try:
-        os.pwrite(handle, rows.tobytes(), offset)
+        while left:  # a disk that is nearly full writes less than it is asked to
+            written = os.pwrite(handle, left, offset)
+            left, offset = left[written:], offset + written
     finally:
         os.close(handle)
 
@@ -292,7 +300,7 @@ def _finish_features(job: Pass, features: Path, whitening: Whitening) -> None:
     excluded = _excluded(job.raw)
 
     def fill(folder: Path) -> None:
-        os.replace(job.raw / "rows.npy", folder / "rows.npy")
+        os.replace(job.rows_file, folder / "rows.npy")
         columns = {
             "sample_id": pa.array(list(excluded), pa.int64()),
             "reason": pa.array(list(excluded.values()), pa.string()),

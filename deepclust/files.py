@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 from deepclust.errors import DiskError
 
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
 @contextlib.contextmanager
@@ -26,28 +28,25 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRNOS:
+        # NumPy reports a short write without an errno
+        if error.errno in _FULL or str(error).endswith(" written"):
+            remedy = "Free some space there and resume; nothing that was finished is lost."
+        elif error.errno in _FORBIDDEN:
+            remedy = "Choose a folder that you may write to."
+        else:
             raise
-        where = error.filename or path
-        raise DiskError(
-            f"cannot write {where}: {error.strerror}. {_remedy(error.errno)}"
-        ) from error
-
-
-def _remedy(number: int | None) -> str:
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return "Free some space there and resume; nothing that was finished is lost."
-    return "Choose a folder that you may write to."
+        reason = error.strerror or "No space left on device"
+        raise DiskError(f"cannot write {error.filename or path}: {reason}. {remedy}") from error
 
 
 def temporary(path: Path) -> Path:
-    """The name under which `path` is written before it is renamed; one per process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A name under which `path` is written before it is renamed; no two writers share one."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is synced and renamed to `path`, else removed."""
+def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Yield a temporary path; on success it is synced and, after `before` (the fence), renamed."""
     path = Path(path)
     partial = temporary(path)
     with disk_errors(path):
@@ -55,6 +54,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         try:
             yield partial
             sync(partial)
+            before()
             os.replace(partial, path)
             sync(path.parent)
         finally:
@@ -78,17 +78,24 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Append one line to a JSONL file in one write, so that readers never see half a record."""
-    with disk_errors(path), open(path, "ab") as file:
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    """Append one line to a JSONL file in one write, after a line that a full disk cut short too."""
+    with disk_errors(path), open(path, "a+b") as file:
+        torn = b""
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(torn + json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a last line that a kill cut short is left out."""
+    """The records of a JSONL file; a line that a kill or a full disk cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def sync(path: Path) -> None:
@@ -110,7 +117,6 @@ def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[],
     """Fill a temporary folder, sync it, call `before` (the fence), then rename it to `path`."""
     partial = temporary(path)
     with disk_errors(path):
-        shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
             fill(partial)

@@ -24,10 +24,10 @@ def load_weights(backbone: Backbone, source: str) -> None:
     """Take the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
     path = Path(source)
     if exists(path):
-        found = load_latest(Run(path), lambda text: None, repair=False)
+        found = load_latest(Run(path), lambda text: None)
         if found is None:
             raise DataError(f"init.weights: {path} has no checkpoint yet")
-        state = backbone_part(found[1]["model"])
+        state = backbone_part(found.parts["model"])
     elif (path / "state.json").exists():
         state = backbone_part(load(path)[1]["model"])
     elif path.is_file():

@@ -24,15 +24,16 @@ from types import FrameType
 from typing import Any
 
 from deepclust import errors, rundir
-from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, ResourceError
+from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
+from deepclust.files import disk_errors
 from deepclust.lock import hold
-from deepclust.recipe import Recipe, differences
+from deepclust.recipe import Recipe, Section, differences
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER, Seat
 
 Show = Callable[[dict[str, Any]], None]
 MAY_CHANGE = ("train.ranks", "data.workers")
-GRACE_S = 30.0
+HELD_BACK = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}
 
 
 def pretrain(recipe: Recipe, run: str | Path, show: Show | None = None) -> Run:
@@ -48,7 +49,10 @@ def pretrain(recipe: Recipe, run: str | Path, show: Show | None = None) -> Run:
 
 def prepare_run(recipe: Recipe, path: Path) -> None:
     """Make the run directory, with what this machine decides written into the recipe."""
-    rundir.create(path, _resolved(recipe))
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with hold(path):
+        rundir.create(path, _resolved(recipe))
 
 
 def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
@@ -59,7 +63,7 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
     """
     found = rundir.open_run(run)
     recipe = found.recipe.replace(*overrides)
-    _check_changes(found, recipe)
+    check_changes(found, recipe)
     with hold(found.path):
         if recipe != found.recipe:
             recipe.save(found.path / "recipe.yaml")
@@ -78,18 +82,35 @@ def is_finished(run: Run) -> bool:
 
 
 def _resolved(recipe: Recipe) -> Recipe:
-    """Write down what this machine decides: results on a CPU depend on the threads per rank.
+    """Write down what this machine decides, so that the run can be resumed from anywhere.
 
-    A rank gets its share of the cores, less those that its reader processes keep busy.
+    Paths become absolute. Results on a CPU depend on the threads per rank: its share of the cores,
+    less those that its reader processes keep busy.
     """
-    if recipe.train.threads is not None:
-        return recipe
-    share = len(os.sched_getaffinity(0)) // recipe.train.ranks
-    threads = max(1, share - recipe.data.workers)
-    return recipe.replace(f"train.threads={threads}")
+    share = _cores() // recipe.train.ranks
+    threads = recipe.train.threads or max(1, share - recipe.data.workers)
+    data, init = recipe.data, recipe.init
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"threads": threads}),
+            "data": data.model_copy(update=_absolute(data, "shards", "index", "scratch")),
+            "init": init.model_copy(update=_absolute(init, "weights", "assignments")),
+        }
+    )
 
 
-def _check_changes(run: Run, recipe: Recipe) -> None:
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux knows what a scheduler gave us
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _absolute(section: Section, *names: str) -> dict[str, str]:
+    values = {name: getattr(section, name) for name in names}
+    return {n: os.path.abspath(v) for n, v in values.items() if v is not None and ":" not in v}
+
+
+def check_changes(run: Run, recipe: Recipe) -> None:
+    """Raise `RunDiffersError` for a change that a resumed run may not have."""
     changed = differences(run.recipe, recipe)
     longer = recipe.train.epochs > run.recipe.train.epochs
     allowed = (*MAY_CHANGE, "train.epochs") if longer else MAY_CHANGE
@@ -108,18 +129,18 @@ def _start(path: Path, show: Show | None, stage: str | None = None) -> Run:
         run = Run(path, token, incarnation)
         if is_finished(run):
             return run
+        rundir.sweep(path)
         recipe = run.recipe
         run.event("started", pid=os.getpid(), ranks=recipe.train.ranks)
         try:
             _run_here(run, recipe, show or (lambda record: None), stage)
-        except DeepclustError as error:
-            run.event("stopped", kind=type(error).__name__, text=str(error))
-            raise
-        except KeyboardInterrupt:
-            run.event("stopped", kind="KeyboardInterrupt", text="interrupted by the user")
+        except BaseException as error:
+            run.event("stopped", kind=type(error).__name__, text=str(error) or "interrupted")
             raise
         if stage is None:
             run.event("finished", epochs=recipe.train.epochs)
+        else:
+            run.event("stopped", kind="Stage", text=f"{stage} was all that was asked for")
     return run
 
 
@@ -210,13 +231,18 @@ class _Gang:
         log = self.run_.path / "logs" / f"{name.replace(' ', '-')}.out"
         reading, writing = os.pipe()
         command = [
-            sys.executable, "-m", "deepclust.rank", "--run", str(self.run_.path),
+            sys.executable, "-P", "-m", "deepclust.rank", "--run", str(self.run_.path),
             "--token", self.run_.token, "--incarnation", str(self.run_.incarnation),
             "--rank", str(rank), "--size", str(size), "--meeting", str(meeting),
             "--parent", str(os.getpid()), "--pipe", str(writing), "--stage", self.stage or "",
         ]  # fmt: skip
-        with open(log, "ab") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, pass_fds=[writing])
+        # signals wait until the child can handle them: importing torch takes seconds
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        try:
+            with open(log, "ab") as out:
+                process = subprocess.Popen(command, stdout=out, stderr=out, pass_fds=[writing])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writing)
         os.set_blocking(reading, False)
         return _Child(name, process, reading, log)
@@ -233,6 +259,8 @@ class _Gang:
                         selector.unregister(key.fileobj)
                 self._pass_signals_on()
                 self._raise_for_dead()
+        for child in self.children:
+            self._read(child)
         self._raise_for_dead()
 
     def _read(self, child: _Child) -> bool:
@@ -266,6 +294,8 @@ class _Gang:
     def _raise_for_dead(self) -> None:
         codes = [child.process.poll() for child in self.children]
         dead = [c for c, code in zip(self.children, codes, strict=True) if code not in (None, 0)]
+        if codes[-1] == 0 and None in codes[:-1] and self.children[-1].name == "cluster worker":
+            dead.append(self.children[-1])  # nobody told it to leave
         # ranks that stopped because they were asked to are waited for, not punished
         stopping = {c.process.returncode for c in dead} == {RequeueWanted.exit_code}
         trainers_left = [
@@ -276,32 +306,31 @@ class _Gang:
         time.sleep(0.2)  # let the others say why, if they have a better reason
         for child in self.children:
             self._read(child)
-        told = [child for child in self.children if child.failure is not None]
-        first = next((c for c in told if c.failure and c.failure["exit_code"] != 1), dead[0])
-        raise _error_of(first)
+        raise _error_of(_culprit(self.children, dead))
 
     def _end(self) -> None:
-        """Ask, wait a little, then kill."""
+        """Kill what still runs: every stage is atomic, so there is nothing to lose."""
         for child in self.children:
-            if child.process.poll() is None and child.name == "cluster worker":
-                child.process.terminate()
-            elif child.process.poll() is None:
-                child.process.kill()
-        deadline = time.monotonic() + GRACE_S
-        for child in self.children:
-            try:
-                child.process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
+            child.process.kill()
+            child.process.wait()
             os.close(child.pipe)
+
+
+def _culprit(children: list[_Child], dead: list[_Child]) -> _Child:
+    """Who began it: one that told a reason of its own, else one that was killed.
+
+    The others end too, of the collective that the first one left.
+    """
+    reasons = [c for c in children if c.failure and c.failure["exit_code"] != 1]
+    killed = [child for child in dead if (child.process.returncode or 0) < 0]
+    return (reasons + killed + dead)[0]
 
 
 def _error_of(child: _Child) -> DeepclustError:
     """The child's own error where it told one, else what its log ends with."""
     if child.failure and child.failure["exit_code"] != 1:
-        kind = getattr(errors, str(child.failure["kind"]), RecipeError)
-        return kind(child.failure["failed"])
+        kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
+        return kinds[child.failure["exit_code"]](child.failure["failed"])
     tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-15:])
     code = child.process.returncode
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

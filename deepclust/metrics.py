@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,11 +37,13 @@ class DirectReport:
 
     def event(self, name: str, **fields: Any) -> None:
         """Write the event, then show it."""
+        _log(name, fields)
         self.run.event(name, **fields)
         self.show({"event": name, **fields})
 
     def progress(self, **fields: Any) -> None:
         """Show it."""
+        _log("step", fields)
         self.show({"progress": True, **fields})
 
 
@@ -54,10 +55,12 @@ class PipeReport:
 
     def event(self, name: str, **fields: Any) -> None:
         """Hand the event to the launcher."""
+        _log(name, fields)
         self._send({"event": name, **fields})
 
     def progress(self, **fields: Any) -> None:
         """Hand the progress to the launcher."""
+        _log("step", fields)
         self._send({"progress": True, **fields})
 
     def failed(self, error: BaseException, exit_code: int) -> None:
@@ -67,6 +70,10 @@ class PipeReport:
     def _send(self, record: dict[str, Any]) -> None:
         # one write below PIPE_BUF is atomic, and a longer one has only this writer
         os.write(self.descriptor, json.dumps(record).encode() + b"\n")
+
+
+def _log(name: str, fields: dict[str, Any]) -> None:
+    logging.getLogger("deepclust").info("%s %s", name, json.dumps(fields))
 
 
 class Metrics:
@@ -100,9 +107,3 @@ def log_to(path: Path, rank: int) -> logging.Logger:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return logger
-
-
-def to_stderr(record: dict[str, Any]) -> None:
-    """The plainest display: one JSON line per event, nothing for progress."""
-    if "event" in record:
-        sys.stderr.write(json.dumps(record) + "\n")

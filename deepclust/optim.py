@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -31,7 +32,7 @@ class Optimizers:
         momentum = config.head_momentum if name == "head" else config.momentum
         return SGD(
             self.groups[name],
-            lr=config.lr,
+            lr=config.head_lr or config.lr if name == "head" else config.lr,
             momentum=momentum,
             nesterov=config.nesterov and momentum > 0,
             weight_decay=config.weight_decay,
@@ -50,11 +51,13 @@ class Optimizers:
                     value[fresh.to(value.device)] = 0
 
     def set_rate(self, factor: float) -> float:
-        """Scale both rates; returns the body's."""
-        head_lr = self.config.head_lr or self.config.lr
-        for name, optimizer in self.by_name.items():
-            for group in optimizer.param_groups:
-                group["lr"] = factor * (head_lr if name == "head" else self.config.lr)
+        """Scale the body's rate and return it.
+
+        The head keeps its own: it starts anew every round, and one that may no longer learn gives
+        the body nothing to learn from (Fashion-MNIST, cosine on both: 20-NN 0.5 % worse).
+        """
+        for group in self.by_name["body"].param_groups:
+            group["lr"] = factor * self.config.lr
         return factor * self.config.lr
 
     def step(self) -> None:
@@ -73,7 +76,9 @@ class Optimizers:
             parameters = optimizer.param_groups[0]["params"]
             for key, value in parts.get(name, {}).items():
                 parameter = parameters[int(key)]
-                optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.device)
+                # in the parameter's own layout, which decides how the update is computed
+                buffer = torch.empty_like(parameter).copy_(value)
+                optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
 def _buffers(optimizer: SGD) -> Tensors:

@@ -16,7 +16,7 @@ import shutil
 from deepclust import cluster, inherit
 from deepclust.assemble import Context, build_trainer, embedder, restore
 from deepclust.data.plan import EpochPlan
-from deepclust.errors import RequeueWanted
+from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.export import export_backbone
 from deepclust.extract import Pass, extract, project
 from deepclust.methods.base import Targets
@@ -31,12 +31,13 @@ def run(context: Context) -> None:
     trainer = build_trainer(context)
     try:
         state, targets = restore(context, trainer)
-        while state.segment < timeline.segments:
+        began = state.step
+        while not timeline.finished(state):
             if timeline.refresh_due(state):
                 trainer.save(state)
                 targets = refresh(context, trainer, timeline.round_of(state))
-                if targets is None:
-                    return
+                if targets is None:  # only one stage was wanted
+                    return check_stage(context, timeline.round_of(state), state.step - began)
                 state = state.in_round(targets.round)
                 trainer.optimizers.renew_head(trainer.method.adopt(targets, recipe.seed))
             if context.stage in ("extract", "cluster"):
@@ -63,15 +64,24 @@ def run(context: Context) -> None:
 def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
     """Round `number`, made if it is not there; None when only one stage was wanted."""
     assignments = context.run.round(number) / "assignments"
-    if not is_done(assignments):
+    # rank 0 decides for all: a cluster worker may finish the round between two ranks' looks
+    if not context.world.share(is_done(assignments)):
         if context.stage == "train":
             return None
         make_round(context, trainer, number)
-        if not is_done(assignments):
+        if context.stage == "extract":
             return None
     if context.world.is_first:
         tidy(context, trainer, number)
     return cluster.read_targets(context.run, number)
+
+
+def check_stage(context: Context, number: int, steps: int) -> None:
+    """Raise when `deepclust train` could not train, because the next round is not there yet."""
+    if context.stage == "train" and steps == 0:
+        raise RecipeError(
+            f"round {number} has no assignments yet: deepclust cluster {context.run.path}"
+        )
 
 
 def make_round(context: Context, trainer: Trainer, number: int) -> None:
@@ -107,9 +117,9 @@ def await_stage(context: Context, number: int, stage: str) -> None:
     if context.inline is not None:
         cluster.advance(context.inline, number)
     folder = context.run.round(number) / stage
-    if not cluster.wait_for(folder, context.stopping):
+    stopped = not cluster.wait_for(folder, context.stopping)
+    if context.world.largest(int(stopped)):
         raise RequeueWanted(f"stopped while waiting for {folder}")
-    context.world.barrier()
 
 
 def finish(context: Context, trainer: Trainer) -> None:

@@ -50,11 +50,15 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
     inline = recipe.clusters_inline and world.is_first
     job = _cluster_job(run, recipe, index, report) if inline else None
+    context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
     try:
-        context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
         pipeline.run(context)
-    finally:
-        leave()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{device} is out of memory: lower train.batch, or raise train.accumulate or "
+            f"train.ranks ({error})"
+        ) from error
+    leave()
 
 
 def training_device(recipe: Recipe, rank: int) -> torch.device:
@@ -94,7 +98,9 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
         if began is None:
             raise
         raise RunDiffersError(f"the data of {run.path} have changed: {error}") from error
-    facts: dict[str, Any] = {"fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)}
+    facts: dict[str, Any] = {
+        "fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)
+    }  # fmt: skip
     if began is None:
         began = facts | {"read": resolve_read(index, recipe.data.read)}
         write_json(file, began)
@@ -136,6 +142,7 @@ def main() -> int:
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
     run = Run(Path(args.run), args.token, args.incarnation)
     seat = Seat(args.rank, args.size, Path(args.meeting), args.stage or None)
@@ -143,11 +150,12 @@ def main() -> int:
         work(run, seat, report, lambda: bool(asked))
     except DeepclustError as error:
         report.failed(error, error.exit_code)
-        return error.exit_code
+        os._exit(error.exit_code)  # closing the process group could wait for ranks that wait for us
     except BaseException as error:
         traceback.print_exc()
+        sys.stderr.flush()
         report.failed(error, 1)
-        return 1
+        os._exit(1)
     return 0
 
 

@@ -34,7 +34,9 @@ class Cadence:
 class Section(BaseModel):
     """A part of the recipe: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class Data(Section):
@@ -55,6 +57,18 @@ class Data(Section):
     extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
     max_pixels: int = Field(178_956_970, ge=1, description="larger images are refused unread")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} goes from a small positive number to a larger one")
+        if self.short_side < self.size:
+            raise ValueError(f"resize {self.short_side} is smaller than the crop, size {self.size}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
 
     @property
     def short_side(self) -> int:
@@ -94,7 +108,7 @@ class ClusterSection(Section):
     where: Literal["auto", "inline", "worker"] = Field(
         "auto", description="auto: inline at one rank, else the cluster worker's own process"
     )
-    device: str = Field("auto", description="auto, cpu, or cuda:N for the cluster worker")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
     max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
 
     @field_validator("every")
@@ -115,7 +129,7 @@ class TrainSection(Section):
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(1e-5, ge=0)
-    head_lr: float | None = Field(None, gt=0, description="the head's own; default: lr")
+    head_lr: float | None = Field(None, gt=0, description="the head's, constant; default: lr")
     head_momentum: float = Field(0.0, ge=0, lt=1)
     schedule: Literal["constant", "step", "cosine"] = "constant"
     steps_at: tuple[float, ...] = Field((), description="epochs at which `step` lowers the rate")
@@ -123,7 +137,7 @@ class TrainSection(Section):
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    device: str = Field("auto", description="auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; recorded at start")
     checkpoint: str = Field("1 epoch", description='"n epochs" or "n steps" between checkpoints')
     log: int = Field(20, ge=1, description="steps between two lines of metrics")
@@ -215,6 +229,9 @@ class Recipe(Section):
         return dict(_flatten(self.model_dump(mode="json")))
 
 
+PATHS = {"data.shards", "data.index", "data.scratch", "init.weights", "init.assignments"}
+
+
 def parse_cadence(text: str) -> Cadence:
     """`"1 epoch"`, `"3 epochs"`, `"200 steps"` as a Cadence."""
     number, _, unit = text.strip().partition(" ")
@@ -257,10 +274,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
     *sections, last = key.split(".")
     for section in sections:
-        inner = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        inner = tree[section]
         if not isinstance(inner, dict):
             raise RecipeError(f"override {override!r}: {section} is a value, not a section")
         tree = inner
+    if key in PATHS and text not in ("", "null", "~"):
+        tree[last] = text  # a path is not YAML: "#", ":" and braces are letters in it
+        return
     try:
         tree[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -32,8 +32,6 @@ from deepclust.files import (
 from deepclust.lock import check_token
 from deepclust.recipe import Recipe
 
-ROUND_STAGES = ("features", "whitening", "centroids", "assignments")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -74,8 +72,13 @@ class Run:
             fill(folder)
             seal(folder, inputs, **facts)
 
-        stage.parent.mkdir(parents=True, exist_ok=True)
-        atomic_folder(stage, complete, self.fence)
+        def replace_unfinished() -> None:
+            self.fence()
+            prune([stage], 0)  # left by a kill before the stage that completes it was there
+
+        with disk_errors(stage):
+            stage.parent.mkdir(parents=True, exist_ok=True)
+        atomic_folder(stage, complete, replace_unfinished)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append to events.jsonl. Only the controller does this."""
@@ -141,15 +144,23 @@ def open_run(path: str | Path) -> Run:
     return Run(path)
 
 
+def sweep(path: Path) -> None:
+    """Delete what killed writers left half-written; only the holder of the lock may."""
+    for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
+        for leftover in path.glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
 def create(path: Path, recipe: Recipe) -> None:
-    """Make the run directory: recipe and environment. Refuses a run that has begun."""
-    if exists(path) and (path / "rounds").exists():
+    """Write recipe and environment into a run directory. Refuses a run that has begun."""
+    if any((path / begun).exists() for begun in ("rounds", "checkpoints")):
         raise RecipeError(
             f"{path} holds a run already. To continue it: deepclust resume {path}\n"
             "To start another one, choose another folder."
         )
     with disk_errors(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
+        (path / "data.json").unlink(missing_ok=True)
     recipe.save(path / "recipe.yaml")
     write_json(path / "env.json", environment())
 

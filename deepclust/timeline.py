@@ -7,6 +7,7 @@ With `cluster.every: "n epochs"` a segment is an epoch; with "n steps" it is a r
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from deepclust.checkpoint import State
@@ -39,18 +40,17 @@ class Timeline:
         lanes = math.gcd(recipe.train.batch, LANES)
         return cls(every, recipe.train.epochs, recipe.cluster.until, steps, lanes)
 
-    @property
-    def segments(self) -> int:
-        """How many there are; the last round of steps may be shorter."""
+    def finished(self, state: State) -> bool:
+        """Whether the state stands at the end; the last round of steps may be a short one."""
         if self.every.unit == "epoch":
-            return self.epochs
-        return -(-self.epochs * self.epoch_steps // self.every.count)
+            return state.segment >= self.epochs
+        return state.offset == 0 and state.step >= self.epochs * self.epoch_steps
 
     def steps(self, state: State) -> int | None:
         """Length of the state's segment; None = one pass over all valid samples."""
         if self.every.unit == "epoch":
             return None
-        left = self.epochs * self.epoch_steps - state.segment * self.every.count
+        left = self.epochs * self.epoch_steps - (state.step - state.offset)
         return min(self.every.count, left)
 
     def round_of(self, state: State) -> int:
@@ -65,7 +65,7 @@ class Timeline:
     def _last_refresh(self) -> int:
         """The last segment that may begin with a new round."""
         if self.until is None:
-            return self.segments
+            return sys.maxsize
         if self.every.unit == "epoch":
             return self.until - 1
         return max(0, (self.until * self.epoch_steps - 1) // self.every.count)

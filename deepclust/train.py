@@ -88,7 +88,8 @@ def train_segment(
         trainer.optimizers.step()
         state = state.after_step(trainer.config.batch)
         at_end = state.offset == plan.steps
-        if state.step % trainer.config.log == 0 or at_end or trainer.save_due(state):
+        asked = trainer.world.size == 1 and trainer.stopping()
+        if state.step % trainer.config.log == 0 or at_end or asked or trainer.save_due(state):
             _check_and_tell(trainer, state, plan, rate)
             if trainer.save_due(state) and not at_end:
                 trainer.save(state)
@@ -203,7 +204,8 @@ def _check_bad(trainer: Trainer, bad: int, state: State) -> None:
     """Unreadable samples are replaced one by one, but not without end."""
     if not bad:
         return
-    trainer.report.event("replaced", step=state.step, count=bad, first=trainer.meter.bad[:5])
+    if trainer.world.is_first:
+        trainer.report.event("replaced", step=state.step, count=bad, first=trainer.meter.bad[:5])
     with open(trainer.folder / "logs" / "replaced.jsonl", "a") as file:
         file.write(json.dumps({"step": state.step, "samples": trainer.meter.bad}) + "\n")
     seen = trainer.config.log * trainer.config.batch

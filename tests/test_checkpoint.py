@@ -30,10 +30,10 @@ def save(run: Run, step: int, keep: int = 3) -> bool:
 
 def test_what_is_saved_is_loaded(run: Run) -> None:
     save(run, 7)
-    found = checkpoint.load_latest(run, print, repair=True)
+    found = checkpoint.load_latest(run, print)
     assert found is not None
-    assert found[0] == State(step=7, segment=1, offset=2)
-    assert torch.equal(found[1]["model"]["w"], torch.full((3,), 7.0))
+    assert found.state == State(step=7, segment=1, offset=2)
+    assert torch.equal(found.parts["model"]["w"], torch.full((3,), 7.0))
 
 
 def test_only_the_newest_are_kept(run: Run) -> None:
@@ -56,15 +56,15 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(run: Run, damag
     damaged = {"cut": data[:-5], "flip": data[:-1] + bytes([data[-1] ^ 1]), "state": b"{"}
     file.unlink() if damage == "gone" else file.write_bytes(damaged[damage])
     said: list[str] = []
-    found = checkpoint.load_latest(run, said.append, repair=True)
+    found = checkpoint.load_latest(run, said.append)
     assert found is not None
-    assert found[0].step == 1
+    assert found.state.step == 1
     assert "00000002" in said[0]
     assert save(run, 2)  # its place is free again
 
 
 def test_no_checkpoint_is_none(run: Run) -> None:
-    assert checkpoint.load_latest(run, print, repair=True) is None
+    assert checkpoint.load_latest(run, print) is None
 
 
 def test_a_zombie_cannot_land_a_checkpoint(run: Run) -> None:

@@ -13,11 +13,13 @@ from tests.tiny import tiny_recipe
 def rounds(timeline: Timeline) -> list[int]:
     """The round of every segment, and a check that a refresh is due exactly where it changes."""
     state, seen = State(), []
-    while state.segment < timeline.segments:
+    while not timeline.finished(state):
         due = timeline.refresh_due(state)
         assert due == (timeline.round_of(state) != state.round)
         state = state.in_round(timeline.round_of(state))
         seen.append(state.round)
+        for _ in range(timeline.steps(state) or timeline.epoch_steps):
+            state = state.after_step(24)
         state = state.after_segment()
     return seen
 
@@ -41,8 +43,16 @@ def test_no_round_begins_from_epoch_until_on(tmp_path: Path) -> None:
 def test_rounds_of_steps_share_out_all_steps(tmp_path: Path) -> None:
     found = timeline(tmp_path, "cluster.every=25 steps")  # 60 steps in all
     assert rounds(found) == [0, 1, 2]
-    steps = [found.steps(State(segment=s)) for s in range(found.segments)]
+    steps = [found.steps(State(step=step, segment=s)) for s, step in enumerate((0, 25, 50))]
     assert steps == [25, 25, 10]
+
+
+def test_a_longer_run_trains_all_its_steps(tmp_path: Path) -> None:
+    ended = State(step=60, segment=3, round=2)
+    assert timeline(tmp_path, "cluster.every=25 steps").finished(ended)
+    longer = timeline(tmp_path, "cluster.every=25 steps", "train.epochs=7")
+    assert not longer.finished(ended)
+    assert longer.steps(ended) == 10
 
 
 def test_rounds_of_steps_stop_too(tmp_path: Path) -> None:

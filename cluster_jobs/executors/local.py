@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepclust import lock, rundir
-from deepclust.errors import ResourceError
-from deepclust.launch import prepare_run
+from deepclust.errors import ResourceError, RunHeldError
+from deepclust.launch import check_changes, prepare_run
 from deepclust.recipe import Recipe
 
 CANCEL_PATIENCE_S = 60.0
+START_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Plan:
 
 def prepare(recipe: Recipe, run: Path) -> Plan:
     """The command for a recipe; nothing is written or started."""
-    command = [sys.executable, "-m", "cluster_jobs.cli", "resume", str(run.absolute())]
+    command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume", str(run.absolute())]
     return Plan(recipe, run, command)
 
 
@@ -49,15 +50,29 @@ def submit(plan: Plan) -> None:
 
 
 def resume(run: Path, overrides: list[str]) -> None:
-    """Start a controller for a run that exists."""
-    _start(run, [*prepare(rundir.open_run(run).recipe, run).command, *overrides])
+    """Start a controller for a run that exists; refuses what a foreground resume refuses."""
+    found = rundir.open_run(run)
+    check_changes(found, found.recipe.replace(*overrides))
+    owner = lock.owner(run)
+    if owner:
+        raise RunHeldError(f"{run} is held by {owner}; end it with `deepclust cancel {run}`")
+    _start(run, [*prepare(found.recipe, run).command, *overrides])
 
 
 def _start(run: Path, command: list[str]) -> None:
-    with open(run / "logs" / "controller.log", "ab") as log:
-        subprocess.Popen(
+    """Start a controller and wait until it holds the run, so that status and logs find it."""
+    file = run / "logs" / "controller.log"
+    with open(file, "ab") as log:
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    deadline = time.monotonic() + START_PATIENCE_S
+    while process.poll() is None and lock.owner_pid(run) != process.pid:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if process.poll():
+        raise ResourceError(f"{run} ended with exit code {process.returncode}; see {file}")
 
 
 def cancel(run: Path) -> str:
