@@ -7,18 +7,20 @@ that is not renamed yet). The victim is the controller, a rank, or the cluster w
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from deepclust.errors import ResourceError
 from deepclust.files import read_jsonl
 from deepclust.rundir import Run, is_done
+from deepclust.seat import CLUSTER_WORKER
 from tests.tiny import command
 
 Moment = Callable[[Path], bool]
+PATIENCE_S = 90.0  # a controller gives the ranks that are left 30 s
 
 
 def _round(run: Path, number: int, stage: str) -> Path:
@@ -41,6 +43,12 @@ def clustering(run: Path) -> bool:
     return is_done(_round(run, 1, "features")) and not is_done(_round(run, 1, "assignments"))
 
 
+def assigning(run: Path) -> bool:
+    """The centroids of round 1 are there, and no assignments: two renames that belong together."""
+    folder = _round(run, 1, "assignments")
+    return is_done(_round(run, 1, "centroids")) and not is_done(folder)
+
+
 def training(run: Path) -> bool:
     """The middle of an epoch of round 1: some steps, no checkpoint of them."""
     return is_done(_round(run, 1, "assignments")) and any(
@@ -57,6 +65,7 @@ MOMENTS: dict[str, Moment] = {
     "extraction": extracting,
     "whitening": whitening,
     "k-means": clustering,
+    "between centroids and assignments": assigning,
     "mid-epoch": training,
     "checkpoint write": saving,
 }
@@ -81,19 +90,54 @@ def family(pid: int) -> list[int]:
     return [pid, *(grandchild for child in direct for grandchild in family(child))]
 
 
-def kill_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, delay: float) -> bool:
-    """Kill the controller when the moment has come; False when the run ended before."""
+def kill_when(
+    process: subprocess.Popen[bytes],
+    run: Path,
+    moment: Moment,
+    delay: float,
+    victim: str = "controller",
+) -> bool:
+    """Kill the victim when the moment has come; whether it was killed while the moment lasted.
+
+    The victim is the controller, or "rank 0", "rank 1", "cluster worker" of a gang. When it is not
+    the controller, that is waited for too: it must stop the rest.
+    """
     while not moment(run):
         if process.poll() is not None:
             return False
         time.sleep(0.0005)
     time.sleep(delay)
     members = family(process.pid)
+    chosen = [pid for pid in members if seat(pid, process.pid) == victim]
     still = moment(run)
-    os.kill(members[0], signal.SIGKILL)
-    process.wait()
+    for pid in chosen:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(PATIENCE_S)
     wait_until_gone(members)
-    return still
+    return still and bool(chosen) and process.returncode == code_after(victim)
+
+
+def code_after(victim: str) -> int:
+    """How the controller ends when the victim is killed: by the same signal, or with code 4."""
+    return -signal.SIGKILL if victim == "controller" else ResourceError.exit_code
+
+
+def seat(pid: int, controller: int) -> str:
+    """What a process of a run is: "controller", "rank N", "cluster worker", or "" for others."""
+    if pid == controller:
+        return "controller"
+    words = _words(pid)
+    if b"deepclust.rank" not in words:
+        return ""
+    number = int(words[words.index(b"--rank") + 1])
+    return "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"
+
+
+def _words(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def wait_until_gone(pids: list[int], patience: float = 20.0) -> None:
@@ -111,11 +155,6 @@ def _alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def random_delay(seed: int, longest: float) -> float:
-    """A random but repeatable delay, seconds."""
-    return random.Random(seed).uniform(0, longest)
 
 
 def stages_done_twice(run: Path) -> list[tuple[str, int]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from deepclust.rundir import Run
-from tests.killing import MOMENTS, family, kill_when, stages_done_twice, start, wait_until_gone
+from tests.killing import MOMENTS, kill_when, stages_done_twice, start
 from tests.tiny import assert_same_run, deepclust, tiny_recipe, tiny_shards
 
 pytestmark = pytest.mark.slow
+
+# Moments of milliseconds: the kill may strike just behind them. tools/bench/kills.py tries again.
+SHORT = {"whitening", "between centroids and assignments", "checkpoint write"}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def recipe(shards: Path, folder: Path, ranks: int) -> Path:
     ("moment", "ranks"),
     [
         ("extraction", 1), ("extraction", 2), ("whitening", 2), ("k-means", 1), ("k-means", 2),
+        ("between centroids and assignments", 1), ("between centroids and assignments", 2),
         ("mid-epoch", 1), ("mid-epoch", 2), ("checkpoint write", 1),
     ],
 )  # fmt: skip
@@ -49,7 +51,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
 ) -> None:
     run = tmp_path / "run"
     process = start("pretrain", recipe(shards, tmp_path, ranks), "--run", run)
-    assert kill_when(process, run, MOMENTS[moment], delay=0.0) or moment != "extraction"
+    struck = kill_when(process, run, MOMENTS[moment], delay=0.0)
+    assert process.returncode == -signal.SIGKILL
+    assert struck or moment in SHORT
     deepclust("resume", run)
     assert_same_run(run, undisturbed[ranks])
     assert stages_done_twice(run) == []
@@ -58,13 +62,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
 def test_a_killed_rank_stops_the_gang_and_is_named(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start("pretrain", recipe(shards, tmp_path, 2), "--run", run)
-    while not MOMENTS["mid-epoch"](run):
-        time.sleep(0.05)
-    members = family(process.pid)
-    ranks = [pid for pid in members if _is_rank(pid)]
-    os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(60) == 4
-    wait_until_gone(members)
+    assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0, victim="rank 1")
+    assert process.returncode == 4
     stopped = Run(run).events()[-1]
     assert stopped["event"] == "stopped"
     assert "rank 1 was killed by signal 9" in stopped["text"]
@@ -76,12 +75,8 @@ def test_a_resumed_run_may_have_another_number_of_ranks(
     run = tmp_path / "run"
     process = start("pretrain", recipe(shards, tmp_path, 1), "--run", run)
     assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0)
+    assert process.returncode == -signal.SIGKILL
     deepclust("resume", run, "train.ranks=2")
     told = [(r["step"], r["round"], r["epoch"]) for r in Run(run).metrics("train")]
     whole = [(r["step"], r["round"], r["epoch"]) for r in Run(undisturbed[1]).metrics("train")]
     assert told == whole
-
-
-def _is_rank(pid: int) -> bool:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return b"deepclust.rank" in words and words[words.index(b"--rank") + 1] != b"-1"
