@@ -5,14 +5,17 @@
     python tools/bench/quality.py --data photos --seeds 1        the photos of ../shared/data
 
 One row at a time, each in a process of its own; finished rows are kept in --out, so the command can
-be stopped and given again. Every row gets the same evaluators (deepclust/evaluate): weighted 20-NN,
-logistic regression, and k-means with as many clusters as classes. "shuffled" is our whole
-pipeline at equal budget, with each round's pseudo-labels permuted between the images.
+be stopped and given again. The names of rows and runs end in a hash of the resolved recipe, so that
+those of a changed recipe never mix. Every row gets the same evaluators (deepclust/evaluate):
+weighted 20-NN, logistic regression, and k-means with k = the number of classes on the features
+PCA-whitened to k directions, for every row. "shuffled" is our whole pipeline at equal budget, with
+each round's pseudo-labels permuted between the images.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -36,11 +39,11 @@ def main() -> None:
     """Run what is missing, then print the table."""
     args = arguments()
     if args.row:
-        args.out.joinpath(f"{args.row}.json").write_text(json.dumps(one_row(args)))
+        row_file(args, args.row).write_text(json.dumps(one_row(args)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for row in rows(args.seeds):
-        file = args.out / f"{row}.json"
+        file = row_file(args, row)
         if not file.exists():
             command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
             subprocess.run(command, check=True)
@@ -59,7 +62,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
     args = parser.parse_args()
     args.out = args.out or args.work / f"{args.data}-rows"
+    args.key = recipe_key(args)
     return args
+
+
+def recipe_key(args: argparse.Namespace) -> str:
+    """Eight digits for everything that the rows have in common: the resolved recipe at seed 0."""
+    return hashlib.blake2b(recipe(args, 0).dump().encode(), digest_size=4).hexdigest()
+
+
+def row_file(args: argparse.Namespace, row: str) -> Path:
+    """Where the scores of a row are kept."""
+    return Path(args.out, f"{row}-{args.key}.json")
 
 
 def rows(seeds: int) -> list[str]:
@@ -151,12 +165,11 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
     if kind == "random":
         backbone = fresh_backbone(wanted)
     else:
-        run = args.work / f"{args.data}-{kind}-{seed}"
+        run = args.work / f"{args.data}-{kind}-{seed}-{args.key}"
         train_run(wanted, run, shuffled=kind == "shuffled")
         backbone = load_run(Run(run))
-        events = Run(run).events()
         facts = {
-            "train_seconds": round(events[-1]["time"] - events[0]["time"], 1),
+            "train_seconds": round(working_seconds(Run(run).events()), 1),
             "images": Run(run).metrics("train")[-1]["step"] * wanted.train.batch,
         }
     folders = shards(args)
@@ -165,6 +178,17 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
         for split in ("train", "test")
     )
     return train, test, facts
+
+
+def working_seconds(events: list[dict[str, Any]]) -> float:
+    """How long a run was worked on: from start to last event of each incarnation, stops left out.
+
+    What a killed incarnation did after its last event is not seen.
+    """
+    times: dict[int, list[float]] = {}
+    for event in events:
+        times.setdefault(event["incarnation"], []).append(event["time"])
+    return sum(incarnation[-1] - incarnation[0] for incarnation in times.values())
 
 
 def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
@@ -194,7 +218,7 @@ def table(args: argparse.Namespace) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows(args.seeds):
         kind = row if row.startswith("pixels") else row.rpartition("-")[0]
-        found.setdefault(kind, []).append(json.loads((args.out / f"{row}.json").read_text()))
+        found.setdefault(kind, []).append(json.loads(row_file(args, row).read_text()))
     names = ("20-NN", "linear", "NMI", "accuracy")
     lines = [f"| {args.data} | " + " | ".join(names) + " | training, s |", "|---" * 6 + "|"]
     for kind, records in found.items():
