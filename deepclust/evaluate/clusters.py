@@ -1,8 +1,13 @@
 """Do the classes come out of k-means by themselves? NMI, ARI and best-match accuracy.
 
 The protocol of the deep-clustering papers: k = the number of classes, fitted on the training
-features without labels, measured on the test features. The features go through the same
-PCA-whitening and L2 normalisation as in training; k-means is restarted, the best inertia counts.
+features without labels, measured on the test features. The features go through PCA-whitening and L2
+normalisation as in training, but to k directions; k-means is restarted, the best inertia counts.
+
+Why k: the centroids of k clusters span at most k - 1 directions, and the principal ones are the
+continuous solution of k-means' cluster indicators (Ding & He, "K-means clustering via principal
+component analysis", ICML 2004). Whitening gives every direction the same weight, so each further
+one is noise at full weight.
 """
 
 from __future__ import annotations
@@ -32,14 +37,12 @@ def clusters(
     """Yield "nmi" (geometric), "ari" and "accuracy" (Hungarian matching) of the test rows.
 
     The training labels give nothing but their number of classes k. `dim`: directions kept by the
-    whitening; by default k, but 32 to 256 (and never more than d), because k centroids span less
-    than k of them and every further one is noise at full weight.
+    whitening, by default k (see above); at most d in any case.
 
     Raises what `kmeans` raises, as for fewer distinct rows than classes.
     """
     k = len(np.unique(train_y))
-    dim = dim or min(max(k, 32), 256)
-    whiten = Whitening.fit(train_x, min(dim, train_x.shape[1]))
+    whiten = Whitening.fit(train_x, min(dim or k, train_x.shape[1]))
     rows = whiten(train_x)
     seeds = [derive(seed, "evaluate", "clusters", restart) for restart in range(restarts)]
     best = min((kmeans(rows, k, seed=one) for one in seeds), key=lambda found: found.inertia)

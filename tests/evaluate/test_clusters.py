@@ -20,7 +20,7 @@ def scores(train: tuple, test: tuple, **options: int) -> dict[str, float]:
 
 def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
     train, (x, y) = splits(400, noise=0.8)
-    whiten = Whitening.fit(train[0], 16)
+    whiten = Whitening.fit(train[0], 4)  # as many directions as classes
     fitted = kmeans(whiten(train[0]), 4, seed=derive(0, "evaluate", "clusters", 0))
     centroids = np.asarray(fitted.centroids)
     labels = ((whiten(x)[:, None] - centroids) ** 2).sum(2).argmin(1)
@@ -34,6 +34,15 @@ def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
 def test_blobs_far_apart_are_found_exactly() -> None:
     perfect = {"nmi": 1.0, "ari": 1.0, "accuracy": 1.0}
     assert scores(*splits(400, noise=0.05)) == pytest.approx(perfect, abs=1e-9)
+
+
+def test_the_whitening_keeps_as_many_directions_as_there_are_classes_or_features() -> None:
+    train, test = splits(400, noise=1.2)
+    assert scores(train, test) == scores(train, test, dim=4)
+    assert scores(train, test)["nmi"] > scores(train, test, dim=16)["nmi"]  # noise, amplified
+    (x, y), (test_x, test_y) = splits(300, noise=0.3, classes=12)
+    narrow = (x[:, :5], y), (test_x[:, :5], test_y)
+    assert scores(*narrow) == scores(*narrow, dim=5)
 
 
 def test_training_labels_give_nothing_but_their_number() -> None:
