@@ -37,6 +37,9 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for an error: 2 GiB / 3 bytes / 4
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _UPRIGHT = True
 _SMALL_PNG = 8192  # bytes
+# What Pillow may open. Its other plugins are never wanted here, and some start programs (EPS:
+# Ghostscript). "JPEG" includes MPO, what cameras with two lenses write.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "PPM", "BMP", "GIF", "TIFF")
 _NATIVE_REFUSES = (RuntimeError, AttributeError)  # AttributeError: torchvision without its ops
 
 
@@ -126,7 +129,7 @@ def _by_pillow(data: bytes | memoryview, max_pixels: int) -> UInt8[Tensor, "3 h 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as stored:
+            with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as stored:
                 _refuse_bomb(stored.height, stored.width, max_pixels)
                 return _pillow_to_tensor(ImageOps.exif_transpose(stored))
     except DecodeError:

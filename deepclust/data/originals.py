@@ -78,11 +78,16 @@ def _walk(folder: Path) -> Iterator[str]:
             f"no folder {folder} to pack. Give an image folder, 'idx:DIR/train', or "
             "'torchvision:NAME:SPLIT@ROOT'."
         )
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in _STORED | _CONVERTED:
                 yield Path(place, name).relative_to(folder).as_posix()
+
+
+def _unreadable(error: OSError) -> None:
+    """A folder that cannot be listed; `os.walk` would go on without its images."""
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
 
 
 def _advice(folder: Path) -> str:

@@ -29,7 +29,9 @@ from deepclust.errors import DiskError
 from deepclust.files import disk_errors
 
 CHUNK = 8 << 20  # bytes of one sequential read
-AHEAD = 2048  # requests that may wait with their shards in place
+# Requests that may wait with their shards in place. With many, one rank would draw all the work of
+# a queue that ranks share (extraction units) before the others have begun.
+AHEAD = 64
 _NETWORK = {
     "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "ceph", "beegfs", "glusterfs", "afs",
     "panfs", "pvfs2", "orangefs", "wekafs", "ocfs2", "gfs2",

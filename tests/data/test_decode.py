@@ -10,9 +10,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
+from deepclust.data import decode as decoding
 from deepclust.data import headers, png
 from deepclust.data.decode import DecodeError, decode
 from deepclust.errors import DataError
@@ -116,6 +117,26 @@ def test_a_cut_off_image_is_an_error_with_the_reason(format: str, share: float) 
 def test_what_is_no_image_is_a_data_error(data: bytes) -> None:
     with pytest.raises(DataError, match=r"damaged|no image"):
         decode(data)
+
+
+def test_the_mpo_of_a_camera_with_two_lenses_is_its_first_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = stored(PICTURE, "MPO", save_all=True, append_images=[PICTURE.rotate(180)])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    native = decode(data)
+    monkeypatch.setattr(decoding, "_FORMATS", {})  # all is left to Pillow
+    assert (decode(data).int() - native.int()).abs().max() <= 2
+
+
+def test_an_eps_is_refused_without_starting_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored(PICTURE, "EPS")
+    assert Image.open(io.BytesIO(data)).format == "EPS"  # which Pillow alone would take
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append("gs"))
+    with pytest.raises(DecodeError, match="no image"):
+        decode(data)
+    assert not started
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "webp", "ppm"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import struct
 import tarfile
 from collections.abc import Iterator
@@ -247,6 +249,22 @@ def test_a_pack_that_fails_leaves_nothing_behind(
 def test_numbers_below_one_are_refused(tmp_path: Path, option: str) -> None:
     with pytest.raises(RecipeError, match=f"{option} must be at least 1, not 0"):
         pack(tmp_path, tmp_path / "out", **{option: 0})  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_image_folder(tmp_path / "in", n=6, classes=3)
+    real = os.scandir
+
+    def forbidden(folder: str) -> Iterator[os.DirEntry]:  # root, as CI is, may list everything
+        if str(folder).endswith("class-1"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(DataError, match=r"cannot read the folder .*class-1: Permission denied"):
+        open_originals(source)
 
 
 def test_reading_an_image_that_vanished_names_it(tmp_path: Path) -> None:
