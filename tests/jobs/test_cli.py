@@ -32,8 +32,8 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(shards: Path, folder: Path, *overrides: str) -> Path:
-    tiny_recipe(shards, "train.epochs=1", *overrides).save(folder / "recipe.yaml")
-    return folder / "recipe.yaml"
+    tiny_recipe(shards, "train.epochs=1", *overrides).save(folder / "tiny.yaml")
+    return folder / "tiny.yaml"
 
 
 def status(folder: Path) -> list[dict[str, Any]]:
