@@ -8,15 +8,12 @@ subtracts n * mean * mean' in float32 afterwards, which cancels when the mean is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float32, Float64
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepclust.clustering.precision import full_precision
-from deepclust.files import atomic_file
 
 BLOCK = 4096  # rows of one float32 product; longer sums would lose digits before float64
 
@@ -66,16 +63,3 @@ class Moments:
         """Covariance (divided by n), corrected by the pivot: E[yy'] - E[y]E[y]', y = x - pivot."""
         shift = self.sum / max(self.count, 1)
         return self.outer / max(self.count, 1) - torch.outer(shift, shift)
-
-    def save(self, path: Path) -> None:
-        """Write as safetensors, atomically."""
-        tensors = {"pivot": self.pivot, "sum": self.sum, "outer": self.outer}
-        tensors["count"] = torch.tensor(self.count)
-        with atomic_file(path) as partial:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-
-    @classmethod
-    def load(cls, path: Path) -> Moments:
-        """Read what `save` wrote, onto the CPU."""
-        tensors = load_file(path)
-        return cls(int(tensors.pop("count")), **tensors)

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float32, Float64
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from deepclust.clustering.moments import BLOCK, Moments
@@ -87,7 +87,7 @@ class Whitening:
         """Write as safetensors, atomically; `rank` is the number of eigenvalues above zero."""
         arrays = {"mean": self.mean, "matrix": self.matrix, "eigenvalues": self.eigenvalues}
         with atomic_file(path) as partial:
-            save_file(arrays, partial)
+            partial.write_bytes(save(arrays))  # not `save_file`: a full disk must be an OSError
 
     @classmethod
     def load(cls, path: Path) -> Whitening:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import faiss
@@ -11,7 +12,7 @@ import torch
 
 from deepclust.clustering.moments import BLOCK, Moments
 from deepclust.clustering.whiten import CLAMP, Whitening, solve
-from deepclust.errors import DataError, NumericalError
+from deepclust.errors import DataError, DiskError, NumericalError
 
 
 def features(n: int, dim: int, mean: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -204,10 +205,16 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     again = Whitening.load(tmp_path / "w.safetensors")
     assert again.rank == w.rank
     np.testing.assert_array_equal(again(x), w(x))
-    moments_of(x).save(tmp_path / "m.safetensors")
-    np.testing.assert_array_equal(
-        solve(Moments.load(tmp_path / "m.safetensors"), 9).matrix, solve(moments_of(x), 9).matrix
-    )
+
+
+def test_a_full_disk_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskError, match=r"w\.safetensors.*: No space left"):
+        Whitening.fit(features(200, 6), dim=3).save(tmp_path / "w.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_signs_are_fixed_so_that_runs_agree() -> None:

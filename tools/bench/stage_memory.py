@@ -111,20 +111,25 @@ def moments(args: argparse.Namespace, folder: Path) -> None:
     import torch
 
     from deepclust.clustering.moments import Moments
+    from deepclust.tensorfile import write_tensors
 
     rows = np.load(folder / "features.npy", mmap_mode="r")
     total = Moments.zero(torch.from_numpy(rows[:BLOCK].astype(np.float32)).mean(0))
     for start in range(0, len(rows), BLOCK):
         total.add(torch.from_numpy(np.array(rows[start : start + BLOCK])))
-    total.save(folder / "moments.safetensors")
+    tensors = {"pivot": total.pivot, "sum": total.sum, "outer": total.outer}
+    write_tensors(folder / "moments.safetensors", tensors)
 
 
 def solve(args: argparse.Namespace, folder: Path) -> None:
     """Top eigenvectors of the covariance."""
+    from safetensors.torch import load_file
+
     from deepclust.clustering.moments import Moments
     from deepclust.clustering.whiten import solve as solve_whitening
 
-    found = solve_whitening(Moments.load(folder / "moments.safetensors"), args.dim)
+    moments = Moments(args.n, **load_file(folder / "moments.safetensors"))
+    found = solve_whitening(moments, args.dim)
     found.save(folder / "whitening.safetensors")
 
 
