@@ -95,7 +95,7 @@ def test_a_single_rank_may_have_a_cluster_worker_of_its_own(
 def test_stopped_in_mid_epoch_and_resumed_is_undisturbed(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RequeueWanted, match="step 1[68]"):
+    with pytest.raises(RequeueWanted, match=r"step 1[68]"):
         pretrain(tiny_recipe(shards), tmp_path / "run", stop_at(15))
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed)
