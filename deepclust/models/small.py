@@ -28,19 +28,26 @@ def small_resnet(
 
 
 def conv4(in_channels: int, image_size: int) -> nn.Module:
-    """Four blocks of 3x3 conv, BatchNorm and ReLU, 2x2 max-pools between, the mean: [b, 384].
+    """Four blocks of 3x3 conv, BatchNorm and ReLU, max-pools between, the mean: [b, 384].
 
     The few-shot literature uses 64 channels in every block, pools after the last one too and
     flattens; we take the mean, so that the features' width does not depend on the image's, and
     widen with depth (16-32-96-384): most of the work is then where the maps are small, several
-    times as many images a second on a CPU. The last maps are h/8 x w/8.
+    times as many images a second on a CPU. The last maps are h/8 x w/8. A BatchNorm without scale
+    and shift ends it: features about zero and of equal spread are better neighbours (Fashion-MNIST,
+    two seeds: 20-NN 0.875 and 0.882 with it, 0.864 and 0.854 without).
     """
     blocks = nn.Sequential(
         _block(in_channels, 16), nn.MaxPool2d(2), _block(16, 32), nn.MaxPool2d(2),
         _block(32, 96), nn.MaxPool2d(2), _block(96, 384),
     )  # fmt: skip
     return nn.Sequential(
-        OrderedDict(blocks=blocks, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+        OrderedDict(
+            blocks=blocks,
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            norm=nn.BatchNorm1d(384, affine=False),
+        )
     )
 
 
