@@ -36,6 +36,7 @@ def evaluate_run(run: Path, train: str, test: str) -> Scores:
     scores = evaluate_features(
         labelled_features(backbone, open_index(train), data),
         labelled_features(backbone, open_index(test), data),
+        dim=found.recipe.cluster.dim,
     )
     record = {"step": latest.state.step, "train": train, "test": test, "scores": scores}
     write_json(found.path / "evaluations" / f"{latest.state.step:08d}.json", record)

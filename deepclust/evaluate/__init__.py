@@ -24,9 +24,15 @@ EVALUATORS: dict[str, Evaluator] = {"knn": knn, "linear": linear, "clusters": cl
 
 
 def evaluate_features(
-    train: Labelled, test: Labelled, names: Iterable[str] = tuple(EVALUATORS), seed: int = 0
+    train: Labelled,
+    test: Labelled,
+    names: Iterable[str] = tuple(EVALUATORS),
+    seed: int = 0,
+    dim: int = 64,
 ) -> dict[str, dict[str, float]]:
     """Run evaluators on (features [n, d], labels [n]) of both splits: {"knn": {"top1": ...}, ...}.
+
+    `dim`: directions that the whitening of `clusters` keeps, a run's `cluster.dim`.
 
     Raises `DataError` for labels that are missing (None or -1), rows that are not finite, fewer
     than two classes, or splits whose widths differ; `RecipeError` for an unknown evaluator.
@@ -48,7 +54,8 @@ def evaluate_features(
             "Evaluate on shards with two classes or more."
         )
     data = (train_x, train_y, test_x, test_y)
-    return {name: dict(EVALUATORS[name](*data, seed=seed)) for name in names}
+    own = {"clusters": {"dim": dim}}
+    return {name: dict(EVALUATORS[name](*data, seed=seed, **own.get(name, {}))) for name in names}
 
 
 def _checked(

@@ -8,7 +8,7 @@ One row at a time, each in a process of its own; finished rows are kept in --out
 be stopped and given again. The names of rows and runs end in a hash of the resolved recipe, so that
 those of a changed recipe never mix. Every row gets the same evaluators (deepclust/evaluate):
 weighted 20-NN, logistic regression, and k-means with k = the number of classes on the features
-PCA-whitened to k directions, for every row. "shuffled" is our whole pipeline at equal budget, with
+PCA-whitened as in the recipe, the mean of 10 starts, for every row. "shuffled" is our whole pipeline at equal budget, with
 each round's pseudo-labels permuted between the images.
 """
 
@@ -90,7 +90,8 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
     kind, _, seed = args.row.partition("-")
     train, test, facts = pixels(args, seed) if kind == "pixels" else network(args, kind, int(seed))
     trained = time.monotonic() - started
-    return {**evaluate_features(train, test), "seconds": round(trained, 1), **facts}
+    dim = recipe(args, 0).cluster.dim
+    return {**evaluate_features(train, test, dim=dim), "seconds": round(trained, 1), **facts}
 
 
 def shards(args: argparse.Namespace) -> dict[str, Path]:
