@@ -126,7 +126,7 @@ def _lloyd(
             donors = REPAIRS[empty](points, centroids, found, empties, fixed, draws)
             if points.unit:
                 centroids[fixed:] = unit_rows(centroids[fixed:])
-        moved = points.n if before is None else int((found.labels != before).sum())
+        moved = points.n if before is None else points.count(found.labels != before)
         history.append(Iteration(found.inertia, len(empties), donors.tolist(), moved))
         before = found.labels
         if _settled(history, tol):

@@ -1,35 +1,41 @@
 """Points: what k-means works on. One pass over the data gives everything an iteration needs.
 
 In memory, memory-mapped and on a GPU are one class here, because a pass only ever sees tiles of
-rows; FAISS and torch differ in one function, the search for the nearest centroid. `kmeans.py`
-knows the protocol and nothing else, so that Points sharded over ranks need no other loop.
+rows; FAISS and torch differ in one function, the search for the nearest centroid. Points sharded
+over ranks are in `sharded.py`. `kmeans.py` knows the protocol and nothing else.
+
+Rows here are those that this process holds, all n of them unless the points are sharded; ids are
+positions in all n. What a pass sums up is always over all n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
+from deepclust.clustering.exact import ClusterSums, grid_of, on_grid
+from deepclust.clustering.nearest import squared_distances
 from deepclust.clustering.precision import full_precision
-from deepclust.clustering.search import SEARCHES, first_of_equals
+from deepclust.clustering.search import SEARCHES
+from deepclust.clustering.tiles import each_tile
 from deepclust.errors import DataError, NumericalError
 
 Rows: TypeAlias = np.ndarray | Tensor
-TILE = {"cpu": 2**21, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
+TILE = {"cpu": 2**20, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
+MOST = 65_536  # rows of a tile
 
 
 @dataclass(frozen=True)
 class Pass:
     """One look at all points with given centroids; on the points' device."""
 
-    labels: Int32[Tensor, " n"]  # nearest centroid, ties to the lowest id
-    distances: Float32[Tensor, " n"]  # squared L2 distance to it, from differences (0 = equal)
+    labels: Int32[Tensor, " rows"]  # nearest centroid, ties to the lowest id
+    distances: Float32[Tensor, " rows"]  # squared L2 distance to it, from differences (0 = equal)
     sums: Float64[Tensor, "k d"]  # weighted sum of each cluster's rows
     mass: Float64[Tensor, " k"]  # sum of each cluster's weights
     counts: Int64[Tensor, " k"]  # number of rows of each cluster
@@ -37,9 +43,10 @@ class Pass:
 
 
 class Points(Protocol):
-    """n rows of `dim` numbers. Ids are positions in these points."""
+    """n rows of `dim` numbers, of which this process holds `held`."""
 
     n: int
+    held: int
     dim: int
     device: torch.device
     unit: bool  # rows are scaled to unit norm: spherical k-means
@@ -51,28 +58,41 @@ class Points(Protocol):
         """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
 
     def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
-        """Copies of some rows."""
+        """Copies of some rows, wherever they are."""
 
     def select(self, ids: Int64[np.ndarray, " m"]) -> Points:
-        """A view of some rows, for the second level; nothing is copied."""
+        """A view of some rows (ascending ids), for the second level; nothing is copied."""
 
     def visit(self, centroids: Float32[Tensor, "k d"]) -> Pass:
         """Assign every point, and sum up."""
 
-    def total(self, labels: Int32[Tensor, " n"], k: int) -> Pass:
+    def total(self, labels: Int32[Tensor, " rows"], k: int) -> Pass:
         """Sums of given labels (-1: left out), without distances; for a warm start."""
 
     def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
         """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
 
-    def weigh(self, distances: Float32[Tensor, " n"]) -> float:
-        """Weighted sum of distances in float64: the inertia."""
+    def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
+        """The pass with other labels and distances: counts and inertia anew, sums left as is."""
+
+    def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
+        """Which of these ids are held here, and at which row."""
+
+    def at(self, values: Int32[Tensor, " rows"], ids: Int64[Tensor, " m"]) -> Int32[Tensor, " m"]:
+        """The values of these ids, wherever they are held."""
+
+    def count(self, rows: Bool[Tensor, " rows"]) -> int:
+        """How many rows are marked, over all n."""
+
+    def lowest(self, keys: Float32[Tensor, " rows"], m: int) -> tuple[Tensor, Tensor]:
+        """Ids and keys of the m rows of lowest finite key, ascending, the lower id first."""
 
 
 class ArrayPoints:
-    """Points over an array: numpy, memory-mapped (read block by block) or torch, fp16 to fp64.
+    """Points over an array: numpy, memory-mapped (read tile by tile) or torch, fp16 to fp64.
 
-    `unit=True` scales every row to unit norm as it is read (spherical k-means, inner product).
+    `unit=True` scales every row to unit norm as it is read (spherical k-means). A pass uses as many
+    threads as torch has been given.
     """
 
     def __init__(
@@ -91,11 +111,12 @@ class ArrayPoints:
         self.device = torch.device(device) if device is not None else home
         self.rows = _resident(rows, self.device)
         self.ids = ids
-        self.n = len(rows) if ids is None else len(ids)
+        self.n = self.held = len(rows) if ids is None else len(ids)
         self.dim = int(rows.shape[1])
         self.unit = unit
         self.backend = backend
         self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
+        self.grid: float | None = None  # on which sums are exact; from `check_finite`
 
     def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Copies of some rows, float32 on our device."""
@@ -117,51 +138,70 @@ class ArrayPoints:
             rows, weights=weights, unit=unit, backend=backend, device=device, ids=ids
         )
 
-    def tiles(self, size: int) -> Iterator[tuple[int, Float32[Tensor, "m d"]]]:
-        """(first id, rows in float32 on our device), in order, `size` rows at a time."""
-        for start in range(0, self.n, size):
-            piece = slice(start, min(start + size, self.n))
-            yield start, self._read(piece if self.ids is None else self.ids[piece])
+    def tile(self, start: int, size: int) -> Float32[Tensor, "m d"]:
+        """At most `size` rows from `start` on, float32 on our device."""
+        piece = slice(start, min(start + size, self.n))
+        return self._read(piece if self.ids is None else self.ids[piece])
 
     def check_finite(self) -> None:
         """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
-        bad: list[int] = []
-        for start, rows in self.tiles(2048):
-            if not torch.isfinite(rows.sum(dtype=torch.float64)):
+        bad, largest = self.survey()
+        if len(bad):
+            raise NumericalError(not_finite(bad, self.n))
+        self.grid = grid_of(largest, self.n)
+
+    def survey(self) -> tuple[Int64[np.ndarray, " b"], float]:
+        """Rows that are not finite, and the largest magnitude of a (weighted) number."""
+        size, bad, largest = self._tile(1), [], [0.0]
+
+        def look(start: int) -> None:
+            rows = self.tile(start, size)
+            low, high = (float(value) for value in torch.aminmax(rows))
+            if np.isfinite(high - low):
+                largest.append(max(high, -low))
+            else:
                 wrong = ~torch.isfinite(rows).all(1)
-                bad += (start + wrong.nonzero().flatten()).tolist()
-        if bad:
-            names = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
-            raise NumericalError(
-                f"{len(bad)} of {self.n} feature rows are not finite: row {names}. Leave them out "
-                "(assignment -1) or look for overflow in the backbone."
-            )
+                bad.append(start + wrong.nonzero().flatten().cpu().numpy())
+
+        each_tile(look, self.n, size, self.device)
+        heaviest = 1.0 if self.weights is None else float(self.weights.max())
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *bad])), max(largest) * heaviest
 
     def visit(self, centroids: Float32[Tensor, "k d"]) -> Pass:
         """Assign every point to its nearest centroid and sum up, in one pass over the rows."""
         k = len(centroids)
         labels = torch.empty(self.n, dtype=torch.int32, device=self.device)
         distances = torch.empty(self.n, device=self.device)
-        sums = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
-        search = SEARCHES[self.backend](centroids, self.unit)
-        first = first_of_equals(centroids)
+        sums = self._sums(k)
+        search = SEARCHES[self.backend](centroids)
+        size = self._tile(k)
+
+        def assign(start: int) -> None:
+            rows = self.tile(start, size)
+            found = search(rows)
+            labels[start : start + len(rows)] = found
+            distances[start : start + len(rows)] = squared_distances(rows, centroids[found])
+            sums.add(found, rows, self._weights_of(start, len(rows)))
+
         with full_precision():
-            for start, rows in self.tiles(self._tile(k)):
-                stop = start + len(rows)
-                found = first[search(rows)]
-                labels[start:stop] = found
-                distances[start:stop] = (rows - centroids[found]).square_().sum(1)
-                self._sum(sums, found, rows, start)
-        return self._finish(labels, distances, sums)
+            each_tile(assign, self.n, size, self.device)
+        return self._finish(labels, distances, sums.sums)
 
     def total(self, labels: Int32[Tensor, " n"], k: int) -> Pass:
         """Sums of given labels (-1: left out), without distances; for a warm start."""
-        sums = torch.zeros(k + 1, self.dim, dtype=torch.float64, device=self.device)
+        sums = self._sums(k + 1)
         labels = torch.where(labels < 0, k, labels)
-        for start, rows in self.tiles(2048):
-            self._sum(sums, labels[start : start + len(rows)].long(), rows, start)
-        whole = self._finish(labels, torch.zeros(self.n, device=self.device), sums)
-        return Pass(labels, whole.distances, sums[:k], whole.mass[:k], whole.counts[:k], 0.0)
+        size = self._tile(1)
+
+        def sum_up(start: int) -> None:
+            rows = self.tile(start, size)
+            own = labels[start : start + len(rows)].long()
+            sums.add(own, rows, self._weights_of(start, len(rows)))
+
+        each_tile(sum_up, self.n, size, self.device)
+        none = torch.zeros(self.n, device=self.device)
+        whole = self._finish(labels, none, sums.sums)
+        return Pass(labels, none, whole.sums[:k], whole.mass[:k], whole.counts[:k], 0.0)
 
     def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
         """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
@@ -173,12 +213,41 @@ class ArrayPoints:
         ids.scatter_reduce_(0, labels[winners], winners, "amin")
         return torch.where(ids == self.n, -1, ids), most
 
-    def weigh(self, distances: Float32[Tensor, " n"]) -> float:
-        """Weighted sum of distances in float64: the inertia."""
+    def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
+        """The pass with other labels and distances: counts and inertia anew, sums left as is."""
+        counts = torch.bincount(labels, minlength=len(found.counts))
+        inertia = self.weigh(distances, grid_of(self.heaviest(distances), self.n))
+        return Pass(labels, distances, found.sums, found.mass, counts, inertia)
+
+    def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
+        """All of them, at themselves."""
+        return torch.ones_like(ids, dtype=torch.bool), ids
+
+    def at(self, values: Int32[Tensor, " n"], ids: Int64[Tensor, " m"]) -> Int32[Tensor, " m"]:
+        """The values of these ids."""
+        return values[ids]
+
+    def count(self, rows: Bool[Tensor, " n"]) -> int:
+        """How many rows are marked."""
+        return int(rows.sum())
+
+    def lowest(self, keys: Float32[Tensor, " n"], m: int) -> tuple[Tensor, Tensor]:
+        """Ids and keys of the m rows of lowest finite key, ascending, the lower id first."""
+        able = torch.isfinite(keys).nonzero().flatten()
+        ids = able[torch.argsort(keys[able], stable=True)[:m]]
+        return ids, keys[ids]
+
+    def heaviest(self, distances: Float32[Tensor, " n"]) -> float:
+        """A bound of every weighted distance; 0 for no rows."""
+        weight = 1.0 if self.weights is None else float(self.weights.max())
+        return weight * float(distances.max()) if len(distances) else 0.0
+
+    def weigh(self, distances: Float32[Tensor, " n"], grid: float) -> float:
+        """Weighted sum of distances on a grid, in float64: the inertia, whatever the order."""
         wide = distances.double()
         if self.weights is not None:
             wide *= self._weights_of(0, self.n)
-        return float(wide.sum())
+        return float(on_grid(wide, grid).sum()) if np.isfinite(grid) else float("nan")
 
     def _read(self, where: slice | np.ndarray) -> Float32[Tensor, "m d"]:
         if isinstance(self.rows, Tensor):
@@ -190,31 +259,34 @@ class ArrayPoints:
         return unit_rows(rows) if self.unit else rows
 
     def _tile(self, k: int) -> int:
-        """Rows of a tile. FAISS makes its own tiles inside, so it gets more."""
+        """Rows of a tile for k scores each. FAISS makes its own tiles inside, so it gets more."""
         if self.backend == "faiss":
-            return 65_536
+            return MOST
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
-        return min(max(size, 256), 65_536)
+        return min(max(size, 256), MOST)
 
-    def _sum(self, sums: Tensor, labels: Tensor, rows: Tensor, start: int) -> None:
-        """Add rows to their clusters in float64; fp16 rows add exactly, in any order."""
-        wide = rows.double()
-        if self.weights is not None:
-            wide *= self._weights_of(start, len(rows))[:, None]
-        sums.index_add_(0, labels, wide)
+    def _sums(self, k: int) -> ClusterSums:
+        if self.grid is None:
+            self.check_finite()
+        assert self.grid is not None
+        zeros = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
+        return ClusterSums(zeros, self.grid)
 
-    def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"]:
-        assert self.weights is not None
+    def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"] | None:
+        if self.weights is None:
+            return None
         if self.ids is None:
             return self.weights[start : start + count]
         return self.weights[torch.from_numpy(self.ids[start : start + count]).to(self.device)]
 
     def _finish(self, labels: Tensor, distances: Tensor, sums: Tensor) -> Pass:
         counts = torch.bincount(labels, minlength=len(sums))
+        weights = self._weights_of(0, self.n)
         mass = counts.double()
-        if self.weights is not None:
-            mass = torch.bincount(labels, self._weights_of(0, self.n), minlength=len(sums))
-        return Pass(labels, distances, sums, mass, counts, self.weigh(distances))
+        if weights is not None and self.n:
+            even = on_grid(weights.clone(), grid_of(float(weights.max()), self.n))
+            mass = torch.bincount(labels, even, minlength=len(sums))
+        return self.recount(Pass(labels, distances, sums, mass, counts, 0.0), labels, distances)
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -226,6 +298,15 @@ def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def as_tensor(values: Rows) -> Tensor:
     """A tensor of an array, copied: torch warns about sharing memory that is read-only."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+
+
+def not_finite(bad: Int64[np.ndarray, " b"], n: int) -> str:
+    """The message for rows that hold NaN or infinity."""
+    names = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    return (
+        f"{len(bad)} of {n} feature rows are not finite: row {names}. Leave them out "
+        "(assignment -1) or look for overflow in the backbone."
+    )
 
 
 def _resident(rows: Rows, device: torch.device) -> Rows:

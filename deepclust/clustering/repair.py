@@ -133,15 +133,10 @@ def _reassign(
     closer = (near.distances < found.distances) | tie
     labels = torch.where(closer, ids, found.labels)
     distances = torch.where(closer, near.distances, found.distances)
-    labels[places] = targets.to(torch.int32)
-    distances[places] = 0.0
-    return recount(points, replace(found, labels=labels, distances=distances))
-
-
-def recount(points: Points, found: Pass) -> Pass:
-    """Counts and inertia of changed labels and distances."""
-    counts = torch.bincount(found.labels, minlength=len(found.counts))
-    return replace(found, counts=counts, inertia=points.weigh(found.distances))
+    ours, rows = points.holds(places)
+    labels[rows] = targets[ours].to(torch.int32)
+    distances[rows] = 0.0
+    return points.recount(found, labels, distances)
 
 
 def fill_small(points: Points, done: Repaired, min_size: int, fixed: int) -> Repaired:
@@ -149,29 +144,42 @@ def fill_small(points: Points, done: Repaired, min_size: int, fixed: int) -> Rep
 
     No donor falls below `min_size`. Centroids stay; the points taken are in `forced`.
     """
-    labels, distances = done.found.labels.clone(), done.found.distances.clone()
-    counts, forced = done.found.counts.clone(), [done.forced]
-    for small in (counts[fixed:] < min_size).nonzero().flatten() + fixed:
+    found, forced = done.found, [done.forced]
+    for small in (found.counts[fixed:] < min_size).nonzero().flatten() + fixed:
         reach = points.visit(done.centroids[small][None]).distances
-        taken = _nearest_spare(reach, labels, counts, int(min_size - counts[small]), min_size)
-        labels[taken] = small.to(torch.int32)
-        distances[taken] = reach[taken]
-        counts = torch.bincount(labels, minlength=len(counts))
+        taken = _nearest_spare(points, reach, found, int(min_size - found.counts[small]), min_size)
+        labels, distances = found.labels.clone(), found.distances.clone()
+        _, rows = points.holds(taken)
+        labels[rows] = small.to(torch.int32)
+        distances[rows] = reach[rows]
+        found = points.recount(found, labels, distances)
         forced.append(taken)
-    found = recount(points, replace(done.found, labels=labels, distances=distances))
     return replace(done, found=found, forced=torch.unique(torch.cat(forced)))
 
 
 def _nearest_spare(
-    reach: Tensor, labels: Tensor, counts: Tensor, wanted: int, min_size: int
+    points: Points, reach: Float32[Tensor, " rows"], found: Pass, wanted: int, min_size: int
 ) -> Int64[Tensor, " wanted"]:
-    """The nearest points that their clusters can spare."""
-    spare = (counts - min_size).clamp(min=0)
-    able = (spare[labels.long()] > 0).nonzero().flatten()
-    able = able[torch.argsort(reach[able], stable=True)]
-    owners = labels[able].long()
-    by_owner = torch.argsort(owners, stable=True)
-    first = torch.searchsorted(owners[by_owner], owners[by_owner])
-    rank = torch.empty_like(by_owner)
-    rank[by_owner] = torch.arange(len(owners), device=owners.device) - first
-    return able[rank < spare[owners]][:wanted]
+    """The nearest points that their clusters can spare; asks again when some run out of them."""
+    spare = (found.counts - min_size).clamp(min=0)
+    reach, taken = reach.clone(), [torch.zeros(0, dtype=torch.int64, device=points.device)]
+    while wanted > 0:
+        reach[spare[found.labels.long()] == 0] = torch.inf
+        ids, _ = points.lowest(reach, wanted)
+        owners = points.at(found.labels, ids).long()
+        ids = ids[_rank_within(owners) < spare[owners]]
+        _, rows = points.holds(ids)
+        reach[rows] = torch.inf
+        spare -= torch.bincount(points.at(found.labels, ids).long(), minlength=len(spare))
+        taken.append(ids)
+        wanted -= len(ids)
+    return torch.cat(taken)
+
+
+def _rank_within(owners: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
+    """Of each entry, how many earlier ones have the same owner."""
+    order = torch.argsort(owners, stable=True)
+    first = torch.searchsorted(owners[order], owners[order])
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(owners), device=owners.device) - first
+    return rank

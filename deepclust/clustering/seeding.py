@@ -43,16 +43,18 @@ def distinct_rows(
 ) -> Float32[Tensor, "count d"]:
     """Rows of `count` distinct values, none in `taken` (fixed ones first), uniform over rows.
 
-    Walks a random permutation and keeps first occurrences. Raises `DataError` if it ends early.
+    Draws ever larger samples and keeps first occurrences. Raises `DataError` if all rows together
+    have fewer values.
     """
-    order = generator(seed, "kmeans", "init").permutation(points.n)
-    chosen, at, size = taken, 0, max(count, 1024)
+    draws = generator(seed, "kmeans", "init")
+    chosen, size = taken, max(count, 1024)
     while len(chosen) < len(taken) + count:
-        if at >= points.n:
-            raise DataError(too_few(points, len(taken) - fixed + count, taken[:fixed]))
-        rows = points.take(torch.from_numpy(order[at : at + size]))
+        ids = draws.choice(points.n, min(size, points.n), replace=False)
+        rows = points.take(torch.from_numpy(ids))
         chosen = _first_occurrences(torch.cat([chosen, rows]), len(taken))
-        at, size = at + size, 2 * size
+        if size >= points.n and len(chosen) < len(taken) + count:
+            raise DataError(too_few(points, len(taken) - fixed + count, taken[:fixed]))
+        size *= 4
     return chosen[len(taken) : len(taken) + count]
 
 
@@ -104,7 +106,7 @@ def from_labels(
     Old centroids are of no use, since the whitening turns and flips between rounds.
     """
     k = len(fixed) + free
-    if labels.shape != (points.n,) or int(labels.max()) >= k:
+    if labels.shape != (points.held,) or int(labels.max()) >= k:
         raise RecipeError(f"labels must be {points.n} ids below k={k} (-1: none) for a warm start")
     found = points.total(labels, k)
     means = (found.sums / found.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
@@ -125,7 +127,8 @@ def plus_plus(
     """
     draws = generator(seed, "kmeans", "k-means++")
     count = min(points.n, SAMPLE * free)
-    sample = points.take(torch.from_numpy(np.sort(draws.permutation(points.n)[:count])))
+    ids = draws.choice(points.n, count, replace=False, shuffle=False)
+    sample = points.take(torch.from_numpy(np.sort(ids)))
     nearest = torch.full((count,), torch.inf, device=sample.device)
     for row in fixed:
         nearest = torch.minimum(nearest, (sample - row).square().sum(1))

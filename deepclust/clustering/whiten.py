@@ -54,11 +54,10 @@ class Whitening:
         points.check_finite()
         if points.n == 0:
             raise DataError("whitening needs at least one row, got an array of 0 rows")
-        blocks = (rows for _, rows in points.tiles(BLOCK))
-        first = next(blocks)
+        first = points.tile(0, BLOCK)
         moments = Moments.zero(first.double().mean(0)).add(first)
-        for rows in blocks:
-            moments.add(rows)
+        for start in range(BLOCK, points.n, BLOCK):
+            moments.add(points.tile(start, BLOCK))
         return solve(moments, dim)
 
     def __call__(self, x: Array) -> Array:
@@ -67,7 +66,8 @@ class Whitening:
         mean, matrix = (torch.from_numpy(a).to(points.device) for a in (self.mean, self.matrix))
         out = torch.empty(points.n, matrix.shape[1], device=points.device)
         with full_precision():
-            for start, rows in points.tiles(BLOCK):
+            for start in range(0, points.n, BLOCK):
+                rows = points.tile(start, BLOCK)
                 out[start : start + len(rows)] = unit_rows((rows - mean) @ matrix)
         return out if isinstance(x, Tensor) else out.numpy()
 

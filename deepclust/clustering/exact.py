@@ -1,0 +1,56 @@
+"""Sums that do not depend on order: rows are rounded to a common grid, on which float64 is exact.
+
+A float64 holds 53 bits. If every number is a multiple of g and no partial sum exceeds 2^52 g, all
+additions are exact, so threads, tiles and ranks may add in any order and agree to the bit. The grid
+is chosen from the largest number and the count: for 1M unit rows g = 2^-31, for 100M 2^-24, which
+still holds every float16 below one exactly. Reproducible summation by pre-rounding: Demmel and
+Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013, with one bin.
+"""
+
+from __future__ import annotations
+
+import math
+from threading import Lock
+
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+BITS = 51  # one less than the 52 of the fraction, since `on_grid` needs the next one
+
+
+def grid_of(largest: float, count: int) -> float:
+    """A power of two g so that `count` multiples of g up to `largest` add without rounding."""
+    if largest == 0 or count == 0:
+        return 0.0
+    if not math.isfinite(largest):
+        return largest
+    return 2.0 ** (math.ceil(math.log2(largest) + math.log2(count)) - BITS)
+
+
+def on_grid(values: Float64[Tensor, " *shape"], grid: float) -> Float64[Tensor, " *shape"]:
+    """Round to multiples of `grid` in place (half to even): adding 1.5 * 2^52 g drops the rest."""
+    magic = 1.5 * 2.0**52 * grid
+    return values.add_(magic).sub_(magic)
+
+
+class ClusterSums:
+    """Weighted sums of the rows of each cluster, added tile by tile from any thread."""
+
+    def __init__(self, sums: Float64[Tensor, "k d"], grid: float) -> None:
+        self.sums = sums
+        self._grid = grid
+        self._lock = Lock()
+
+    def add(
+        self,
+        clusters: Int64[Tensor, " m"],
+        rows: Float32[Tensor, "m d"],
+        weights: Float64[Tensor, " m"] | None,
+    ) -> None:
+        """Add rows to the sums of their clusters."""
+        wide = rows.double()
+        if weights is not None:
+            wide *= weights[:, None]
+        on_grid(wide, self._grid)
+        with self._lock:
+            self.sums.index_add_(0, clusters, wide)
