@@ -51,13 +51,27 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def most(self, tensor: Tensor) -> Tensor:
+        """The largest of the ranks' numbers, place by place, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors (of one shape) on every rank, [size, ...]; for small ones only."""
+        if self.size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def greatest(self, value: float) -> float:
+        """The largest of the ranks' numbers."""
+        return float(self.most(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers; a flag raised by one is raised for all."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor.item())
+        return int(self.most(torch.tensor(value, device=self.device)))
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every rank (a small picklable object, or a tuple of them)."""

@@ -8,8 +8,9 @@ result is the same whatever the product was computed in, and in whatever tile a 
 On a CPU with avx512_bf16 the bfloat16 product is 3.5 times as fast as the float32 one, so exact
 search takes less time than the float32 arithmetic alone (`tools/bench/clustering`, kmeans-cpu).
 Scores are compared as int16, which orders positive bfloat16 numbers as their values; rows without
-a clearly positive best score go through float32. The bounds are Higham's, "Accuracy and Stability
-of Numerical Algorithms", section 3.1: |fl(x.e) - x.e| <= (2u + d u') |x| |e|.
+a clearly positive best score, or with a crowd of candidates, go through float32. The bounds are
+Higham's ("Accuracy and Stability of Numerical Algorithms", 3.1), for the roundoff u of the factors
+and u' of the sum: |fl(x.e) - x.e| <= (2u + d u') |x| |e|.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ class Nearest:
         wide = centroids.double()
         self.origin = wide.mean(0).float()
         offsets = wide - self.origin
-        bias = -offsets.square().sum(1) / 2  # score = (x - o).e - |e|^2 / 2, the largest is nearest
-        self.reach = float(offsets.square().sum(1).max().sqrt())
+        squares = offsets.square().sum(1)
+        self.reach = float(squares.max().sqrt())
+        # score = (x - o).e - |e|^2 / 2: the largest is nearest. Their mean over the centroids is
+        # made zero, so the largest is never negative: bfloat16 can be compared as int16.
+        bias = (squares.mean() - squares) / 2
         self.columns = offsets.float().T.contiguous()
         self.bias = bias.float()
         self.half = half_is_faster() if half is None else half
@@ -60,7 +64,9 @@ class Nearest:
             pairs, left = self._guess(centred, lengths)
             guesses.append(pairs)
         assert left is not None
-        guesses += (self._score(centred, lengths, part) for part in left.split(BLOCK) if len(part))
+        guesses += (
+            self._score(centred, lengths, part) for part in torch.split(left, BLOCK) if len(part)
+        )
         return torch.from_numpy(self._decide(rows, guesses))
 
     def _guess(self, centred: Tensor, lengths: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
@@ -73,7 +79,7 @@ class Nearest:
         scores = torch.mm(rows, self.packed)
         whole = scores.view(torch.int16).numpy()
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
-        product = (2.1 * U16 + 2 * dim * U32) * self.reach * (lengths + self.reach)
+        product = (2.1 * U16 + 2 * dim * U32) * self.reach * lengths + 8 * U32 * self.reach**2
         lowest = best - 2.1 * (product + U16 * best.abs())
         unclear = ~(lowest > 0)
         floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
@@ -160,8 +166,6 @@ def _whole_rows(places: np.ndarray) -> Iterator[slice]:
 @functools.cache
 def half_is_faster() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32, by a few milliseconds of trying."""
-    if torch.backends.mkldnn.is_available() is False:
-        return False
     rows, columns = torch.ones(512, 256), torch.ones(256, 512)
     return _seconds(rows.bfloat16(), columns.bfloat16()) < 0.7 * _seconds(rows, columns)
 

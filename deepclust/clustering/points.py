@@ -116,7 +116,7 @@ class ArrayPoints:
         self.unit = unit
         self.backend = backend
         self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
-        self.grid: float | None = None  # on which sums are exact; from `check_finite`
+        self.grids: tuple[float, float] | None = None  # of rows and weights; see `exact.py`
 
     def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Copies of some rows, float32 on our device."""
@@ -147,12 +147,12 @@ class ArrayPoints:
         """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
         bad, largest = self.survey()
         if len(bad):
-            raise NumericalError(not_finite(bad, self.n))
-        self.grid = grid_of(largest, self.n)
+            raise NumericalError(not_finite(bad, len(bad), self.n))
+        self.set_grids(largest, self.heaviest(), self.n)
 
     def survey(self) -> tuple[Int64[np.ndarray, " b"], float]:
-        """Rows that are not finite, and the largest magnitude of a (weighted) number."""
-        size, bad, largest = self._tile(1), [], [0.0]
+        """Rows that are not finite, and the largest magnitude of a number in the others."""
+        size, bad, largest = self._tile(1), [np.zeros(0, np.int64)], [0.0]
 
         def look(start: int) -> None:
             rows = self.tile(start, size)
@@ -164,8 +164,15 @@ class ArrayPoints:
                 bad.append(start + wrong.nonzero().flatten().cpu().numpy())
 
         each_tile(look, self.n, size, self.device)
-        heaviest = 1.0 if self.weights is None else float(self.weights.max())
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *bad])), max(largest) * heaviest
+        return np.sort(np.concatenate(bad)), max(largest)
+
+    def heaviest(self) -> float:
+        """The largest weight; 1 without weights."""
+        return float(self.weights.max()) if self.weights is not None and self.n else 1.0
+
+    def set_grids(self, largest: float, heaviest: float, n: int) -> None:
+        """Choose the grids for n rows of numbers up to `largest` and weights up to `heaviest`."""
+        self.grids = grid_of(largest * heaviest, n), grid_of(heaviest, n)
 
     def visit(self, centroids: Float32[Tensor, "k d"]) -> Pass:
         """Assign every point to its nearest centroid and sum up, in one pass over the rows."""
@@ -216,7 +223,7 @@ class ArrayPoints:
     def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
         """The pass with other labels and distances: counts and inertia anew, sums left as is."""
         counts = torch.bincount(labels, minlength=len(found.counts))
-        inertia = self.weigh(distances, grid_of(self.heaviest(distances), self.n))
+        inertia = self.weigh(distances, self.heaviest() * largest_of(distances), self.n)
         return Pass(labels, distances, found.sums, found.mass, counts, inertia)
 
     def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
@@ -237,17 +244,15 @@ class ArrayPoints:
         ids = able[torch.argsort(keys[able], stable=True)[:m]]
         return ids, keys[ids]
 
-    def heaviest(self, distances: Float32[Tensor, " n"]) -> float:
-        """A bound of every weighted distance; 0 for no rows."""
-        weight = 1.0 if self.weights is None else float(self.weights.max())
-        return weight * float(distances.max()) if len(distances) else 0.0
-
-    def weigh(self, distances: Float32[Tensor, " n"], grid: float) -> float:
-        """Weighted sum of distances on a grid, in float64: the inertia, whatever the order."""
+    def weigh(self, distances: Float32[Tensor, " n"], bound: float, n: int) -> float:
+        """Weighted sum of distances in float64, exact after rounding for n up to `bound`."""
+        if not np.isfinite(bound):
+            return float("nan")
         wide = distances.double()
-        if self.weights is not None:
-            wide *= self._weights_of(0, self.n)
-        return float(on_grid(wide, grid).sum()) if np.isfinite(grid) else float("nan")
+        weights = self._weights_of(0, self.n)
+        if weights is not None:
+            wide *= weights
+        return float(on_grid(wide, grid_of(bound, n)).sum())
 
     def _read(self, where: slice | np.ndarray) -> Float32[Tensor, "m d"]:
         if isinstance(self.rows, Tensor):
@@ -265,12 +270,15 @@ class ArrayPoints:
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
         return min(max(size, 256), MOST)
 
-    def _sums(self, k: int) -> ClusterSums:
-        if self.grid is None:
+    def _grids(self) -> tuple[float, float]:
+        if self.grids is None:
             self.check_finite()
-        assert self.grid is not None
+        assert self.grids is not None
+        return self.grids
+
+    def _sums(self, k: int) -> ClusterSums:
         zeros = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
-        return ClusterSums(zeros, self.grid)
+        return ClusterSums(zeros, self._grids()[0])
 
     def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"] | None:
         if self.weights is None:
@@ -283,8 +291,8 @@ class ArrayPoints:
         counts = torch.bincount(labels, minlength=len(sums))
         weights = self._weights_of(0, self.n)
         mass = counts.double()
-        if weights is not None and self.n:
-            even = on_grid(weights.clone(), grid_of(float(weights.max()), self.n))
+        if weights is not None:
+            even = on_grid(weights.clone(), self._grids()[1])
             mass = torch.bincount(labels, even, minlength=len(sums))
         return self.recount(Pass(labels, distances, sums, mass, counts, 0.0), labels, distances)
 
@@ -300,11 +308,16 @@ def as_tensor(values: Rows) -> Tensor:
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
-def not_finite(bad: Int64[np.ndarray, " b"], n: int) -> str:
-    """The message for rows that hold NaN or infinity."""
-    names = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
+def largest_of(distances: Float32[Tensor, " n"]) -> float:
+    """The largest distance; 0 for no rows."""
+    return float(distances.max()) if len(distances) else 0.0
+
+
+def not_finite(first: Int64[np.ndarray, " f"], count: int, n: int) -> str:
+    """The message for `count` rows that hold NaN or infinity; `first` are some of their ids."""
+    names = ", ".join(str(row) for row in first[:5]) + (", ..." if count > 5 else "")
     return (
-        f"{len(bad)} of {n} feature rows are not finite: row {names}. Leave them out "
+        f"{count} of {n} feature rows are not finite: row {names}. Leave them out "
         "(assignment -1) or look for overflow in the backbone."
     )
 

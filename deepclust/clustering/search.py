@@ -7,7 +7,7 @@ takes several times as long (`tools/bench/clustering`), and on a GPU it keeps ro
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float32, Int64
@@ -67,7 +67,7 @@ def faiss_search(centroids: Float32[Tensor, "k d"]) -> Search:
         import faiss
     except (ImportError, OSError) as error:  # a missing library of a wheel is an OSError
         raise ResourceError(f"backend=faiss needs faiss ({error}): use backend=torch") from error
-    index = faiss.IndexFlatL2(centroids.shape[1])
+    index: Any = faiss.IndexFlatL2(centroids.shape[1])
     if centroids.is_cuda and getattr(faiss, "get_num_gpus", int)() > 0:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), centroids.device.index, index)
     index.add(centroids.cpu().contiguous().numpy())

@@ -7,6 +7,7 @@ what costs the usual parallel products dearly when the machine has something els
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,8 +23,13 @@ def each_tile(work: Callable[[int], None], n: int, size: int, device: torch.devi
             work(start)
         return
     try:
-        with ThreadPoolExecutor(allowed, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, starts):
-                pass
+        for _ in threads(allowed).map(work, starts):
+            pass
     finally:
         torch.set_num_threads(allowed)  # a thread's setting is also the default of later threads
+
+
+@functools.cache
+def threads(count: int) -> ThreadPoolExecutor:
+    """Threads that stay: a new one would have to set up torch's kernels again."""
+    return ThreadPoolExecutor(count, "tile", initializer=torch.set_num_threads, initargs=(1,))

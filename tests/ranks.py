@@ -1,0 +1,64 @@
+"""Run a function on several ranks: spawned once (forking hangs once torch was used), used by all.
+
+results = on_ranks(3, work, *args)     # work(world, *args) at module level; a result per rank
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MOST = 3
+
+
+def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """`work(world, *args)` on `size` ranks that meet through gloo; raises the first error."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [pipe for pipe, _ in _pool()[:size]]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((rank, size, str(Path(folder, "meeting")), work, args))
+        answers = [pipe.recv() for pipe in pipes]
+    for result, error in answers:
+        if error is not None:
+            raise AssertionError(f"a rank failed: {error}") from (
+                result if isinstance(result, Exception) else None
+            )
+    return [result for result, _ in answers]
+
+
+@functools.cache
+def _pool() -> list[tuple[Connection, Any]]:
+    spawn = multiprocessing.get_context("spawn")
+    ranks = []
+    for _ in range(MOST):
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_rank, args=(theirs,), daemon=True)
+        process.start()
+        ranks.append((ours, process))
+    atexit.register(lambda: [process.terminate() for _, process in ranks])
+    return ranks
+
+
+def _rank(pipe: Connection) -> None:
+    """Serve until the tests end."""
+    import torch
+
+    from deepclust.world import join, leave
+
+    torch.set_num_threads(1)
+    while True:
+        rank, size, meeting, work, args = pipe.recv()
+        try:
+            world = join(rank, size, Path(meeting), torch.device("cpu"), 60)
+            pipe.send((work(world, *args), None))
+        except Exception as error:
+            pipe.send((error, traceback.format_exc()))
+        finally:
+            leave()
