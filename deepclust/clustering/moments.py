@@ -16,6 +16,7 @@ from torch import Tensor
 from deepclust.clustering.precision import full_precision
 
 BLOCK = 4096  # rows of one float32 product; longer sums would lose digits before float64
+PANELS = 8  # of columns; the outer product is symmetric, so each is taken from its diagonal on
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Moments:
     count: int
     pivot: Float32[Tensor, " D"]
     sum: Float64[Tensor, " D"]
-    outer: Float64[Tensor, "D D"]
+    outer: Float64[Tensor, "D D"]  # the part above the diagonal counts
 
     @classmethod
     def zero(cls, pivot: Float[Tensor, " D"]) -> Moments:
@@ -34,16 +35,19 @@ class Moments:
         return cls(0, pivot.float(), total, torch.outer(total, total))
 
     def add(self, rows: Float[Tensor, "n D"]) -> Moments:
-        """Add rows in place: one float32 product per 4096 rows (no TF32), summed in float64.
+        """Add rows in place: float32 products of 4096 rows (no TF32), summed in float64.
 
         The last digits depend on where blocks start, so whoever wants equal bits cuts the rows
         at the same places (our units do).
         """
+        width = -(-len(self.pivot) // PANELS)
         with full_precision():
             for block in torch.split(rows, BLOCK):
                 centred = block.to(self.pivot) - self.pivot
                 self.sum += centred.sum(0, dtype=torch.float64)
-                self.outer += centred.T @ centred
+                for a in range(0, len(self.pivot), width):
+                    panel = slice(a, a + width)
+                    self.outer[panel, a:] += centred[:, panel].T @ centred[:, a:]
         self.count += len(rows)
         return self
 
@@ -62,4 +66,5 @@ class Moments:
     def covariance(self) -> Float64[Tensor, "D D"]:
         """Covariance (divided by n), corrected by the pivot: E[yy'] - E[y]E[y]', y = x - pivot."""
         shift = self.sum / max(self.count, 1)
-        return self.outer / max(self.count, 1) - torch.outer(shift, shift)
+        outer = self.outer.triu() + self.outer.triu(1).T
+        return outer / max(self.count, 1) - torch.outer(shift, shift)

@@ -30,7 +30,7 @@ Pairs: TypeAlias = tuple[
 ]  # rows (ascending) and centroids that may be theirs
 
 U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
-BLOCK = 256  # rows of a float32 product, and
+SCORES = 2**22  # float32 scores made at once, and
 PAIRS = 16_384  # pairs compared at once: both bound the memory of a thread
 CROWD = 32  # a row with more candidates than this in bfloat16 is left to float32
 
@@ -64,9 +64,9 @@ class Nearest:
             pairs, left = self._guess(centred, lengths)
             guesses.append(pairs)
         assert left is not None
-        guesses += (
-            self._score(centred, lengths, part) for part in torch.split(left, BLOCK) if len(part)
-        )
+        block = min(256, max(1, SCORES // len(self.centroids)))
+        parts = (part for part in torch.split(left, block) if len(part))
+        guesses += (self._score(centred, lengths, part) for part in parts)
         return torch.from_numpy(self._decide(rows, guesses))
 
     def _guess(self, centred: Tensor, lengths: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
@@ -102,7 +102,7 @@ class Nearest:
 
     def _decide(self, rows: Tensor, guesses: list[Pairs]) -> Int64[np.ndarray, " m"]:
         """One candidate: that is it. Several: the one at the smallest distance, lowest id first."""
-        labels = np.empty(len(rows), np.int64)
+        labels = np.zeros(len(rows), np.int64)  # 0 where distances overflow
         for places, ids in guesses:
             alone = np.ones(len(places), bool)
             same = places[1:] == places[:-1]

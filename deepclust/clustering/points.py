@@ -268,7 +268,7 @@ class ArrayPoints:
         if self.backend == "faiss":
             return MOST
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
-        return min(max(size, 256), MOST)
+        return min(max(size, 64), MOST)
 
     def _grids(self) -> tuple[float, float]:
         if self.grids is None:

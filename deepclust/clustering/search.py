@@ -80,4 +80,23 @@ def faiss_search(centroids: Float32[Tensor, "k d"]) -> Search:
     return search
 
 
+def probed(backend: str, device: torch.device) -> tuple[str, torch.device, list[str]]:
+    """The backend and device that work here, found by a tiny search, and what was given up, why.
+
+    A wheel without kernels for this GPU, or with a missing library, imports well and fails at the
+    first use; better now than after an hour of extraction. FAISS falls back on torch, a GPU on the
+    CPU, which itself must work.
+    """
+    notes: list[str] = []
+    for name, place in ((backend, device), ("torch", device), ("torch", torch.device("cpu"))):
+        try:
+            points = torch.eye(3, device=place)
+            if SEARCHES[name](points)(points).tolist() == [0, 1, 2]:
+                return name, place, notes
+            notes.append(f"cluster.backend={name} on {place} finds wrong neighbours")
+        except (RuntimeError, AssertionError, ResourceError) as error:
+            notes.append(f"cluster.backend={name} does not work on {place}: {error}")
+    raise ResourceError("; ".join(notes))
+
+
 SEARCHES = {"auto": torch_search, "torch": torch_search, "faiss": faiss_search}

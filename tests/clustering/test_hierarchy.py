@@ -1,0 +1,77 @@
+"""Two levels: each row in the nearest sub-cluster of its super-cluster, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from deepclust.clustering.hierarchy import TwoLevel, two_level, two_level_start
+from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.points import ArrayPoints
+from deepclust.errors import DataError, RecipeError
+from deepclust.world import World
+from tests.clustering.test_sharded import rows
+from tests.ranks import on_ranks
+
+
+def test_every_row_is_in_the_nearest_sub_cluster_of_its_super_cluster() -> None:
+    x = rows()
+    found = two_level(ArrayPoints(x), 4, 40)
+    table = ((x.astype(np.float64)[:, None] - found.centroids) ** 2).sum(2)
+    other = found.supers[:, None] != np.arange(40) // 10
+    nearest = np.where(other, np.inf, table).argmin(1)
+    free = np.setdiff1d(np.arange(len(x)), found.forced)
+    np.testing.assert_array_equal(found.assignments[free], nearest[free])
+    np.testing.assert_array_equal(found.assignments // 10, found.supers)
+    assert found.inertia == pytest.approx(table[np.arange(len(x)), found.assignments].sum())
+
+
+def test_no_sub_cluster_is_empty_even_where_super_clusters_are_small() -> None:
+    x = np.concatenate([rows(600), 50 + rows(12)])  # 12 rows far away would be a super-cluster
+    found = two_level(ArrayPoints(x), 3, 90)
+    assert np.bincount(found.assignments, minlength=90).min() >= 1
+    assert np.bincount(found.supers, minlength=3).min() >= 30
+
+
+def test_one_super_cluster_is_flat_k_means() -> None:
+    found = two_level(ArrayPoints(rows(400)), 1, 8)
+    assert np.bincount(found.supers).tolist() == [400]
+    assert len(np.unique(found.assignments)) == 8
+
+
+def split(world: World, x: np.ndarray) -> TwoLevel:
+    return two_level(ArrayPoints(x), 5, 50, world=world)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_two_levels(size: int) -> None:
+    x = rows()
+    alone = asdict(split(World(), x))
+    for part in on_ranks(size, split, x):
+        for name, value in asdict(part).items():
+            if name != "seconds":
+                np.testing.assert_array_equal(value, alone[name], err_msg=name)
+
+
+def test_bad_numbers_and_too_few_distinct_rows_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"cluster.supers=3 must divide cluster.k=10"):
+        two_level(ArrayPoints(rows(100)), 3, 10)
+    with pytest.raises(DataError, match=r"super-cluster \d: .* distinct"):
+        two_level(ArrayPoints(rows(20).repeat(10, 0)), 2, 40)
+
+
+def test_a_two_level_start_and_three_passes_come_close_to_twenty_passes() -> None:
+    x = rows(6000)
+    start = two_level_start(ArrayPoints(x), 100)
+    few = kmeans(x, 100, iterations=3, init=start).inertia
+    assert few < 1.01 * kmeans(x, 100, iterations=20).inertia
+    np.testing.assert_array_equal(start, two_level_start(ArrayPoints(x), 100))
+
+
+def test_a_two_level_start_survives_heavy_duplicates() -> None:
+    x = np.concatenate([rows(40).repeat(50, 0), rows(300)])
+    start = two_level_start(ArrayPoints(x), 120)
+    assert len(np.unique(start, axis=0)) == 120
+    assert len(kmeans(x, 120, iterations=2, init=start).forced) <= 120
