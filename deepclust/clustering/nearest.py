@@ -52,7 +52,7 @@ class Nearest:
         self.columns = offsets.float().T.contiguous()
         self.bias = bias.float()
         self.half = half_is_faster() if half is None else half
-        self.packed = _packed(self.columns, bias) if self.half else None
+        self.packed = packed_columns(self.columns, bias, torch.bfloat16) if self.half else None
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """The nearest centroid of every row."""
@@ -72,11 +72,8 @@ class Nearest:
     def _guess(self, centred: Tensor, lengths: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
         """Candidates by a bfloat16 product, and the rows that it cannot tell anything about."""
         assert self.packed is not None
-        rows = torch.zeros(len(centred), len(self.packed), dtype=torch.bfloat16)
         dim = centred.shape[1]
-        rows[:, :dim] = centred
-        rows[:, dim : dim + 3] = 1  # times the three parts of the bias
-        scores = torch.mm(rows, self.packed)
+        scores = torch.mm(packed_rows(centred, self.packed), self.packed)
         whole = scores.view(torch.int16).numpy()
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
         product = (2.1 * U16 + 2 * dim * U32) * self.reach * lengths + 8 * U32 * self.reach**2
@@ -134,16 +131,27 @@ def squared_distances(
     return (rows - centroids).square_().sum(1)
 
 
-def _packed(columns: Float32[Tensor, "d k"], bias: Tensor) -> Tensor:
-    """The columns in bfloat16, below them the bias in three parts, 24 bits; rows padded to 32."""
+def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns [d, k] in half precision, below them the bias [k] in three parts; padded to 32.
+
+    The parts hold 24 bits of the bias in bfloat16, so that a product adds it at no cost.
+    """
     dim, k = columns.shape
-    packed = torch.zeros(-(-(dim + 3) // 32) * 32, k, dtype=torch.bfloat16)
+    packed = torch.zeros(-(-(dim + 3) // 32) * 32, k, dtype=dtype, device=columns.device)
     packed[:dim] = columns
     rest = bias.clone()
     for row in range(dim, dim + 3):
         packed[row] = rest
         rest -= packed[row].double()
     return packed
+
+
+def packed_rows(rows: Float32[Tensor, "m d"], packed: Tensor) -> Tensor:
+    """Rows for a product with `packed`: half precision, ones for the bias, zeros to the end."""
+    tile = torch.zeros(len(rows), len(packed), dtype=packed.dtype, device=rows.device)
+    tile[:, : rows.shape[1]] = rows
+    tile[:, rows.shape[1] : rows.shape[1] + 3] = 1
+    return tile
 
 
 def _places(mask: np.ndarray) -> Pairs:

@@ -180,7 +180,7 @@ class ArrayPoints:
         labels = torch.empty(self.n, dtype=torch.int32, device=self.device)
         distances = torch.empty(self.n, device=self.device)
         sums = self._sums(k)
-        search = SEARCHES[self.backend](centroids)
+        search = SEARCHES[self.backend](centroids, self.rows.dtype == torch.float16)
         size = self._tile(k)
 
         def assign(start: int) -> None:

@@ -13,32 +13,42 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from deepclust.clustering.nearest import Nearest
+from deepclust.clustering.nearest import Nearest, packed_columns, packed_rows
 from deepclust.errors import ResourceError
 
 Search: TypeAlias = Callable[[Tensor], Tensor]  # rows float32 [m, d] -> centroid ids int64 [m]
+HALF_REACH = 100.0  # centroids farther than this from their mean are not for float16
 
 
-def torch_search(centroids: Float32[Tensor, "k d"]) -> Search:
+def torch_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
     """Exact on a CPU (see `nearest.py`); one product and an argmin on a GPU."""
-    return gpu_search(centroids) if centroids.is_cuda else Nearest(centroids)
+    return gpu_search(centroids, half) if centroids.is_cuda else Nearest(centroids)
 
 
-def gpu_search(centroids: Float32[Tensor, "k d"]) -> Search:
-    """|x - c|^2 ranked by |e|^2 - 2 (x - o).e, where e = c - o and o is the mean centroid.
+def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
+    """|x - c|^2 ranked by |e|^2 / 2 - (x - o).e, where e = c - o and o is the mean centroid.
 
-    The usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin. Near-ties within
-    float32 rounding may fall either way; equal centroids go to the lowest id.
+    The usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin. `half` (rows are
+    float16): the product is of float16 with float32 sums, on the tensor cores. Near-ties within the
+    rounding may fall either way; equal centroids go to the lowest id.
     """
     wide = centroids.double()
     origin = wide.mean(0).float()
     offsets = wide - origin
-    bias = offsets.square().sum(1).float()
-    columns = offsets.float().T.contiguous()
+    bias = offsets.square().sum(1) / 2
     first = first_of_equals(centroids)
+    if half and float(bias.max()) < HALF_REACH**2 / 2:
+        packed = packed_columns(-offsets.T, bias, torch.float16)
+
+        def search_half(rows: Tensor) -> Tensor:
+            tile = packed_rows(rows - origin, packed)
+            return first[torch.mm(tile, packed, out_dtype=torch.float32).argmin(1)]
+
+        return search_half
+    columns, constant = -offsets.float().T.contiguous(), bias.float()
 
     def search(rows: Tensor) -> Tensor:
-        return first[torch.addmm(bias, rows - origin, columns, alpha=-2).argmin(1)]
+        return first[torch.addmm(constant, rows - origin, columns).argmin(1)]
 
     return search
 
@@ -61,7 +71,7 @@ def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
     return first
 
 
-def faiss_search(centroids: Float32[Tensor, "k d"]) -> Search:
+def faiss_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
     """The same by FAISS's `IndexFlatL2`, on the GPU where rows and FAISS both are."""
     try:
         import faiss
@@ -91,10 +101,12 @@ def probed(backend: str, device: torch.device) -> tuple[str, torch.device, list[
     for name, place in ((backend, device), ("torch", device), ("torch", torch.device("cpu"))):
         try:
             points = torch.eye(3, device=place)
-            if SEARCHES[name](points)(points).tolist() == [0, 1, 2]:
+            if all(
+                SEARCHES[name](points, half)(points).tolist() == [0, 1, 2] for half in (False, True)
+            ):
                 return name, place, notes
             notes.append(f"cluster.backend={name} on {place} finds wrong neighbours")
-        except (RuntimeError, AssertionError, ResourceError) as error:
+        except (RuntimeError, TypeError, AssertionError, ResourceError) as error:
             notes.append(f"cluster.backend={name} does not work on {place}: {error}")
     raise ResourceError("; ".join(notes))
 

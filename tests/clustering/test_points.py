@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from deepclust.clustering.points import ArrayPoints, unit_rows
-from deepclust.clustering.search import first_of_equals
-from deepclust.errors import DataError, NumericalError
+from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probed
+from deepclust.errors import DataError, NumericalError, ResourceError
 
 
 def noise(n: int, dim: int = 8) -> np.ndarray:
@@ -128,3 +128,27 @@ def test_first_of_equals_is_the_lowest_id_of_each_value() -> None:
     expected = [int((c == row).all(1).nonzero()[0]) for row in c]
     assert first_of_equals(c).tolist() == expected
     assert first_of_equals(torch.tensor([[0.0], [-0.0], [1.0]])).tolist() == [0, 0, 2]
+
+
+def test_a_backend_is_tried_before_it_is_used_and_the_fallback_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    assert probed("faiss", cpu) == ("faiss", cpu, [])
+
+    def no_kernel(*_: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setitem(SEARCHES, "faiss", no_kernel)
+    backend, device, notes = probed("faiss", cpu)
+    assert (backend, device) == ("torch", cpu)
+    assert "cluster.backend=faiss does not work on cpu: no kernel image" in notes[0]
+    monkeypatch.setitem(SEARCHES, "torch", no_kernel)
+    with pytest.raises(ResourceError, match="no kernel image"):
+        probed("faiss", cpu)
+
+
+def test_a_gpus_search_finds_the_nearest_too() -> None:
+    rows, centroids = torch.from_numpy(noise(400)), torch.from_numpy(noise(9))[[0, 1, 1, 2, 3]]
+    found = gpu_search(centroids, half=False)(rows)
+    np.testing.assert_array_equal(found, ArrayPoints(rows).visit(centroids).labels)
