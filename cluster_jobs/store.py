@@ -87,7 +87,8 @@ def _phase(events: list[dict[str, Any]]) -> str:
     """What the newest telling event says is going on."""
     following = {
         "started": "start", "unit": "extract", "extracted": "whiten", "whitening": "project",
-        "features": "cluster", "clustered": "train", "checkpoint": "train", "finished": "done",
+        "features": "cluster", "clustered": "train", "training": "train", "checkpoint": "train",
+        "finished": "done",
     }  # fmt: skip
     told = [e["event"] for e in events if e["event"] in following]
     return following[told[-1]] if told else ""

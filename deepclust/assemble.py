@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class Context:
     inline: cluster.Job | None  # we cluster ourselves; None: the cluster worker does
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
+
+    def tell(self, name: str, **fields: Any) -> None:
+        """An event of the gang, which rank 0 tells for all."""
+        if self.world.is_first:
+            self.report.event(name, **fields)
 
 
 def build_trainer(context: Context) -> Trainer:
@@ -151,7 +157,5 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
     state, parts = (found.state, found.parts) if found else checkpoint.load(folder)
     trainer.method.load_state_dict(parts.pop("model"))
     trainer.optimizers.load_state(parts)
-    if context.world.is_first:
-        facts = {"step": state.step, "segment": state.segment, "round": state.round}
-        context.report.event("restored", **facts)
+    context.tell("restored", step=state.step, segment=state.segment, round=state.round)
     return state, cluster.read_targets(context.run, state.round) if state.round >= 0 else None

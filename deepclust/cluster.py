@@ -1,8 +1,8 @@
 """Clustering a round: moments -> whitening, and features -> k-means -> assignments.
 
 Both are idempotent functions over the files of the run, so it doesn't matter who calls them: the
-only rank itself (inline), or the cluster worker, a process with its own device that watches the
-run directory. Ranks wait for the files, never inside a collective.
+only rank itself (inline), all ranks together (gang), or the cluster worker, a process with its own
+device that watches the run directory. Ranks wait for the worker's files, never in a collective.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import torch
 from jaxtyping import Int32, Int64
 
 from deepclust.clustering import assignments as stats
+from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.hierarchy import two_level_start
 from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.points import ArrayPoints
+from deepclust.clustering.search import probed
+from deepclust.clustering.sharded import ShardedPoints
 from deepclust.clustering.whiten import Whitening, solve
 from deepclust.data.index import Index
 from deepclust.errors import NumericalError
@@ -28,11 +31,12 @@ from deepclust.extract import merged_moments, read_excluded
 from deepclust.files import read_json, write_json
 from deepclust.methods.base import Targets
 from deepclust.metrics import Report
-from deepclust.recipe import ClusterSection
+from deepclust.recipe import ClusterSection, Recipe
 from deepclust.rundir import Run, is_done
-from deepclust.world import derive
+from deepclust.world import World, derive
 
 POLL_S = 0.05
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,19 @@ class Job:
     keep_ids: bool  # head policy `match`: a cluster takes the id of the old one that it continues
     device: torch.device
     report: Report
+    world: World = ALONE  # the ranks that cluster together; a worker and an only rank are alone
+
+
+def make_job(
+    run: Run, recipe: Recipe, index: Index, device: torch.device, report: Report, world: World
+) -> Job:
+    """The job of a recipe, its backend and device tried first; what was given up is reported."""
+    backend, device, notes = probed(recipe.cluster.backend, device)
+    for note in notes:
+        report.event("warning", text=f"{note}; {backend} on {device} is used instead")
+    config = recipe.cluster.model_copy(update={"backend": backend})
+    keep_ids = recipe.method.head == "match"
+    return Job(run, config, recipe.seed, index, keep_ids, device, report, world)
 
 
 def solve_whitening(job: Job, number: int) -> None:
@@ -69,23 +86,25 @@ def solve_whitening(job: Job, number: int) -> None:
 
 def cluster_features(job: Job, number: int) -> None:
     """Cluster round `number`'s features into centroids and assignments, unless it is done."""
-    folder = job.run.round(number)
-    if is_done(folder / "assignments"):
+    folder, world = job.run.round(number), job.world
+    if world.share(is_done(folder / "assignments")):
         return
     started = time.monotonic()
     rows = np.load(folder / "features" / "rows.npy", mmap_mode="c")  # torch wants it writeable
     excluded = read_excluded(folder / "features")
     valid = np.setdiff1d(np.arange(len(rows)), np.fromiter(excluded, np.int64, len(excluded)))
-    result = _kmeans(job, number, rows, valid)
-    _publish(job, number, _spread(result, valid, len(rows)), started)
+    own = np.array_split(valid, world.size)[world.rank]
+    found = _spread(_kmeans(job, number, rows, valid, own), own, len(rows), world)
+    if world.is_first:
+        _publish(job, number, found, started)
 
 
 def advance(job: Job, number: int) -> None:
     """Do whatever of the round can be done now. What is there is not done again."""
     folder = job.run.round(number)
-    if is_done(folder / "raw"):
+    if job.world.is_first and is_done(folder / "raw"):
         solve_whitening(job, number)
-    if is_done(folder / "features"):
+    if job.world.share(is_done(folder / "features")):
         cluster_features(job, number)
 
 
@@ -141,27 +160,44 @@ class _Clustering:
 
 
 def _kmeans(
-    job: Job, number: int, rows: np.ndarray, valid: Int64[np.ndarray, " m"]
+    job: Job,
+    number: int,
+    rows: np.ndarray,
+    valid: Int64[np.ndarray, " m"],
+    own: Int64[np.ndarray, " o"],
 ) -> KMeansResult:
-    points = ArrayPoints(rows, device=job.device)
+    """k-means of the valid rows, of which `own` are this rank's."""
+    config, seed = job.config, derive(job.seed, "cluster", number)
+    whole = ArrayPoints(rows, device=job.device)
+    mine = whole if len(own) == len(rows) else whole.select(own)
+    alone = job.world.size == 1
+    init: str | np.ndarray = config.init
+    if init == "two-level":
+        init = two_level_start(mine if alone else whole.select(valid), config.k, seed)
     return kmeans(
-        points if len(valid) == len(rows) else points.select(valid),
-        job.config.k,
-        iterations=job.config.iterations,
-        seed=derive(job.seed, "cluster", number),
-        init=job.config.init,
-        empty=job.config.empty,
-        min_size=job.config.min_size,
-        backend=job.config.backend,
+        mine if alone else ShardedPoints(mine, job.world),
+        config.k,
+        iterations=config.iterations,
+        seed=seed,
+        init=init,
+        empty=config.empty,
+        min_size=config.min_size,
+        backend=config.backend,
     )
 
 
-def _spread(result: KMeansResult, valid: Int64[np.ndarray, " m"], n: int) -> _Clustering:
-    labels = np.full(n, -1, np.int32)
-    distances = np.full(n, np.nan, np.float32)
-    labels[valid] = np.asarray(result.assignments)
-    distances[valid] = np.asarray(result.distances)
-    return _Clustering(labels, distances, result)
+def _spread(
+    result: KMeansResult, own: Int64[np.ndarray, " o"], n: int, world: World
+) -> _Clustering:
+    """This rank's labels and distances at their ids, and those of all others added."""
+    labels = np.zeros(n, np.int32)
+    distances = np.zeros(n, np.float32)
+    labels[own] = result.assignments + 1
+    distances[own] = result.distances
+    both = (world.sum(torch.from_numpy(x).to(world.device)).cpu() for x in (labels, distances))
+    labels, distances = (x.numpy() for x in both)
+    distances[labels == 0] = np.nan
+    return _Clustering(labels - 1, distances, result)
 
 
 def _publish(job: Job, number: int, found: _Clustering, started: float) -> None:

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from deepclust import errors, rundir
-from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
+from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, ResourceError
 from deepclust.files import disk_errors
 from deepclust.lock import hold
 from deepclust.recipe import Recipe, Section, differences
@@ -71,8 +71,17 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
 
 
 def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
-    """Do one stage (extract, cluster or train) of a run, then stop; `resume` does the rest."""
-    return _start(rundir.open_run(run).path, show, stage)
+    """Do one stage (extract, cluster or train) of a run, then stop; `resume` does the rest.
+
+    Raises `RecipeError` for a run with `cluster.overlap`, where no stage is alone.
+    """
+    found = rundir.open_run(run)
+    if found.recipe.cluster.overlap:
+        raise RecipeError(
+            f"{found.path} trains while it clusters (cluster.overlap), so its stages cannot be run "
+            f"one at a time: deepclust resume {found.path}"
+        )
+    return _start(found.path, show, stage)
 
 
 def is_finished(run: Run) -> bool:
@@ -85,9 +94,9 @@ def _resolved(recipe: Recipe) -> Recipe:
     """Write down what this machine decides, so that the run can be resumed from anywhere.
 
     Paths become absolute. Results on a CPU depend on the threads per rank: its share of the cores,
-    less those that its reader processes keep busy.
+    less those that its reader processes keep busy. With overlap the cluster worker has a share too.
     """
-    share = _cores() // recipe.train.ranks
+    share = _cores() // (recipe.train.ranks + recipe.cluster.overlap)
     threads = recipe.train.threads or max(1, share - recipe.data.workers)
     data, init = recipe.data, recipe.init
     return recipe.model_copy(

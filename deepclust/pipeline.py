@@ -7,11 +7,16 @@
 Every rank runs `run` with the same recipe. A segment is the stretch between two plans: an epoch,
 or the steps of a round. What is on disk decides where it begins: a finished stage is skipped, and
 the newest checkpoint says which step of which plan comes next.
+
+With `cluster.overlap` the chain is one round deep: at a boundary the round begun at the boundary
+before is adopted, then the next one's features are made, and its k-means is left to the cluster
+worker while we train on. When that is ready changes nothing: the next boundary waits for it.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 
 from deepclust import cluster, inherit
 from deepclust.assemble import Context, build_trainer, embedder, restore
@@ -42,6 +47,9 @@ def run(context: Context) -> None:
                 trainer.optimizers.renew_head(trainer.method.adopt(targets, recipe.seed))
             if context.stage in ("extract", "cluster"):
                 return
+            if (ahead := timeline.round_ahead(state)) is not None:
+                trainer.save(state)  # before a refresh here, which has saved the same step
+                begin_round(context, trainer, ahead)
             assert targets is not None
             plan = EpochPlan.build(
                 targets.ids, seed=recipe.seed, epoch=state.segment, steps=timeline.steps(state),
@@ -50,6 +58,7 @@ def run(context: Context) -> None:
                 blocks=context.index.bases,
             )  # fmt: skip
             assignments = context.run.round(targets.round) / "assignments" / "assignments.npy"
+            context.tell("training", round=state.round, segment=state.segment, step=state.step)
             state = train_segment(trainer, plan, targets, assignments, state).after_segment()
             if trainer.save_due(state):
                 trainer.save(state)
@@ -68,12 +77,28 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
     if not context.world.share(is_done(assignments)):
         if context.stage == "train":
             return None
+        warn_if_late(context, number)
         make_round(context, trainer, number)
         if context.stage == "extract":
             return None
     if context.world.is_first:
         tidy(context, trainer, number)
     return cluster.read_targets(context.run, number)
+
+
+def begin_round(context: Context, trainer: Trainer, number: int) -> None:
+    """Make the features of a round with the present weights; its k-means is not waited for."""
+    if not context.world.share(is_done(context.run.round(number) / "assignments")):
+        make_features(context, trainer, number)
+
+
+def warn_if_late(context: Context, number: int) -> None:
+    """Say it when a round that overlap begins a boundary early has to be made in its place."""
+    begun = is_done(context.run.round(number) / "features")
+    if context.recipe.cluster.overlap and number > 0 and not begun:
+        why = "the run has been made longer, or that round's features were lost"
+        text = f"round {number} is made from the present weights, not those of a boundary ago: "
+        context.tell("warning", text=text + why)
 
 
 def check_stage(context: Context, number: int, steps: int) -> None:
@@ -86,11 +111,18 @@ def check_stage(context: Context, number: int, steps: int) -> None:
 
 def make_round(context: Context, trainer: Trainer, number: int) -> None:
     """Extract, whiten, project, cluster. Each stage that is done is skipped."""
-    run, world = context.run, context.world
     if number == 0 and context.recipe.init.assignments:
-        if world.is_first:
-            inherit.import_assignments(run, context.recipe, context.index)
-        return await_stage(context, number, "assignments")
+        if context.world.is_first:
+            inherit.import_assignments(context.run, context.recipe, context.index)
+    else:
+        make_features(context, trainer, number)
+    if context.stage != "extract":
+        await_stage(context, number, "assignments")
+
+
+def make_features(context: Context, trainer: Trainer, number: int) -> None:
+    """Extract, whiten, project, with the present weights."""
+    run, world = context.run, context.world
     world.share_tensors(list(trainer.method.buffers()))  # batch statistics of rank 0, everywhere
     job = Pass(
         run, number, world, context.index, trainer.loader,
@@ -99,8 +131,6 @@ def make_round(context: Context, trainer: Trainer, number: int) -> None:
     extract(job, embedder(context, trainer))
     await_stage(context, number, "whitening")
     project(job, cluster.read_whitening(run.round(number)))
-    if context.stage != "extract":
-        await_stage(context, number, "assignments")
 
 
 def tidy(context: Context, trainer: Trainer, number: int) -> None:
@@ -114,12 +144,14 @@ def tidy(context: Context, trainer: Trainer, number: int) -> None:
 
 def await_stage(context: Context, number: int, stage: str) -> None:
     """Do the cluster worker's part if it is ours; then wait for the stage's files."""
+    began = time.monotonic()
     if context.inline is not None:
         cluster.advance(context.inline, number)
     folder = context.run.round(number) / stage
     stopped = not cluster.wait_for(folder, context.stopping)
     if context.world.largest(int(stopped)):
         raise RequeueWanted(f"stopped while waiting for {folder}")
+    context.tell("waited", round=number, stage=stage, seconds=time.monotonic() - began)
 
 
 def finish(context: Context, trainer: Trainer) -> None:

@@ -29,7 +29,7 @@ from deepclust.metrics import PipeReport, Report, log_to
 from deepclust.recipe import Recipe
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER, Seat
-from deepclust.world import join, leave
+from deepclust.world import World, join, leave
 
 
 def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
@@ -44,12 +44,17 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     torch.set_num_threads(recipe.train.threads or 1)
     index, read = open_data(run, recipe)
     if seat.rank == CLUSTER_WORKER:
-        cluster.serve(_cluster_job(run, recipe, index, report), stopping)
+        device = clustering_device(recipe)
+        cluster.serve(cluster.make_job(run, recipe, index, device, report, World()), stopping)
         return
     device = training_device(recipe, seat.rank)
     world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
-    inline = recipe.clusters_inline and world.is_first
-    job = _cluster_job(run, recipe, index, report) if inline else None
+    job = None
+    if recipe.cluster.where == "gang":
+        job = cluster.make_job(run, recipe, index, device, report, world)
+    elif recipe.clusters_inline and world.is_first:
+        place = clustering_device(recipe)
+        job = cluster.make_job(run, recipe, index, place, report, World())
     context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
     try:
         pipeline.run(context)
@@ -111,13 +116,6 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
             "Put the old shards back, or start a new run."
         )
     return index, str(began["read"])
-
-
-def _cluster_job(run: Run, recipe: Recipe, index: Index, report: Report) -> cluster.Job:
-    return cluster.Job(
-        run, recipe.cluster, recipe.seed, index, recipe.method.head == "match",
-        clustering_device(recipe), report,
-    )  # fmt: skip
 
 
 def die_with(parent: int) -> None:

@@ -101,13 +101,16 @@ class ClusterSection(Section):
     iterations: int = Field(20, ge=1)
     every: str = Field("1 epoch", description='"n epochs" or "n steps" between rounds')
     until: int | None = Field(None, ge=1, description="no new round from this epoch on")
-    init: Literal["random", "k-means++"] = "random"
+    init: Literal["random", "k-means++", "two-level"] = "random"
     empty: Literal["split", "relocate"] = "split"
     min_size: int = Field(1, ge=1, description="members that every cluster ends with")
     backend: Literal["auto", "torch", "faiss"] = "auto"
-    where: Literal["auto", "inline", "worker"] = Field(
-        "auto", description="auto: inline at one rank, else the cluster worker's own process"
+    where: Literal["auto", "inline", "worker", "gang"] = Field(
+        "auto",
+        description="auto: inline at one rank, else the cluster worker's own process; "
+        "gang: all ranks together, each with its part of the rows",
     )
+    overlap: bool = Field(False, description="k-means while the gang trains on; a round later")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
     max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
 
@@ -116,6 +119,14 @@ class ClusterSection(Section):
     def _every(cls, text: str) -> str:
         parse_cadence(text)
         return text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.overlap and self.where in ("inline", "gang"):
+            raise ValueError(
+                "overlap needs the cluster worker, a process of its own: leave where at auto"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -190,7 +201,8 @@ class Recipe(Section):
     def clusters_inline(self) -> bool:
         """Whether rank 0 clusters itself: by default when it is the only one."""
         where = self.cluster.where
-        return where == "inline" or (where == "auto" and self.train.ranks == 1)
+        alone = self.train.ranks == 1 and not self.cluster.overlap
+        return where in ("inline", "gang") or (where == "auto" and alone)
 
     @classmethod
     def load(cls, source: str | Path, *overrides: str) -> Recipe:

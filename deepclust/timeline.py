@@ -2,6 +2,14 @@
 
 With `cluster.every: "n epochs"` a segment is an epoch; with "n steps" it is a round of n steps
 (small sets need it: on 1,797 images 90 steps a round learn, 11 do not).
+
+Boundary b, before a segment that may change its round, is where round b's features are made.
+`cluster.overlap` delays its adoption by one boundary, so that k-means has a period to run in:
+
+    boundary              0    1    2    3
+    trained on from it    0    1    2    3       without overlap
+                          0    0    1    2       with overlap
+    begun for the next         1    2            nothing at the last: nobody would train on it
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ class Timeline:
     every: Cadence
     epochs: int
     until: int | None
+    overlap: bool
     epoch_steps: int
     lanes: int  # of a plan for block reading; the same for any number of ranks
 
@@ -36,9 +45,10 @@ class Timeline:
                 f"{recipe.data.shards} has {n} images, fewer than one batch of "
                 f"{recipe.train.batch}: lower train.batch"
             )
-        every = parse_cadence(recipe.cluster.every)
+        config = recipe.cluster
+        every = parse_cadence(config.every)
         lanes = math.gcd(recipe.train.batch, LANES)
-        return cls(every, recipe.train.epochs, recipe.cluster.until, steps, lanes)
+        return cls(every, recipe.train.epochs, config.until, config.overlap, steps, lanes)
 
     def finished(self, state: State) -> bool:
         """Whether the state stands at the end; the last round of steps may be a short one."""
@@ -50,17 +60,44 @@ class Timeline:
         """Length of the state's segment; None = one pass over all valid samples."""
         if self.every.unit == "epoch":
             return None
-        left = self.epochs * self.epoch_steps - (state.step - state.offset)
-        return min(self.every.count, left)
+        return min(self.every.count, self._steps_left(state))
 
     def round_of(self, state: State) -> int:
         """The round that the state's segment trains on."""
-        per_round = self.every.count if self.every.unit == "epoch" else 1
-        return min(state.segment, self._last_refresh()) // per_round
+        return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)
 
     def refresh_due(self, state: State) -> bool:
         """Whether the segment begins with a new round."""
         return state.offset == 0 and self.round_of(state) > state.round
+
+    def round_ahead(self, state: State) -> int | None:
+        """With overlap: the round to begin at the state's boundary, for the next one to adopt."""
+        number = self._boundary(state)
+        at_boundary = state.offset == 0 and state.segment == number * self._period
+        if not (self.overlap and at_boundary and number > 0 and self._goes_on(state)):
+            return None
+        return number
+
+    @property
+    def _period(self) -> int:
+        """Segments from boundary to boundary."""
+        return self.every.count if self.every.unit == "epoch" else 1
+
+    def _boundary(self, state: State) -> int:
+        """The newest boundary at or before the state, counted from 0."""
+        return min(state.segment, self._last_refresh()) // self._period
+
+    def _goes_on(self, state: State) -> bool:
+        """Whether another boundary follows the one where the state stands."""
+        if state.segment + self._period > self._last_refresh():
+            return False
+        if self.every.unit == "epoch":
+            return state.segment + self._period < self.epochs
+        return self._steps_left(state) > self.every.count
+
+    def _steps_left(self, state: State) -> int:
+        """Steps of the run from the beginning of the state's segment on."""
+        return self.epochs * self.epoch_steps - (state.step - state.offset)
 
     def _last_refresh(self) -> int:
         """The last segment that may begin with a new round."""

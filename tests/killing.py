@@ -117,6 +117,16 @@ def kill_when(
     return still and bool(chosen) and process.returncode == code_after(victim)
 
 
+def pause_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, victim: str) -> None:
+    """Stop a process of the run when the moment has come, for good: it dies with its parent."""
+    while not moment(run):
+        assert process.poll() is None, "the run ended before the moment came"
+        time.sleep(0.0005)
+    for pid in family(process.pid):
+        if seat(pid, process.pid) == victim:
+            os.kill(pid, signal.SIGSTOP)
+
+
 def code_after(victim: str) -> int:
     """How the controller ends when the victim is killed: by the same signal, or with code 4."""
     return -signal.SIGKILL if victim == "controller" else ResourceError.exit_code

@@ -126,6 +126,18 @@ def test_two_ranks_cluster_and_batch_as_one_does(
     assert Run(tmp_path / "run").metrics("train")[-1]["step"] == 24
 
 
+def test_a_gang_that_clusters_together_gives_the_workers_run(shards: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(shards, "train.ranks=2")
+    for where in ("worker", "gang"):
+        pretrain(recipe.replace(f"cluster.where={where}"), tmp_path / where)
+    assert_same_run(tmp_path / "gang", tmp_path / "worker")
+
+
+def test_k_means_may_start_in_two_levels(shards: Path, tmp_path: Path) -> None:
+    pretrain(tiny_recipe(shards, "cluster.init=two-level", "train.epochs=1"), tmp_path / "run")
+    assert np.bincount(assignments(tmp_path / "run")[0][0], minlength=8).min() > 0
+
+
 @pytest.mark.parametrize("head", ["match", "centroids"])
 def test_other_head_policies_resume_exactly_too(shards: Path, tmp_path: Path, head: str) -> None:
     recipe = tiny_recipe(shards, f"method.head={head}", "train.head_momentum=0.9")

@@ -44,6 +44,8 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         ("method.head=forget", "method.head: .*'reset', 'match' or 'centroids'"),
         ("cluster.every=often", "cluster.every: 'often' is not a cadence"),
         ("train.ranks=5", "cannot be shared by 5 ranks"),
+        ("cluster={k: 8, overlap: true, where: inline}", "overlap needs the cluster worker"),
+        ("cluster={k: 8, overlap: true, where: gang}", "overlap needs the cluster worker"),
         ("cluster.k.x=3", "k is a value, not a section"),
         ("cluster.k", "not of the form"),
     ],
@@ -53,6 +55,11 @@ def test_a_wrong_override_is_named_with_the_fix(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         tiny_recipe(tmp_path, override)
+
+
+def test_with_overlap_one_rank_has_a_cluster_worker_too(tmp_path: Path) -> None:
+    assert tiny_recipe(tmp_path).clusters_inline
+    assert not tiny_recipe(tmp_path, "cluster.overlap=true").clusters_inline
 
 
 def test_an_unknown_recipe_suggests_a_shipped_one() -> None:

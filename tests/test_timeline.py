@@ -28,6 +28,18 @@ def timeline(tmp_path: Path, *overrides: str, n: int = 240) -> Timeline:
     return Timeline.of(tiny_recipe(tmp_path, "train.epochs=6", *overrides), n)
 
 
+def rounds_ahead(timeline: Timeline) -> list[int | None]:
+    """The round that is begun before every segment, for the next boundary."""
+    state, seen = State(), []
+    while not timeline.finished(state):
+        seen.append(timeline.round_ahead(state))
+        for _ in range(timeline.steps(state) or timeline.epoch_steps):
+            state = state.after_step(24)
+            assert state.offset == 0 or timeline.round_ahead(state) is None
+        state = state.after_segment()
+    return seen
+
+
 def test_every_epoch_has_a_round_of_its_own(tmp_path: Path) -> None:
     assert rounds(timeline(tmp_path)) == [0, 1, 2, 3, 4, 5]
 
@@ -58,6 +70,36 @@ def test_a_longer_run_trains_all_its_steps(tmp_path: Path) -> None:
 def test_rounds_of_steps_stop_too(tmp_path: Path) -> None:
     found = timeline(tmp_path, "cluster.every=10 steps", "cluster.until=2")
     assert rounds(found) == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained_on", "begun"),
+    [
+        ((), [0, 0, 1, 2, 3, 4], [None, 1, 2, 3, 4, None]),
+        (("cluster.every=2 epochs",), [0, 0, 0, 0, 1, 1], [None, None, 1, None, None, None]),
+        (("cluster.every=4 epochs",), [0, 0, 0, 0, 0, 0], [None] * 6),
+        (("cluster.until=4",), [0, 0, 1, 2, 2, 2], [None, 1, 2, None, None, None]),
+        (("cluster.every=15 steps",), [0, 0, 1, 2], [None, 1, 2, None]),  # 60 steps in all
+        (("cluster.every=25 steps",), [0, 0, 1], [None, 1, None]),
+        (("cluster.every=10 steps", "cluster.until=3"), [0, 0, 1, 1, 1, 1], [None, 1] + [None] * 4),
+    ],
+)
+def test_with_overlap_a_round_is_adopted_one_boundary_after_it_was_begun(
+    tmp_path: Path, overrides: tuple[str, ...], trained_on: list[int], begun: list[int | None]
+) -> None:
+    found = timeline(tmp_path, "cluster.overlap=true", *overrides)
+    assert rounds(found) == trained_on
+    assert rounds_ahead(found) == begun
+
+
+def test_without_overlap_no_round_is_begun_ahead(tmp_path: Path) -> None:
+    assert rounds_ahead(timeline(tmp_path)) == [None] * 6
+
+
+def test_a_run_made_longer_begins_rounds_ahead_again(tmp_path: Path) -> None:
+    ended = State(step=60, segment=6, round=4)
+    longer = timeline(tmp_path, "cluster.overlap=true", "train.epochs=8")
+    assert (longer.round_of(ended), longer.round_ahead(ended)) == (5, 6)
 
 
 def test_inside_a_segment_nothing_is_due(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Int64
 
+from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.points import ArrayPoints
 from deepclust.clustering.seeding import distinct_rows
 from deepclust.clustering.sharded import ShardedPoints
 from deepclust.errors import DataError, RecipeError

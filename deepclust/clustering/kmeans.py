@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.points import ArrayPoints, Pass, Points, Rows, as_tensor, unit_rows
+from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.points import Pass, Points, Rows, as_tensor, unit_rows
 from deepclust.clustering.repair import REPAIRS, fill_empties, fill_small
 from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.seeding import start

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.points import ArrayPoints, Pass, largest_of, not_finite
+from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.points import Pass, largest_of, not_finite
 from deepclust.errors import NumericalError
 from deepclust.world import World
 

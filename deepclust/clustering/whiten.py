@@ -20,8 +20,9 @@ from jaxtyping import Float32, Float64
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.moments import BLOCK, Moments
-from deepclust.clustering.points import ArrayPoints, Rows, unit_rows
+from deepclust.clustering.points import Rows, unit_rows
 from deepclust.clustering.precision import full_precision
 from deepclust.errors import DataError, NumericalError
 from deepclust.files import atomic_file

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.hierarchy import TwoLevel, two_level, two_level_start
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.points import ArrayPoints
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import World
 from tests.clustering.test_sharded import rows

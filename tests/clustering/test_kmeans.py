@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.points import ArrayPoints
 from deepclust.errors import DataError, NumericalError, RecipeError
 
 

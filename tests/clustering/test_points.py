@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.clustering.points import ArrayPoints, unit_rows
+from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.points import unit_rows
 from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probed
 from deepclust.errors import DataError, NumericalError, ResourceError
 

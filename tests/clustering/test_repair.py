@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.points import ArrayPoints
 from deepclust.clustering.repair import draw_donors, fill_empties, relocate, split
 from deepclust.errors import DataError
 from deepclust.world import generator

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.points import ArrayPoints
 from deepclust.clustering.sharded import ShardedPoints
 from deepclust.errors import DataError, NumericalError
 from deepclust.world import World

@@ -1,0 +1,251 @@
+"""Points over an array: one class for memory, a memory map and a GPU, read tile by tile.
+
+FAISS and torch differ in one function, the search for the nearest centroid (`search.py`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
+from torch import Tensor
+
+from deepclust.clustering.exact import ClusterSums, grid_of, on_grid
+from deepclust.clustering.nearest import squared_distances
+from deepclust.clustering.points import Pass, Rows, as_tensor, largest_of, not_finite, unit_rows
+from deepclust.clustering.precision import full_precision
+from deepclust.clustering.search import SEARCHES
+from deepclust.clustering.tiles import each_tile
+from deepclust.errors import DataError, NumericalError
+
+TILE = {"cpu": 2**20, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
+MOST = 65_536  # rows of a tile
+
+
+class ArrayPoints:
+    """Points over an array: numpy, memory-mapped (read tile by tile) or torch, fp16 to fp64.
+
+    `unit=True` scales every row to unit norm as it is read (spherical k-means). A pass uses as many
+    threads as torch has been given.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        weights: Rows | None = None,
+        unit: bool = False,
+        backend: str = "torch",
+        device: torch.device | str | None = None,
+        ids: Int64[np.ndarray, " n"] | None = None,
+    ) -> None:
+        if rows.ndim != 2 or rows.shape[1] == 0:
+            raise DataError(f"features must be an array [n, d], got shape {tuple(rows.shape)}")
+        home = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+        self.device = torch.device(device) if device is not None else home
+        self.rows = _resident(rows, self.device)
+        self.ids = ids
+        self.n = self.held = len(rows) if ids is None else len(ids)
+        self.dim = int(rows.shape[1])
+        self.unit = unit
+        self.backend = backend
+        self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
+        self.grids: tuple[float, float] | None = None  # of rows and weights; see `exact.py`
+
+    def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
+        """Copies of some rows, float32 on our device."""
+        places = ids.cpu().numpy()
+        return self._read(places if self.ids is None else self.ids[places])
+
+    def select(self, ids: Int64[np.ndarray, " m"]) -> ArrayPoints:
+        """A view of some rows; ids of the view are positions in `ids`."""
+        places = ids if self.ids is None else self.ids[ids]
+        return self._view(unit=self.unit, backend=self.backend, ids=places)
+
+    def configured(self, *, unit: bool, backend: str) -> ArrayPoints:
+        """The same rows, read as unit rows or as they are, searched by `backend`."""
+        return self._view(unit=unit, backend=backend, ids=self.ids)
+
+    def _view(self, *, unit: bool, backend: str, ids: np.ndarray | None) -> ArrayPoints:
+        rows, device, weights = self.rows, self.device, self.weights
+        return ArrayPoints(
+            rows, weights=weights, unit=unit, backend=backend, device=device, ids=ids
+        )
+
+    def tile(self, start: int, size: int) -> Float32[Tensor, "m d"]:
+        """At most `size` rows from `start` on, float32 on our device."""
+        piece = slice(start, min(start + size, self.n))
+        return self._read(piece if self.ids is None else self.ids[piece])
+
+    def check_finite(self) -> None:
+        """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
+        bad, largest = self.survey()
+        if len(bad):
+            raise NumericalError(not_finite(bad, len(bad), self.n))
+        self.set_grids(largest, self.heaviest(), self.n)
+
+    def survey(self) -> tuple[Int64[np.ndarray, " b"], float]:
+        """Rows that are not finite, and the largest magnitude of a number in the others."""
+        size, bad, largest = self._tile(1), [np.zeros(0, np.int64)], [0.0]
+
+        def look(start: int) -> None:
+            rows = self.tile(start, size)
+            low, high = (float(value) for value in torch.aminmax(rows))
+            if np.isfinite(high - low):
+                largest.append(max(high, -low))
+            else:
+                wrong = ~torch.isfinite(rows).all(1)
+                bad.append(start + wrong.nonzero().flatten().cpu().numpy())
+
+        each_tile(look, self.n, size, self.device)
+        return np.sort(np.concatenate(bad)), max(largest)
+
+    def heaviest(self) -> float:
+        """The largest weight; 1 without weights."""
+        return float(self.weights.max()) if self.weights is not None and self.n else 1.0
+
+    def set_grids(self, largest: float, heaviest: float, n: int) -> None:
+        """Choose the grids for n rows of numbers up to `largest` and weights up to `heaviest`."""
+        self.grids = grid_of(largest * heaviest, n), grid_of(heaviest, n)
+
+    def visit(self, centroids: Float32[Tensor, "k d"]) -> Pass:
+        """Assign every point to its nearest centroid and sum up, in one pass over the rows."""
+        k = len(centroids)
+        labels = torch.empty(self.n, dtype=torch.int32, device=self.device)
+        distances = torch.empty(self.n, device=self.device)
+        sums = self._sums(k)
+        search = SEARCHES[self.backend](centroids, self.rows.dtype == torch.float16)
+        size = self._tile(k)
+
+        def assign(start: int) -> None:
+            rows = self.tile(start, size)
+            found = search(rows)
+            labels[start : start + len(rows)] = found
+            distances[start : start + len(rows)] = squared_distances(rows, centroids[found])
+            sums.add(found, rows, self._weights_of(start, len(rows)))
+
+        with full_precision():
+            each_tile(assign, self.n, size, self.device)
+        return self._finish(labels, distances, sums.sums)
+
+    def total(self, labels: Int32[Tensor, " n"], k: int) -> Pass:
+        """Sums of given labels (-1: left out), without distances; for a warm start."""
+        sums = self._sums(k + 1)
+        labels = torch.where(labels < 0, k, labels)
+        size = self._tile(1)
+
+        def sum_up(start: int) -> None:
+            rows = self.tile(start, size)
+            own = labels[start : start + len(rows)].long()
+            sums.add(own, rows, self._weights_of(start, len(rows)))
+
+        each_tile(sum_up, self.n, size, self.device)
+        none = torch.zeros(self.n, device=self.device)
+        whole = self._finish(labels, none, sums.sums)
+        return Pass(labels, none, whole.sums[:k], whole.mass[:k], whole.counts[:k], 0.0)
+
+    def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
+        """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
+        labels, k = found.labels.long(), len(found.counts)
+        most = torch.full((k,), -1.0, device=self.device)
+        most.scatter_reduce_(0, labels, found.distances, "amax")
+        winners = (found.distances == most[labels]).nonzero().flatten()
+        ids = torch.full((k,), self.n, dtype=torch.int64, device=self.device)
+        ids.scatter_reduce_(0, labels[winners], winners, "amin")
+        return torch.where(ids == self.n, -1, ids), most
+
+    def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
+        """The pass with other labels and distances: counts and inertia anew, sums left as is."""
+        counts = torch.bincount(labels, minlength=len(found.counts))
+        inertia = self.weigh(distances, self.heaviest() * largest_of(distances), self.n)
+        return Pass(labels, distances, found.sums, found.mass, counts, inertia)
+
+    def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
+        """All of them, at themselves."""
+        return torch.ones_like(ids, dtype=torch.bool), ids
+
+    def at(self, values: Int32[Tensor, " n"], ids: Int64[Tensor, " m"]) -> Int32[Tensor, " m"]:
+        """The values of these ids."""
+        return values[ids]
+
+    def count(self, rows: Bool[Tensor, " n"]) -> int:
+        """How many rows are marked."""
+        return int(rows.sum())
+
+    def lowest(self, keys: Float32[Tensor, " n"], m: int) -> tuple[Tensor, Tensor]:
+        """Ids and keys of the m rows of lowest finite key, ascending, the lower id first."""
+        able = torch.isfinite(keys).nonzero().flatten()
+        ids = able[torch.argsort(keys[able], stable=True)[:m]]
+        return ids, keys[ids]
+
+    def weigh(self, distances: Float32[Tensor, " n"], bound: float, n: int) -> float:
+        """Weighted sum of distances in float64, exact after rounding for n up to `bound`."""
+        if not np.isfinite(bound):
+            return float("nan")
+        wide = distances.double()
+        weights = self._weights_of(0, self.n)
+        if weights is not None:
+            wide *= weights
+        return float(on_grid(wide, grid_of(bound, n)).sum())
+
+    def _read(self, where: slice | np.ndarray) -> Float32[Tensor, "m d"]:
+        if isinstance(self.rows, Tensor):
+            place = where if isinstance(where, slice) else torch.from_numpy(where)
+            rows = self.rows[place.to(self.rows.device) if isinstance(place, Tensor) else place]
+        else:
+            rows = torch.from_numpy(np.array(self.rows[where]))
+        rows = rows.to(device=self.device, dtype=torch.float32)
+        return unit_rows(rows) if self.unit else rows
+
+    def _tile(self, k: int) -> int:
+        """Rows of a tile for k scores each. FAISS makes its own tiles inside, so it gets more."""
+        if self.backend == "faiss":
+            return MOST
+        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
+        return min(max(size, 64), MOST)
+
+    def _grids(self) -> tuple[float, float]:
+        if self.grids is None:
+            self.check_finite()
+        assert self.grids is not None
+        return self.grids
+
+    def _sums(self, k: int) -> ClusterSums:
+        zeros = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
+        return ClusterSums(zeros, self._grids()[0])
+
+    def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"] | None:
+        if self.weights is None:
+            return None
+        if self.ids is None:
+            return self.weights[start : start + count]
+        return self.weights[torch.from_numpy(self.ids[start : start + count]).to(self.device)]
+
+    def _finish(self, labels: Tensor, distances: Tensor, sums: Tensor) -> Pass:
+        counts = torch.bincount(labels, minlength=len(sums))
+        weights = self._weights_of(0, self.n)
+        mass = counts.double()
+        if weights is not None:
+            even = on_grid(weights.clone(), self._grids()[1])
+            mass = torch.bincount(labels, even, minlength=len(sums))
+        return self.recount(Pass(labels, distances, sums, mass, counts, 0.0), labels, distances)
+
+
+def _resident(rows: Rows, device: torch.device) -> Rows:
+    """Rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
+    if isinstance(rows, np.ndarray) and rows.flags.writeable:
+        rows = torch.from_numpy(rows)  # shares memory; a memory map is still read page by page
+    if isinstance(rows, Tensor) and device.type == "cuda" and not rows.is_cuda:
+        free, _ = torch.cuda.mem_get_info(device)
+        return rows.to(device) if rows.nbytes < 0.8 * free else rows
+    return rows
+
+
+def _weights(weights: Rows, n: int) -> Float64[Tensor, " n"]:
+    tensor = as_tensor(weights).double()
+    if tensor.shape != (n,):
+        raise DataError(f"weights must have shape ({n},), got {tuple(tensor.shape)}")
+    bad = (~(torch.isfinite(tensor) & (tensor >= 0))).nonzero().flatten()
+    if len(bad):
+        raise DataError(f"weight {int(bad[0])} is {float(tensor[bad[0]])}; weights must be >= 0")
+    return tensor
