@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from deepclust.errors import DeepclustError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 app = typer.Typer(
     help="Pretrain image backbones by clustering.",
@@ -139,12 +142,9 @@ def status(
     if as_json:
         typer.echo(json.dumps([one.as_dict() for one in found]))
         return
-    from rich.console import Console
-
     from cluster_jobs.display import status_table
 
-    width = None if sys.stdout.isatty() else WIDE
-    Console(width=width).print(status_table(found) if found else f"no runs in {folder}")
+    _print(status_table(found) if found else f"no runs in {folder}")
 
 
 @app.command()
@@ -198,9 +198,43 @@ def extract(run: RunPath) -> None:
 
 
 @app.command()
-def cluster(run: RunPath) -> None:
-    """One stage: the assignments of the round that is due."""
-    _stage(run, "cluster")
+def cluster(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|FEATURES.npy", help="a run, or rows of features")
+    ],
+    k: Annotated[Optional[int], typer.Option(help="clusters")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="new folder for the result")] = None,  # noqa: UP045
+    whiten: Annotated[Optional[int], typer.Option(help="PCA-whiten to so many dimensions")] = None,  # noqa: UP045
+    iterations: Annotated[int, typer.Option(help="updates of the centroids")] = 20,
+    seed: Annotated[int, typer.Option(help="of the start")] = 0,
+    init: Annotated[str, typer.Option(help="random or k-means++")] = "random",
+    spherical: Annotated[bool, typer.Option(help="unit rows, inner product")] = False,
+    empty: Annotated[str, typer.Option(help="empties become: split or relocate")] = "split",
+    min_size: Annotated[int, typer.Option(help="rows that every cluster ends with")] = 1,
+    backend: Annotated[str, typer.Option(help="auto, torch or faiss")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    ids: Annotated[Optional[Path], typer.Option(help="names of the rows: text, .parquet")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """One stage of a run: the assignments that are due. Or k-means over any features.
+
+    The options are for a file of features; a run has them in its recipe.
+    """
+    from cluster_jobs import features
+
+    options = features.Options(
+        k, whiten, iterations, seed, init, spherical, empty, min_size, backend, device, ids
+    )
+    if not features.is_features(source):
+        features.refuse_options(source, options, out)
+        _stage(source, "cluster")
+        return
+    found = features.cluster_features(source, out, options)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    _print(features.summary(found))
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -280,6 +314,12 @@ def _finished(run: Path) -> None:
         f"  next     {typed('report', run, '--out', run / 'report.html')}\n"
         f"           {typed('assignments', run, '--out', 'clusters.parquet')}"
     )
+
+
+def _print(what: Table | str) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else WIDE).print(what)
 
 
 def _say(text: str) -> None:
