@@ -5,6 +5,8 @@ FAISS and torch differ in one function, the search for the nearest centroid (`se
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
@@ -12,14 +14,31 @@ from torch import Tensor
 
 from deepclust.clustering.exact import ClusterSums, grid_of, on_grid
 from deepclust.clustering.nearest import squared_distances
-from deepclust.clustering.points import Pass, Rows, as_tensor, largest_of, not_finite, unit_rows
+from deepclust.clustering.points import (
+    Pass,
+    Rows,
+    as_tensor,
+    inertia_of,
+    largest_of,
+    not_finite,
+    unit_rows,
+)
 from deepclust.clustering.precision import full_precision
 from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.tiles import each_tile
 from deepclust.errors import DataError, NumericalError
 
-TILE = {"cpu": 2**20, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
+TILE = {"cpu": 2**21, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
 MOST = 65_536  # rows of a tile
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Multiples on which sums are exact: of weighted rows, of weights, of weighted |x|^2."""
+
+    rows: float
+    weights: float
+    power: float
 
 
 class ArrayPoints:
@@ -50,7 +69,8 @@ class ArrayPoints:
         self.unit = unit
         self.backend = backend
         self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
-        self.grids: tuple[float, float] | None = None  # of rows and weights; see `exact.py`
+        self.grids: Grids | None = None  # see `exact.py`
+        self.power: float | None = None  # sum of w |x|^2, from the first pass
 
     def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Copies of some rows, float32 on our device."""
@@ -106,27 +126,36 @@ class ArrayPoints:
 
     def set_grids(self, largest: float, heaviest: float, n: int) -> None:
         """Choose the grids for n rows of numbers up to `largest` and weights up to `heaviest`."""
-        self.grids = grid_of(largest * heaviest, n), grid_of(heaviest, n)
+        power = heaviest * self.dim * largest * largest
+        self.grids = Grids(grid_of(largest * heaviest, n), grid_of(heaviest, n), grid_of(power, n))
 
-    def visit(self, centroids: Float32[Tensor, "k d"]) -> Pass:
+    def visit(
+        self, centroids: Float32[Tensor, "k d"], before: Pass | None = None, distances: bool = True
+    ) -> Pass:
         """Assign every point to its nearest centroid and sum up, in one pass over the rows."""
         k = len(centroids)
         labels = torch.empty(self.n, dtype=torch.int32, device=self.device)
-        distances = torch.empty(self.n, device=self.device)
-        sums = self._sums(k)
+        reach = torch.empty(self.n if distances else 0, device=self.device)
+        sums, powers = self._sums(k), []
         search = SEARCHES[self.backend](centroids, self.rows.dtype == torch.float16)
         size = self._tile(k)
 
         def assign(start: int) -> None:
             rows = self.tile(start, size)
+            piece, weights = slice(start, start + len(rows)), self._weights_of(start, len(rows))
             found = search(rows)
-            labels[start : start + len(rows)] = found
-            distances[start : start + len(rows)] = squared_distances(rows, centroids[found])
-            sums.add(found, rows, self._weights_of(start, len(rows)))
+            labels[piece] = found
+            if distances:
+                reach[piece] = squared_distances(rows, centroids, found)
+            if self.power is None:
+                powers.append(self._power(rows, weights))
+            sums.add(found, rows, weights, None if before is None else before.labels[piece])
 
         with full_precision():
             each_tile(assign, self.n, size, self.device)
-        return self._finish(labels, distances, sums.sums)
+        self.power = sum(powers) if self.power is None else self.power
+        total = sums.sums if before is None else before.sums + sums.sums
+        return self._finish(labels, reach, total, centroids)
 
     def total(self, labels: Int32[Tensor, " n"], k: int) -> Pass:
         """Sums of given labels (-1: left out), without distances; for a warm start."""
@@ -140,9 +169,9 @@ class ArrayPoints:
             sums.add(own, rows, self._weights_of(start, len(rows)))
 
         each_tile(sum_up, self.n, size, self.device)
-        none = torch.zeros(self.n, device=self.device)
-        whole = self._finish(labels, none, sums.sums)
-        return Pass(labels, none, whole.sums[:k], whole.mass[:k], whole.counts[:k], 0.0)
+        counts, mass = self._sizes(labels, k + 1)
+        none = torch.zeros(0, device=self.device)
+        return Pass(labels, none, sums.sums[:k], mass[:k], counts[:k], 0.0)
 
     def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
         """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
@@ -201,18 +230,25 @@ class ArrayPoints:
         """Rows of a tile for k scores each. FAISS makes its own tiles inside, so it gets more."""
         if self.backend == "faiss":
             return MOST
-        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
+        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, 4 * self.dim)
         return min(max(size, 64), MOST)
 
-    def _grids(self) -> tuple[float, float]:
+    def _grids(self) -> Grids:
         if self.grids is None:
             self.check_finite()
         assert self.grids is not None
         return self.grids
 
+    def _power(self, rows: Tensor, weights: Tensor | None) -> float:
+        """The sum of w |x|^2 over the rows of a tile, on its grid."""
+        powers = rows.double().square_().sum(1)
+        return float(
+            on_grid(powers if weights is None else powers * weights, self._grids().power).sum()
+        )
+
     def _sums(self, k: int) -> ClusterSums:
         zeros = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
-        return ClusterSums(zeros, self._grids()[0])
+        return ClusterSums(zeros, self._grids().rows)
 
     def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"] | None:
         if self.weights is None:
@@ -221,14 +257,22 @@ class ArrayPoints:
             return self.weights[start : start + count]
         return self.weights[torch.from_numpy(self.ids[start : start + count]).to(self.device)]
 
-    def _finish(self, labels: Tensor, distances: Tensor, sums: Tensor) -> Pass:
-        counts = torch.bincount(labels, minlength=len(sums))
+    def _sizes(self, labels: Tensor, k: int) -> tuple[Int64[Tensor, " k"], Float64[Tensor, " k"]]:
+        """Rows and weight of each cluster."""
+        counts = torch.bincount(labels, minlength=k)
         weights = self._weights_of(0, self.n)
-        mass = counts.double()
-        if weights is not None:
-            even = on_grid(weights.clone(), self._grids()[1])
-            mass = torch.bincount(labels, even, minlength=len(sums))
-        return self.recount(Pass(labels, distances, sums, mass, counts, 0.0), labels, distances)
+        if weights is None:
+            return counts, counts.double()
+        even = on_grid(weights.clone(), self._grids().weights)
+        return counts, torch.bincount(labels, even, minlength=k)
+
+    def _finish(self, labels: Tensor, distances: Tensor, sums: Tensor, centroids: Tensor) -> Pass:
+        counts, mass = self._sizes(labels, len(sums))
+        found = Pass(labels, distances, sums, mass, counts, 0.0)
+        if len(distances):
+            return self.recount(found, labels, distances)
+        assert self.power is not None
+        return replace(found, inertia=inertia_of(self.power, found, centroids))
 
 
 def _resident(rows: Rows, device: torch.device) -> Rows:

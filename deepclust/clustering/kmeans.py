@@ -117,26 +117,33 @@ def _lloyd(
     """Assign, move every free centroid to its mean, repair empties; `iterations` times."""
     draws = generator(seed, "kmeans", "empty")
     history: list[Iteration] = []
-    before: Tensor | None = None
+    before: Pass | None = None
     for _ in range(iterations):
-        found = _visit(points, centroids)
-        centroids = _update(points, centroids, found, fixed)
+        found = _visit(points, centroids, before, distances=False)
         empties = (found.counts[fixed:] == 0).nonzero().flatten().cpu().numpy() + fixed
+        if len(empties) and empty == "relocate":
+            found = _visit(points, centroids, before)  # once more, with distances
+        centroids = _update(points, centroids, found, fixed)
         donors = np.zeros(0, np.int64)
         if len(empties):
             donors = REPAIRS[empty](points, centroids, found, empties, fixed, draws)
             if points.unit:
                 centroids[fixed:] = unit_rows(centroids[fixed:])
-        moved = points.n if before is None else points.count(found.labels != before)
+        moved = points.n if before is None else points.count(found.labels != before.labels)
         history.append(Iteration(found.inertia, len(empties), donors.tolist(), moved))
-        before = found.labels
+        before = found
         if _settled(history, tol):
             break
     return centroids, history
 
 
-def _visit(points: Points, centroids: Float32[Tensor, "k d"]) -> Pass:
-    found = points.visit(centroids)
+def _visit(
+    points: Points,
+    centroids: Float32[Tensor, "k d"],
+    before: Pass | None = None,
+    distances: bool = True,
+) -> Pass:
+    found = points.visit(centroids, before, distances)
     if not np.isfinite(found.inertia):
         raise NumericalError(
             "the inertia is not finite: distances overflow float32. Scale the features down."

@@ -56,26 +56,25 @@ class Nearest:
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """The nearest centroid of every row."""
-        centred = rows - self.origin
-        lengths = torch.linalg.vector_norm(centred, dim=1)
-        left = torch.arange(len(rows)) if self.packed is None else None
         guesses: list[Pairs] = []
+        left = torch.arange(len(rows))
         if self.packed is not None:
-            pairs, left = self._guess(centred, lengths)
+            pairs, left = self._guess(rows)
             guesses.append(pairs)
-        assert left is not None
         block = min(256, max(1, SCORES // len(self.centroids)))
         parts = (part for part in torch.split(left, block) if len(part))
-        guesses += (self._score(centred, lengths, part) for part in parts)
+        guesses += (self._score(rows, part) for part in parts)
         return torch.from_numpy(self._decide(rows, guesses))
 
-    def _guess(self, centred: Tensor, lengths: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
+    def _guess(self, rows: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
         """Candidates by a bfloat16 product, and the rows that it cannot tell anything about."""
         assert self.packed is not None
-        dim = centred.shape[1]
-        scores = torch.mm(packed_rows(centred, self.packed), self.packed)
+        dim = rows.shape[1]
+        tile = packed_rows(rows, self.origin, self.packed)
+        scores = torch.mm(tile, self.packed)
         whole = scores.view(torch.int16).numpy()
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
+        lengths = 1.01 * torch.linalg.vector_norm(tile[:, :dim], dim=1, dtype=torch.float32)
         product = (2.1 * U16 + 2 * dim * U32) * self.reach * lengths + 8 * U32 * self.reach**2
         lowest = best - 2.1 * (product + U16 * best.abs())
         unclear = ~(lowest > 0)
@@ -84,18 +83,21 @@ class Nearest:
         mask = whole >= floor.numpy()[:, None]
         rows_of, ids = _places(mask)
         crowded = np.bincount(rows_of, minlength=len(mask)) > CROWD
-        keep = ~crowded[rows_of]
-        unclear |= torch.from_numpy(crowded)
-        return (rows_of[keep], ids[keep]), unclear.nonzero().flatten()
+        if crowded.any():
+            keep = ~crowded[rows_of]
+            rows_of, ids = rows_of[keep], ids[keep]
+            unclear |= torch.from_numpy(crowded)
+        return (rows_of, ids), unclear.nonzero().flatten()
 
-    def _score(self, centred: Tensor, lengths: Tensor, part: Int64[Tensor, " u"]) -> Pairs:
+    def _score(self, rows: Tensor, part: Int64[Tensor, " u"]) -> Pairs:
         """Candidates of some rows by a float32 product."""
-        scores = torch.addmm(self.bias, centred[part], self.columns)
-        dim = centred.shape[1]
-        product = (2 * dim + 16) * U32 * (self.reach + lengths[part]) ** 2
+        centred = rows.index_select(0, part).sub_(self.origin)
+        lengths = torch.linalg.vector_norm(centred, dim=1)
+        scores = torch.addmm(self.bias, centred, self.columns)
+        product = (2 * rows.shape[1] + 16) * U32 * (self.reach + lengths) ** 2
         lowest = scores.max(1).values - 4 * product
-        rows, ids = _places((scores >= lowest[:, None]).numpy())
-        return part.numpy()[rows], ids
+        places, ids = _places((scores >= lowest[:, None]).numpy())
+        return part.numpy()[places], ids
 
     def _decide(self, rows: Tensor, guesses: list[Pairs]) -> Int64[np.ndarray, " m"]:
         """One candidate: that is it. Several: the one at the smallest distance, lowest id first."""
@@ -114,7 +116,8 @@ class Nearest:
 
     def _compare(self, rows: Tensor, places: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
         """Write the nearest of each row's candidates; both arrays ascend within a row."""
-        distances = squared_distances(rows[places], self.centroids[ids]).numpy()
+        chosen = rows.index_select(0, torch.from_numpy(places))  # 4 times as fast as rows[places]
+        distances = squared_distances(chosen, self.centroids, torch.from_numpy(ids)).numpy()
         starts = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
         least = np.minimum.reduceat(distances, starts)
         counts = np.diff(np.r_[starts, len(places)])
@@ -125,19 +128,19 @@ class Nearest:
 
 
 def squared_distances(
-    rows: Float32[Tensor, "m d"], centroids: Float32[Tensor, "m d"]
+    rows: Float32[Tensor, "m d"], centroids: Float32[Tensor, "k d"], ids: Int64[Tensor, " m"]
 ) -> Float32[Tensor, " m"]:
-    """|x - c|^2 by difference, row by row: 0 for equals, no cancellation."""
-    return (rows - centroids).square_().sum(1)
+    """|x - c|^2 of every row to its centroid, by difference: 0 for equals, no cancellation."""
+    return centroids.index_select(0, ids).sub_(rows).square_().sum(1)
 
 
 def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns [d, k] in half precision, below them the bias [k] in three parts; padded to 32.
+    """Columns [d, k] in half precision, below them the bias [k] in three parts; padded to 4.
 
     The parts hold 24 bits of the bias in bfloat16, so that a product adds it at no cost.
     """
     dim, k = columns.shape
-    packed = torch.zeros(-(-(dim + 3) // 32) * 32, k, dtype=dtype, device=columns.device)
+    packed = torch.zeros(-(-(dim + 3) // 4) * 4, k, dtype=dtype, device=columns.device)
     packed[:dim] = columns
     rest = bias.clone()
     for row in range(dim, dim + 3):
@@ -146,11 +149,15 @@ def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
-def packed_rows(rows: Float32[Tensor, "m d"], packed: Tensor) -> Tensor:
-    """Rows for a product with `packed`: half precision, ones for the bias, zeros to the end."""
-    tile = torch.zeros(len(rows), len(packed), dtype=packed.dtype, device=rows.device)
-    tile[:, : rows.shape[1]] = rows
-    tile[:, rows.shape[1] : rows.shape[1] + 3] = 1
+def packed_rows(
+    rows: Float32[Tensor, "m d"], origin: Float32[Tensor, " d"], packed: Tensor
+) -> Tensor:
+    """Rows - origin for a product with `packed`: half precision, then ones for the bias."""
+    dim = rows.shape[1]
+    tile = torch.empty(len(rows), len(packed), dtype=packed.dtype, device=rows.device)
+    torch.sub(rows, origin, out=tile[:, :dim])
+    tile[:, dim : dim + 3] = 1
+    tile[:, dim + 3 :] = 0
     return tile
 
 

@@ -41,7 +41,7 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
         packed = packed_columns(-offsets.T, bias, torch.float16)
 
         def search_half(rows: Tensor) -> Tensor:
-            tile = packed_rows(rows - origin, packed)
+            tile = packed_rows(rows, origin, packed)
             return first[torch.mm(tile, packed, out_dtype=torch.float32).argmin(1)]
 
         return search_half

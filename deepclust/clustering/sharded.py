@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.arrays import ArrayPoints
-from deepclust.clustering.points import Pass, largest_of, not_finite
+from deepclust.clustering.points import Pass, inertia_of, largest_of, not_finite
 from deepclust.errors import NumericalError
 from deepclust.world import World
 
@@ -34,6 +34,7 @@ class ShardedPoints:
         self.n, self.held = int(ends[-1]), local.n
         self.base = int(ends[world.rank]) - local.n
         self.dim, self.device, self.unit = local.dim, local.device, local.unit
+        self.power: float | None = None
 
     def configured(self, *, unit: bool, backend: str) -> ShardedPoints:
         """The same rows, read as unit rows or as they are, searched by `backend`."""
@@ -76,9 +77,17 @@ class ShardedPoints:
         found[ours] = values[places]
         return self.world.sum(found)
 
-    def visit(self, centroids: Float32[Tensor, "k d"]) -> Pass:
+    def visit(
+        self, centroids: Float32[Tensor, "k d"], before: Pass | None = None, distances: bool = True
+    ) -> Pass:
         """Assign every point, and sum up over the ranks."""
-        return self._merged(self.local.visit(centroids))
+        ours = before and replace(before, sums=torch.zeros_like(before.sums))
+        whole = self._merged(self.local.visit(centroids, ours, distances))
+        if before is not None:
+            whole = replace(whole, sums=before.sums + whole.sums)
+        if distances:
+            return self.recount(whole, whole.labels, whole.distances)
+        return replace(whole, inertia=inertia_of(self._power(), whole, centroids))
 
     def total(self, labels: Int32[Tensor, " rows"], k: int) -> Pass:
         """Sums of given labels (-1: left out), without distances; for a warm start."""
@@ -87,13 +96,20 @@ class ShardedPoints:
     def _merged(self, found: Pass) -> Pass:
         """A pass over our rows, its sums over all."""
         both = self.world.sum(torch.cat([found.sums, found.mass[:, None]], 1))
-        whole = replace(found, sums=both[:, :-1], mass=both[:, -1])
-        return self.recount(whole, found.labels, found.distances)
+        counts = self.world.sum(found.counts)
+        return replace(found, sums=both[:, :-1], mass=both[:, -1], counts=counts)
+
+    def _power(self) -> float:
+        """The sum of w |x|^2 over all ranks."""
+        if self.power is None:
+            ours = torch.tensor(self.local.power, dtype=torch.float64, device=self.world.device)
+            self.power = float(self.world.sum(ours))
+        return self.power
 
     def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
         """The pass with other labels and distances: counts and inertia anew, sums left as is."""
         k = len(found.sums)
-        mine = torch.bincount(labels[labels < k], minlength=k)  # k: left out, see `total`
+        mine = torch.bincount(labels, minlength=k)
         bound = self.world.greatest(self.local.heaviest() * largest_of(distances))
         inertia = torch.tensor(self.local.weigh(distances, bound, self.n), dtype=torch.float64)
         total = float(self.world.sum(inertia.to(self.world.device)))

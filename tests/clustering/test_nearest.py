@@ -16,7 +16,8 @@ from deepclust.clustering.points import unit_rows
 
 def reference(rows: Tensor, centroids: Tensor) -> Tensor:
     """Float32 distances by difference to every centroid, the first of the smallest."""
-    columns = [squared_distances(rows, c.expand_as(rows)) for c in centroids]
+    ids = torch.arange(len(centroids))
+    columns = [squared_distances(rows, centroids, j.expand(len(rows))) for j in ids]
     return torch.from_numpy(torch.stack(columns, 1).numpy().argmin(1))
 
 

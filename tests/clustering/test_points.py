@@ -53,6 +53,25 @@ def test_sums_of_half_precision_rows_are_exact_in_any_order() -> None:
     np.testing.assert_array_equal(ArrayPoints(x).visit(c).sums, shuffled.sums)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_pass_after_another_has_the_same_bits_from_the_rows_that_moved(weighted: bool) -> None:
+    weights = np.random.default_rng(2).uniform(0, 2, 2000) if weighted else None
+    points = ArrayPoints(noise(2000), weights=weights)
+    first, second = torch.from_numpy(noise(9)), torch.from_numpy(noise(9) + 0.1)
+    before = points.visit(first, distances=False)
+    found, anew = points.visit(second, before), ArrayPoints(noise(2000), weights=weights)
+    for one, other in zip(vars(found).values(), vars(anew.visit(second)).values(), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_the_inertia_without_distances_is_that_of_the_sums() -> None:
+    for offset in (0, 30):
+        points, c = ArrayPoints(noise(3000) + offset), torch.from_numpy(noise(9) + offset)
+        exact, quick = points.visit(c), points.visit(c, distances=False)
+        assert quick.inertia == pytest.approx(exact.inertia, rel=1e-6)
+        assert len(quick.distances) == 0
+
+
 def test_ties_go_to_the_lowest_id() -> None:
     c = torch.from_numpy(noise(6)[[0, 1, 1, 2, 0, 0]])
     for backend in ("torch", "faiss"):
