@@ -8,8 +8,8 @@ One row at a time, each in a process of its own; finished rows are kept in --out
 be stopped and given again. The names of rows and runs end in a hash of the resolved recipe, so that
 those of a changed recipe never mix. Every row gets the same evaluators (deepclust/evaluate):
 weighted 20-NN, logistic regression, and k-means with k = the number of classes on the features
-PCA-whitened as in the recipe, the mean of 10 starts, for every row. "shuffled" is our whole pipeline at equal budget, with
-each round's pseudo-labels permuted between the images.
+PCA-whitened as in the recipe, the mean of 10 starts, for every row. "shuffled" is our whole
+pipeline at equal budget, with each round's pseudo-labels permuted between the images.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+PHOTOS = ["train.epochs=30", "train.warmup=1", "train.lr=0.3", "train.head_lr=0.1"]
 DATA = {
     "fashion": ("demo-fashion", []),
-    "photos": ("small-photos", ["backbone.name=conv4", "data.size=64", "data.resize=64"]),
+    "photos": ("small-photos", ["backbone.name=conv4", *PHOTOS]),
 }
 COLUMNS = (("knn", "top1"), ("linear", "top1"), ("clusters", "nmi"), ("clusters", "accuracy"))
 
