@@ -90,7 +90,7 @@ def cluster_features(job: Job, number: int) -> None:
     if world.share(is_done(folder / "assignments")):
         return
     started = time.monotonic()
-    rows = np.load(folder / "features" / "rows.npy", mmap_mode="c")  # torch wants it writeable
+    rows = np.load(folder / "features" / "rows.npy", mmap_mode="r")
     excluded = read_excluded(folder / "features")
     valid = np.setdiff1d(np.arange(len(rows)), np.fromiter(excluded, np.int64, len(excluded)))
     own = np.array_split(valid, world.size)[world.rank]

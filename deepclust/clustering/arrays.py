@@ -277,12 +277,20 @@ class ArrayPoints:
 
 def _resident(rows: Rows, device: torch.device) -> Rows:
     """Rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
-    if isinstance(rows, np.ndarray) and rows.flags.writeable:
-        rows = torch.from_numpy(rows)  # shares memory; a memory map is still read page by page
-    if isinstance(rows, Tensor) and device.type == "cuda" and not rows.is_cuda:
+    if device.type == "cuda" and not (isinstance(rows, Tensor) and rows.is_cuda):
         free, _ = torch.cuda.mem_get_info(device)
-        return rows.to(device) if rows.nbytes < 0.8 * free else rows
+        return _copied(rows, device) if rows.nbytes < 0.8 * free else rows
+    if isinstance(rows, np.ndarray) and rows.flags.writeable:
+        return torch.from_numpy(rows)  # shares memory
     return rows
+
+
+def _copied(rows: Rows, device: torch.device) -> Tensor:
+    """A copy on the device, made piece by piece, since a memory map may not fit into memory."""
+    copy = torch.empty(rows.shape, dtype=as_tensor(rows[:0]).dtype, device=device)
+    for start in range(0, len(rows), MOST):
+        copy[start : start + MOST] = as_tensor(rows[start : start + MOST])
+    return copy
 
 
 def _weights(weights: Rows, n: int) -> Float64[Tensor, " n"]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepclust.clustering import arrays
 from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probed
@@ -172,3 +173,14 @@ def test_a_gpus_search_finds_the_nearest_too() -> None:
     rows, centroids = torch.from_numpy(noise(400)), torch.from_numpy(noise(9))[[0, 1, 1, 2, 3]]
     found = gpu_search(centroids, half=False)(rows)
     np.testing.assert_array_equal(found, ArrayPoints(rows).visit(centroids).labels)
+
+
+def test_rows_for_a_device_are_copied_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(arrays, "MOST", 64)
+    np.save(tmp_path / "x.npy", noise(500).astype(np.float16))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    copy = arrays._copied(mapped, torch.device("cpu"))
+    assert copy.dtype == torch.float16
+    np.testing.assert_array_equal(copy, mapped)
