@@ -227,11 +227,12 @@ class ArrayPoints:
         return unit_rows(rows) if self.unit else rows
 
     def _tile(self, k: int) -> int:
-        """Rows of a tile for k scores each. FAISS makes its own tiles inside, so it gets more."""
+        """Rows of a tile for k scores each: few enough for the cache, and for threads to share."""
         if self.backend == "faiss":
-            return MOST
-        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, 4 * self.dim)
-        return min(max(size, 64), MOST)
+            return MOST  # it makes its own tiles inside
+        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
+        share = -(-self.n // (4 * torch.get_num_threads()))
+        return min(max(min(size, share), 64), MOST)
 
     def _grids(self) -> Grids:
         if self.grids is None:

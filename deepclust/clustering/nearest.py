@@ -10,7 +10,8 @@ search takes less time than the float32 arithmetic alone (`tools/bench/clusterin
 Scores are compared as int16, which orders positive bfloat16 numbers as their values; rows without
 a clearly positive best score, or with a crowd of candidates, go through float32. The bounds are
 Higham's ("Accuracy and Stability of Numerical Algorithms", 3.1), for the roundoff u of the factors
-and u' of the sum: |fl(x.e) - x.e| <= (2u + d u') |x| |e|.
+and u' of the sum: |fl(x.e) - x.e| <= (2u + d u') |x| |e|, where u |e| is known better: what
+rounding did to the centroids is measured.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Pairs: TypeAlias = tuple[
 
 U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
 SCORES = 2**22  # float32 scores made at once, and
-PAIRS = 16_384  # pairs compared at once: both bound the memory of a thread
+PAIRS = 4096  # pairs compared at once: both bound the memory of a thread
 CROWD = 32  # a row with more candidates than this in bfloat16 is left to float32
 
 
@@ -53,6 +54,12 @@ class Nearest:
         self.bias = bias.float()
         self.half = half_is_faster() if half is None else half
         self.packed = packed_columns(self.columns, bias, torch.bfloat16) if self.half else None
+        self.error = U16  # the product's, relative to the row's length; see `_guess`
+        if self.packed is not None:
+            lost = (
+                (offsets - self.packed[: offsets.shape[1]].T.double()).square().sum(1).max().sqrt()
+            )
+            self.error = 1.01 * (U16 + 2 * offsets.shape[1] * U32) * self.reach + 1.01 * float(lost)
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """The nearest centroid of every row."""
@@ -75,8 +82,8 @@ class Nearest:
         whole = scores.view(torch.int16).numpy()
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
         lengths = 1.01 * torch.linalg.vector_norm(tile[:, :dim], dim=1, dtype=torch.float32)
-        product = (2.1 * U16 + 2 * dim * U32) * self.reach * lengths + 8 * U32 * self.reach**2
-        lowest = best - 2.1 * (product + U16 * best.abs())
+        product = self.error * lengths + 8 * U32 * self.reach**2
+        lowest = best - 2.02 * (product + U16 * best.abs())
         unclear = ~(lowest > 0)
         floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
         floor[unclear] = torch.iinfo(torch.int16).max
