@@ -1,8 +1,8 @@
 """Three ways to find the nearest centroid of a tile's rows: exact on a CPU, on a GPU, by FAISS.
 
 `auto` is torch everywhere. Measured on two CPU cores (`tools/bench/clustering`, kmeans-cpu: 50k x
-256, 20 iterations): at k = 1000 FAISS takes 1.1 to 2 times as long, by the kernels that its OpenBLAS
-picks; at k = 100 it takes half as long, of 0.6 s. On a GPU it keeps rows and sums on the host.
+256, 20 iterations): at k = 1000 FAISS takes 1.04 to 2 times as long, by the kernels that its
+OpenBLAS picks; at k = 100 0.6 times, of 0.6 s. On a GPU it keeps rows and sums on the host.
 """
 
 from __future__ import annotations
