@@ -44,8 +44,8 @@ class Grids:
 class ArrayPoints:
     """Points over an array: numpy, memory-mapped (read tile by tile) or torch, fp16 to fp64.
 
-    `unit=True` scales every row to unit norm as it is read (spherical k-means). A pass uses as many
-    threads as torch has been given.
+    `unit=True` scales every row to unit norm as it is read (spherical k-means). A pass uses
+    `threads`, by default as many as torch has.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class ArrayPoints:
         backend: str = "torch",
         device: torch.device | str | None = None,
         ids: Int64[np.ndarray, " n"] | None = None,
+        threads: int | None = None,
     ) -> None:
         if rows.ndim != 2 or rows.shape[1] == 0:
             raise DataError(f"features must be an array [n, d], got shape {tuple(rows.shape)}")
@@ -68,6 +69,7 @@ class ArrayPoints:
         self.dim = int(rows.shape[1])
         self.unit = unit
         self.backend = backend
+        self.threads = (threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
         self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
         self.grids: Grids | None = None  # see `exact.py`
         self.power: float | None = None  # sum of w |x|^2, from the first pass
@@ -87,10 +89,10 @@ class ArrayPoints:
         return self._view(unit=unit, backend=backend, ids=self.ids)
 
     def _view(self, *, unit: bool, backend: str, ids: np.ndarray | None) -> ArrayPoints:
-        rows, device, weights = self.rows, self.device, self.weights
         return ArrayPoints(
-            rows, weights=weights, unit=unit, backend=backend, device=device, ids=ids
-        )
+            self.rows, weights=self.weights, unit=unit, backend=backend, device=self.device,
+            ids=ids, threads=self.threads,
+        )  # fmt: skip
 
     def tile(self, start: int, size: int) -> Float32[Tensor, "m d"]:
         """At most `size` rows from `start` on, float32 on our device."""
@@ -117,7 +119,7 @@ class ArrayPoints:
                 wrong = ~torch.isfinite(rows).all(1)
                 bad.append(start + wrong.nonzero().flatten().cpu().numpy())
 
-        each_tile(look, self.n, size, self.device)
+        each_tile(look, self.n, size, self.threads)
         return np.sort(np.concatenate(bad)), max(largest)
 
     def heaviest(self) -> float:
@@ -152,7 +154,7 @@ class ArrayPoints:
             sums.add(found, rows, weights, None if before is None else before.labels[piece])
 
         with full_precision():
-            each_tile(assign, self.n, size, self.device)
+            each_tile(assign, self.n, size, self.threads)
         self.power = sum(powers) if self.power is None else self.power
         total = sums.sums if before is None else before.sums + sums.sums
         return self._finish(labels, reach, total, centroids)
@@ -168,7 +170,7 @@ class ArrayPoints:
             own = labels[start : start + len(rows)].long()
             sums.add(own, rows, self._weights_of(start, len(rows)))
 
-        each_tile(sum_up, self.n, size, self.device)
+        each_tile(sum_up, self.n, size, self.threads)
         counts, mass = self._sizes(labels, k + 1)
         none = torch.zeros(0, device=self.device)
         return Pass(labels, none, sums.sums[:k], mass[:k], counts[:k], 0.0)
@@ -231,7 +233,7 @@ class ArrayPoints:
         if self.backend == "faiss":
             return MOST  # it makes its own tiles inside
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
-        share = -(-self.n // (4 * torch.get_num_threads()))
+        share = -(-self.n // (4 * self.threads))
         return min(max(min(size, share), 64), MOST)
 
     def _grids(self) -> Grids:

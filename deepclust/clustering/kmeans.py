@@ -21,6 +21,7 @@ from deepclust.clustering.points import Pass, Points, Rows, as_tensor, unit_rows
 from deepclust.clustering.repair import REPAIRS, fill_empties, fill_small
 from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.seeding import start
+from deepclust.clustering.tiles import one_thread
 from deepclust.errors import DataError, NumericalError, RecipeError
 from deepclust.world import generator
 
@@ -82,27 +83,28 @@ def kmeans(
     began = time.monotonic()
     _check_choices(k, iterations, empty, backend, min_size)
     points = _points(x, weights, spherical, backend, device)
-    anchors = _anchors(points, k, fixed, spherical)
-    _check_counts(points, k, min_size)
-    old = None if labels is None else as_tensor(labels).to(points.device, torch.int32)
-    centroids = torch.cat([anchors, start(points, k - len(anchors), anchors, init, old, seed)])
-    if spherical:
-        centroids[len(anchors) :] = unit_rows(centroids[len(anchors) :])
-    centroids, history = _lloyd(points, centroids, len(anchors), iterations, empty, tol, seed)
-    done = fill_empties(points, centroids, _visit(points, centroids), len(anchors))
-    if min_size > 1:
-        done = fill_small(points, done, min_size, len(anchors))
-    return KMeansResult(
-        centroids=done.centroids.cpu().numpy(),
-        assignments=done.found.labels.cpu().numpy(),
-        distances=done.found.distances.cpu().numpy(),
-        inertia=done.found.inertia,
-        history=history,
-        forced=done.forced.cpu().numpy(),
-        empty_fixed=(done.found.counts[: len(anchors)] == 0).nonzero().flatten().cpu().numpy(),
-        empty_repairs=done.repairs,
-        seconds=time.monotonic() - began,
-    )
+    with one_thread():  # beside the threads of the points
+        anchors = _anchors(points, k, fixed, spherical)
+        _check_counts(points, k, min_size)
+        old = None if labels is None else as_tensor(labels).to(points.device, torch.int32)
+        centroids = torch.cat([anchors, start(points, k - len(anchors), anchors, init, old, seed)])
+        if spherical:
+            centroids[len(anchors) :] = unit_rows(centroids[len(anchors) :])
+        centroids, history = _lloyd(points, centroids, len(anchors), iterations, empty, tol, seed)
+        done = fill_empties(points, centroids, _visit(points, centroids), len(anchors))
+        if min_size > 1:
+            done = fill_small(points, done, min_size, len(anchors))
+        return KMeansResult(
+            centroids=done.centroids.cpu().numpy(),
+            assignments=done.found.labels.cpu().numpy(),
+            distances=done.found.distances.cpu().numpy(),
+            inertia=done.found.inertia,
+            history=history,
+            forced=done.forced.cpu().numpy(),
+            empty_fixed=(done.found.counts[: len(anchors)] == 0).nonzero().flatten().cpu().numpy(),
+            empty_repairs=done.repairs,
+            seconds=time.monotonic() - began,
+        )
 
 
 def _lloyd(

@@ -16,6 +16,7 @@ from torch import Tensor
 from deepclust.clustering.precision import full_precision
 
 BLOCK = 4096  # rows of one float32 product; longer sums would lose digits before float64
+MIRROR = 256  # rows mirrored at a time
 PANELS = 8  # of columns; the outer product is symmetric, so each is taken from its diagonal on
 
 
@@ -64,7 +65,16 @@ class Moments:
         return self.pivot.double() + self.sum / max(self.count, 1)
 
     def covariance(self) -> Float64[Tensor, "D D"]:
-        """Covariance (divided by n), corrected by the pivot: E[yy'] - E[y]E[y]', y = x - pivot."""
+        """Covariance (divided by n), corrected by the pivot: E[yy'] - E[y]E[y]', y = x - pivot.
+
+        One D x D array is made, no other: at D = 4096 each would be 134 MB.
+        """
+        covariance = self.outer / max(self.count, 1)
+        for row in range(0, len(covariance), MIRROR):
+            block = covariance[row : row + MIRROR, row : row + MIRROR]
+            block.copy_(block.triu() + block.triu(1).T)
+            covariance[row + MIRROR :, row : row + MIRROR] = (
+                covariance[row : row + MIRROR, row + MIRROR :].T
+            )  # fmt: skip
         shift = self.sum / max(self.count, 1)
-        outer = self.outer.triu() + self.outer.triu(1).T
-        return outer / max(self.count, 1) - torch.outer(shift, shift)
+        return covariance.addr_(shift, shift, alpha=-1)

@@ -19,6 +19,7 @@ rounding did to the centroids is measured.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -44,6 +45,7 @@ class Nearest:
     def __init__(self, centroids: Float32[Tensor, "k d"], half: bool | None = None) -> None:
         """`half`: whether to guess in bfloat16; None asks the machine, which changes no result."""
         self.centroids = centroids
+        self._kept = threading.local()
         wide = centroids.double()
         self.origin = wide.mean(0).float()
         offsets = wide - self.origin
@@ -80,7 +82,8 @@ class Nearest:
         assert self.packed is not None
         dim = rows.shape[1]
         tile = packed_rows(rows, self.origin, self.packed)
-        scores = torch.mm(tile, self.packed)
+        scores, mask = self._space(len(rows))
+        torch.mm(tile, self.packed, out=scores)
         whole = scores.view(torch.int16).numpy()
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
         lengths = 1.01 * torch.linalg.vector_norm(tile[:, :dim], dim=1, dtype=torch.float32)
@@ -89,7 +92,7 @@ class Nearest:
         unclear = ~(lowest > 0)
         floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
         floor[unclear] = torch.iinfo(torch.int16).max
-        mask = whole >= floor.numpy()[:, None]
+        np.greater_equal(whole, floor.numpy()[:, None], out=mask)
         rows_of, ids = _places(mask)
         crowded = np.bincount(rows_of, minlength=len(mask)) > CROWD
         if crowded.any():
@@ -97,6 +100,15 @@ class Nearest:
             rows_of, ids = rows_of[keep], ids[keep]
             unclear |= torch.from_numpy(crowded)
         return (rows_of, ids), unclear.nonzero().flatten()
+
+    def _space(self, size: int) -> tuple[Tensor, np.ndarray]:
+        """Scores and mask of a tile, kept by each thread: fresh memory costs a fault every 4 KB."""
+        kept = self._kept
+        if getattr(kept, "size", 0) < size:
+            kept.size, k = size, len(self.centroids)
+            kept.scores = torch.empty(size, k, dtype=torch.bfloat16)
+            kept.mask = np.empty((size, k), bool)
+        return kept.scores[:size], kept.mask[:size]
 
     def _score(self, rows: Tensor, part: Int64[Tensor, " u"]) -> Pairs:
         """Candidates of some rows by a float32 product."""

@@ -1,35 +1,46 @@
-"""Work on an array tile by tile, in as many threads as torch has been given.
+"""Work on an array tile by tile, in several threads of our own.
 
 A thread takes whole tiles through product, selection and sums, all in its own cache, with torch on
 one thread inside. So nothing waits for the slowest thread between the parts of a pass, which is
-what costs the usual parallel products dearly when the machine has something else to do too.
+what costs the usual parallel products dearly when the machine has something else to do too. For
+the same reason the caller stays on one thread meanwhile (`one_thread`): OpenMP's threads go on
+spinning for a while after each small operation, and with a busy neighbour that halved our speed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
-def each_tile(work: Callable[[int], None], n: int, size: int, device: torch.device) -> None:
+def each_tile(work: Callable[[int], None], n: int, size: int, threads: int) -> None:
     """Call `work(start)` for every tile of `size` rows, in any order; raises what it raises."""
     starts = range(0, n, size)
-    allowed = torch.get_num_threads()
-    if device.type != "cpu" or min(allowed, len(starts)) < 2:
+    if min(threads, len(starts)) < 2:
         for start in starts:
             work(start)
         return
-    try:
-        for _ in threads(allowed).map(work, starts):
+    with one_thread():
+        for _ in pool(threads).map(work, starts):
             pass
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread in this one; afterwards as before, which is later threads' default."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
-        torch.set_num_threads(allowed)  # a thread's setting is also the default of later threads
+        torch.set_num_threads(before)
 
 
 @functools.cache
-def threads(count: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
     """Threads that stay: a new one would have to set up torch's kernels again."""
-    return ThreadPoolExecutor(count, "tile", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(threads, "tile", initializer=torch.set_num_threads, initargs=(1,))

@@ -136,9 +136,11 @@ def _check(count: int, mean: np.ndarray, covariance: np.ndarray) -> None:
 def _top_eigenvectors(
     covariance: Float64[np.ndarray, "D D"], count: int
 ) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
-    """Largest eigenvalues first."""
+    """Largest eigenvalues first. Overwrites the covariance, since a copy could be large."""
     size = len(covariance)
-    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[size - count, size - 1])
+    values, vectors = scipy.linalg.eigh(
+        covariance.T, subset_by_index=[size - count, size - 1], overwrite_a=True, check_finite=False
+    )  # transposed: LAPACK takes columns first, and would be given a copy
     return values[::-1], vectors[:, ::-1]
 
 
