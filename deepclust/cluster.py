@@ -26,7 +26,7 @@ from deepclust.clustering.search import probed
 from deepclust.clustering.sharded import ShardedPoints
 from deepclust.clustering.whiten import Whitening, solve
 from deepclust.data.index import Index
-from deepclust.errors import NumericalError
+from deepclust.errors import NumericalError, ResourceError
 from deepclust.extract import merged_moments, read_excluded
 from deepclust.files import read_json, write_json
 from deepclust.methods.base import Targets
@@ -57,8 +57,11 @@ def make_job(
     run: Run, recipe: Recipe, index: Index, device: torch.device, report: Report, world: World
 ) -> Job:
     """The job of a recipe, its backend and device tried first; what was given up is reported."""
-    backend, device, notes = probed(recipe.cluster.backend, device)
-    for note in notes:
+    backend, tried, notes = probed(recipe.cluster.backend, device)
+    if world.size > 1 and tried != device:
+        raise ResourceError(f"cluster.where=gang needs every rank's device: {'; '.join(notes)}")
+    device = tried
+    for note in notes if world.is_first else ():
         report.event("warning", text=f"{note}; {backend} on {device} is used instead")
     config = recipe.cluster.model_copy(update={"backend": backend})
     keep_ids = recipe.method.head == "match"
@@ -168,12 +171,14 @@ def _kmeans(
 ) -> KMeansResult:
     """k-means of the valid rows, of which `own` are this rank's."""
     config, seed = job.config, derive(job.seed, "cluster", number)
-    whole = ArrayPoints(rows, device=job.device)
-    mine = whole if len(own) == len(rows) else whole.select(own)
     alone = job.world.size == 1
+    stretch = rows[own[0] : own[-1] + 1] if len(own) else rows[:0]  # all that our device holds
+    mine = ArrayPoints(stretch, device=job.device)
+    if len(own) < len(stretch):
+        mine = mine.select(own - own[0])
     init: str | np.ndarray = config.init
     if init == "two-level":
-        init = two_level_start(mine if alone else whole.select(valid), config.k, seed)
+        init = _two_level(mine if alone else ArrayPoints(rows).select(valid), job, seed)
     return kmeans(
         mine if alone else ShardedPoints(mine, job.world),
         config.k,
@@ -184,6 +189,16 @@ def _kmeans(
         min_size=config.min_size,
         backend=config.backend,
     )
+
+
+def _two_level(points: ArrayPoints, job: Job, seed: int) -> np.ndarray:
+    """The start of rank 0, for all."""
+    start = torch.zeros(job.config.k, points.dim)
+    if job.world.is_first:
+        start = torch.from_numpy(two_level_start(points, job.config.k, seed))
+    start = start.to(job.world.device)
+    job.world.share_tensors([start])
+    return start.cpu().numpy()
 
 
 def _spread(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.exact import ClusterSums, grid_of, on_grid
+from deepclust.clustering.exact import BINS, ClusterSums, grid_of, into_bins, on_grid
 from deepclust.clustering.nearest import squared_distances
 from deepclust.clustering.points import (
     Pass,
@@ -39,6 +39,7 @@ class Grids:
     rows: float
     weights: float
     power: float
+    count: int
 
 
 class ArrayPoints:
@@ -124,12 +125,17 @@ class ArrayPoints:
 
     def heaviest(self) -> float:
         """The largest weight; 1 without weights."""
-        return float(self.weights.max()) if self.weights is not None and self.n else 1.0
+        weights = self._weights_of(0, self.n)
+        if weights is None:
+            return 1.0
+        return float(weights.max()) if self.n else 0.0
 
     def set_grids(self, largest: float, heaviest: float, n: int) -> None:
         """Choose the grids for n rows of numbers up to `largest` and weights up to `heaviest`."""
         power = heaviest * self.dim * largest * largest
-        self.grids = Grids(grid_of(largest * heaviest, n), grid_of(heaviest, n), grid_of(power, n))
+        self.grids = Grids(
+            grid_of(largest * heaviest, n), grid_of(heaviest, n), grid_of(power, n), n
+        )
 
     def visit(
         self, centroids: Float32[Tensor, "k d"], before: Pass | None = None, distances: bool = True
@@ -156,7 +162,7 @@ class ArrayPoints:
         with full_precision():
             each_tile(assign, self.n, size, self.threads)
         self.power = sum(powers) if self.power is None else self.power
-        total = sums.sums if before is None else before.sums + sums.sums
+        total = sums.bins if before is None else before.bins + sums.bins
         return self._finish(labels, reach, total, centroids)
 
     def total(self, labels: Int32[Tensor, " n"], k: int) -> Pass:
@@ -173,7 +179,7 @@ class ArrayPoints:
         each_tile(sum_up, self.n, size, self.threads)
         counts, mass = self._sizes(labels, k + 1)
         none = torch.zeros(0, device=self.device)
-        return Pass(labels, none, sums.sums[:k], mass[:k], counts[:k], 0.0)
+        return Pass(labels, none, sums.bins[:, :k], mass[:, :k], counts[:k], 0.0)
 
     def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
         """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
@@ -189,7 +195,7 @@ class ArrayPoints:
         """The pass with other labels and distances: counts and inertia anew, sums left as is."""
         counts = torch.bincount(labels, minlength=len(found.counts))
         inertia = self.weigh(distances, self.heaviest() * largest_of(distances), self.n)
-        return Pass(labels, distances, found.sums, found.mass, counts, inertia)
+        return Pass(labels, distances, found.bins, found.weights, counts, inertia)
 
     def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
         """All of them, at themselves."""
@@ -224,14 +230,12 @@ class ArrayPoints:
             place = where if isinstance(where, slice) else torch.from_numpy(where)
             rows = self.rows[place.to(self.rows.device) if isinstance(place, Tensor) else place]
         else:
-            rows = torch.from_numpy(np.array(self.rows[where]))
+            rows = as_tensor(self.rows[where])
         rows = rows.to(device=self.device, dtype=torch.float32)
         return unit_rows(rows) if self.unit else rows
 
     def _tile(self, k: int) -> int:
         """Rows of a tile for k scores each: few enough for the cache, and for threads to share."""
-        if self.backend == "faiss":
-            return MOST  # it makes its own tiles inside
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
         share = -(-self.n // (4 * self.threads))
         return min(max(min(size, share), 64), MOST)
@@ -250,8 +254,8 @@ class ArrayPoints:
         )
 
     def _sums(self, k: int) -> ClusterSums:
-        zeros = torch.zeros(k, self.dim, dtype=torch.float64, device=self.device)
-        return ClusterSums(zeros, self._grids().rows)
+        zeros = torch.zeros(BINS, k, self.dim, dtype=torch.float64, device=self.device)
+        return ClusterSums(zeros, self._grids().rows, self._grids().count)
 
     def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"] | None:
         if self.weights is None:
@@ -260,17 +264,17 @@ class ArrayPoints:
             return self.weights[start : start + count]
         return self.weights[torch.from_numpy(self.ids[start : start + count]).to(self.device)]
 
-    def _sizes(self, labels: Tensor, k: int) -> tuple[Int64[Tensor, " k"], Float64[Tensor, " k"]]:
+    def _sizes(self, labels: Tensor, k: int) -> tuple[Int64[Tensor, " k"], Float64[Tensor, "b k"]]:
         """Rows and weight of each cluster."""
         counts = torch.bincount(labels, minlength=k)
         weights = self._weights_of(0, self.n)
         if weights is None:
-            return counts, counts.double()
-        even = on_grid(weights.clone(), self._grids().weights)
-        return counts, torch.bincount(labels, even, minlength=k)
+            return counts, counts.double()[None]
+        parts = into_bins(weights, self._grids().weights, self._grids().count)
+        return counts, torch.stack([torch.bincount(labels, part, minlength=k) for part in parts])
 
     def _finish(self, labels: Tensor, distances: Tensor, sums: Tensor, centroids: Tensor) -> Pass:
-        counts, mass = self._sizes(labels, len(sums))
+        counts, mass = self._sizes(labels, sums.shape[1])
         found = Pass(labels, distances, sums, mass, counts, 0.0)
         if len(distances):
             return self.recount(found, labels, distances)
@@ -283,9 +287,9 @@ def _resident(rows: Rows, device: torch.device) -> Rows:
     if device.type == "cuda" and not (isinstance(rows, Tensor) and rows.is_cuda):
         free, _ = torch.cuda.mem_get_info(device)
         return _copied(rows, device) if rows.nbytes < 0.8 * free else rows
-    if isinstance(rows, np.ndarray) and rows.flags.writeable:
-        return torch.from_numpy(rows)  # shares memory
-    return rows
+    if isinstance(rows, np.ndarray) and rows.flags.writeable and rows.flags.c_contiguous:
+        return torch.from_numpy(rows) if rows.dtype.isnative else rows  # shares memory
+    return rows.detach() if isinstance(rows, Tensor) else rows
 
 
 def _copied(rows: Rows, device: torch.device) -> Tensor:

@@ -1,10 +1,10 @@
-"""Sums that do not depend on order: rows are rounded to a common grid, on which float64 is exact.
+"""Sums that do not depend on order: numbers are rounded to a grid, on which float64 is exact.
 
 A float64 holds 53 bits. If every number is a multiple of g and no partial sum exceeds 2^52 g, all
 additions are exact, so threads, tiles and ranks may add in any order and agree to the bit. The grid
-is chosen from the largest number and the count: for 1M unit rows g = 2^-31, for 100M 2^-24, which
-still holds every float16 below one exactly. Reproducible summation by pre-rounding: Demmel and
-Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013, with one bin.
+is chosen from the largest number and the count: for 1M unit rows g = 2^-31, for 100M 2^-24. What
+rounding drops goes into a second bin with a grid of its own, so that small numbers beside large
+ones are not lost. Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from threading import Lock
 
+import torch
 from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
@@ -33,6 +34,17 @@ def on_grid(values: Float64[Tensor, " *shape"], grid: float) -> Float64[Tensor, 
     return values.add_(magic).sub_(magic)
 
 
+BINS = 2
+
+
+def into_bins(
+    values: Float64[Tensor, " *shape"], grid: float, count: int
+) -> Float64[Tensor, "bins ..."]:
+    """Values as multiples of `grid` and, in the second bin, what is left, on the next grid."""
+    coarse = on_grid(values.clone(), grid)
+    return torch.stack([coarse, on_grid(values - coarse, grid_of(grid, count))])
+
+
 class ClusterSums:
     """Weighted sums of the rows of each cluster, added tile by tile from any thread.
 
@@ -40,9 +52,10 @@ class ClusterSums:
     moved alone. Added to that pass's sums it is the same to the bit, and soon much less work.
     """
 
-    def __init__(self, sums: Float64[Tensor, "k d"], grid: float) -> None:
-        self.sums = sums
+    def __init__(self, bins: Float64[Tensor, "bins k d"], grid: float, count: int) -> None:
+        self.bins = bins
         self._grid = grid
+        self._count = count
         self._lock = Lock()
 
     def add(
@@ -60,8 +73,8 @@ class ClusterSums:
         wide = rows.double()
         if weights is not None:
             wide *= weights[:, None]
-        on_grid(wide, self._grid)
+        parts = into_bins(wide, self._grid, self._count)
         with self._lock:
-            self.sums.index_add_(0, clusters, wide)
+            self.bins.index_add_(1, clusters, parts)
             if before is not None:
-                self.sums.index_add_(0, before.long(), wide, alpha=-1)
+                self.bins.index_add_(1, before.long(), parts, alpha=-1)

@@ -72,13 +72,22 @@ def two_level(
     labels = _everyones(first.assignments, points.n, world)
     middle = time.monotonic()
     out = _Merged.zeros(points, k)
+    failed: list[str] = []
     for s, ids in _jobs(labels, supers, world):
-        found = _sub_clusters(points, ids, each, iterations, derive(seed, "sub", s), empty, s)
-        out.put(found, ids, s * each)
+        try:
+            own = kmeans(points.select(ids), each, iterations, derive(seed, "sub", s), empty=empty)
+            out.put(own, ids, s * each)
+        except DataError as error:
+            failed.append(f"super-cluster {s}: {error}")
+    if world.largest(len(failed)):  # on every rank, or the others would wait for us
+        raise DataError(failed[0] if failed else "a super-cluster of another rank failed")
     centroids, assignments, distances, forced = out.over(world)
     return TwoLevel(
         first.centroids, labels, centroids, assignments, distances,
-        inertia=points.weigh(torch.from_numpy(distances), float(distances.max()), points.n),
+        inertia=points.weigh(
+            torch.from_numpy(distances).to(points.device),
+            points.heaviest() * float(distances.max()), points.n,
+        ),
         forced=np.union1d(first.forced, forced),
         seconds=(middle - began, time.monotonic() - middle),
     )  # fmt: skip
@@ -94,7 +103,10 @@ def two_level_start(points: ArrayPoints, k: int, seed: int = 0) -> Float32[np.nd
     size = min(points.n, SAMPLE * k)
     sample = points.select(np.sort(draws.choice(points.n, size, replace=False, shuffle=False)))
     m = max(1, round(k**0.5))
-    labels = kmeans(sample, m, START_ITERATIONS, derive(seed, "supers")).assignments
+    try:
+        labels = kmeans(sample, m, START_ITERATIONS, derive(seed, "supers")).assignments
+    except DataError:  # duplicates: fewer distinct rows than super-clusters
+        labels = np.zeros(size, np.int32)
     shares = _shares(np.bincount(labels, minlength=m), k)
     parts = []
     for s in np.flatnonzero(shares):
@@ -104,8 +116,9 @@ def two_level_start(points: ArrayPoints, k: int, seed: int = 0) -> Float32[np.nd
         except DataError:  # duplicates: fewer distinct rows than its share
             continue
     found = torch.from_numpy(np.concatenate([*parts, np.zeros((0, points.dim), np.float32)]))
+    found = found.to(points.device)
     rest = distinct_rows(points, k - len(found), found, 0, seed)
-    return torch.cat([found.to(rest), rest]).cpu().numpy()
+    return torch.cat([found, rest]).cpu().numpy()
 
 
 def _shares(sizes: Int64[np.ndarray, " m"], k: int) -> Int64[np.ndarray, " m"]:
@@ -148,15 +161,6 @@ def _jobs(
         load[rank] += sizes[s]
         if rank == world.rank:
             yield int(s), np.flatnonzero(labels == s)
-
-
-def _sub_clusters(
-    points: ArrayPoints, ids: np.ndarray, k: int, iterations: int, seed: int, empty: str, s: int
-) -> KMeansResult:
-    try:
-        return kmeans(points.select(ids), k, iterations, seed, empty=empty)
-    except DataError as error:
-        raise DataError(f"super-cluster {s}: {error}") from error
 
 
 @dataclass(frozen=True)

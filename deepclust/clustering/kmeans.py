@@ -69,7 +69,7 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster x [n, d] (numpy, memory-mapped, torch, or `Points`) by `iterations` updates.
 
-    Fewer are made only if no point moves any more, which changes nothing.
+    Fewer are made only if no point moves any more, which changes nothing, or if `tol` is met.
 
     init: "random" (distinct rows), "k-means++", or centroids [k, d]. labels: old ids [n] (-1 none)
     whose means are the start instead. fixed: centroids [m, d], ids 0..m-1, that never change.
@@ -121,9 +121,9 @@ def _lloyd(
     history: list[Iteration] = []
     before: Pass | None = None
     for _ in range(iterations):
-        found = _visit(points, centroids, before, distances=False)
+        found = _visit(points, centroids, before, distances=tol > 0)
         empties = (found.counts[fixed:] == 0).nonzero().flatten().cpu().numpy() + fixed
-        if len(empties) and empty == "relocate":
+        if len(empties) and empty == "relocate" and tol == 0:
             found = _visit(points, centroids, before)  # once more, with distances
         centroids = _update(points, centroids, found, fixed)
         donors = np.zeros(0, np.int64)

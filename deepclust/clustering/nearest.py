@@ -58,7 +58,7 @@ class Nearest:
         self.bias = bias.float()
         self.half = half_is_faster() if half is None else half
         self.packed = packed_columns(self.columns, bias, torch.bfloat16) if self.half else None
-        self.error = U16  # the product's, relative to the row's length; see `_guess`
+        self.error = 0.0  # of a bfloat16 product, for a row of length one
         if self.packed is not None:
             lost = (
                 (offsets - self.packed[: offsets.shape[1]].T.double()).square().sum(1).max().sqrt()
@@ -88,7 +88,8 @@ class Nearest:
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
         lengths = 1.01 * torch.linalg.vector_norm(tile[:, :dim], dim=1, dtype=torch.float32)
         product = self.error * lengths + 8 * U32 * self.reach**2
-        lowest = best - 2.02 * (product + U16 * best.abs())
+        differences = (dim + 4) * U32 * (self.reach + lengths) ** 2  # what decides rounds as well
+        lowest = best - 2.02 * (product + U16 * best.abs() + differences)
         unclear = ~(lowest > 0)
         floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
         floor[unclear] = torch.iinfo(torch.int16).max

@@ -26,10 +26,20 @@ class Pass:
 
     labels: Int32[Tensor, " rows"]  # nearest centroid, ties to the lowest id
     distances: Float32[Tensor, " rows"]  # squared, by differences (0 = equal); empty if not asked
-    sums: Float64[Tensor, "k d"]  # weighted sum of each cluster's rows
-    mass: Float64[Tensor, " k"]  # sum of each cluster's weights
+    bins: Float64[Tensor, "bins k d"]  # weighted sum of each cluster's rows, see `exact.py`
+    weights: Float64[Tensor, "bins k"]  # sum of each cluster's weights
     counts: Int64[Tensor, " k"]  # number of rows of each cluster
     inertia: float  # weighted sum of the distances, in float64; without them from the sums
+
+    @property
+    def sums(self) -> Float64[Tensor, "k d"]:
+        """Weighted sum of each cluster's rows."""
+        return self.bins.sum(0)
+
+    @property
+    def mass(self) -> Float64[Tensor, " k"]:
+        """Sum of each cluster's weights."""
+        return self.weights.sum(0)
 
 
 class Points(Protocol):
@@ -88,7 +98,9 @@ def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 def as_tensor(values: Rows) -> Tensor:
     """A tensor of an array, copied: torch warns about sharing memory that is read-only."""
-    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    if isinstance(values, Tensor):
+        return values
+    return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
 
 
 def inertia_of(power: float, found: Pass, centroids: Float32[Tensor, "k d"]) -> float:

@@ -99,7 +99,7 @@ def fill_empties(points: Points, centroids: Tensor, found: Pass, fixed: int) -> 
     """
     centroids, forced, repairs = centroids.clone(), [], 0
     while len(empty := (found.counts[fixed:] == 0).nonzero().flatten() + fixed):
-        places = _far_places(points, found, len(empty))
+        places = _far_places(points, found, len(empty), fixed)
         if len(places) == 0:
             raise DataError(too_few(points, len(centroids) - fixed, centroids[:fixed]))
         targets = empty[: len(places)]
@@ -111,10 +111,15 @@ def fill_empties(points: Points, centroids: Tensor, found: Pass, fixed: int) -> 
     return Repaired(centroids, found, torch.unique(ids), repairs)
 
 
-def _far_places(points: Points, found: Pass, wanted: int) -> Int64[Tensor, " m"]:
-    """The farthest point of each of the `wanted` most stretched clusters, of distinct values."""
+def _far_places(points: Points, found: Pass, wanted: int, fixed: int) -> Int64[Tensor, " m"]:
+    """The farthest point of each of the `wanted` most stretched clusters, of distinct values.
+
+    A free cluster keeps its last point; a fixed one may end empty.
+    """
     ids, distances = points.farthest(found)
-    distances = torch.where(found.counts >= 2, distances, 0.0)
+    spare = found.counts >= 2
+    spare[:fixed] = True
+    distances = torch.where(spare, distances, 0.0)
     order = torch.argsort(distances, descending=True, stable=True)[:wanted]
     places = ids[order[distances[order] > 0]]
     if len(places) == 0:

@@ -18,7 +18,7 @@ from deepclust.clustering.nearest import Nearest, packed_columns, packed_rows
 from deepclust.errors import ResourceError
 
 Search: TypeAlias = Callable[[Tensor], Tensor]  # rows float32 [m, d] -> centroid ids int64 [m]
-HALF_REACH = 100.0  # centroids farther than this from their mean are not for float16
+HALF_REACH = (0.5, 100.0)  # float16 is for centroids as far as this from their mean, no others
 
 
 def torch_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
@@ -38,7 +38,8 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
     offsets = wide - origin
     bias = offsets.square().sum(1) / 2
     first = first_of_equals(centroids)
-    if half and float(bias.max()) < HALF_REACH**2 / 2:
+    reach = float(2 * bias.max()) ** 0.5
+    if half and HALF_REACH[0] < reach < HALF_REACH[1]:
         packed = packed_columns(-offsets.T, bias, torch.float16)
 
         def search_half(rows: Tensor) -> Tensor:

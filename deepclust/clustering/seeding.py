@@ -106,8 +106,9 @@ def from_labels(
     Old centroids are of no use, since the whitening turns and flips between rounds.
     """
     k = len(fixed) + free
-    if labels.shape != (points.held,) or int(labels.max()) >= k:
-        raise RecipeError(f"labels must be {points.n} ids below k={k} (-1: none) for a warm start")
+    if labels.shape != (points.held,) or points.count(labels >= k):
+        wanted = f"{points.held} ids below k={k} (-1: none)"
+        raise RecipeError(f"labels must be {wanted} for a warm start")
     found = points.total(labels, k)
     means = (found.sums / found.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
     empty = (found.mass[len(fixed) :] == 0).nonzero().flatten()
@@ -136,10 +137,10 @@ def plus_plus(
     while len(chosen) < free:
         if chosen:
             nearest = torch.minimum(nearest, (sample - chosen[-1]).square().sum(1))
-        heights = nearest.double().cumsum(0)
+        heights = nearest.double().cpu().cumsum(0)  # on a GPU its last digits vary
         if heights[-1] <= 0:
             break
-        aim = torch.tensor([draws.random()], device=sample.device, dtype=torch.float64)
+        aim = torch.tensor([draws.random()], dtype=torch.float64)
         place = torch.searchsorted(heights, aim * heights[-1], right=True)
         chosen.append(sample[int(place.clamp(max=count - 1))])
     found = torch.stack(chosen) if chosen else fixed[:0]

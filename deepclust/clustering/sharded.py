@@ -1,10 +1,10 @@
 """Points sharded over the ranks of a World: each rank holds some rows, all agree on the sums.
 
-Rank r's rows follow rank r-1's, so an id is the rank's base plus its row. An iteration sends one
-all-reduce of k x (d + 1) float64, k int64 and a few scalars; rows and labels never travel, save
-the few that seeding and repairs ask for. Since nearest centroids are exact and sums are on a
-common grid (`nearest.py`, `exact.py`), centroids and assignments are the same to the bit for
-every number of ranks, for float16 and float32 rows.
+Rank r's rows follow rank r-1's, so an id is the rank's base plus its row. An iteration sends
+2 x k x d float64, 2 k numbers and a few more; rows and labels never travel, save the few that
+seeding and repairs ask for. On CPUs nearest centroids are exact and sums are on a common grid
+(`nearest.py`, `exact.py`), so centroids and assignments are the same to the bit for every number
+of ranks, for float16 and float32 rows. On GPUs near-ties may fall either way.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class ShardedPoints:
         self, centroids: Float32[Tensor, "k d"], before: Pass | None = None, distances: bool = True
     ) -> Pass:
         """Assign every point, and sum up over the ranks."""
-        ours = before and replace(before, sums=torch.zeros_like(before.sums))
+        ours = before and replace(before, bins=torch.zeros_like(before.bins))
         whole = self._merged(self.local.visit(centroids, ours, distances))
         if before is not None:
-            whole = replace(whole, sums=before.sums + whole.sums)
+            whole = replace(whole, bins=before.bins + whole.bins)
         if distances:
             return self.recount(whole, whole.labels, whole.distances)
         return replace(whole, inertia=inertia_of(self._power(), whole, centroids))
@@ -95,9 +95,8 @@ class ShardedPoints:
 
     def _merged(self, found: Pass) -> Pass:
         """A pass over our rows, its sums over all."""
-        both = self.world.sum(torch.cat([found.sums, found.mass[:, None]], 1))
-        counts = self.world.sum(found.counts)
-        return replace(found, sums=both[:, :-1], mass=both[:, -1], counts=counts)
+        bins, weights = self.world.sum(found.bins), self.world.sum(found.weights)
+        return replace(found, bins=bins, weights=weights, counts=self.world.sum(found.counts))
 
     def _power(self) -> float:
         """The sum of w |x|^2 over all ranks."""
@@ -108,12 +107,11 @@ class ShardedPoints:
 
     def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
         """The pass with other labels and distances: counts and inertia anew, sums left as is."""
-        k = len(found.sums)
-        mine = torch.bincount(labels, minlength=k)
+        mine = torch.bincount(labels, minlength=len(found.counts))
         bound = self.world.greatest(self.local.heaviest() * largest_of(distances))
         inertia = torch.tensor(self.local.weigh(distances, bound, self.n), dtype=torch.float64)
         total = float(self.world.sum(inertia.to(self.world.device)))
-        return Pass(labels, distances, found.sums, found.mass, self.world.sum(mine), total)
+        return Pass(labels, distances, found.bins, found.weights, self.world.sum(mine), total)
 
     def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
         """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""

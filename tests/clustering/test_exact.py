@@ -41,8 +41,8 @@ def test_weighted_sums_by_cluster_equal_a_slow_reference() -> None:
     draws = np.random.default_rng(0)
     rows, ids = draws.standard_normal((200, 5)).astype(np.float32), draws.integers(0, 4, 200)
     weights = draws.uniform(0, 2, 200)
-    sums = ClusterSums(torch.zeros(4, 5, dtype=torch.float64), grid_of(12.0, 200))
+    sums = ClusterSums(torch.zeros(2, 4, 5, dtype=torch.float64), grid_of(12.0, 200), 200)
     for part in np.array_split(np.arange(200), 7):
         sums.add(*(torch.from_numpy(a[part]) for a in (ids, rows, weights)))
     slow = np.stack([(rows * weights[:, None])[ids == j].sum(0) for j in range(4)])
-    np.testing.assert_allclose(sums.sums, slow, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sums.bins.sum(0), slow, rtol=1e-12, atol=1e-12)

@@ -70,6 +70,24 @@ def test_a_two_level_start_and_three_passes_come_close_to_twenty_passes() -> Non
     np.testing.assert_array_equal(start, two_level_start(ArrayPoints(x), 100))
 
 
+def test_a_two_level_start_survives_few_distinct_rows_among_many() -> None:
+    x = np.concatenate([np.ones((5000, 24), np.float32), rows(20)])
+    assert len(np.unique(two_level_start(ArrayPoints(x), 16), axis=0)) == 16
+
+
+def failing(world: World, x: np.ndarray) -> str:
+    with pytest.raises(DataError) as caught:
+        two_level(ArrayPoints(x), 2, 40, world=world)
+    return str(caught.value)
+
+
+def test_a_super_cluster_that_cannot_be_split_is_an_error_on_every_rank() -> None:
+    x = np.concatenate([rows(100), 90 + rows(4).repeat(25, 0)])
+    messages = on_ranks(2, failing, x)
+    assert any("distinct" in message for message in messages)
+    assert any("another rank" in message for message in messages)
+
+
 def test_a_two_level_start_survives_heavy_duplicates() -> None:
     x = np.concatenate([rows(40).repeat(50, 0), rows(300)])
     start = two_level_start(ArrayPoints(x), 120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import faiss
 import numpy as np
@@ -277,3 +278,37 @@ def test_points_carry_the_rows_and_kmeans_says_how_to_read_them() -> None:
     points = kmeans(ArrayPoints(x), 4, init=x[:4], backend="faiss", spherical=True)
     np.testing.assert_array_equal(whole.assignments, points.assignments)
     np.testing.assert_allclose(np.linalg.norm(points.centroids, axis=1), 1, atol=1e-6)
+
+
+def test_small_numbers_beside_very_large_ones_keep_their_means() -> None:
+    draws = np.random.default_rng(0)
+    x = np.stack([np.repeat([0, 1.6e9], 2000), draws.uniform(0.2, 0.4, 4000)], 1)
+    found = kmeans(x.astype(np.float32), 2)
+    assert np.allclose(np.sort(found.centroids[:, 1]), 0.3, atol=0.01)
+    tiny = draws.normal(1e-3, 1e-4, (3000, 2)).astype(np.float32)
+    found = kmeans(np.concatenate([tiny, [[1e6, 1e6]]]).astype(np.float32), 2)
+    nearest = found.centroids[np.abs(found.centroids).sum(1).argmin()]
+    np.testing.assert_allclose(nearest, tiny.astype(np.float64).mean(0), rtol=1e-6)
+
+
+def test_weights_of_very_different_size_still_weigh() -> None:
+    x = np.array([[0], [1], [100], [103]], np.float32)
+    found = kmeans(x, 2, weights=np.array([1, 1, 1e-12, 2e-12]), init=x[[0, 2]])
+    np.testing.assert_allclose(found.centroids[:, 0], [0.5, 102], rtol=1e-6)
+
+
+def test_a_fixed_centroid_may_give_its_last_point_to_an_empty_one() -> None:
+    x = np.array([[0, 0], [0, 0], [10.1, 0]], np.float32)
+    fixed = np.array([[0, 0], [10, 0]], np.float32)
+    found = kmeans(x, 3, iterations=0, fixed=fixed, init=np.array([[99, 99]], np.float32))
+    assert np.bincount(found.assignments, minlength=3).tolist() == [2, 0, 1]
+    assert found.empty_fixed.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x[::-1], lambda x: x.astype(">f4"), lambda x: x.T.copy().T]
+)
+def test_arrays_of_any_layout_are_read(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    x = blobs(200, 5, 3)
+    plain, other = kmeans(np.array(change(x), np.float32), 3), kmeans(change(x), 3)
+    np.testing.assert_array_equal(plain.centroids, other.centroids)

@@ -40,6 +40,13 @@ def test_every_row_goes_to_the_smallest_distance(
 
 
 @pytest.mark.parametrize("half", [True, False])
+def test_rows_far_from_centroids_that_are_close_together(half: bool) -> None:
+    centroids = 1e-6 * noise(40, 32, 0)
+    rows = torch.cat([noise(300, 32, 1), 1e-6 * noise(300, 32, 2)])
+    torch.testing.assert_close(Nearest(centroids, half)(rows), reference(rows, centroids))
+
+
+@pytest.mark.parametrize("half", [True, False])
 def test_ties_and_near_ties_are_decided_by_float32_differences(half: bool) -> None:
     base = unit_rows(noise(40, 64, 0))
     close = base * (1 + 2.0**-12)

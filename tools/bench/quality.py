@@ -28,7 +28,13 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-PHOTOS = ["train.epochs=30", "train.warmup=1", "train.lr=0.3", "train.head_lr=0.1"]
+PHOTOS = [
+    "data.workers=1",
+    "train.epochs=16",
+    "train.warmup=1",
+    "train.lr=0.3",
+    "train.head_lr=0.1",
+]
 DATA = {
     "fashion": ("demo-fashion", []),
     "photos": ("small-photos", ["backbone.name=conv4", *PHOTOS]),
