@@ -41,8 +41,10 @@ def into_bins(
     values: Float64[Tensor, " *shape"], grid: float, count: int
 ) -> Float64[Tensor, "bins ..."]:
     """Values as multiples of `grid` and, in the second bin, what is left, on the next grid."""
-    coarse = on_grid(values.clone(), grid)
-    return torch.stack([coarse, on_grid(values - coarse, grid_of(grid, count))])
+    bins = torch.empty(BINS, *values.shape, dtype=values.dtype, device=values.device)
+    torch.sub(values, on_grid(bins[0].copy_(values), grid), out=bins[1])
+    on_grid(bins[1], grid_of(grid, count))
+    return bins
 
 
 class ClusterSums:
