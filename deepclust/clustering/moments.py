@@ -16,7 +16,7 @@ from torch import Tensor
 from deepclust.clustering.precision import full_precision
 
 BLOCK = 4096  # rows of one float32 product; longer sums would lose digits before float64
-MIRROR = 256  # rows mirrored at a time
+MIRROR = 256  # rows handled in float64 at a time
 PANELS = 8  # of columns; the outer product is symmetric, so each is taken from its diagonal on
 
 
@@ -45,7 +45,8 @@ class Moments:
         with full_precision():
             for block in torch.split(rows, BLOCK):
                 centred = block.to(self.pivot) - self.pivot
-                self.sum += centred.sum(0, dtype=torch.float64)
+                for part in torch.split(centred, MIRROR):  # torch makes them float64 to add them
+                    self.sum += part.sum(0, dtype=torch.float64)
                 for a in range(0, len(self.pivot), width):
                     panel = slice(a, a + width)
                     self.outer[panel, a:] += centred[:, panel].T @ centred[:, a:]

@@ -30,6 +30,7 @@ from deepclust.files import atomic_file
 __all__ = ["Moments", "Whitening", "solve"]
 
 CLAMP = 1e-5  # DeeperCluster's: a direction is never amplified more than 316 times the first one
+PIVOT = 256  # rows whose mean is near enough to that of all
 RANK_TOLERANCE = 1e-6  # eigenvalues below this share of the largest are float32 rounding
 
 
@@ -55,9 +56,8 @@ class Whitening:
         points.check_finite()
         if points.n == 0:
             raise DataError("whitening needs at least one row, got an array of 0 rows")
-        first = points.tile(0, BLOCK)
-        moments = Moments.zero(first.double().mean(0)).add(first)
-        for start in range(BLOCK, points.n, BLOCK):
+        moments = Moments.zero(points.tile(0, PIVOT).double().mean(0))
+        for start in range(0, points.n, BLOCK):
             moments.add(points.tile(start, BLOCK))
         return solve(moments, dim)
 
