@@ -207,7 +207,7 @@ def cluster(
     whiten: Annotated[Optional[int], typer.Option(help="PCA-whiten to so many dimensions")] = None,  # noqa: UP045
     iterations: Annotated[int, typer.Option(help="updates of the centroids")] = 20,
     seed: Annotated[int, typer.Option(help="of the start")] = 0,
-    init: Annotated[str, typer.Option(help="random or k-means++")] = "random",
+    init: Annotated[str, typer.Option(help="random, k-means++ or two-level")] = "random",
     spherical: Annotated[bool, typer.Option(help="unit rows, inner product")] = False,
     empty: Annotated[str, typer.Option(help="empties become: split or relocate")] = "split",
     min_size: Annotated[int, typer.Option(help="rows that every cluster ends with")] = 1,

@@ -28,7 +28,9 @@ from cluster_jobs.arrays import check_names, open_rows, read_names
 from deepclust import __version__
 from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.assignments import describe
+from deepclust.clustering.hierarchy import start_of
 from deepclust.clustering.kmeans import KMeansResult, kmeans
+from deepclust.clustering.search import probed
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
@@ -138,16 +140,20 @@ class _Job:
         chosen = self.options
         assert chosen.k is not None
         _say(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
+        backend, device, notes = probed(chosen.backend, self.device)
+        for note in notes:
+            _say(f"warning: {note}; {backend} on {device} is used instead")
+        points = ArrayPoints(rows, device=device)
         return kmeans(
-            ArrayPoints(rows, device=self.device),
+            points,
             chosen.k,
             iterations=chosen.iterations,
             seed=chosen.seed,
-            init=chosen.init,
+            init=start_of(points, chosen.init, chosen.k, chosen.seed),
             empty=chosen.empty,
             spherical=chosen.spherical,
             min_size=chosen.min_size,
-            backend=chosen.backend,
+            backend=backend,
         )
 
     def _facts(self, result: KMeansResult) -> dict[str, Any]:

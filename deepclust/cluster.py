@@ -20,7 +20,7 @@ from jaxtyping import Int32, Int64
 
 from deepclust.clustering import assignments as stats
 from deepclust.clustering.arrays import ArrayPoints
-from deepclust.clustering.hierarchy import two_level_start
+from deepclust.clustering.hierarchy import start_of
 from deepclust.clustering.kmeans import KMeansResult, kmeans
 from deepclust.clustering.search import probed
 from deepclust.clustering.sharded import ShardedPoints
@@ -33,10 +33,9 @@ from deepclust.methods.base import Targets
 from deepclust.metrics import Report
 from deepclust.recipe import ClusterSection, Recipe
 from deepclust.rundir import Run, is_done
-from deepclust.world import World, derive
+from deepclust.world import ALONE, World, derive
 
 POLL_S = 0.05
-ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,10 @@ def _kmeans(
     mine = ArrayPoints(stretch, device=job.device)
     if len(own) < len(stretch):
         mine = mine.select(own - own[0])
-    init: str | np.ndarray = config.init
-    if init == "two-level":
-        init = _two_level(mine if alone else ArrayPoints(rows).select(valid), job, seed)
+    whole = mine if alone or config.init != "two-level" else ArrayPoints(rows).select(valid)
+    init = job.world.share(
+        start_of(whole, config.init, config.k, seed) if job.world.is_first else ""
+    )
     return kmeans(
         mine if alone else ShardedPoints(mine, job.world),
         config.k,
@@ -189,16 +189,6 @@ def _kmeans(
         min_size=config.min_size,
         backend=config.backend,
     )
-
-
-def _two_level(points: ArrayPoints, job: Job, seed: int) -> np.ndarray:
-    """The start of rank 0, for all."""
-    start = torch.zeros(job.config.k, points.dim)
-    if job.world.is_first:
-        start = torch.from_numpy(two_level_start(points, job.config.k, seed))
-    start = start.to(job.world.device)
-    job.world.share_tensors([start])
-    return start.cpu().numpy()
 
 
 def _spread(

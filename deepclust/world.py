@@ -71,7 +71,7 @@ class World:
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' numbers; a flag raised by one is raised for all."""
-        return int(self.most(torch.tensor(value, device=self.device)))
+        return int(self.greatest(value))
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every rank (a small picklable object, or a tuple of them)."""
@@ -99,6 +99,9 @@ class World:
         number = self._tickets.get(queue, 0)
         self._tickets[queue] = number + 1
         return number
+
+
+ALONE = World()  # one rank on the CPU
 
 
 def join(rank: int, size: int, meeting: Path, device: torch.device, timeout_s: float) -> World:

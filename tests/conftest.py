@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tiny import tiny_shards
+
 NO_SKIPPING = os.environ.get("DEEPCLUST_TEST_INSTALL") == "1"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small labelled shards, for many runs; nobody writes there."""
+    return tiny_shards(tmp_path_factory.mktemp("shards") / "small")
+
+
+@pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four times as many images, so that a kill strikes while something goes on."""
+    return tiny_shards(tmp_path_factory.mktemp("shards") / "many", n=1200)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,7 +9,7 @@ import pytest
 
 from deepclust.rundir import Run
 from tests.killing import MOMENTS, kill_when, stages_done_twice, start
-from tests.tiny import assert_same_run, deepclust, tiny_recipe, tiny_shards
+from tests.tiny import assert_same_run, deepclust, tiny_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -18,23 +18,18 @@ SHORT = {"whitening", "between centroids and assignments", "checkpoint write"}
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_shards(tmp_path_factory.mktemp("data") / "shards", n=1200)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("runs")
     for ranks in (1, 2):
-        recipe(shards, folder, ranks)
+        recipe(many_shards, folder, ranks)
         deepclust("pretrain", folder / f"{ranks}.yaml", "--run", folder / f"run-{ranks}")
     return {ranks: folder / f"run-{ranks}" for ranks in (1, 2)}
 
 
-def recipe(shards: Path, folder: Path, ranks: int) -> Path:
+def recipe(many_shards: Path, folder: Path, ranks: int) -> Path:
     """Checkpoints every 10 steps, 20 steps an epoch, an extraction of several units."""
     settings = (f"train.ranks={ranks}", "train.batch=60", "train.checkpoint=10 steps")
-    tiny_recipe(shards, *settings).save(folder / f"{ranks}.yaml")
+    tiny_recipe(many_shards, *settings).save(folder / f"{ranks}.yaml")
     return folder / f"{ranks}.yaml"
 
 
@@ -47,10 +42,10 @@ def recipe(shards: Path, folder: Path, ranks: int) -> Path:
     ],
 )  # fmt: skip
 def test_a_killed_run_resumes_to_the_same_bits(
-    shards: Path, undisturbed: dict[int, Path], tmp_path: Path, moment: str, ranks: int
+    many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path, moment: str, ranks: int
 ) -> None:
     run = tmp_path / "run"
-    process = start("pretrain", recipe(shards, tmp_path, ranks), "--run", run)
+    process = start("pretrain", recipe(many_shards, tmp_path, ranks), "--run", run)
     struck = kill_when(process, run, MOMENTS[moment], delay=0.0)
     assert process.returncode == -signal.SIGKILL
     assert struck or moment in SHORT
@@ -59,9 +54,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert stages_done_twice(run) == []
 
 
-def test_a_killed_rank_stops_the_gang_and_is_named(shards: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_stops_the_gang_and_is_named(many_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start("pretrain", recipe(shards, tmp_path, 2), "--run", run)
+    process = start("pretrain", recipe(many_shards, tmp_path, 2), "--run", run)
     assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0, victim="rank 1")
     assert process.returncode == 4
     stopped = Run(run).events()[-1]
@@ -70,10 +65,10 @@ def test_a_killed_rank_stops_the_gang_and_is_named(shards: Path, tmp_path: Path)
 
 
 def test_a_resumed_run_may_have_another_number_of_ranks(
-    shards: Path, undisturbed: dict[int, Path], tmp_path: Path
+    many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start("pretrain", recipe(shards, tmp_path, 1), "--run", run)
+    process = start("pretrain", recipe(many_shards, tmp_path, 1), "--run", run)
     assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0)
     assert process.returncode == -signal.SIGKILL
     deepclust("resume", run, "train.ranks=2")

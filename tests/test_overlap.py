@@ -17,15 +17,10 @@ from deepclust.inherit import backbone_part
 from deepclust.launch import prepare_run, resume, run_stage
 from deepclust.rundir import Run, is_done
 from tests.killing import Moment, extracting, kill_when, pause_when, stages_done_twice, start
-from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe, tiny_shards
+from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe
 
 OVERLAP = ("cluster.overlap=true", "train.epochs=4")  # rounds 0 0 1 2; 12 steps an epoch
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
 @pytest.fixture(scope="module")
@@ -141,22 +136,17 @@ def test_a_stage_alone_is_refused_with_the_command_that_works(tmp_path: Path, st
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_shards(tmp_path_factory.mktemp("data") / "many", n=1200)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("runs")
     for ranks in (1, 2):
-        deepclust("pretrain", recipe(many, folder, ranks), "--run", folder / f"run-{ranks}")
+        deepclust("pretrain", recipe(many_shards, folder, ranks), "--run", folder / f"run-{ranks}")
     return {ranks: folder / f"run-{ranks}" for ranks in (1, 2)}
 
 
-def recipe(many: Path, folder: Path, ranks: int) -> Path:
+def recipe(many_shards: Path, folder: Path, ranks: int) -> Path:
     """20 steps an epoch, a checkpoint every 10: 00000020 is boundary 1, 00000030 between two."""
     settings = (f"train.ranks={ranks}", "train.batch=60", "train.checkpoint=10 steps")
-    tiny_recipe(many, *OVERLAP, *settings).save(folder / "recipe.yaml")
+    tiny_recipe(many_shards, *OVERLAP, *settings).save(folder / "recipe.yaml")
     return folder / "recipe.yaml"
 
 
@@ -188,10 +178,15 @@ def whitened(run: Path) -> bool:
     [(extracting, 20), (pending, 20), (pending_between_boundaries, 30), (waited_for, 40)],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
-    many: Path, undisturbed: dict[int, Path], tmp_path: Path, moment: Moment, step: int, ranks: int
+    many_shards: Path,
+    undisturbed: dict[int, Path],
+    tmp_path: Path,
+    moment: Moment,
+    step: int,
+    ranks: int,
 ) -> None:
     run = tmp_path / "run"
-    process = start("pretrain", recipe(many, tmp_path, ranks), "--run", run)
+    process = start("pretrain", recipe(many_shards, tmp_path, ranks), "--run", run)
     if step > 20:  # a k-means that takes longer than the kill
         pause_when(process, run, whitened, "cluster worker")
     assert kill_when(process, run, moment, delay=0.0)

@@ -277,7 +277,8 @@ class ArrayPoints:
         counts, mass = self._sizes(labels, sums.shape[1])
         found = Pass(labels, distances, sums, mass, counts, 0.0)
         if len(distances):
-            return self.recount(found, labels, distances)
+            bound = self.heaviest() * largest_of(distances)
+            return replace(found, inertia=self.weigh(distances, bound, self.n))
         assert self.power is not None
         return replace(found, inertia=inertia_of(self.power, found, centroids))
 

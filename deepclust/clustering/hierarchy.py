@@ -23,9 +23,8 @@ from deepclust.clustering.kmeans import KMeansResult, kmeans
 from deepclust.clustering.seeding import distinct_rows
 from deepclust.clustering.sharded import ShardedPoints
 from deepclust.errors import DataError, RecipeError
-from deepclust.world import World, derive, generator
+from deepclust.world import ALONE, World, derive, generator
 
-ALONE = World()
 SAMPLE = 64  # rows per cluster that a start looks at
 START_ITERATIONS = 10
 
@@ -91,6 +90,11 @@ def two_level(
         forced=np.union1d(first.forced, forced),
         seconds=(middle - began, time.monotonic() - middle),
     )  # fmt: skip
+
+
+def start_of(points: ArrayPoints, init: str, k: int, seed: int) -> str | np.ndarray:
+    """What `kmeans` takes as `init`: "two-level" is computed here, it knows the others."""
+    return two_level_start(points, k, seed) if init == "two-level" else init
 
 
 def two_level_start(points: ArrayPoints, k: int, seed: int = 0) -> Float32[np.ndarray, "k d"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,4 +83,3 @@ def test_rows_that_overflow_get_some_centroid_and_no_crash() -> None:
 def test_whether_half_precision_pays_is_asked_once() -> None:
     assert half_is_faster() in (True, False)
     assert half_is_faster() is half_is_faster()
-    assert np.isscalar(half_is_faster())

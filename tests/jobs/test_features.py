@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet
@@ -14,8 +14,10 @@ import pytest
 from cluster_jobs import features
 from cluster_jobs.arrays import open_rows
 from cluster_jobs.features import Options, cluster_features
+from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, DiskError, NumericalError, RecipeError
+from deepclust.recipe import ClusterSection
 from tests.tiny import deepclust
 
 N, D, K = 600, 12, 20
@@ -93,6 +95,24 @@ def test_options_reach_the_engine(tmp_path: Path) -> None:
     assert found["sizes"]["min"] >= 4
     norms = np.linalg.norm(np.load(tmp_path / "out" / "centroids.npy"), axis=1)
     assert norms == pytest.approx(np.ones(K), abs=1e-5)
+
+
+@pytest.mark.parametrize("init", get_args(ClusterSection.model_fields["init"].annotation))
+def test_every_start_that_a_recipe_knows_works_here_too(tmp_path: Path, init: str) -> None:
+    out = tmp_path / "out"
+    cluster_features(save(tmp_path, draw()), out, Options(k=K, init=init))
+    assert len(np.unique(np.load(out / "assignments.npy"))) == K
+
+
+def test_a_backend_that_does_not_work_here_is_replaced_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(SEARCHES, "faiss", missing)
+    cluster_features(save(tmp_path, draw()), tmp_path / "out", Options(k=K, backend="faiss"))
+    assert "cluster.backend=faiss does not work on cpu: no kernel image" in capsys.readouterr().err
 
 
 def test_the_seed_decides_the_result(tmp_path: Path) -> None:
