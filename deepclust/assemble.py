@@ -88,7 +88,12 @@ def wrapped(method: Method, context: Context) -> torch.nn.Module:
     model: torch.nn.Module = method
     if context.world.size > 1:
         # batch statistics are rank 0's, shared before every extraction: no need at every step
-        model = DistributedDataParallel(method, broadcast_buffers=False)
+        # DDP packs gradients anew after its first step, and more than two ranks add by place: a
+        # resumed run would round differently. Looking for unused parameters keeps the first order.
+        unused = context.world.size > 2
+        model = DistributedDataParallel(
+            method, broadcast_buffers=False, find_unused_parameters=unused
+        )
     return torch.compile(model) if context.recipe.train.compile else model  # type: ignore[return-value]
 
 

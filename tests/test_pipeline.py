@@ -121,6 +121,15 @@ def test_two_ranks_cluster_and_batch_as_one_does(
     assert Run(tmp_path / "run").metrics("train")[-1]["step"] == 24
 
 
+def test_three_ranks_stopped_and_resumed_are_undisturbed(shards: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(shards, "train.ranks=3", "cluster.where=gang")
+    pretrain(recipe, tmp_path / "straight")
+    with pytest.raises(RequeueWanted):
+        pretrain(recipe, tmp_path / "stopped", stop_at(6))
+    resume(tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
 def test_a_gang_that_clusters_together_gives_the_workers_run(shards: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(shards, "train.ranks=2")
     for where in ("worker", "gang"):
