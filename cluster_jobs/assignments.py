@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from deepclust.data.index import Index, open_index
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.extract import read_excluded
-from deepclust.files import atomic_file
+from deepclust.files import atomic_file, read_json
 from deepclust.rundir import Run, manifest, open_run
 
 SCHEMA = pa.schema(
@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         "reason": pa.string(),
     }
 )
+SEEDED = SCHEMA.append(pa.field("class", pa.string()))
 Writer: TypeAlias = pyarrow.parquet.ParquetWriter | pyarrow.csv.CSVWriter
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
 REASON_LOST = "not in the round that these assignments were taken over from"
@@ -43,7 +44,8 @@ def export_assignments(run: Path, out: Path, round: int | None = None) -> Path:
     """Write the assignments of a round (default: the last) to `out`, atomically; returns `out`.
 
     Columns: sample_id, shard (file name), key, head, cluster (-1 = excluded), distance (squared L2
-    to the own centroid in the whitened space, null if excluded), reason (null unless excluded).
+    to the own centroid in the whitened space, null if excluded), reason (null unless excluded); in
+    a round with labelled seeds also class (of the cluster's prototype, null for free clusters).
     Rows are ordered by shard, then head, then sample id.
 
     Raises `RecipeError` for a suffix other than .parquet and .csv or a round that is not there,
@@ -55,7 +57,8 @@ def export_assignments(run: Path, out: Path, round: int | None = None) -> Path:
     found = open_run(run)
     number = choose_round(found, round)
     index = open_clustered(found, number)
-    with atomic_file(out) as partial, WRITERS[out.suffix](partial, SCHEMA) as writer:
+    schema = SCHEMA if seeded_classes(found, number) is None else SEEDED
+    with atomic_file(out) as partial, WRITERS[out.suffix](partial, schema) as writer:
         for batch in _batches(found, number, index):
             writer.write_batch(batch)
     return out
@@ -93,18 +96,37 @@ def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:
     return {**read_excluded(run.round(number) / "assignments"), **index.excluded}
 
 
+def seeded_classes(run: Run, number: int) -> np.ndarray | None:
+    """Every cluster's class name, None for free ones and at the end for excluded samples (-1).
+
+    None for a round without seeds.
+    """
+    file = run.round(number) / "centroids" / "prototypes.json"
+    if not file.exists():
+        return None
+    cluster = run.recipe.clustering
+    each = cluster.k // cluster.supers if run.recipe.method.name == "deepercluster" else 1
+    names = np.full(cluster.k + 1, None, dtype=object)
+    for one in read_json(file)["clusters"]:  # of super-clusters, where there are two levels
+        names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]
+    return names
+
+
 def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:
     stage = run.round(number) / "assignments"
     assignments = np.load(stage / "assignments.npy", mmap_mode="r")
     distances = np.load(stage / "distances.npy", mmap_mode="r")
     reasons = exclusions(run, number, index)
-    keys = iter(index.keys)
+    keys, classes = iter(index.keys), seeded_classes(run, number)
     for shard, path in enumerate(index.shards):
         first, last = index.bases[shard : shard + 2].tolist()
         names = list(islice(keys, last - first))
         for head in range(len(assignments)):
             clusters, squared = assignments[head, first:last], distances[head, first:last]
-            yield _batch(first, path.name, names, head, clusters, squared, reasons)
+            batch = _batch(first, path.name, names, head, clusters, squared, reasons)
+            if classes is not None:
+                batch = batch.append_column("class", pa.array(classes[clusters], pa.string()))
+            yield batch
 
 
 def _batch(

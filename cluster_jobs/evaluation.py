@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from deepclust.checkpoint import Found, load_latest
 from deepclust.data.index import Index, open_index
@@ -18,26 +18,38 @@ from deepclust.data.reader import Loader, Request
 from deepclust.data.views import CentreCrop, to_float
 from deepclust.errors import DataError
 from deepclust.evaluate import evaluate_features
+from deepclust.evaluate.prototypes import prototypes
 from deepclust.export import Exported, export_backbone
 from deepclust.files import write_json
 from deepclust.inherit import backbone_part, export_meta
 from deepclust.models import Backbone, build_backbone
-from deepclust.recipe import Data, Recipe
+from deepclust.recipe import Recipe
 from deepclust.rundir import Run, open_run
+from deepclust.sections import Data
+from deepclust.seeds import load as load_seeds
 
+DIM = 64  # of the whitening that judges a method without a clustering
 Scores = dict[str, dict[str, float]]
 
 
 def evaluate_run(run: Path, train: str, test: str) -> Scores:
-    """Evaluate a run's backbone on labelled shards; the scores also land in `evaluations/`."""
+    """Evaluate a run's backbone on labelled shards; the scores also land in `evaluations/`.
+
+    A seeded run is also judged by its prototypes, from its own labels in the training shards.
+    """
     found = open_run(run)
     latest, data = _latest(found), found.recipe.data
-    backbone = _backbone(found, latest)
-    scores = evaluate_features(
-        labelled_features(backbone, open_index(train), data),
-        labelled_features(backbone, open_index(test), data),
-        dim=found.recipe.cluster.dim,
-    )
+    backbone, index = _backbone(found, latest), open_index(train)
+    train_x, train_y, ids = features_of(backbone, index, data)
+    probes = labelled_features(backbone, open_index(test), data)
+    dim = found.recipe.cluster.dim if found.recipe.cluster else DIM
+    scores = evaluate_features((train_x, train_y), probes, dim=dim)
+    if found.recipe.seeds is not None:
+        seeds = load_seeds(index, found.recipe.seeds, found.recipe.seed).table
+        labels = label_numbers(index, seeds.names)[seeds.classes]
+        rows, place = np.searchsorted(ids, seeds.ids), np.isin(seeds.ids, ids)
+        nearest = prototypes(train_x, rows[place], labels[place], *probes, dim=dim)
+        scores["prototypes"] = dict(nearest)
     record = {"step": latest.state.step, "train": train, "test": test, "scores": scores}
     write_json(found.path / "evaluations" / f"{latest.state.step:08d}.json", record)
     return scores
@@ -46,7 +58,7 @@ def evaluate_run(run: Path, train: str, test: str) -> Scores:
 def export_run(run: Path, out: Path, format_: str) -> Exported:
     """Export the backbone of a run's newest checkpoint."""
     found = open_run(run)
-    return export_backbone(load_run(found), out, format_, meta=export_meta(found.recipe))
+    return export_backbone(load_run(found), out, format_, meta=export_meta(found))
 
 
 def load_run(run: Run) -> Backbone:
@@ -79,6 +91,27 @@ def labelled_features(
     backbone: Backbone, index: Index, data: Data
 ) -> tuple[Float32[np.ndarray, "n D"], np.ndarray]:
     """Features and labels of every readable, labelled sample, in sample order."""
+    return features_of(backbone, index, data)[:2]
+
+
+def label_numbers(index: Index, names: list[str]) -> Int64[np.ndarray, " classes"]:
+    """The shards' label of every class name; they are told apart by name in tables of labels."""
+    assert index.labels is not None
+    known = {int(label) for label in np.unique(index.labels)}
+    given = index.class_names or [str(label) for label in range(max(known) + 1)]
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise DataError(
+            f"the seeds' classes {missing[:5]} are not among those of {index.shards[0].parent} "
+            f"({given[:5]}, ...): name them as its dataset.json does, or evaluate on other shards"
+        )
+    return np.array([given.index(name) for name in names])
+
+
+def features_of(
+    backbone: Backbone, index: Index, data: Data
+) -> tuple[Float32[np.ndarray, "n D"], np.ndarray, Int64[np.ndarray, " n"]]:
+    """Features, labels and sample ids of every readable, labelled sample, in sample order."""
     if index.labels is None:
         raise DataError(
             f"{index.shards[0].parent} has no labels: evaluation needs KEY.cls or KEY.json members"
@@ -96,7 +129,7 @@ def labelled_features(
     try:
         for loaded in loader.stream(requests):
             with torch.inference_mode():
-                images = to_float(loaded.images.to(device), data.mean, data.std)
+                images = to_float(loaded.images[0].to(device), data.mean, data.std)
                 rows.append(backbone(images).float().cpu().numpy())
             used.append(~np.isin(loaded.ids, [bad.sample_id for bad in loaded.bad]))
     finally:
@@ -107,4 +140,4 @@ def labelled_features(
             f"{(~usable).sum()} of {len(ids)} images of {index.shards[0].parent} cannot be read, "
             f"more than data.max_bad={data.max_bad} allows"
         )
-    return np.concatenate(rows)[usable], np.asarray(index.labels)[ids][usable]
+    return np.concatenate(rows)[usable], np.asarray(index.labels)[ids][usable], ids[usable]

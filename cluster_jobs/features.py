@@ -34,8 +34,8 @@ from deepclust.clustering.search import probed
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
-from deepclust.recipe import ClusterSection
 from deepclust.rundir import environment
+from deepclust.sections import ClusterSection
 
 BLOCK = 4096  # rows that are whitened at a time
 GROUP = 2**20  # rows of a Parquet row group: all that the table has in memory

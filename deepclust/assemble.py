@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,17 +15,22 @@ from deepclust.checkpoint import State
 from deepclust.data.index import Index
 from deepclust.data.reader import Loader
 from deepclust.data.views import to_float
-from deepclust.errors import NumericalError
+from deepclust.errors import RecipeError
+from deepclust.feed import Feed
 from deepclust.methods import METHODS
-from deepclust.methods.base import Method, Targets
+from deepclust.methods.base import Method, Setting, Targets
 from deepclust.metrics import Metrics, Report
 from deepclust.models import build_backbone
 from deepclust.optim import Optimizers, Schedule
-from deepclust.recipe import Recipe, parse_cadence
+from deepclust.recipe import Recipe
 from deepclust.rundir import Run
+from deepclust.saving import put_back, saver
+from deepclust.sections import parse_cadence
 from deepclust.timeline import Timeline
 from deepclust.train import Trainer
 from deepclust.world import World
+
+Ignore: TypeAlias = Callable[[torch.nn.Module, list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def build_trainer(context: Context) -> Trainer:
     """The method, its optimizers and the loader, from the recipe; weights depend on the seed."""
     recipe, world, data = context.recipe, context.world, context.recipe.data
     timeline = Timeline.of(recipe, len(context.index))
-    method = build_method(recipe, new=not context.run.checkpoints()).to(world.device)
+    method = build_method(recipe, world, new=not context.run.checkpoints()).to(world.device)
+    method = global_norm(method, recipe.train.sync_bn, world)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
     optimizers = Optimizers(method.param_groups(), recipe.train)
     return Trainer(
@@ -63,14 +69,20 @@ def build_trainer(context: Context) -> Trainer:
             context.index, data.workers, read=context.read, scratch=data.scratch,
             max_pixels=data.max_pixels,
         ),
-        data=data, config=recipe.train, seed=recipe.seed, folder=context.run.path,
+        feed=Feed(
+            data, method.needs, world, recipe.seed, recipe.train.batch, recipe.train.accumulate
+        ),
+        config=recipe.train, max_bad=data.max_bad, seed=recipe.seed, folder=context.run.path,
         metrics=Metrics(context.run) if world.is_first else None, report=context.report,
-        save=saver(context, method, optimizers), save_due=save_schedule(recipe, timeline),
+        save=saver(
+            context.run, recipe.keep.checkpoints, world, context.report, method, optimizers
+        ),
+        save_due=save_schedule(recipe, timeline),
         stopping=context.stopping,
     )  # fmt: skip
 
 
-def build_method(recipe: Recipe, new: bool) -> Method:
+def build_method(recipe: Recipe, world: World, new: bool) -> Method:
     """The recipe's method around the recipe's backbone; a new run may inherit weights."""
     backbone = build_backbone(
         recipe.backbone.name, sobel=recipe.backbone.sobel,
@@ -78,47 +90,36 @@ def build_method(recipe: Recipe, new: bool) -> Method:
     )  # fmt: skip
     if recipe.init.weights and new:
         inherit.load_weights(backbone, recipe.init.weights)
-    return METHODS[recipe.method.name](
-        backbone, recipe.cluster.k, recipe.cluster.dim, recipe.method.head, recipe.seed
-    )
+    setting = Setting(recipe.method, recipe.cluster, recipe.seed, world)
+    return METHODS[recipe.method.name](backbone, setting)
+
+
+def global_norm(method: Method, wanted: str, world: World) -> Method:
+    """Batch norm over the whole global batch, so that any number of ranks gives the same step.
+
+    `auto` is on where torch has it, on GPUs; a CPU's ranks each norm by their own share.
+    """
+    if wanted == "on" and world.device.type == "cpu":
+        raise RecipeError("train.sync_bn=on needs GPUs: torch has no SyncBatchNorm for a CPU")
+    if wanted == "off" or world.size == 1 or world.device.type == "cpu":
+        return method
+    convert: Callable[[Method], Method] = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(method)
 
 
 def wrapped(method: Method, context: Context) -> torch.nn.Module:
     """The method as it is trained: compiled if asked, in DDP when there are several ranks."""
     model: torch.nn.Module = method
     if context.world.size > 1:
-        # batch statistics are rank 0's, shared before every extraction: no need at every step
+        ignore: Ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(method, list(method.owned()))
+        # batch statistics are rank 0's, shared before every extraction: no need at every step.
         # DDP packs gradients anew after its first step, and more than two ranks add by place: a
         # resumed run would round differently. Looking for unused parameters keeps the first order.
-        unused = context.world.size > 2
         model = DistributedDataParallel(
-            method, broadcast_buffers=False, find_unused_parameters=unused
+            method, broadcast_buffers=False, find_unused_parameters=context.world.size > 2
         )
     return torch.compile(model) if context.recipe.train.compile else model  # type: ignore[return-value]
-
-
-def saver(context: Context, method: Method, optimizers: Optimizers) -> Callable[[State], None]:
-    """A function by which rank 0 saves where we are."""
-
-    def save(state: State) -> None:
-        if context.world.is_first:
-            parts = {"model": dict(method.state_dict()), **optimizers.state()}
-            check_finite(parts["model"], state)
-            if checkpoint.save(context.run, state, parts, context.recipe.keep.checkpoints):
-                context.report.event("checkpoint", step=state.step)
-
-    return save
-
-
-def check_finite(tensors: dict[str, Tensor], state: State) -> None:
-    """Raise `NumericalError` rather than save weights that no resume could go on from."""
-    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise NumericalError(
-            f"at step {state.step} the weights are not finite ({broken[0]}); nothing was saved and "
-            "the checkpoint before is sound. Lower train.lr in a new run that starts from it "
-            "(init.weights)."
-        )
 
 
 def save_schedule(recipe: Recipe, timeline: Timeline) -> Callable[[State], bool]:
@@ -159,8 +160,7 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
     folder = context.world.share(found.folder if found else None)  # rank 0 chooses for all
     if folder is None:
         return State(), None
-    state, parts = (found.state, found.parts) if found else checkpoint.load(folder)
-    trainer.method.load_state_dict(parts.pop("model"))
-    trainer.optimizers.load_state(parts)
+    state, parts = (found.state, found.parts) if found else checkpoint.load(folder, check=False)
+    put_back(folder, parts, trainer.method, trainer.optimizers)
     context.tell("restored", step=state.step, segment=state.segment, round=state.round)
     return state, cluster.read_targets(context.run, state.round) if state.round >= 0 else None

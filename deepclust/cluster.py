@@ -10,20 +10,17 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
+from deepclust import seeded
 from deepclust.clustering import assignments as stats
-from deepclust.clustering.arrays import ArrayPoints
-from deepclust.clustering.hierarchy import start_of
-from deepclust.clustering.kmeans import KMeansResult, kmeans
 from deepclust.clustering.search import probed
-from deepclust.clustering.sharded import ShardedPoints
 from deepclust.clustering.whiten import Whitening, solve
 from deepclust.data.index import Index
 from deepclust.errors import NumericalError, ResourceError
@@ -31,8 +28,12 @@ from deepclust.extract import merged_moments, read_excluded
 from deepclust.files import read_json, write_json
 from deepclust.methods.base import Targets
 from deepclust.metrics import Report
-from deepclust.recipe import ClusterSection, Recipe
+from deepclust.partition import Partition, Task, partition
+from deepclust.recipe import Recipe
 from deepclust.rundir import Run, is_done
+from deepclust.sections import ClusterSection, DeepClusterSection, SeedsSection
+from deepclust.seeded import SeededRound
+from deepclust.seeds import Seeds, load
 from deepclust.world import ALONE, World, derive
 
 POLL_S = 0.05
@@ -47,6 +48,8 @@ class Job:
     seed: int
     index: Index
     keep_ids: bool  # head policy `match`: a cluster takes the id of the old one that it continues
+    two_level: bool
+    seeds: tuple[SeedsSection, Seeds] | None
     device: torch.device
     report: Report
     world: World = ALONE  # the ranks that cluster together; a worker and an only rank are alone
@@ -55,16 +58,34 @@ class Job:
 def make_job(
     run: Run, recipe: Recipe, index: Index, device: torch.device, report: Report, world: World
 ) -> Job:
-    """The job of a recipe, its backend and device tried first; what was given up is reported."""
-    backend, tried, notes = probed(recipe.cluster.backend, device)
+    """The job of a recipe, its backend and device tried first; what was given up is reported.
+
+    The labels of a seeded one are read; see `seeds.load` and `seeded.check` for their errors.
+    """
+    config, method = recipe.clustering, recipe.method
+    backend, tried, notes = probed(config.backend, device)
     if world.size > 1 and tried != device:
         raise ResourceError(f"cluster.where=gang needs every rank's device: {'; '.join(notes)}")
-    device = tried
-    for note in notes if world.is_first else ():
-        report.event("warning", text=f"{note}; {backend} on {device} is used instead")
-    config = recipe.cluster.model_copy(update={"backend": backend})
-    keep_ids = recipe.method.head == "match"
-    return Job(run, config, recipe.seed, index, keep_ids, device, report, world)
+    notes = [f"{note}; {backend} on {tried} is used instead" for note in notes]
+    seeds = None
+    if recipe.seeds is not None:
+        seeds = recipe.seeds, load(index, recipe.seeds, recipe.seed)
+        seeded.check(run, recipe, seeds[1])
+        notes += seeds[1].notes
+    job = Job(
+        run, config.model_copy(update={"backend": backend}), recipe.seed, index,
+        keep_ids=isinstance(method, DeepClusterSection) and method.head == "match",
+        two_level=config.supers > 1 or method.name == "deepercluster",
+        seeds=seeds, device=tried, report=report, world=world,
+    )  # fmt: skip
+    _warn(job, notes)
+    return job
+
+
+def _warn(job: Job, notes: list[str]) -> None:
+    """Tell the user; the first rank does, for all."""
+    for note in notes if job.world.is_first else ():
+        job.report.event("warning", text=note)
 
 
 def solve_whitening(job: Job, number: int) -> None:
@@ -74,7 +95,7 @@ def solve_whitening(job: Job, number: int) -> None:
         return
     started = time.monotonic()
     whitening = solve(merged_moments(folder / "raw"), job.config.dim)
-    facts = {"rank": whitening.rank, "seconds": time.monotonic() - started}
+    facts: dict[str, Any] = {"rank": whitening.rank, "seconds": time.monotonic() - started}
     job.run.commit(
         folder / "whitening",
         lambda stage: whitening.save(stage / "whitening.safetensors"),
@@ -93,12 +114,14 @@ def cluster_features(job: Job, number: int) -> None:
         return
     started = time.monotonic()
     rows = np.load(folder / "features" / "rows.npy", mmap_mode="r")
-    excluded = read_excluded(folder / "features")
-    valid = np.setdiff1d(np.arange(len(rows)), np.fromiter(excluded, np.int64, len(excluded)))
-    own = np.array_split(valid, world.size)[world.rank]
-    found = _spread(_kmeans(job, number, rows, valid, own), own, len(rows), world)
+    excluded = np.array(list(read_excluded(folder / "features")), np.int64)
+    valid = np.setdiff1d(np.arange(len(rows)), excluded)
+    seeds = _seeds(job, number, rows, excluded)
+    seed = derive(job.seed, "cluster", number)
+    found = partition(Task(rows, valid, job.config, job.two_level, seeds, seed, job.device, world))
+    _warn_seeds(job, found, seeds)
     if world.is_first:
-        _publish(job, number, found, started)
+        _publish(job, number, rows, found, seeds, started)
 
 
 def advance(job: Job, number: int) -> None:
@@ -152,85 +175,71 @@ def read_statistics(run: Run, number: int) -> dict[str, Any]:
     return dict(read_json(run.round(number) / "assignments" / "statistics.json"))
 
 
-@dataclass(frozen=True)
-class _Clustering:
-    """A k-means result, spread over all n samples."""
+def _seeds(
+    job: Job, number: int, rows: np.ndarray, excluded: Int64[np.ndarray, " e"]
+) -> SeededRound | None:
+    """The round's prototypes, if there are seeds; the same on every rank."""
+    if job.seeds is None:
+        return None
+    config, seeds = job.seeds
+    seed = derive(job.seed, "cluster", number)
+    return seeded.begin(job.run, number, seeds, config, rows, excluded, seed)
 
-    labels: Int32[np.ndarray, " n"]
-    distances: np.ndarray
-    result: KMeansResult
+
+def _warn_seeds(job: Job, found: Partition, seeds: SeededRound | None) -> None:
+    """Tell what was left out, and which classes have an empty cluster or too few sub-clusters."""
+    if seeds is None:
+        return
+    notes = [*seeds.notes]
+    if len(found.empty_fixed):
+        names = seeds.names_of(found.empty_fixed)
+        notes.append(f"{len(found.empty_fixed)} pinned clusters won no sample: classes {names}")
+    if found.levels is not None:
+        short = np.flatnonzero(found.levels.subs < job.config.k // job.config.supers)
+        pinned = seeds.names_of(short[short < seeds.count])
+        if len(short):
+            notes.append(
+                f"{len(short)} super-clusters have fewer distinct rows than sub-clusters, whose "
+                f"other ids are empty; of classes: {pinned or 'none'}"
+            )
+    _warn(job, notes)
 
 
-def _kmeans(
+def _publish(
     job: Job,
     number: int,
     rows: np.ndarray,
-    valid: Int64[np.ndarray, " m"],
-    own: Int64[np.ndarray, " o"],
-) -> KMeansResult:
-    """k-means of the valid rows, of which `own` are this rank's."""
-    config, seed = job.config, derive(job.seed, "cluster", number)
-    alone = job.world.size == 1
-    stretch = rows[own[0] : own[-1] + 1] if len(own) else rows[:0]  # all that our device holds
-    mine = ArrayPoints(stretch, device=job.device)
-    if len(own) < len(stretch):
-        mine = mine.select(own - own[0])
-    whole = mine if alone or config.init != "two-level" else ArrayPoints(rows).select(valid)
-    init = job.world.share(
-        start_of(whole, config.init, config.k, seed) if job.world.is_first else ""
-    )
-    return kmeans(
-        mine if alone else ShardedPoints(mine, job.world),
-        config.k,
-        iterations=config.iterations,
-        seed=seed,
-        init=init,
-        empty=config.empty,
-        min_size=config.min_size,
-        backend=config.backend,
-    )
-
-
-def _spread(
-    result: KMeansResult, own: Int64[np.ndarray, " o"], n: int, world: World
-) -> _Clustering:
-    """This rank's labels and distances at their ids, and those of all others added."""
-    labels = np.zeros(n, np.int32)
-    distances = np.zeros(n, np.float32)
-    labels[own] = result.assignments + 1
-    distances[own] = result.distances
-    both = (world.sum(torch.from_numpy(x).to(world.device)).cpu() for x in (labels, distances))
-    labels, distances = (x.numpy() for x in both)
-    distances[labels == 0] = np.nan
-    return _Clustering(labels - 1, distances, result)
-
-
-def _publish(job: Job, number: int, found: _Clustering, started: float) -> None:
+    found: Partition,
+    seeds: SeededRound | None,
+    started: float,
+) -> None:
     """Renumber if asked, judge, and commit: centroids first, then the assignments."""
-    folder = job.run.round(number)
-    k = job.config.k
-    before = _previous(job.run, number)
-    labels, centroids, kept = found.labels, np.asarray(found.result.centroids), None
-    if before is not None and job.keep_ids:
-        matching = stats.match(before, labels, k)
-        labels = np.where(labels < 0, -1, matching.new_ids[labels]).astype(np.int32)
-        centroids = centroids[np.argsort(matching.new_ids)]
-        kept = np.zeros(k, bool)
-        kept[matching.new_ids[matching.overlapping]] = True
+    folder, k = job.run.round(number), job.config.k
+    found, kept = _renumbered(job, number, found, seeds)
+    labels = found.labels
+    verdict = None if seeds is None else seeded.verdict(seeds, rows, *found.first_level())
     statistics = {
         "round": number,
-        **stats.describe(labels, k, previous=before, classes=job.index.labels),
-        "inertia": float(found.result.inertia) / max(1, int((labels >= 0).sum())),
-        "forced": len(found.result.forced),
-        "empty_repairs": found.result.empty_repairs,
-        "iterations": len(found.result.history),
+        **stats.describe(labels, k, previous=_previous(job.run, number), classes=job.index.labels),
+        "empty": k - len(np.unique(labels[labels >= 0])),
+        "inertia": float(found.inertia) / max(1, int((labels >= 0).sum())),
+        **found.facts,
+        **_headlines(verdict, found),
         "seconds": time.monotonic() - started,
     }
     _check_collapse(statistics, job.config.max_share, folder)
     inputs = {"data": job.index.fingerprint, "round": number, "k": k}
-    job.run.commit(
-        folder / "centroids", lambda d: np.save(d / "centroids.npy", centroids[None]), inputs
-    )
+    if job.two_level:
+        inputs["supers"] = job.config.supers
+    if job.seeds is not None:
+        inputs["seeds"] = job.seeds[1].table.digest
+
+    def fill_centroids(stage: Path) -> None:
+        np.save(stage / "centroids.npy", found.centroids[None])
+        if found.levels is not None:
+            np.save(stage / "super_centroids.npy", found.levels.super_centroids)
+        if seeds is not None:
+            seeded.save(seeds, stage)
 
     def fill(stage: Path) -> None:
         shutil.copy(folder / "features" / "excluded.parquet", stage)  # outlives the features
@@ -238,23 +247,66 @@ def _publish(job: Job, number: int, found: _Clustering, started: float) -> None:
         np.save(stage / "distances.npy", found.distances[None])
         if kept is not None:
             np.save(stage / "kept.npy", kept)
+        if verdict is not None:
+            write_json(stage / "seeds.json", verdict)
+            np.save(stage / "forced.npy", found.claimed)
         write_json(stage / "statistics.json", statistics)
 
+    job.run.commit(folder / "centroids", fill_centroids, inputs)
     job.run.commit(folder / "assignments", fill, inputs)
     job.report.event("clustered", **statistics)
 
 
+def _renumbered(
+    job: Job, number: int, found: Partition, seeds: SeededRound | None
+) -> tuple[Partition, Bool[np.ndarray, " k"] | None]:
+    """Ids that continue the last round's, and which do; seeded clusters keep theirs."""
+    before, m = _previous(job.run, number), seeds.count if seeds else 0
+    if before is None or not job.keep_ids:
+        return found, None
+    k, labels = job.config.k, found.labels
+    matching = stats.match(_free(before, m), _free(labels, m), k - m)
+    new_ids = np.concatenate([np.arange(m), m + matching.new_ids])
+    kept = np.zeros(k, bool)
+    kept[m + matching.new_ids[matching.overlapping]] = True
+    if seeds is not None:
+        kept[:m] = seeds.continues(job.run.round(_last(job.run, number)))
+    labels = np.where(labels < 0, -1, new_ids[labels]).astype(np.int32)
+    centroids = found.centroids[np.argsort(new_ids)]
+    return replace(found, labels=labels, centroids=centroids), kept
+
+
+def _free(labels: Int32[np.ndarray, " n"], m: int) -> Int32[np.ndarray, " n"]:
+    """Ids of free clusters counted from 0; -1 for those of the m seeded ones."""
+    free: Int32[np.ndarray, " n"] = np.maximum(labels - m, -1).astype(np.int32)
+    return free
+
+
+def _headlines(verdict: dict[str, Any] | None, found: Partition) -> dict[str, Any]:
+    """Of the verdict, what the statistics tell."""
+    if verdict is None:
+        return {}
+    names = ("share", "purity", "recall", "accuracy")
+    numbers = {f"seeded_{name}": verdict[name] for name in names}
+    return {**numbers, "seeds_forced": len(found.claimed)}
+
+
+def _last(run: Run, number: int) -> int:
+    """The finished round before this one; -1 for none."""
+    return max((r for r in run.rounds() if r < number), default=-1)
+
+
 def _previous(run: Run, number: int) -> Int32[np.ndarray, " n"] | None:
-    done = [r for r in run.rounds() if r < number]
-    if not done:
+    last = _last(run, number)
+    if last < 0:
         return None
-    file = run.round(done[-1]) / "assignments" / "assignments.npy"
+    file = run.round(last) / "assignments" / "assignments.npy"
     return np.asarray(np.load(file, mmap_mode="r")[0])
 
 
 def _check_collapse(statistics: dict[str, Any], max_share: float, folder: Path) -> None:
     share = statistics["largest_share"]
-    if share > max_share:
+    if statistics["k"] > 1 and share > max_share:
         raise NumericalError(
             f"the clustering of {folder} has collapsed: one cluster holds {share:.1%} of the "
             f"images (cluster.max_share is {max_share:.0%}). The features no longer tell images "

@@ -31,8 +31,8 @@ from deepclust.data.views import CentreCrop
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import atomic_file, write_json
 from deepclust.metrics import Report
-from deepclust.recipe import Data
 from deepclust.rundir import Run, is_done
+from deepclust.sections import Data
 from deepclust.tensorfile import write_tensors
 from deepclust.world import World
 
@@ -168,7 +168,7 @@ def _find_pivot(job: Pass, embed: Embed, unit: range) -> None:
         return
     ids = np.arange(unit.start, min(unit.stop, unit.start + job.config.extract_batch))
     loaded = next(iter(job.loader.stream([_request(job.config, ids)])))
-    rows = embed(loaded.images)
+    rows = embed(loaded.images[0])
     usable = torch.isfinite(rows).all(1).cpu()
     usable[[int(b.sample_id) - unit.start for b in loaded.bad]] = False
     if len(loaded.bad) == len(ids):
@@ -206,7 +206,7 @@ def _fill(job: Pass, embed: Embed, units: list[range], missing: list[int], pivot
     unit = _Open()
     for turn, loaded in enumerate(job.loader.stream(requests())):
         number = owner[turn]
-        _add_batch(unit, embed(loaded.images).float(), loaded.ids, loaded.bad, pivot)
+        _add_batch(unit, embed(loaded.images[0]).float(), loaded.ids, loaded.bad, pivot)
         if len(unit.rows) == batches[number]:
             _commit_unit(job, number, unit, pivot)
             job.report.event("unit", round=job.round, unit=number, of=len(units))

@@ -51,10 +51,10 @@ def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
             f"init.assignments: {source} is not a finished round (runs/NAME/rounds/0003)"
         )
     centroids = np.load(source / "centroids" / "centroids.npy")
-    if centroids.shape[1] != recipe.cluster.k:
+    if centroids.shape[1] != recipe.clustering.k:
         raise RecipeError(
             f"init.assignments: {source} has {centroids.shape[1]} clusters and cluster.k is "
-            f"{recipe.cluster.k}; set cluster.k={centroids.shape[1]}"
+            f"{recipe.clustering.k}; set cluster.k={centroids.shape[1]}"
         )
     labels = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
     if manifest(source / "assignments")["inputs"]["data"] != index.fingerprint:
@@ -62,13 +62,17 @@ def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
     _write_round(run, source, index, np.asarray(labels), centroids)
 
 
-def export_meta(recipe: Recipe) -> dict[str, Any]:
-    """What an exported file says of how its images were made."""
-    data = recipe.data
-    return {
+def export_meta(run: Run) -> dict[str, Any]:
+    """What an exported file says of how its images were made, and of the classes that seeded it."""
+    recipe, data = run.recipe, run.recipe.data
+    meta = {
         "mean": list(data.mean), "std": list(data.std), "resize": data.short_side,
         "method": recipe.method.name, "deepclust": __version__,
     }  # fmt: skip
+    files = [run.round(number) / "centroids" / "prototypes.json" for number in run.rounds()]
+    if files and files[-1].exists():
+        meta["classes"] = read_json(files[-1])["classes"]
+    return meta
 
 
 def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:

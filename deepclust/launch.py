@@ -27,9 +27,10 @@ from deepclust import errors, rundir
 from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, ResourceError
 from deepclust.files import disk_errors
 from deepclust.lock import hold
-from deepclust.recipe import Recipe, Section, differences
+from deepclust.recipe import Recipe, differences
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER, Seat
+from deepclust.sections import SHARDS, Section
 
 Show = Callable[[dict[str, Any]], None]
 MAY_CHANGE = ("train.ranks", "data.workers")
@@ -76,6 +77,8 @@ def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
     Raises `RecipeError` for a run with `cluster.overlap`, where no stage is alone.
     """
     found = rundir.open_run(run)
+    if found.recipe.cluster is None:
+        raise RecipeError(f"{found.path} trains on no clustering, so it has no stages to run alone")
     if found.recipe.cluster.overlap:
         raise RecipeError(
             f"{found.path} trains while it clusters (cluster.overlap), so its stages cannot be run "
@@ -96,14 +99,16 @@ def _resolved(recipe: Recipe) -> Recipe:
     Paths become absolute. Results on a CPU depend on the threads per rank: its share of the cores,
     less those that its reader processes keep busy. With overlap the cluster worker has a share too.
     """
-    share = _cores() // (recipe.train.ranks + recipe.cluster.overlap)
+    beside = recipe.cluster is not None and recipe.cluster.overlap
+    share = _cores() // (recipe.train.ranks + beside)
     threads = recipe.train.threads or max(1, share - recipe.data.workers)
-    data, init = recipe.data, recipe.init
+    data, init, seeds = recipe.data, recipe.init, recipe.seeds
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"threads": threads}),
             "data": data.model_copy(update=_absolute(data, "shards", "index", "scratch")),
             "init": init.model_copy(update=_absolute(init, "weights", "assignments")),
+            "seeds": seeds and seeds.model_copy(update=_absolute(seeds, "labels", "held_out")),
         }
     )
 
@@ -115,7 +120,8 @@ def _cores() -> int:
 
 def _absolute(section: Section, *names: str) -> dict[str, str]:
     values = {name: getattr(section, name) for name in names}
-    return {n: os.path.abspath(v) for n, v in values.items() if v is not None and ":" not in v}
+    paths = {n: v for n, v in values.items() if v is not None and ":" not in v and v != SHARDS}
+    return {name: os.path.abspath(value) for name, value in paths.items()}
 
 
 def check_changes(run: Run, recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ momentum of a classifier that is gone would push the new one anywhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from deepclust.recipe import TrainSection
+from deepclust.lars import LARS
+from deepclust.sections import TrainSection
 
 Tensors = dict[str, Tensor]
 
 
 class Optimizers:
-    """SGD for the body and, where the head learns, SGD for the head."""
+    """SGD or LARS for the body and, where a head learns anew every round, SGD for the head."""
 
     def __init__(self, groups: dict[str, list[nn.Parameter]], config: TrainSection) -> None:
         self.config = config
@@ -29,6 +31,8 @@ class Optimizers:
 
     def _make(self, name: str) -> SGD:
         config = self.config
+        if name == "body" and config.optimizer == "lars":
+            return LARS(self.groups[name], config.lr, config.momentum, config.weight_decay)
         momentum = config.head_momentum if name == "head" else config.momentum
         return SGD(
             self.groups[name],
@@ -66,28 +70,26 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, Tensors]:
-        """Momentum buffers by optimizer and parameter number, for a checkpoint."""
-        return {name: _buffers(optimizer) for name, optimizer in self.by_name.items()}
+    def buffers(self) -> Iterator[tuple[str, int, nn.Parameter, Tensor]]:
+        """Every momentum buffer that there is: optimizer, parameter's number in it, parameter."""
+        for name, optimizer in self.by_name.items():
+            for number, parameter in enumerate(self.groups[name]):
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is not None:
+                    yield name, number, parameter, buffer
+
+    def number(self, name: str, parameter: nn.Parameter) -> str:
+        """The parameter's number in an optimizer, as checkpoints write it."""
+        return str([id(p) for p in self.groups[name]].index(id(parameter)))
 
     def load_state(self, parts: dict[str, Tensors]) -> None:
-        """Put the momentum buffers of `state` back."""
+        """Put momentum buffers back, by optimizer and the parameter's number in it."""
         for name, optimizer in self.by_name.items():
-            parameters = optimizer.param_groups[0]["params"]
             for key, value in parts.get(name, {}).items():
-                parameter = parameters[int(key)]
+                parameter = self.groups[name][int(key)]
                 # in the parameter's own layout, which decides how the update is computed
                 buffer = torch.empty_like(parameter).copy_(value)
                 optimizer.state[parameter]["momentum_buffer"] = buffer
-
-
-def _buffers(optimizer: SGD) -> Tensors:
-    buffers = {}
-    for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        value = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if value is not None:
-            buffers[str(number)] = value
-    return buffers
 
 
 @dataclass(frozen=True)

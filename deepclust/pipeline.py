@@ -18,8 +18,13 @@ from __future__ import annotations
 import shutil
 import time
 
+import numpy as np
+from jaxtyping import Int8
+
 from deepclust import cluster, inherit
 from deepclust.assemble import Context, build_trainer, embedder, restore
+from deepclust.checkpoint import State
+from deepclust.data.index import Index
 from deepclust.data.plan import EpochPlan
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.export import export_backbone
@@ -50,16 +55,12 @@ def run(context: Context) -> None:
             if (ahead := timeline.round_ahead(state)) is not None:
                 trainer.save(state)  # before a refresh here, which has saved the same step
                 begin_round(context, trainer, ahead)
-            assert targets is not None
-            plan = EpochPlan.build(
-                targets.ids, seed=recipe.seed, epoch=state.segment, steps=timeline.steps(state),
-                global_batch=recipe.train.batch, mode=recipe.method.sampling,
-                lanes=timeline.lanes if context.read == "block" else None,
-                blocks=context.index.bases,
-            )  # fmt: skip
-            assignments = context.run.round(targets.round) / "assignments" / "assignments.npy"
+            plan = plan_segment(context, timeline, state, targets)
+            file = context.run.round(state.round) / "assignments" / "assignments.npy"
             context.tell("training", round=state.round, segment=state.segment, step=state.step)
-            state = train_segment(trainer, plan, targets, assignments, state).after_segment()
+            state = train_segment(
+                trainer, plan, targets, file if targets else None, state
+            ).after_segment()
             if trainer.save_due(state):
                 trainer.save(state)
         trainer.save(state)
@@ -68,6 +69,25 @@ def run(context: Context) -> None:
         trainer.loader.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
+
+
+def plan_segment(
+    context: Context, timeline: Timeline, state: State, targets: Targets | None
+) -> EpochPlan:
+    """Uniform over the round's clusters; without a clustering all samples are one."""
+    recipe, index = context.recipe, context.index
+    return EpochPlan.build(
+        targets.ids if targets else _usable(index), seed=recipe.seed, epoch=state.segment,
+        steps=timeline.steps(state), global_batch=recipe.train.batch, mode=recipe.method.sampling,
+        lanes=timeline.lanes if context.read == "block" else None, blocks=index.bases,
+    )  # fmt: skip
+
+
+def _usable(index: Index) -> Int8[np.ndarray, " n"]:
+    """0 for every sample, -1 for those that the index excludes."""
+    labels = np.zeros(len(index), np.int8)
+    labels[list(index.excluded)] = -1
+    return labels
 
 
 def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
@@ -95,7 +115,7 @@ def begin_round(context: Context, trainer: Trainer, number: int) -> None:
 def warn_if_late(context: Context, number: int) -> None:
     """Say it when a round that overlap begins a boundary early has to be made in its place."""
     begun = is_done(context.run.round(number) / "features")
-    if context.recipe.cluster.overlap and number > 0 and not begun:
+    if context.recipe.clustering.overlap and number > 0 and not begun:
         why = "the run has been made longer, or that round's features were lost"
         text = f"round {number} is made from the present weights, not those of a boundary ago: "
         context.tell("warning", text=text + why)
@@ -159,7 +179,7 @@ def finish(context: Context, trainer: Trainer) -> None:
     if context.world.is_first:
         out = context.run.path / "export" / "backbone.safetensors"
         export_backbone(
-            trainer.method.backbone, out, "safetensors", meta=inherit.export_meta(context.recipe)
+            trainer.method.backbone, out, "safetensors", meta=inherit.export_meta(context.run)
         )
         context.report.event("exported", file=str(out))
     context.world.barrier()

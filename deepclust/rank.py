@@ -50,9 +50,9 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     device = training_device(recipe, seat.rank)
     world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
     job = None
-    if recipe.cluster.where == "gang":
+    if recipe.cluster is not None and recipe.cluster.where == "gang":
         job = cluster.make_job(run, recipe, index, device, report, world)
-    elif recipe.clusters_inline and world.is_first:
+    elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
         place = clustering_device(recipe)
         job = cluster.make_job(run, recipe, index, place, report, World())
     context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
@@ -82,8 +82,8 @@ def training_device(recipe: Recipe, rank: int) -> torch.device:
 
 def clustering_device(recipe: Recipe) -> torch.device:
     """The cluster worker's device: a GPU that no rank trains on, else rank 0's, else the CPU."""
-    if recipe.cluster.device != "auto":
-        return torch.device(recipe.cluster.device)
+    if recipe.clustering.device != "auto":
+        return torch.device(recipe.clustering.device)
     gpus = torch.cuda.device_count()
     if not gpus or recipe.train.device == "cpu":
         return torch.device("cpu")

@@ -9,180 +9,32 @@ Recipe; every other part is given its own section or plain values.
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from deepclust.errors import RecipeError
 from deepclust.files import write_text
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How often something happens: every `count` epochs or steps."""
-
-    count: int
-    unit: Literal["epoch", "step"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
-
-
-class Data(Section):
-    """Which images, and how they are looked at."""
-
-    shards: str = Field(description="folder of tar shards, or a brace pattern")
-    index: str | None = Field(None, description="where the index lies, if not beside the shards")
-    size: int = Field(224, ge=8, description="side of the square that the backbone sees, pixels")
-    resize: int | None = Field(None, ge=8, description="short side before the centre crop, pixels")
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of a training crop")
-    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="its width / height")
-    flip: float = Field(0.5, ge=0, le=1, description="chance of a horizontal flip")
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    workers: int = Field(4, ge=0, description="reader processes per rank; 0 = in the rank itself")
-    read: Literal["auto", "offset", "block"] = "auto"
-    scratch: str | None = Field(None, description="node-local folder for block reading")
-    extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
-    max_pixels: int = Field(178_956_970, ge=1, description="larger images are refused unread")
-    max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails")
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} goes from a small positive number to a larger one")
-        if self.short_side < self.size:
-            raise ValueError(f"resize {self.short_side} is smaller than the crop, size {self.size}")
-        if min(self.std) <= 0:
-            raise ValueError("std must be positive")
-        return self
-
-    @property
-    def short_side(self) -> int:
-        """`resize`, or the usual 256 for 224 in proportion."""
-        return self.resize if self.resize is not None else round(self.size * 256 / 224)
-
-
-class BackboneSection(Section):
-    """Which network; the names are listed in `deepclust.models.BACKBONES`."""
-
-    name: str
-    sobel: bool = Field(False, description="see two Sobel gradients instead of colour")
-
-
-class MethodSection(Section):
-    """Which method, and its own choices."""
-
-    name: Literal["deepcluster"] = "deepcluster"
-    head: Literal["reset", "match", "centroids"] = Field(
-        "reset", description="what a new round does to the classifier"
-    )
-    sampling: Literal["exact", "paper"] = Field("exact", description="uniform cluster sampling")
-
-
-class ClusterSection(Section):
-    """Whitening and k-means."""
-
-    k: int = Field(ge=2, description="number of clusters")
-    dim: int = Field(256, ge=1, description="dimensions kept by the whitening")
-    iterations: int = Field(20, ge=1)
-    every: str = Field("1 epoch", description='"n epochs" or "n steps" between rounds')
-    until: int | None = Field(None, ge=1, description="no new round from this epoch on")
-    init: Literal["random", "k-means++", "two-level"] = "random"
-    empty: Literal["split", "relocate"] = "split"
-    min_size: int = Field(1, ge=1, description="members that every cluster ends with")
-    backend: Literal["auto", "torch", "faiss"] = "auto"
-    where: Literal["auto", "inline", "worker", "gang"] = Field(
-        "auto",
-        description="auto: inline at one rank, else the cluster worker's own process; "
-        "gang: all ranks together, each with its part of the rows",
-    )
-    overlap: bool = Field(False, description="k-means while the gang trains on; a round later")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
-    max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
-
-    @field_validator("every")
-    @classmethod
-    def _every(cls, text: str) -> str:
-        parse_cadence(text)
-        return text
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.overlap and self.where in ("inline", "gang"):
-            raise ValueError(
-                "overlap needs the cluster worker, a process of its own: leave where at auto"
-            )
-        return self
-
-
-class TrainSection(Section):
-    """The optimisation."""
-
-    epochs: int = Field(ge=1)
-    batch: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
-    ranks: int = Field(1, ge=1)
-    accumulate: int = Field(1, ge=1, description="parts in which a rank's share is computed")
-    lr: float = Field(0.05, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(1e-5, ge=0)
-    head_lr: float | None = Field(None, gt=0, description="the head's, constant; default: lr")
-    head_momentum: float = Field(0.0, ge=0, lt=1)
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    steps_at: tuple[float, ...] = Field((), description="epochs at which `step` lowers the rate")
-    step_factor: float = Field(0.1, gt=0, le=1)
-    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, ge=1, description="CPU threads per rank; recorded at start")
-    checkpoint: str = Field("1 epoch", description='"n epochs" or "n steps" between checkpoints')
-    log: int = Field(20, ge=1, description="steps between two lines of metrics")
-    timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _checkpoint(cls, text: str) -> str:
-        parse_cadence(text)
-        return text
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        parts = self.ranks * self.accumulate
-        if self.batch % parts:
-            raise ValueError(
-                f"batch {self.batch} cannot be shared by {self.ranks} ranks in {self.accumulate} "
-                f"parts; choose a multiple of {parts}"
-            )
-        return self
-
-
-class InitSection(Section):
-    """What a new run starts from, instead of random weights and a first clustering."""
-
-    weights: str | None = Field(None, description="a run, a checkpoint, or an exported backbone")
-    assignments: str | None = Field(None, description="a round of another run")
-
-
-class KeepSection(Section):
-    """How much of the past stays on disk; assignments are all kept."""
-
-    features: int = Field(1, ge=0)
-    checkpoints: int = Field(3, ge=1)
+from deepclust.sections import (
+    AnyMethod,
+    BackboneSection,
+    ClusterSection,
+    Data,
+    DeepClusterSection,
+    DeeperClusterSection,
+    InitSection,
+    KeepSection,
+    Section,
+    SeedsSection,
+    SimCLRSection,
+    TrainSection,
+)
 
 
 class Recipe(Section):
@@ -191,15 +43,43 @@ class Recipe(Section):
     seed: int = Field(0, ge=0)
     data: Data
     backbone: BackboneSection
-    method: MethodSection = MethodSection()
-    cluster: ClusterSection
+    method: AnyMethod = DeepClusterSection()
+    cluster: ClusterSection | None = None
+    seeds: SeedsSection | None = None
     train: TrainSection
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _default_method(cls, tree: Any) -> Any:
+        return {"name": "deepcluster", **tree} if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if problem := _misfit(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def clustering(self) -> ClusterSection:
+        """The cluster section, where there must be one."""
+        assert self.cluster is not None, f"{self.method.name} does not cluster"
+        return self.cluster
+
+    @property
+    def guess(self) -> float:
+        """The loss of a network that knows nothing: ln of the number of answers."""
+        if isinstance(self.method, SimCLRSection):
+            return math.log(2 * self.train.batch - 1)
+        turned = self.method.rotations if isinstance(self.method, DeeperClusterSection) else 1
+        return math.log(self.clustering.k * turned)
+
     @property
     def clusters_inline(self) -> bool:
-        """Whether rank 0 clusters itself: by default when it is the only one."""
+        """Whether rank 0 clusters itself, by default when it is the only one, or nobody does."""
+        if self.cluster is None:
+            return True
         where = self.cluster.where
         alone = self.train.ranks == 1 and not self.cluster.overlap
         return where in ("inline", "gang") or (where == "auto" and alone)
@@ -241,15 +121,28 @@ class Recipe(Section):
         return dict(_flatten(self.model_dump(mode="json")))
 
 
-PATHS = {"data.shards", "data.index", "data.scratch", "init.weights", "init.assignments"}
+PATHS = {
+    *("data.shards", "data.index", "data.scratch"),
+    *("init.weights", "init.assignments", "seeds.labels", "seeds.held_out"),
+}
 
 
-def parse_cadence(text: str) -> Cadence:
-    """`"1 epoch"`, `"3 epochs"`, `"200 steps"` as a Cadence."""
-    number, _, unit = text.strip().partition(" ")
-    if number.isdigit() and int(number) > 0 and unit in ("epoch", "epochs", "step", "steps"):
-        return Cadence(int(number), "epoch" if unit.startswith("epoch") else "step")
-    raise ValueError(f'{text!r} is not a cadence; write "1 epoch", "3 epochs" or "200 steps"')
+def _misfit(recipe: Recipe) -> str | None:
+    """What is wrong between two sections, if anything is."""
+    name, cluster = recipe.method.name, recipe.cluster
+    if not recipe.method.clusters:
+        unused = [key for key in ("cluster", "seeds") if getattr(recipe, key) is not None]
+        unused += ["init.assignments"] if recipe.init.assignments else []
+        return f"{name} does not cluster: leave {unused[0]} out (null)" if unused else None
+    if cluster is None:
+        return f"cluster: is required by method {name}"
+    if name == "deepcluster" and (cluster.k < 2 or cluster.supers > 1):
+        return "deepcluster needs cluster.k of 2 or more and cluster.supers=1 (or deepercluster)"
+    if name == "deepercluster" and (cluster.init, cluster.min_size) != ("random", 1):
+        return "deepercluster starts both levels at random: leave cluster.init and min_size out"
+    if recipe.seeds and cluster.init == "two-level":
+        return "seeds: a pinned clustering starts at random or by k-means++, not two-level"
+    return None
 
 
 def shipped() -> list[str]:
@@ -261,7 +154,8 @@ def shipped() -> list[str]:
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with both values."""
     before, after = old.flat(), new.flat()
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    pairs = {key: (before.get(key), after.get(key)) for key in [*before, *after]}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -295,6 +189,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if key in PATHS and text not in ("", "null", "~"):
         tree[last] = text  # a path is not YAML: "#", ":" and braces are letters in it
         return
+    if key == "method.name" and tree.get(last, "deepcluster") != text:
+        tree.clear()  # another method begins with its own defaults
     try:
         tree[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -303,25 +199,35 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(item: Any, model: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
-    key = ".".join(location) or "recipe"
+    if item["type"] == "union_tag_invalid":  # a section that is chosen by its name
+        told, known = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
+        return f"{location[0]}.name: unknown {told!r}{_nearest(told, known.split(', '))}"
+    key = ".".join(location[:1] + location[-1:] if location[0:1] == ["method"] else location)
     if item["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         return f"{key}: unknown key{_nearest(location[-1], known)}"
     if item["type"] == "missing":
         return f"{key}: is required"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + (
-        "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-    )
+    shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    return f"{key or 'recipe'}: {message}{shown}"
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Known keys of a section; a part of the location is a key, or the name that chose one."""
+    options: list[Any] = [model]
     for part in location:
-        annotation: Any = model.model_fields[part].annotation
-        if isinstance(annotation, types.UnionType):
-            annotation = typing.get_args(annotation)[0]
-        model = annotation
-    return list(model.model_fields)
+        if len(options) > 1:
+            options = [o for o in options if part in typing.get_args(_name_of(o))]
+        else:
+            annotation = options[0].model_fields[part].annotation
+            options = [o for o in typing.get_args(annotation) if o is not types.NoneType]
+            options = options or [annotation]
+    return list(options[0].model_fields)
+
+
+def _name_of(section: type[BaseModel]) -> Any:
+    return section.model_fields["name"].annotation
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -64,13 +64,17 @@ class Run:
         check_token(self.path, self.token)
 
     def commit(
-        self, stage: Path, fill: Callable[[Path], None], inputs: dict[str, Any], **facts: Any
-    ) -> None:
-        """Fill a stage, write its manifest and DONE, and let it appear in one rename."""
+        self, stage: Path, fill: Callable[[Path], None], inputs: dict[str, Any],
+        *, hashes: dict[str, str] | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
+        """Fill a stage, write its manifest and DONE, and let it appear in one rename.
+
+        `hashes` are those of files that whoever wrote them has hashed already.
+        """
 
         def complete(folder: Path) -> None:
             fill(folder)
-            seal(folder, inputs, **facts)
+            seal(folder, inputs, hashes, **facts)
 
         def replace_unfinished() -> None:
             self.fence()
@@ -101,10 +105,15 @@ class Run:
         return [latest[key] for key in sorted(latest)]
 
 
-def seal(folder: Path, inputs: dict[str, Any], **facts: Any) -> None:
+def seal(
+    folder: Path, inputs: dict[str, Any], hashes: dict[str, str] | None = None, **facts: Any
+) -> None:
     """Write the manifest (inputs, facts, hashes) of a filled folder, then DONE."""
     files = {
-        file.name: {"bytes": file.stat().st_size, "blake2b": file_hash(file)}
+        file.name: {
+            "bytes": file.stat().st_size,
+            "blake2b": (hashes or {}).get(file.name) or file_hash(file),
+        }
         for file in sorted(folder.iterdir())
     }
     write_json(folder / "manifest.json", {"inputs": inputs, **facts, "files": files})

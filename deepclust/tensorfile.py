@@ -16,6 +16,8 @@ def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write tensors under their names: copied to the CPU, in plain layout, none sharing memory."""
-    plain = {"memory_format": torch.contiguous_format}
-    whole = {key: value.detach().cpu().clone(**plain) for key, value in tensors.items()}
+    whole = {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
     path.write_bytes(save(whole, metadata))

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from deepclust.checkpoint import State
 from deepclust.errors import DataError
-from deepclust.recipe import Cadence, Recipe, parse_cadence
+from deepclust.recipe import Recipe
+from deepclust.sections import Cadence, parse_cadence
 
 LANES = 8  # a node's worth of ranks, each with shards of its own
 
@@ -35,6 +36,7 @@ class Timeline:
     overlap: bool
     epoch_steps: int
     lanes: int  # of a plan for block reading; the same for any number of ranks
+    clusters: bool = True  # False: an online method, whose segments are epochs without rounds
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
@@ -45,10 +47,12 @@ class Timeline:
                 f"{recipe.data.shards} has {n} images, fewer than one batch of "
                 f"{recipe.train.batch}: lower train.batch"
             )
-        config = recipe.cluster
-        every = parse_cadence(config.every)
+        config, epochs = recipe.cluster, recipe.train.epochs
         lanes = math.gcd(recipe.train.batch, LANES)
-        return cls(every, recipe.train.epochs, config.until, config.overlap, steps, lanes)
+        if config is None:
+            return cls(Cadence(1, "epoch"), epochs, None, False, steps, lanes, clusters=False)
+        every = parse_cadence(config.every)
+        return cls(every, epochs, config.until, config.overlap, steps, lanes)
 
     def finished(self, state: State) -> bool:
         """Whether the state stands at the end; the last round of steps may be a short one."""
@@ -63,7 +67,9 @@ class Timeline:
         return min(self.every.count, self._steps_left(state))
 
     def round_of(self, state: State) -> int:
-        """The round that the state's segment trains on."""
+        """The round that the state's segment trains on; -1 where nothing is clustered."""
+        if not self.clusters:
+            return -1
         return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)
 
     def refresh_due(self, state: State) -> bool:

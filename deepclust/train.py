@@ -11,11 +11,10 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -23,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from deepclust.checkpoint import State
 from deepclust.data.index import Index
 from deepclust.data.plan import EpochPlan
-from deepclust.data.reader import Loaded, Loader, Request
-from deepclust.data.views import RandomResizedCrop, to_float
+from deepclust.data.reader import Bad, Loader
 from deepclust.errors import DataError, NumericalError, RequeueWanted
+from deepclust.feed import Feed
 from deepclust.files import write_json
 from deepclust.methods.base import Batch, Method, Targets
 from deepclust.metrics import Metrics, Report
 from deepclust.optim import Optimizers, Schedule
-from deepclust.recipe import Data, TrainSection
+from deepclust.sections import TrainSection
 from deepclust.world import World, derive
 
 
@@ -41,12 +40,13 @@ class Trainer:
     world: World
     index: Index
     loader: Loader
+    feed: Feed
     method: Method
     model: torch.nn.Module
     optimizers: Optimizers
     schedule: Schedule
-    data: Data
     config: TrainSection
+    max_bad: float
     seed: int
     folder: Path
     metrics: Metrics | None
@@ -61,7 +61,7 @@ class Trainer:
 class Meter:
     """Sums since the last line of metrics."""
 
-    loss: Tensor | float = 0.0
+    losses: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     images: int = 0
     bad: list[str] = field(default_factory=list)
@@ -70,21 +70,29 @@ class Meter:
 
 
 def train_segment(
-    trainer: Trainer, plan: EpochPlan, targets: Targets, assignments: Path, state: State
+    trainer: Trainer,
+    plan: EpochPlan,
+    targets: Targets | None,
+    assignments: Path | None,
+    state: State,
 ) -> State:
     """Train from `state.offset` to the end of the plan; returns the state after it.
+
+    `targets` and their file `assignments` are None for a method that trains on no clustering.
 
     Raises NumericalError on a loss that is not finite, RequeueWanted when asked to stop.
     """
     trainer.model.train()
     trainer.meter = Meter(waited=trainer.loader.waited)
-    parts = trainer.loader.stream(_requests(trainer, plan, assignments, state))
+    feed = trainer.feed
+    parts = trainer.loader.stream(feed.requests(plan, assignments, state))
     for _ in range(state.offset, plan.steps):
         torch.manual_seed(derive(trainer.seed, "step", state.step, trainer.world.rank))
         rate = trainer.optimizers.set_rate(trainer.schedule.factor(state.samples))
         for part in range(trainer.config.accumulate):
             last = part == trainer.config.accumulate - 1
-            _accumulate(trainer, next(parts), targets, sync=last)
+            loaded = next(parts)
+            _accumulate(trainer, feed.to_batch(loaded, targets, state.segment), loaded.bad, last)
         trainer.optimizers.step()
         state = state.after_step(trainer.config.batch)
         at_end = state.offset == plan.steps
@@ -96,43 +104,17 @@ def train_segment(
     return state
 
 
-def _requests(
-    trainer: Trainer, plan: EpochPlan, assignments: Path, state: State
-) -> Iterator[Request]:
-    """This rank's reads, from the step where we are: a slice of the plan."""
-    world, parts = trainer.world, trainer.config.accumulate
-    ids = plan.for_rank(world.rank, world.size, state.offset)
-    share = ids.shape[1]
-    data = trainer.data
-    view = RandomResizedCrop(data.size, data.crop_scale, data.crop_ratio, data.flip)
-    key = derive(trainer.seed, "view", state.segment)
-    for row, step in enumerate(range(state.offset, plan.steps)):
-        first = step * trainer.config.batch + world.rank * share
-        positions = np.arange(first, first + share)
-        for mine, where in zip(np.split(ids[row], parts), np.split(positions, parts), strict=True):
-            yield Request(ids=mine, positions=where, key=key, view=view, assignments=assignments)
-
-
-def _accumulate(trainer: Trainer, loaded: Loaded, targets: Targets, sync: bool) -> None:
+def _accumulate(trainer: Trainer, batch: Batch, bad: list[Bad], sync: bool) -> None:
     """Forward and backward of one part; gradients meet over the ranks at the last one."""
-    batch = _to_device(trainer, loaded, targets)
+    meter = trainer.meter
     with _no_sync(trainer.model, sync), autocast(trainer):
-        loss = trainer.model(batch)["loss"]
-        (loss / trainer.config.accumulate).backward()
-    trainer.meter.loss = trainer.meter.loss + loss.detach()
-    trainer.meter.steps += 1
-    trainer.meter.images += len(loaded.ids)
-    trainer.meter.bad += [bad.reason for bad in loaded.bad]
-
-
-def _to_device(trainer: Trainer, loaded: Loaded, targets: Targets) -> Batch:
-    device = trainer.world.device
-    images = to_float(
-        loaded.images.to(device, non_blocking=True), trainer.data.mean, trainer.data.std
-    )
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.from_numpy(targets.ids[:, loaded.ids].astype(np.int64)).to(device)
-    return Batch(torch.from_numpy(np.asarray(loaded.ids)), images, labels)
+        losses = trainer.model(batch)
+        (losses["loss"] / trainer.config.accumulate).backward()
+    for name, value in losses.items():
+        meter.losses[name] = meter.losses.get(name, 0.0) + value.detach()
+    meter.steps += 1
+    meter.images += len(batch.ids)
+    meter.bad += [one.reason for one in bad]
 
 
 def _no_sync(model: torch.nn.Module, sync: bool) -> contextlib.AbstractContextManager[None]:
@@ -152,15 +134,22 @@ def _check_and_tell(trainer: Trainer, state: State, plan: EpochPlan, rate: float
     """Agree over the ranks: is the loss finite, are we asked to stop; then write the metrics."""
     meter, world = trainer.meter, trainer.world
     facts = torch.tensor(
-        [float(meter.loss), meter.steps, meter.images, len(meter.bad), trainer.stopping()],
+        [
+            meter.steps,
+            meter.images,
+            len(meter.bad),
+            trainer.stopping(),
+            *map(float, meter.losses.values()),
+        ],
         dtype=torch.float64,
     )
-    loss, steps, images, bad, stop = world.sum(facts.to(world.device)).tolist()
+    steps, images, bad, stop, *sums = world.sum(facts.to(world.device)).tolist()
+    losses = {name: total / steps for name, total in zip(meter.losses, sums, strict=True)}
     first = state.step - meter.steps // trainer.config.accumulate
-    if not math.isfinite(loss):
+    if not math.isfinite(losses["loss"]):
         _fail_on_nan(trainer, plan, first, state)
     _check_bad(trainer, int(bad), state)
-    _tell(trainer, state, plan, rate, loss / steps, images)
+    _tell(trainer, state, plan, rate, losses, images)
     trainer.meter = Meter(waited=trainer.loader.waited)
     if stop:
         trainer.save(state)
@@ -169,14 +158,19 @@ def _check_and_tell(trainer: Trainer, state: State, plan: EpochPlan, rate: float
 
 
 def _tell(
-    trainer: Trainer, state: State, plan: EpochPlan, rate: float, loss: float, images: float
+    trainer: Trainer,
+    state: State,
+    plan: EpochPlan,
+    rate: float,
+    losses: dict[str, float],
+    images: float,
 ) -> None:
     seconds = time.monotonic() - trainer.meter.started
     values = {
         "round": state.round,
         "segment": state.segment,
         "epoch": state.samples / trainer.schedule.epoch,
-        "loss": loss,
+        **losses,
         "lr": rate,
         "images_per_s": images / seconds,
         "waiting": (trainer.loader.waited - trainer.meter.waited) / seconds,
@@ -209,9 +203,9 @@ def _check_bad(trainer: Trainer, bad: int, state: State) -> None:
     with open(trainer.folder / "logs" / "replaced.jsonl", "a") as file:
         file.write(json.dumps({"step": state.step, "samples": trainer.meter.bad}) + "\n")
     seen = trainer.config.log * trainer.config.batch
-    if bad > max(1.0, trainer.data.max_bad * seen):
+    if bad > max(1.0, trainer.max_bad * seen):
         listed = "\n".join(f"  {line}" for line in trainer.meter.bad[:20])
         raise DataError(
             f"{bad} of the last {seen} samples could not be read, more than data.max_bad="
-            f"{trainer.data.max_bad} allows:\n{listed}\nRepair the shards and resume."
+            f"{trainer.max_bad} allows:\n{listed}\nRepair the shards and resume."
         )

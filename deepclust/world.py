@@ -10,12 +10,16 @@ import hashlib
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deepclust.errors import ResourceError
 
 T = TypeVar("T")
 
@@ -65,6 +69,39 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
+    def rows(self, tensor: Float[Tensor, "b d"]) -> Float[Tensor, "g d"]:
+        """All ranks' rows (b of each), one rank after the other; differentiable.
+
+        The backward adds the gradients over the ranks and returns this rank's rows of the sum.
+        """
+        if self.size == 1:
+            return tensor
+        gathered: Tensor = _Rows.apply(tensor, self)
+        return gathered
+
+    def sum_rows(self, tensor: Float[Tensor, "g d"]) -> Float[Tensor, "b d"]:
+        """The ranks' sum, of which each rank gets its own b = g / size rows."""
+        if self.size == 1:
+            return tensor
+        share = len(tensor) // self.size
+        if dist.get_backend() == "nccl":
+            own = tensor.new_empty(share, tensor.shape[1])
+            dist.reduce_scatter_tensor(own, tensor.contiguous())
+            return own
+        # gloo cannot scatter a sum in every version
+        return self.sum(tensor.clone())[self.rank * share : (self.rank + 1) * share]
+
+    def raise_all(self, error: Exception | None, where: str) -> None:
+        """Raise on every rank when one brings an error, so that no rank waits for one that left."""
+        failed = self.largest(0 if error is None else self.rank + 1) - 1
+        if error is not None:
+            raise error
+        if failed >= 0:
+            raise ResourceError(
+                f"{where}: rank {failed} failed, so this rank stops too; the cause and the fix "
+                f"stand in its log, logs/rank-{failed:05d}.log"
+            )
+
     def greatest(self, value: float) -> float:
         """The largest of the ranks' numbers."""
         return float(self.most(torch.tensor(value, dtype=torch.float64, device=self.device)))
@@ -102,6 +139,48 @@ class World:
 
 
 ALONE = World()  # one rank on the CPU
+
+
+class _Rows(torch.autograd.Function):
+    """See `World.rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        gathered = tensor.new_empty(world.size * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.world.sum_rows(gradient), None
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What this rank holds of a parameter whose rows are shared out: [start, stop) of `total`.
+
+    The rows lie along dimension `dim`. Nobody else has them: DDP must ignore the parameter, and
+    every rank saves its own.
+    """
+
+    dim: int
+    start: int
+    stop: int
+    total: int
+
+    @classmethod
+    def of(cls, total: int, world: World, *, dim: int) -> Owned:
+        """Ranges in rank order, of lengths that differ by one at most; some may be empty."""
+        least, more = divmod(total, world.size)
+        start = world.rank * least + min(world.rank, more)
+        return cls(dim, start, start + least + (world.rank < more), total)
+
+    @property
+    def count(self) -> int:
+        """How many rows are held here."""
+        return self.stop - self.start
 
 
 def join(rank: int, size: int, meeting: Path, device: torch.device, timeout_s: float) -> World:

@@ -57,7 +57,9 @@ def _rank(pipe: Connection) -> None:
         rank, size, meeting, work, args = pipe.recv()
         try:
             world = join(rank, size, Path(meeting), torch.device("cpu"), 60)
-            pipe.send((work(world, *args), None))
+            result = work(world, *args)
+            world.barrier()  # or who is done early leaves while the others still meet
+            pipe.send((result, None))
         except Exception as error:
             pipe.send((error, traceback.format_exc()))
         finally:

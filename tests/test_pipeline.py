@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,14 @@ from deepclust.errors import DataError, RecipeError, RequeueWanted, RunDiffersEr
 from deepclust.launch import resume, run_stage
 from deepclust.rundir import Run, is_done
 from tests.images import draw
-from tests.tiny import assert_same_run, assignments, final_weights, tiny_recipe, tiny_shards
+from tests.tiny import (
+    assert_same_run,
+    assignments,
+    final_weights,
+    stop_at,
+    tiny_recipe,
+    tiny_shards,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -27,16 +31,6 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "undisturbed"
     pretrain(tiny_recipe(shards), path)
     return path
-
-
-def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
-    """A display that asks the run to stop when it sees a step."""
-
-    def show(record: dict[str, Any]) -> None:
-        if record.get("progress") and record["step"] == step:
-            os.kill(os.getpid(), signal.SIGUSR2)
-
-    return show
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import pytest
 
 from deepclust import Recipe
 from deepclust.errors import RecipeError
-from deepclust.recipe import Cadence, differences, parse_cadence, shipped
+from deepclust.recipe import differences, shipped
+from deepclust.sections import Cadence, parse_cadence
 from tests.tiny import tiny_recipe
 
 
@@ -16,7 +17,7 @@ def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it() -> None:
         Recipe.load(name)
         text = (Path(__file__).parents[1] / f"deepclust/recipes/{name}.yaml").read_text()
         assert "command    deepclust" in text
-        assert "Caron et al." in text
+        assert " et al.," in text
 
 
 def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
@@ -40,7 +41,20 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         ("cluster.kk=3", r"cluster.kk: unknown key; did you mean 'k'\?"),
         ("trian.epochs=3", r"trian: unknown key; did you mean 'train'\?"),
         ("cluster.k=many", r"cluster.k: .*integer.*'many'"),
-        ("cluster.k=1", "cluster.k: .*greater than or equal to 2"),
+        ("cluster.k=0", "cluster.k: .*greater than or equal to 1"),
+        ("cluster.k=1", "deepcluster needs cluster.k of 2 or more"),
+        ("cluster.supers=3", "supers=3 must divide k=8"),
+        ("cluster.supers=2", "cluster.supers=1 .or deepercluster"),
+        ("cluster=null", "cluster: is required by method deepcluster"),
+        ("seeds={labels: shards, momentun: 1}", "seeds.momentun: unknown key; did you mean"),
+        ("method.name=simclrr", r"method.name: unknown 'simclrr'; did you mean 'simclr'\?"),
+        ("method.name=simclr", r"simclr does not cluster: leave cluster out"),
+        (
+            "method={name: simclr, temprature: 1}",
+            "method.temprature: .* did you mean 'temperature'",
+        ),
+        ("method={name: deepercluster, rotations: 2}", "method.rotations: .*1 or 4"),
+        ("data.jitter=[0, 0, 0, 0.7]", "the last .hue. at most 0.5"),
         ("method.head=forget", "method.head: .*'reset', 'match' or 'centroids'"),
         ("cluster.every=often", "cluster.every: 'often' is not a cadence"),
         ("train.ranks=5", "cannot be shared by 5 ranks"),
@@ -55,6 +69,20 @@ def test_a_wrong_override_is_named_with_the_fix(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         tiny_recipe(tmp_path, override)
+
+
+def test_another_method_begins_with_its_own_defaults() -> None:
+    recipe = Recipe.load("small-photos", "method.name=deepercluster", "cluster.supers=4")
+    assert recipe.method.model_dump() == {
+        "name": "deepercluster", "rotations": 4, "sampling": "exact"
+    }  # fmt: skip
+
+
+def test_recipes_of_two_methods_differ_in_what_only_one_has(tmp_path: Path) -> None:
+    one = tiny_recipe(tmp_path)
+    other = tiny_recipe(tmp_path, "method.name=simclr", "cluster=null")
+    assert differences(one, other)["cluster.k"] == (8, None)
+    assert differences(one, other)["method.temperature"] == (None, 0.5)
 
 
 def test_with_overlap_one_rank_has_a_cluster_worker_too(tmp_path: Path) -> None:

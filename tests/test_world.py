@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 
+from deepclust.errors import DeepclustError, DiskError
 from deepclust.world import World, derive, generator
+from tests.ranks import on_ranks
 
 
 def test_a_purpose_gives_one_number_and_another_purpose_another() -> None:
@@ -26,3 +30,39 @@ def test_a_queue_hands_out_every_number_once_and_a_new_world_starts_anew() -> No
     world = World()
     assert [world.ticket("a"), world.ticket("b"), world.ticket("a")] == [0, 0, 1]
     assert World().ticket("a") == 0
+
+
+def pulled(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows, and the gradient of this rank's own function of them (rank + 1 times a sum)."""
+    mine = (torch.arange(6.0).view(6, 1) + 1).chunk(world.size)[world.rank].requires_grad_()
+    every = world.rows(mine)
+    ((world.rank + 1) * (every.T @ every).square().sum()).backward()
+    assert mine.grad is not None
+    return every.detach(), mine.grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gathered_rows_pass_back_the_sum_of_all_ranks_gradients(size: int) -> None:
+    found = on_ranks(size, pulled)
+    rows = (torch.arange(6.0).view(6, 1) + 1).requires_grad_()
+    (sum(range(1, size + 1)) * (rows.T @ rows).square().sum()).backward()
+    for every, _ in found:
+        assert torch.equal(every, rows)
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in found]), rows.grad)
+
+
+def fails(world: World, at: int) -> str:
+    try:
+        world.raise_all(DiskError("full") if world.rank == at else None, "saving")
+    except DeepclustError as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
+
+
+def test_one_ranks_error_stops_all_and_the_others_say_whose_it_was() -> None:
+    assert on_ranks(3, fails, 3) == ["went on"] * 3
+    first, second, third = on_ranks(3, fails, 1)
+    assert second == "DiskError: full"
+    assert first == third
+    assert first.startswith("ResourceError: saving: rank 1 failed")
+    assert fails(World(), 0) == second

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -47,6 +50,16 @@ def deepclust(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[
     )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """A display that asks the run to stop when it sees a step."""
+
+    def show(record: dict[str, Any]) -> None:
+        if record.get("progress") and record["step"] == step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    return show
 
 
 def final_weights(run: Path) -> dict[str, np.ndarray]:

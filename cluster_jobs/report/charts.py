@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,16 +57,16 @@ def _loss(facts: Facts) -> Chart | None:
     if not facts.train:
         return None
     steps, losses = (_column(facts.train, name) for name in ("step", "loss"))
-    k = facts.recipe.cluster.k
+    guess = facts.recipe.guess
 
     def draw(axes: Axes) -> None:
         axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")
-        axes.axhline(math.log(k), color=GREY, linestyle="--", linewidth=1.2, label="a guess, ln k")
+        axes.axhline(guess, color=GREY, linestyle="--", linewidth=1.2, label="a guess")
         axes.set_xlabel("step")
         _legend(axes)
 
     reading = "It should fall well below the dashed line."
-    if facts.recipe.method.head == "reset":
+    if facts.recipe.method.resets:
         reading = "It falls within a round, and jumps at each new one, as the head starts anew."
     return Chart("Training loss", reading, _svg(draw))
 
@@ -131,7 +130,7 @@ def _lines(
 def _sizes(run: Run, facts: Facts) -> Chart | None:
     if not facts.rounds:
         return None
-    number, k = facts.rounds[-1]["round"], facts.recipe.cluster.k
+    number, k = facts.rounds[-1]["round"], facts.recipe.clustering.k
     labels = np.load(run.round(number) / "assignments" / "assignments.npy", mmap_mode="r")[0]
     sizes = np.bincount(labels[labels >= 0], minlength=k)
     wide = sizes.max() > 20 * max(1, np.median(sizes))

@@ -6,13 +6,12 @@ limits are rules of thumb; they colour a sentence and stop nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from cluster_jobs.report.facts import Facts
 
-STUCK = 0.97  # of ln k: no better than a guess
+STUCK = 0.97  # of a guess: no better than a guess
 CROWDED = 0.2  # share of the images in one cluster
 LOST = 0.001  # share of the samples that could not be used
 UNSETTLED = 0.05  # fall of the NMI between rounds
@@ -32,25 +31,25 @@ def checks(facts: Facts) -> list[Check]:
 
 
 def learns(facts: Facts) -> Check | None:
-    """Whether the network beats a guess at the pseudo-labels, whose loss is ln k."""
-    trained = [one["loss"] for one in facts.rounds if one["loss"] is not None]
+    """Whether the network beats a guess, whose loss is ln of the number of answers."""
+    trained = [one["loss"] for one in facts.rounds or facts.train if one["loss"] is not None]
     if not trained:
         return None
-    loss, guess = trained[-1], math.log(facts.recipe.cluster.k)
+    loss, guess = trained[-1], facts.recipe.guess
     if loss > STUCK * guess:
         return Check(
             False,
-            f"The loss, {loss:.2f}, is still that of a guess (ln k = {guess:.2f}): the network "
-            "does not learn its pseudo-labels. Try another train.lr, or a smaller cluster.k.",
+            f"The loss, {loss:.2f}, is still that of a guess, {guess:.2f}: the network does not "
+            "learn. Try another train.lr, or a smaller cluster.k.",
         )
-    return Check(True, f"The loss, {loss:.2f}, is below that of a guess (ln k = {guess:.2f}).")
+    return Check(True, f"The loss, {loss:.2f}, is below that of a guess, {guess:.2f}.")
 
 
 def balanced(facts: Facts) -> Check | None:
     """Whether a few clusters swallow the images."""
     if not facts.rounds:
         return None
-    share, even = facts.rounds[-1]["largest_share"], 1 / facts.recipe.cluster.k
+    share, even = facts.rounds[-1]["largest_share"], 1 / facts.recipe.clustering.k
     text = f"The largest cluster holds {share:.1%} of the images; an even share is {even:.2%}."
     if share > max(CROWDED, 5 * even):
         return Check(False, f"{text} The clustering is collapsing: lower train.lr and start anew.")
@@ -76,7 +75,7 @@ def filled(facts: Facts) -> Check | None:
     if not forced:
         return None
     return Check(
-        forced <= 0.01 * facts.recipe.cluster.k,
+        forced <= 0.01 * facts.recipe.clustering.k,
         f"{forced:,} images were moved into clusters that had won none. "
         "If there are many, the images have fewer kinds than cluster.k.",
     )

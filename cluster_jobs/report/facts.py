@@ -12,6 +12,7 @@ from cluster_jobs.store import Status
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
 from deepclust.rundir import Run, manifest
+from deepclust.sections import AnyMethod, ClusterSection
 
 Record = dict[str, Any]
 UNKNOWN = "not known before the first round"
@@ -56,6 +57,7 @@ class Facts:
     essentials: list[tuple[str, str]]
     tiles: list[Tile]
     rounds: list[Record]
+    seeds: Record | None  # what labelled seeds came to in the last round
     train: list[Record]
     scores: list[Score]
     exports: list[Export]
@@ -76,6 +78,7 @@ def gather(run: Run) -> Facts:
         essentials=_essentials(run, recipe, rounds),
         tiles=_tiles(status, rounds, scores),
         rounds=rounds,
+        seeds=_seeds(run, rounds),
         train=train,
         scores=scores,
         exports=[
@@ -93,16 +96,24 @@ def _round(run: Run, number: int, train: list[Record]) -> Record:
     return {**statistics, "loss": sum(losses) / len(losses) if losses else None}
 
 
+def _seeds(run: Run, rounds: list[Record]) -> Record | None:
+    """The last round's seeded clusters and confusion, if labels seeded it."""
+    if not rounds:
+        return None
+    file = run.round(rounds[-1]["round"]) / "assignments" / "seeds.json"
+    return dict(read_json(file)) if file.exists() else None
+
+
 def _essentials(run: Run, recipe: Recipe, rounds: list[Record]) -> list[tuple[str, str]]:
-    data, cluster, train = recipe.data, recipe.cluster, recipe.train
+    data, train = recipe.data, recipe.train
     told = _environment(run)
     return [
         (
             "Backbone",
             recipe.backbone.name + (" on Sobel gradients" if recipe.backbone.sobel else ""),
         ),
-        ("Method", f"{recipe.method.name}, head {recipe.method.head}"),
-        ("Clusters", f"{cluster.k:,} of {cluster.dim} dimensions, anew every {cluster.every}"),
+        ("Method", f"{recipe.method.name}, {_choices(recipe.method)}"),
+        *_clusters(recipe.cluster),
         ("Training", f"{train.epochs} epochs, batch {train.batch:,}, rate {train.lr:g}"),
         ("Ranks", f"{train.ranks}, seed {recipe.seed}"),
         ("Data", f"{data.shards} at {data.size} px"),
@@ -110,6 +121,20 @@ def _essentials(run: Run, recipe: Recipe, rounds: list[Record]) -> list[tuple[st
         ("Fingerprint", _fingerprint(run, rounds)),
         *told,
     ]
+
+
+def _choices(method: AnyMethod) -> str:
+    """What a method's section says beside its name."""
+    chosen = method.model_dump(exclude={"name", "sampling"})
+    return ", ".join(f"{key} {value}" for key, value in chosen.items())
+
+
+def _clusters(cluster: ClusterSection | None) -> list[tuple[str, str]]:
+    if cluster is None:
+        return []
+    inside = f" in {cluster.supers:,} super-clusters" if cluster.supers > 1 else ""
+    how = f"of {cluster.dim} dimensions, anew every {cluster.every}"
+    return [("Clusters", f"{cluster.k:,}{inside}, {how}")]
 
 
 def _tiles(status: Status, rounds: list[Record], scores: list[Score]) -> list[Tile]:

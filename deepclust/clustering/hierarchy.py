@@ -6,13 +6,17 @@ centroids are too many: with k = m * m the two levels look at 2 m centroids a ro
 
 The inner jobs know nothing of each other, so ranks share them out, the largest first. Level one
 runs on sharded points. Every rank can read all rows (a memory-mapped file), so no rows travel.
+
+The first super-clusters can be pinned (class prototypes, `prototypes.py`). A pinned one may win few
+rows or none: then it has as many sub-clusters as it has distinct rows, and its other ids are empty.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from jaxtyping import Float32, Int32, Int64
 
 from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.kmeans import KMeansResult, kmeans
+from deepclust.clustering.points import Rows
 from deepclust.clustering.seeding import distinct_rows
 from deepclust.clustering.sharded import ShardedPoints
 from deepclust.errors import DataError, RecipeError
@@ -28,6 +33,9 @@ from deepclust.world import ALONE, World, derive, generator
 SAMPLE = 64  # rows per cluster that a start looks at
 START_ITERATIONS = 10
 
+# Super-centroids [m, d] -> rows (ascending) and the super-clusters that they take instead
+Claim: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class TwoLevel:
@@ -35,11 +43,16 @@ class TwoLevel:
 
     super_centroids: Float32[np.ndarray, "m d"]
     supers: Int32[np.ndarray, " n"]
-    centroids: Float32[np.ndarray, "k d"]
+    centroids: Float32[np.ndarray, "k d"]  # zeros for an id that is empty
     assignments: Int32[np.ndarray, " n"]  # nearest sub-centroid of the own super-cluster
     distances: Float32[np.ndarray, " n"]  # squared, to it
     inertia: float
     forced: Int64[np.ndarray, " f"]  # points that a repair gave to a cluster, of either level
+    claimed: Int64[np.ndarray, " c"]  # points that `claim` gave to another super-cluster
+    subs: Int64[np.ndarray, " m"]  # sub-clusters of each super-cluster: k / m, or fewer
+    empty_fixed: Int64[np.ndarray, " e"]  # pinned super-clusters that won nothing
+    empty_repairs: int  # empty clusters of either level filled after the last assignment
+    iterations: int  # of level one
     seconds: tuple[float, float]  # of the levels
 
 
@@ -51,45 +64,92 @@ def two_level(
     iterations: int = 10,
     seed: int = 0,
     empty: str = "split",
+    backend: str = "auto",
+    fixed: Rows | None = None,
+    init: str | Rows = "random",
+    spherical: bool = False,
+    claim: Claim | None = None,
     world: World = ALONE,
 ) -> TwoLevel:
     """Cluster into `supers` super-clusters and each into k / supers sub-clusters.
 
     `points` are all n rows, on every rank. DeeperCluster makes 10 iterations on each level. A
-    super-cluster always has room: it never ends with fewer than k / supers rows.
+    super-cluster always has room: it never ends with fewer than k / supers rows, unless it is
+    pinned. `fixed`, `init` and `spherical` are those of `kmeans`, for level one alone. `claim`
+    names rows that take another super-cluster than the nearest one, before level two; it must
+    answer the same on every rank.
 
     Raises `RecipeError` if `supers` does not divide k, `DataError` if a super-cluster has fewer
-    distinct rows than sub-clusters, and what `kmeans` raises.
+    distinct rows than sub-clusters (without `fixed` and `claim`), and what `kmeans` raises.
     """
     if supers < 1 or k % supers:
         raise RecipeError(f"cluster.supers={supers} must divide cluster.k={k}")
     began, each = time.monotonic(), k // supers
+    options: dict[str, Any] = {"iterations": iterations, "empty": empty, "backend": backend}
     first = kmeans(
-        _own_part(points, world), supers, iterations, derive(seed, "supers"), empty=empty,
-        min_size=each,
+        _own_part(points, world), supers, seed=derive(seed, "supers"), min_size=each,
+        fixed=fixed, init=init, spherical=spherical, **options,
     )  # fmt: skip
     labels = _everyones(first.assignments, points.n, world)
+    claimed = _apply(claim, labels, first.centroids)
     middle = time.monotonic()
-    out = _Merged.zeros(points, k)
+    out = _Merged.zeros(points, k, supers)
     failed: list[str] = []
+    lenient = fixed is not None or claim is not None
     for s, ids in _jobs(labels, supers, world):
+        if len(ids) == 0:  # pinned, and won nothing
+            continue
         try:
-            own = kmeans(points.select(ids), each, iterations, derive(seed, "sub", s), empty=empty)
-            out.put(own, ids, s * each)
+            inside, own = points.select(ids), derive(seed, "sub", s)
+            out.put((up_to if lenient else kmeans)(inside, each, seed=own, **options), ids, s, each)
         except DataError as error:
             failed.append(f"super-cluster {s}: {error}")
     if world.largest(len(failed)):  # on every rank, or the others would wait for us
         raise DataError(failed[0] if failed else "a super-cluster of another rank failed")
-    centroids, assignments, distances, forced = out.over(world)
+    whole = out.over(world)
+    distances = whole.distances.numpy()
     return TwoLevel(
-        first.centroids, labels, centroids, assignments, distances,
+        first.centroids, labels, whole.centroids.numpy(), whole.assignments.numpy(), distances,
         inertia=points.weigh(
-            torch.from_numpy(distances).to(points.device),
+            whole.distances.to(points.device),
             points.heaviest() * float(distances.max()), points.n,
         ),
-        forced=np.union1d(first.forced, forced),
+        forced=np.union1d(first.forced, np.flatnonzero(whole.forced.numpy())),
+        claimed=claimed,
+        subs=whole.subs.numpy(),
+        empty_fixed=first.empty_fixed,
+        empty_repairs=first.empty_repairs + int(whole.repairs),
+        iterations=len(first.history),
         seconds=(middle - began, time.monotonic() - middle),
     )  # fmt: skip
+
+
+def up_to(points: ArrayPoints, k: int, **options: Any) -> KMeansResult:
+    """`kmeans` into k clusters, or into as many as there are distinct rows, if those are fewer."""
+    return kmeans(points, distinct(points, k), **options)
+
+
+def distinct(points: ArrayPoints, most: int) -> int:
+    """How many distinct rows there are, counted no further than `most`."""
+    known = np.zeros((0, points.dim), np.float32)
+    for start in range(0, points.n, max(1024, most)):
+        rows = points.tile(start, max(1024, most)).cpu().numpy()
+        known = np.unique(np.concatenate([known, rows]), axis=0)
+        if len(known) >= most:
+            return most
+    return len(known)
+
+
+def _apply(
+    claim: Claim | None, labels: Int32[np.ndarray, " n"], centroids: Float32[np.ndarray, "m d"]
+) -> Int64[np.ndarray, " c"]:
+    """Give the rows that are claimed to their super-clusters, in place; which ones have moved."""
+    if claim is None:
+        return np.zeros(0, np.int64)
+    rows, targets = claim(centroids)
+    moved = np.asarray(rows[labels[rows] != targets], np.int64)
+    labels[rows] = targets
+    return moved
 
 
 def start_of(points: ArrayPoints, init: str, k: int, seed: int) -> str | np.ndarray:
@@ -175,24 +235,27 @@ class _Merged:
     assignments: torch.Tensor
     distances: torch.Tensor
     forced: torch.Tensor
+    subs: torch.Tensor
+    repairs: torch.Tensor
 
     @classmethod
-    def zeros(cls, points: ArrayPoints, k: int) -> _Merged:
+    def zeros(cls, points: ArrayPoints, k: int, supers: int) -> _Merged:
         n = points.n
         return cls(
             torch.zeros(k, points.dim), torch.zeros(n, dtype=torch.int32), torch.zeros(n),
-            torch.zeros(n, dtype=torch.uint8),
+            torch.zeros(n, dtype=torch.uint8), torch.zeros(supers, dtype=torch.int64),
+            torch.zeros(1, dtype=torch.int64),
         )  # fmt: skip
 
-    def put(self, found: KMeansResult, ids: np.ndarray, base: int) -> None:
-        self.centroids[base : base + len(found.centroids)] = torch.from_numpy(found.centroids)
+    def put(self, found: KMeansResult, ids: np.ndarray, s: int, each: int) -> None:
+        base, count = s * each, len(found.centroids)
+        self.centroids[base : base + count] = torch.from_numpy(found.centroids)
         self.assignments[ids] = torch.from_numpy(found.assignments) + base
         self.distances[ids] = torch.from_numpy(found.distances)
         self.forced[ids[found.forced]] = 1
+        self.subs[s] = count
+        self.repairs.add_(found.empty_repairs)
 
-    def over(self, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        parts = (self.centroids, self.assignments, self.distances, self.forced)
-        centroids, assignments, distances, forced = (
-            world.sum(part.to(world.device)).cpu().numpy() for part in parts
-        )
-        return centroids, assignments, distances, np.flatnonzero(forced)
+    def over(self, world: World) -> _Merged:
+        parts = (getattr(self, field.name) for field in fields(self))
+        return _Merged(*(world.sum(part.to(world.device)).cpu() for part in parts))

@@ -1,7 +1,8 @@
 """One batch: from the sample ids that a plan asks for to a uint8 tensor of their views.
 
-This is what runs in the loader's worker processes. A sample that cannot be read never shifts the
-others: its place is taken by a deterministic member of its cluster (training) or stays black
+This is what runs in the loader's worker processes. An image is read and decoded once for all its
+views. A sample that cannot be read never shifts the others: its place is taken by a deterministic
+member of its cluster, or of all samples where there are no clusters (training), or stays black
 (extraction), and it is reported.
 """
 
@@ -18,6 +19,7 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from deepclust.data.colour import Colour
 from deepclust.data.decode import MAX_PIXELS, decode
 from deepclust.data.index import Index
 from deepclust.data.shard_files import ShardFiles
@@ -30,13 +32,25 @@ REPLACEMENTS = 8  # members of the cluster that are tried, and then as many of a
 
 @dataclass(frozen=True)
 class Request:
-    """A batch to load. `key` = derive(seed, "view", epoch) is what its views are drawn from."""
+    """A batch to load. `key` = derive(seed, "view", epoch) is what its views are drawn from.
+
+    Bad samples are replaced if there are `assignments` (int32 .npy [n] or [heads, n]; then by a
+    member of the same cluster) or if `replace` says so (then by any sample that the index has).
+    """
 
     ids: Int64[np.ndarray, " b"]
     positions: Int64[np.ndarray, " b"]
     key: int
     view: View
-    assignments: Path | None = None  # int32 .npy [n] or [heads, n]; None: nothing is replaced
+    assignments: Path | None = None
+    views: int = 1
+    colour: Colour | None = None  # None: colours stay, or are changed later on the device
+    replace: bool = False
+
+    @property
+    def keys(self) -> list[int]:
+        """What each view is drawn from; the first is `key` itself."""
+        return [self.key, *(derive(self.key, "view", v) for v in range(1, self.views))]
 
 
 @dataclass(frozen=True)
@@ -51,9 +65,9 @@ class Bad:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded batch; `ids` are the samples that the images really show."""
+    """A loaded batch; `ids` are the samples that the images really show, in every view."""
 
-    images: UInt8[Tensor, "b 3 s s"]
+    images: UInt8[Tensor, "views b 3 s s"]
     ids: Int64[np.ndarray, " b"]
     positions: Int64[np.ndarray, " b"]
     bad: list[Bad] = field(default_factory=list)
@@ -78,39 +92,47 @@ class Batches(Dataset[Loaded]):
     def __getitem__(self, request: Request) -> Loaded:
         """Read, decode and view every sample of the request."""
         size = request.view.size
-        images = torch.zeros((len(request.ids), 3, size, size), dtype=torch.uint8)
+        images = torch.zeros((request.views, len(request.ids), 3, size, size), dtype=torch.uint8)
         ids, bad = request.ids.copy(), []
         for row, reason in self._fill(images, request):
-            ids[row], entry = self._replace(images[row], request, row, reason)
+            ids[row], entry = self._replace(images[:, row], request, row, reason)
             bad.append(entry)
         self.files.release()
+        if request.colour is not None:
+            for v, view in enumerate(images):
+                draws = request.colour.draws(derive(request.key, "colour", v), request.positions)
+                view.copy_(request.colour(view, draws))
         return Loaded(images, ids, request.positions, bad)
 
-    def _fill(self, images: UInt8[Tensor, "b 3 s s"], request: Request) -> list[tuple[int, str]]:
+    def _fill(
+        self, images: UInt8[Tensor, "views b 3 s s"], request: Request
+    ) -> list[tuple[int, str]]:
         """Load what can be loaded; return the rows that could not, and why. The hot loop."""
         view, read, limit, failed = request.view, self.files.read, self.max_pixels, []
         places = zip(*(column.tolist() for column in self.index.locate(request.ids)), strict=True)
-        draws = view.draws(request.key, request.positions)
-        for row, (target, place, draw) in enumerate(
-            zip(images.unbind(), places, draws, strict=True)
-        ):
+        draws = zip(*(view.draws(key, request.positions) for key in request.keys), strict=True)
+        rows = zip(*(of_view.unbind() for of_view in images.unbind()), strict=True)
+        for row, (targets, place, drawn) in enumerate(zip(rows, places, draws, strict=True)):
             try:
-                target.copy_(view(decode(read(*place), limit), draw))
+                image = decode(read(*place), limit)
             except DataError as error:
                 failed.append((row, str(error)))
+                continue
+            for target, draw in zip(targets, drawn, strict=True):
+                target.copy_(view(image, draw))
         return failed
 
     def _replace(
-        self, target: UInt8[Tensor, "3 s s"], request: Request, row: int, reason: str
+        self, targets: UInt8[Tensor, "views 3 s s"], request: Request, row: int, reason: str
     ) -> tuple[int, Bad]:
         """Put another sample into a row, if the request allows it; its id and the report."""
         sample, position = int(request.ids[row]), int(request.positions[row])
         reason = f"{self.index.where(sample)}: {self.index.excluded.get(sample, reason)}"
-        if request.assignments is None:
+        if request.assignments is None and not request.replace:
             return sample, Bad(sample, position, -1, reason)
         for substitute in self._substitutes(request, sample, position):
             one = replace(request, ids=np.array([substitute]), positions=np.array([position]))
-            if not self._fill(target[None], one):
+            if not self._fill(targets[:, None], one):
                 return substitute, Bad(sample, position, substitute, reason)
         raise DataError(
             f"{reason}; nor could {2 * REPLACEMENTS} samples in its place. Is the storage there?"
@@ -118,8 +140,7 @@ class Batches(Dataset[Loaded]):
 
     def _substitutes(self, request: Request, sample: int, position: int) -> Iterator[int]:
         """Members of the sample's cluster in an order drawn for its position, then any samples."""
-        assert request.assignments is not None
-        labels = self._assignments(request.assignments)
+        labels = self._labels_for(request)
         key = derive(request.key, "replacement")
         u = uniform(key, np.array([position]), 2 * REPLACEMENTS).reshape(2, REPLACEMENTS)
         for members, numbers in ((labels == labels[sample], u[0]), (np.True_, u[1])):
@@ -127,6 +148,14 @@ class Batches(Dataset[Loaded]):
             choices = choices[choices != sample]
             if len(choices):
                 yield from choices[(numbers * len(choices)).astype(np.int64)].tolist()
+
+    def _labels_for(self, request: Request) -> Int32[np.ndarray, " n"]:
+        """Its assignments; without any, one cluster of all samples that are not excluded."""
+        if request.assignments is not None:
+            return self._assignments(request.assignments)
+        labels = np.zeros(len(self.index), np.int32)
+        labels[list(self.index.excluded)] = -1
+        return labels
 
     def _assignments(self, path: Path) -> Int32[np.ndarray, " n"]:
         if self._labels is None or self._labels[0] != path:

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from deepclust.methods.deepcluster import DeepCluster
+from collections.abc import Callable
 
-METHODS = {"deepcluster": DeepCluster}
+from deepclust.methods.base import Method, Setting
+from deepclust.methods.deepcluster import DeepCluster
+from deepclust.methods.deepercluster import DeeperCluster
+from deepclust.methods.simclr import SimCLR
+from deepclust.models.backbone import Backbone
+
+METHODS: dict[str, Callable[[Backbone, Setting], Method]] = {
+    "deepcluster": DeepCluster,
+    "deepercluster": DeeperCluster,
+    "simclr": SimCLR,
+}

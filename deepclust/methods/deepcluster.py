@@ -11,41 +11,40 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from deepclust.methods.base import Batch, Method, Targets
+from deepclust.methods.base import Batch, Method, Setting, Targets
 from deepclust.models.backbone import Backbone
 from deepclust.models.heads import CentroidHead, LinearHead
+from deepclust.sections import DeepClusterSection
 from deepclust.world import derive
 
 
 class DeepCluster(Method):
     """Backbone and classifier, with the paper's loss: mean cross-entropy to the pseudo-labels."""
 
-    def __init__(self, backbone: Backbone, k: int, dim: int, head: str, seed: int) -> None:
+    def __init__(self, backbone: Backbone, setting: Setting) -> None:
         super().__init__()
+        config, cluster = setting.config, setting.cluster
+        assert isinstance(config, DeepClusterSection)
+        assert cluster is not None
         self.backbone = backbone
-        self.policy = head
+        self.policy = config.head
         self.head: LinearHead | CentroidHead
-        if head == "centroids":
-            width = backbone.dim
-            empty = torch.zeros(width), torch.zeros(width, dim), torch.zeros(k, dim)
+        if config.head == "centroids":
+            width, dim = backbone.dim, cluster.dim
+            empty = torch.zeros(width), torch.zeros(width, dim), torch.zeros(cluster.k, dim)
             self.head = CentroidHead(*empty)
         else:
-            self.head = LinearHead(backbone.dim, k, seed=seed)
+            self.head = LinearHead(backbone.dim, cluster.k, seed=setting.seed)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the head's logits against `batch.targets[0]`."""
-        features = self.backbone(batch.images)
+        features = self.backbone(batch.views[0])
         if isinstance(self.head, LinearHead):
             features = self.backbone.activation(features)
         return {"loss": F.cross_entropy(self.head(features).float(), batch.targets[0])}
-
-    def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
-        """The backbone's features, before the last ReLU where the backbone ends in one."""
-        features: Tensor = self.backbone(images)
-        return features
 
     @torch.no_grad()
     def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, " k"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepclust.clustering.arrays import ArrayPoints
-from deepclust.clustering.hierarchy import TwoLevel, two_level, two_level_start
+from deepclust.clustering.hierarchy import TwoLevel, distinct, two_level, two_level_start, up_to
 from deepclust.clustering.kmeans import kmeans
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import World
@@ -93,3 +93,72 @@ def test_a_two_level_start_survives_heavy_duplicates() -> None:
     start = two_level_start(ArrayPoints(x), 120)
     assert len(np.unique(start, axis=0)) == 120
     assert len(kmeans(x, 120, iterations=2, init=start).forced) <= 120
+
+
+def unit_rows(n: int = 600) -> np.ndarray:
+    x = rows(n).astype(np.float64)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def claim(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows 0, 3, 6, ... take super-cluster 1."""
+    places = np.arange(0, 30, 3)
+    return places, np.ones(len(places), np.int32)
+
+
+def pinned(world: World, x: np.ndarray) -> TwoLevel:
+    """Two pinned super-clusters, of which the second is where no row is."""
+    away = -x.mean(0) / np.linalg.norm(x.mean(0))
+    fixed = np.stack([x[5], away]).astype(np.float32)
+    return two_level(
+        ArrayPoints(x), 4, 40, fixed=fixed, spherical=True, claim=claim, world=world
+    )  # fmt: skip
+
+
+def test_pinned_super_clusters_stay_and_may_be_small() -> None:
+    x = np.abs(unit_rows())
+    found = pinned(World(), x)
+    assert found.super_centroids[0].tobytes() == x[5].tobytes()
+    assert found.empty_fixed.tolist() == [1]
+    assert (found.supers[0:30:3] == 1).all()  # claimed, after it had won nothing
+    assert found.claimed.tolist() == list(range(0, 30, 3))
+    np.testing.assert_array_equal(found.assignments // 10, found.supers)
+    sizes = np.bincount(found.assignments, minlength=40).reshape(4, 10)
+    np.testing.assert_array_equal((sizes > 0).sum(1), found.subs)
+    assert found.subs.tolist() == [10, 10, 10, 10]
+
+
+def test_a_pinned_super_cluster_has_no_more_sub_clusters_than_distinct_rows() -> None:
+    x = np.abs(unit_rows())
+    x[0:30:3] = x[[0, 3]].repeat(5, 0)
+    found = pinned(World(), x)
+    assert found.subs.tolist() == [10, 2, 10, 10]
+    assert not found.centroids[12:20].any()
+    away = two_level(ArrayPoints(x), 4, 40, fixed=-x[:1], spherical=True)
+    assert away.subs.tolist() == [0, 10, 10, 10]
+    assert np.bincount(away.assignments, minlength=40)[:10].sum() == 0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_gives_the_same_pinned_levels(size: int) -> None:
+    x = np.abs(unit_rows()).astype(np.float16)
+    alone = asdict(pinned(World(), x))
+    for part in on_ranks(size, pinned, x):
+        for name, value in asdict(part).items():
+            if name != "seconds":
+                np.testing.assert_array_equal(value, alone[name], err_msg=name)
+
+
+def test_distinct_rows_are_counted_up_to_a_bound() -> None:
+    x = rows(50).repeat(60, 0)
+    np.random.default_rng(0).shuffle(x)
+    assert distinct(ArrayPoints(x), 100) == 50
+    assert distinct(ArrayPoints(x), 7) == 7
+    assert len(up_to(ArrayPoints(x), 100).centroids) == 50
+    assert distinct(ArrayPoints(x).select(np.zeros(0, np.int64)), 3) == 0
+
+
+def test_one_cluster_of_one_super_cluster_is_everything() -> None:
+    found = two_level(ArrayPoints(rows(100)), 1, 1)
+    assert not found.assignments.any()
+    assert found.subs.tolist() == [1]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from deepclust.data import staging
+from deepclust.data.colour import Colour
 from deepclust.data.index import Index, open_index
 from deepclust.data.plan import EpochPlan
 from deepclust.data.reader import Loader, Request
@@ -50,7 +52,7 @@ def requests(steps: int = 12, start: int = 0, **options) -> Iterator[Request]:
 
 
 def images(loaded) -> torch.Tensor:
-    return torch.cat([part.images for part in loaded])
+    return torch.cat([part.images[0] for part in loaded])
 
 
 @every_loader
@@ -63,6 +65,15 @@ def test_the_loader_gives_the_same_bytes_however_it_reads(index, loader):
         assert [part.positions.tolist() for part in there] == [
             part.positions.tolist() for part in here
         ]
+
+
+def test_workers_give_every_view_in_its_colours(loader):
+    colour = Colour((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5)
+    asked = [replace(request, views=2, colour=colour) for request in requests(3)]
+    here = [loader._batches[request].images for request in asked]
+    assert here[0].shape == (2, 8, 3, 24, 24)
+    there = [part.images for part in loader.stream(asked)]
+    assert torch.equal(torch.stack(there), torch.stack(here))
 
 
 @every_loader

@@ -17,7 +17,7 @@ from cluster_jobs.features import Options, cluster_features
 from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, DiskError, NumericalError, RecipeError
-from deepclust.recipe import ClusterSection
+from deepclust.sections import ClusterSection
 from tests.tiny import deepclust
 
 N, D, K = 600, 12, 20

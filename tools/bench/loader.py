@@ -106,7 +106,7 @@ def ours(data: Path, size: int, workers: int) -> Iterator:
     view, loader = RandomResizedCrop(size), Loader(index, workers, read="offset")
     rows = zip(plan.for_rank(0, 1), plan.positions_for_rank(0, 1), strict=True)
     for loaded in loader.stream(Request(i, at, 0, view, assignments) for i, at in rows):
-        yield to_float(loaded.images, MEAN, STD)
+        yield to_float(loaded.images[0], MEAN, STD)
     loader.close()
 
 

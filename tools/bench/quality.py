@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""What are the features worth? Ours beside pixels, random weights, and shuffled pseudo-labels.
+"""What are the features worth? Each method beside pixels, random weights, shuffled pseudo-labels.
 
     python tools/bench/quality.py                      Fashion-MNIST, recipe demo-fashion, 3 seeds
     python tools/bench/quality.py --data photos --seeds 1        the photos of ../shared/data
+    python tools/bench/quality.py --rows deepcluster simclr      only these, and what has no seed
+
+All methods have the same backbone, and it sees the same number of images: SimCLR, which looks at
+two views of each, gets half as many epochs.
 
 One row at a time, each in a process of its own; finished rows are kept in --out, so the command can
 be stopped and given again. The names of rows and runs end in a hash of the resolved recipe, so that
@@ -39,6 +43,22 @@ DATA = {
     "fashion": ("demo-fashion", []),
     "photos": ("small-photos", ["backbone.name=conv4", *PHOTOS]),
 }
+METHODS = {  # what differs from the recipe, by method and data
+    "deepcluster": {"fashion": [], "photos": []},
+    "deepercluster": {
+        "fashion": ["method={name: deepercluster}", "cluster.supers=4"],
+        "photos": ["method={name: deepercluster}", "cluster.supers=4"],
+    },
+    "simclr": {
+        "fashion": ["method={name: simclr}", "cluster=null", "data.jitter=[0.4, 0.4, 0, 0]",
+                    "train.epochs=8"],
+        "photos": [
+            "method={name: simclr}", "cluster=null", "data.jitter=[0.4, 0.4, 0.4, 0.1]",
+            "data.grey=0.2", "data.crop_scale=[0.15, 1.0]", "train.batch=256", "train.epochs=8",
+        ],
+    },
+}  # fmt: skip
+KINDS = ("random", *METHODS, "shuffled")
 COLUMNS = (("knn", "top1"), ("linear", "top1"), ("clusters", "nmi"), ("clusters", "accuracy"))
 
 
@@ -49,7 +69,7 @@ def main() -> None:
         row_file(args, args.row).write_text(json.dumps(one_row(args)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    for row in rows(args.seeds):
+    for row in rows(args):
         file = row_file(args, row)
         if not file.exists():
             command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
@@ -65,28 +85,29 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-quality"))
+    parser.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
     args = parser.parse_args()
     args.out = args.out or args.work / f"{args.data}-rows"
-    args.key = recipe_key(args)
     return args
 
 
-def recipe_key(args: argparse.Namespace) -> str:
-    """Eight digits for everything that the rows have in common: the resolved recipe at seed 0."""
-    return hashlib.blake2b(recipe(args, 0).dump().encode(), digest_size=4).hexdigest()
+def recipe_key(args: argparse.Namespace, row: str) -> str:
+    """Eight digits for what a row's seeds have in common: the resolved recipe at seed 0."""
+    text = recipe(args, row.partition("-")[0], 0).dump()
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def row_file(args: argparse.Namespace, row: str) -> Path:
     """Where the scores of a row are kept."""
-    return Path(args.out, f"{row}-{args.key}.json")
+    return Path(args.out, f"{row}-{recipe_key(args, row)}.json")
 
 
-def rows(seeds: int) -> list[str]:
+def rows(args: argparse.Namespace) -> list[str]:
     """The rows; those without randomness once."""
-    kinds = ("random", "ours", "shuffled")
-    return ["pixels", "pixels-pca64", *(f"{kind}-{s}" for s in range(seeds) for kind in kinds)]
+    kinds = [f"{kind}-{seed}" for seed in range(args.seeds) for kind in args.rows]
+    return ["pixels", "pixels-pca64", *kinds]
 
 
 def one_row(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +118,7 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
     kind, _, seed = args.row.partition("-")
     train, test, facts = pixels(args, seed) if kind == "pixels" else network(args, kind, int(seed))
     trained = time.monotonic() - started
-    dim = recipe(args, 0).cluster.dim
+    dim = recipe(args, "random", 0).cluster.dim
     return {**evaluate_features(train, test, dim=dim), "seconds": round(trained, 1), **facts}
 
 
@@ -124,13 +145,25 @@ def shards(args: argparse.Namespace) -> dict[str, Path]:
     return {split: out / split for split in sources}
 
 
-def recipe(args: argparse.Namespace, seed: int) -> Any:
-    """The recipe of the trained rows."""
+def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
+    """The recipe of a kind of rows; of DeepCluster for those that train nothing."""
     from deepclust import Recipe
 
     name, overrides = DATA[args.data]
+    own = METHODS.get(kind, METHODS["deepcluster"])[args.data]
     where = f"data.shards={shards(args)['train']}"
-    return Recipe.load(name, where, *overrides, *args.overrides, f"seed={seed}")
+    return Recipe.load(name, where, *overrides, *own, *args.overrides, f"seed={seed}")
+
+
+class Flat:
+    """Images as they are, one channel where all three are equal."""
+
+    def to(self, _device: Any) -> Flat:
+        return self
+
+    def __call__(self, images: Any) -> Any:
+        grey = bool((images[:, 0] == images[:, 2]).all())
+        return (images[:, :1] if grey else images).flatten(1)
 
 
 def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -140,17 +173,7 @@ def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]
     from cluster_jobs.evaluation import labelled_features
     from deepclust import open_index
 
-    class Flat:
-        """Images as they are, one channel where all three are equal."""
-
-        def to(self, _device: Any) -> Flat:
-            return self
-
-        def __call__(self, images: Any) -> Any:
-            grey = bool((images[:, 0] == images[:, 2]).all())
-            return (images[:, :1] if grey else images).flatten(1)
-
-    data = recipe(args, 0).data.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
+    data = recipe(args, "pixels", 0).data.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
     if args.data == "photos":
         data = data.model_copy(update={"size": 32, "resize": 32})
     folders = shards(args)
@@ -169,23 +192,32 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
     from deepclust import open_index
     from deepclust.rundir import Run
 
-    wanted, facts = recipe(args, seed), {}
+    wanted, facts = recipe(args, kind, seed), {}
     if kind == "random":
         backbone = fresh_backbone(wanted)
     else:
-        run = args.work / f"{args.data}-{kind}-{seed}-{args.key}"
+        run = args.work / f"{args.data}-{kind}-{seed}-{recipe_key(args, kind)}"
         train_run(wanted, run, shuffled=kind == "shuffled")
         backbone = load_run(Run(run))
-        facts = {
-            "train_seconds": round(working_seconds(Run(run).events()), 1),
-            "images": Run(run).metrics("train")[-1]["step"] * wanted.train.batch,
-        }
+        facts = cost(Run(run), wanted.train.batch)
     folders = shards(args)
     train, test = (
         labelled_features(backbone, open_index(folders[split]), wanted.data)
         for split in ("train", "test")
     )
     return train, test, facts
+
+
+def cost(run: Any, batch: int) -> dict[str, Any]:
+    """Seconds, images and images a second of a run, and the share of time it did not train."""
+    steps = run.metrics("train")
+    images = steps[-1]["step"] * batch
+    told = batch * (steps[1]["step"] - steps[0]["step"])  # between two lines of metrics
+    seconds, training = working_seconds(run.events()), sum(told / s["images_per_s"] for s in steps)
+    return {
+        "train_seconds": round(seconds, 1), "images": images, "images_per_s": images / seconds,
+        "outside": max(0.0, 1 - training / seconds),
+    }  # fmt: skip
 
 
 def working_seconds(events: list[dict[str, Any]]) -> float:
@@ -202,20 +234,20 @@ def working_seconds(events: list[dict[str, Any]]) -> float:
 def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
     """Pretrain, or go on where a stopped one is."""
     from cluster_jobs.display import Display
-    from deepclust import cluster, pretrain, rundir
+    from deepclust import partition, pretrain, rundir
     from deepclust.launch import resume
     from deepclust.world import generator
 
-    honest = cluster.kmeans
+    honest = partition.kmeans
 
     def permuted(*arguments: Any, **options: Any) -> Any:
         found = honest(*arguments, **options)
         order = generator(options["seed"], "shuffle").permutation(len(found.assignments))
         return replace(found, assignments=found.assignments[order])
 
-    cluster.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
+    partition.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
     with Display() as display:
-        if rundir.exists(run) and (run / "rounds").exists():
+        if rundir.exists(run):
             resume(run, show=display)
         else:
             pretrain(wanted, run, display)
@@ -224,15 +256,16 @@ def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
 def table(args: argparse.Namespace) -> str:
     """Mean and spread by kind, as Markdown."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows(args.seeds):
+    for row in rows(args):
         kind = row if row.startswith("pixels") else row.rpartition("-")[0]
         found.setdefault(kind, []).append(json.loads(row_file(args, row).read_text()))
-    names = ("20-NN", "linear", "NMI", "accuracy")
-    lines = [f"| {args.data} | " + " | ".join(names) + " | training, s |", "|---" * 6 + "|"]
+    names = ("20-NN", "linear", "NMI", "accuracy", "s", "images/s", "not training")
+    lines = [f"| {args.data} | " + " | ".join(names) + " |", "|---" * 8 + "|"]
     for kind, records in found.items():
         cells = [spread([r[a][b] for r in records]) for a, b in COLUMNS]
-        seconds = spread([r.get("train_seconds", 0) for r in records], 0)
-        lines.append(f"| {kind} | " + " | ".join(cells) + f" | {seconds} |")
+        facts = (("train_seconds", 0), ("images_per_s", 0), ("outside", 3))
+        cells += [spread([r.get(name, 0) for r in records], digits) for name, digits in facts]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,9 @@
 Ours (`fixed=`) and `faiss.Kmeans(frozen_centroids=True)` start from the same m fixed centroids and
 the same rows for the free ones (FAISS fills them up by its own permutation; we take them from it).
 The objective is float64, over all rows and over the rows that free centroids win.
+
+`--spherical` is how a run does it: rows and centroids of unit norm, inner product, and prototypes
+that are unit means of rows near each other. FAISS then scales frozen centroids too, every time.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = {"n": 50_000, "dim": 256, "k": 1000, "m": 100, "iterations": 20, "seeds": 3}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--spherical", action="store_true", help="unit norm, inner product")
+    parser.add_argument("--dtype", default="float32", help="of the rows that ours reads")
 
 
 def run(options: argparse.Namespace) -> dict:
     """Both for every seed."""
-    rows = data.whitened(options.work, options.n, options.dim)
+    rows = data.whitened(options.work, options.n, options.dim, options.dtype)
     runs = [found for seed in range(options.seeds) for found in one_seed(options, rows, seed)]
     return {"data": data.facts(rows), "table": summary(runs), "runs": runs}
 
@@ -37,7 +42,7 @@ def one_seed(options: argparse.Namespace, rows: Path, seed: int) -> list[dict]:
     """The start from FAISS, both contenders, the referee."""
     names = {name: str(options.work / f"fixed-{name}.npy") for name in ("start", *CONTENDERS)}
     job = {"rows": str(rows), "seed": seed, "start": names["start"]}
-    job |= {"m": options.m, "k": options.k, "iterations": options.iterations}
+    job |= {name: getattr(options, name) for name in ("m", "k", "iterations", "spherical")}
     processes.call("fixed", "make_start", job, options)
     runs = []
     for name in CONTENDERS:
@@ -72,16 +77,20 @@ def summary(runs: list[dict]) -> list[dict]:
 
 def prototypes(job: dict) -> tuple[np.ndarray, np.ndarray]:
     """Rows, and m fixed centroids: means of ten rows each, as of ten labelled images."""
-    rows = np.load(job["rows"], mmap_mode="r")
+    rows = np.ascontiguousarray(np.load(job["rows"], mmap_mode="r"))
     ids = np.random.default_rng([job["seed"], 1]).choice(len(rows), (job["m"], 10), replace=False)
-    return np.ascontiguousarray(rows, np.float32), rows[ids].mean(1, dtype=np.float64).astype("f4")
+    if not job["spherical"]:
+        return rows, rows[ids].mean(1, dtype=np.float64).astype("f4")
+    near = np.argsort(-(rows[ids[:, 0]].astype("f4") @ rows.astype("f4").T), kind="stable")
+    means = rows[near[:, :10]].mean(1, dtype=np.float64)
+    return rows, (means / np.linalg.norm(means, axis=1, keepdims=True)).astype("f4")
 
 
 def make_start(job: dict) -> dict:
     """Let FAISS fill up the free centroids and stop before the first iteration."""
     rows, fixed = prototypes(job)
     found = freeze(job | {"iterations": 0}, rows)
-    found.train(rows, init_centroids=fixed)
+    found.train(rows.astype("f4", copy=False), init_centroids=fixed)
     np.save(job["start"], found.centroids)
     return {}
 
@@ -92,12 +101,14 @@ def freeze(job: dict, rows: np.ndarray):
 
     options = {"niter": job["iterations"], "seed": job["seed"], "frozen_centroids": True}
     options |= {"max_points_per_centroid": 10_000_000, "early_stop_threshold": -1.0}
+    options["spherical"] = job["spherical"]
     return faiss.Kmeans(rows.shape[1], job["k"], **options)
 
 
 def faiss(job: dict) -> dict:
     """FAISS with frozen centroids, then its search."""
     rows, fixed = prototypes(job)
+    rows = rows.astype("f4", copy=False)
     freeze(job | {"k": 32, "iterations": 1}, rows).train(rows[:4096], init_centroids=rows[:2])
     found = freeze(job, rows)
     began = time.perf_counter()
@@ -114,7 +125,10 @@ def ours(job: dict) -> dict:
     start = np.load(job["start"])
     kmeans(rows[:4096], 32, iterations=1)
     began = time.perf_counter()
-    found = kmeans(rows, job["k"], job["iterations"], job["seed"], init=start, fixed=fixed)
+    found = kmeans(
+        rows, job["k"], job["iterations"], job["seed"], init=start, fixed=fixed,
+        spherical=job["spherical"],
+    )  # fmt: skip
     return finish(job, fixed, found.centroids, time.perf_counter() - began)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import pytest
 from deepclust.checkpoint import State
 from deepclust.data.plan import EpochPlan
 from deepclust.data.reader import Request
-from deepclust.recipe import Data, TrainSection
-from deepclust.train import _requests
+from deepclust.feed import Feed
+from deepclust.methods.base import Needs
+from deepclust.sections import Data
 from deepclust.world import World
 
 BATCH, STEPS, OFFSET = 16, 10, 3
@@ -20,12 +20,11 @@ PLAN = EpochPlan.build((np.arange(200) % 7).astype(np.int32), 0, 2, BATCH, STEPS
 
 
 def requests(rank: int, ranks: int, accumulate: int) -> list[Request]:
-    """What one rank reads from step 3 of segment 2 on: only this much of a Trainer is needed."""
-    config = TrainSection(epochs=1, batch=BATCH, ranks=ranks, accumulate=accumulate)
+    """What one rank reads from step 3 of segment 2 on."""
     data = Data(shards="", size=16)
-    trainer = SimpleNamespace(world=World(rank, ranks), config=config, data=data, seed=0)
+    feed = Feed(data, Needs(), World(rank, ranks), seed=0, batch=BATCH, parts=accumulate)
     state = State(step=103, segment=2, offset=OFFSET, round=2)
-    return list(_requests(trainer, PLAN, Path("assignments.npy"), state))
+    return list(feed.requests(PLAN, Path("assignments.npy"), state))
 
 
 def global_batches(ranks: int, accumulate: int, what: str) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""One round's k-means of all samples: flat or in two levels, seeded or not, by any number of ranks.
+
+Flat k-means runs on sharded points, each rank with its part of the rows. In two levels every rank
+reads all rows (a memory-mapped file), see `hierarchy.py`. Both come back as a `Partition` of all n
+samples, and both take prototypes as pinned centroids or as a start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+
+from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.hierarchy import TwoLevel, start_of, two_level
+from deepclust.clustering.kmeans import KMeansResult, kmeans
+from deepclust.clustering.points import Points
+from deepclust.clustering.prototypes import start_from
+from deepclust.clustering.sharded import ShardedPoints
+from deepclust.sections import ClusterSection
+from deepclust.seeded import SeededRound
+from deepclust.world import World
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is clustered, how, and who does it."""
+
+    rows: Float[np.ndarray, "n d"]  # whitened, memory-mapped
+    valid: Int64[np.ndarray, " m"]  # sample ids that are not excluded, ascending
+    config: ClusterSection
+    two_level: bool
+    seeds: SeededRound | None
+    seed: int
+    device: torch.device
+    world: World
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every k-means of it takes."""
+        config = self.config
+        return {"iterations": config.iterations, "empty": config.empty, "backend": config.backend}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The clusters of all n samples."""
+
+    labels: Int32[np.ndarray, " n"]  # -1 = excluded
+    distances: Float32[np.ndarray, " n"]  # squared, to the own centroid; NaN = excluded
+    centroids: Float32[np.ndarray, "k d"]
+    inertia: float
+    empty_fixed: Int64[np.ndarray, " e"]  # pinned clusters that won nothing
+    claimed: Int64[np.ndarray, " c"]  # labelled samples that their class's cluster took
+    facts: dict[str, Any]  # for the statistics
+    levels: TwoLevel | None = None
+
+    def first_level(self) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, "s d"]]:
+        """The clusters that seeds can pin, and their centroids: super-clusters where there are."""
+        if self.levels is None:
+            return self.labels, self.centroids
+        supers = np.full_like(self.labels, -1)
+        supers[self.labels >= 0] = self.levels.supers
+        return supers, self.levels.super_centroids
+
+
+def partition(task: Task) -> Partition:
+    """Cluster, and let labelled samples take their class's cluster if they shall.
+
+    Called by all ranks of `task.world`, which all get the whole result. Raises what `kmeans` and
+    `two_level` raise.
+    """
+    return _in_two_levels(task) if task.two_level else _flat(task)
+
+
+def _flat(task: Task) -> Partition:
+    own = np.array_split(task.valid, task.world.size)[task.world.rank]
+    result = _kmeans(task, own)
+    labels, distances = _spread(result, own, len(task.rows), task.world)
+    found = Partition(
+        labels, distances, result.centroids, result.inertia, result.empty_fixed,
+        claimed=np.zeros(0, np.int64),
+        facts={
+            "forced": len(result.forced), "empty_repairs": result.empty_repairs,
+            "iterations": len(result.history),
+        },
+    )  # fmt: skip
+    if task.seeds is None or not task.seeds.config.force:
+        return found
+    return _claimed(found, task.rows, task.seeds)
+
+
+def _kmeans(task: Task, own: Int64[np.ndarray, " o"]) -> KMeansResult:
+    """k-means of the valid rows, of which `own` are this rank's."""
+    config, world, rows = task.config, task.world, task.rows
+    stretch = rows[own[0] : own[-1] + 1] if len(own) else rows[:0]  # all that our device holds
+    mine = ArrayPoints(stretch, device=task.device)
+    if len(own) < len(stretch):
+        mine = mine.select(own - own[0])
+    points = mine if world.size == 1 else ShardedPoints(mine, world)
+    if task.seeds is not None:
+        options = _seeded_start(task, points, config.k)
+    else:
+        options = {"init": world.share(_start(task, mine) if world.is_first else "")}
+    return kmeans(
+        points, config.k, seed=task.seed, min_size=config.min_size, **options, **task.options
+    )
+
+
+def _start(task: Task, mine: ArrayPoints) -> str | np.ndarray:
+    """What an unseeded k-means starts from; "two-level" looks at rows of all ranks."""
+    config = task.config
+    alone = task.world.size == 1 or config.init != "two-level"
+    whole = mine if alone else ArrayPoints(task.rows).select(task.valid)
+    return start_of(whole, config.init, config.k, task.seed)
+
+
+def _seeded_start(task: Task, points: Points, k: int) -> dict[str, Any]:
+    """Prototypes pinned among k centroids, or, once released, where those start."""
+    assert task.seeds is not None
+    found, init = task.seeds.prototypes, task.config.init
+    if task.seeds.pinned:
+        return {"fixed": found.rows, "init": init, "spherical": True}
+    return {"init": start_from(points, found, k, init, task.seed), "spherical": True}
+
+
+def _spread(
+    result: KMeansResult, own: Int64[np.ndarray, " o"], n: int, world: World
+) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """This rank's labels and distances at their ids, and those of all others added."""
+    labels = np.zeros(n, np.int32)
+    distances = np.zeros(n, np.float32)
+    labels[own] = result.assignments + 1
+    distances[own] = result.distances
+    both = (world.sum(torch.from_numpy(x).to(world.device)).cpu() for x in (labels, distances))
+    labels, distances = (x.numpy() for x in both)
+    distances[labels == 0] = np.nan
+    return labels - 1, distances
+
+
+def _claimed(found: Partition, rows: np.ndarray, seeds: SeededRound) -> Partition:
+    """Labelled samples in the nearest cluster of their class, whatever k-means has said."""
+    ids = seeds.table.ids
+    targets, distances = seeds.claim(rows, found.centroids)
+    moved = targets != found.labels[ids]
+    ids, targets, distances = ids[moved], targets[moved], distances[moved]
+    change = distances.sum(dtype=np.float64) - found.distances[ids].sum(dtype=np.float64)
+    found.labels[ids], found.distances[ids] = targets, distances
+    return replace(found, inertia=found.inertia + float(change), claimed=ids)
+
+
+def _in_two_levels(task: Task) -> Partition:
+    config, rows, valid, seeds = task.config, task.rows, task.valid, task.seeds
+    points = ArrayPoints(rows, device=task.device).select(valid)
+    options = task.options
+    if seeds is not None:
+        options |= _seeded_start(task, points, config.supers)
+        if seeds.config.force:
+            places = np.searchsorted(valid, seeds.table.ids)
+            options["claim"] = lambda centroids: (places, seeds.claim(rows, centroids)[0])
+    found = two_level(points, config.supers, config.k, seed=task.seed, world=task.world, **options)
+    labels = np.full(len(rows), -1, np.int32)
+    distances = np.full(len(rows), np.nan, np.float32)
+    labels[valid], distances[valid] = found.assignments, found.distances
+    return Partition(
+        labels, distances, found.centroids, found.inertia, found.empty_fixed,
+        claimed=valid[found.claimed],
+        facts={
+            "forced": len(found.forced), "empty_repairs": found.empty_repairs,
+            "iterations": found.iterations, "level_seconds": list(found.seconds),
+            "super_sizes": np.bincount(found.supers, minlength=config.supers).tolist(),
+        },
+        levels=found,
+    )  # fmt: skip

@@ -1,0 +1,268 @@
+"""The sections of a recipe: every key that decides what a run computes, with type and meaning.
+
+A component is given its own section and nothing else. Nothing here imports torch: a recipe is
+read, checked and printed before it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often something happens: every `count` epochs or steps."""
+
+    count: int
+    unit: Literal["epoch", "step"]
+
+
+def parse_cadence(text: str) -> Cadence:
+    """`"1 epoch"`, `"3 epochs"`, `"200 steps"` as a Cadence."""
+    number, _, unit = text.strip().partition(" ")
+    if number.isdigit() and int(number) > 0 and unit in ("epoch", "epochs", "step", "steps"):
+        return Cadence(int(number), "epoch" if unit.startswith("epoch") else "step")
+    raise ValueError(f'{text!r} is not a cadence; write "1 epoch", "3 epochs" or "200 steps"')
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+
+class Data(Section):
+    """Which images, and how they are looked at."""
+
+    shards: str = Field(description="folder of tar shards, or a brace pattern")
+    index: str | None = Field(None, description="where the index lies, if not beside the shards")
+    size: int = Field(224, ge=8, description="side of the square that the backbone sees, pixels")
+    resize: int | None = Field(None, ge=8, description="short side before the centre crop, pixels")
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of a training crop")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="its width / height")
+    flip: float = Field(0.5, ge=0, le=1, description="chance of a horizontal flip")
+    jitter: tuple[float, float, float, float] = Field(
+        (0.0, 0.0, 0.0, 0.0), description="brightness, contrast, saturation, hue of ColorJitter"
+    )
+    jitter_p: float = Field(0.8, ge=0, le=1, description="chance that colours are jittered")
+    grey: float = Field(0.0, ge=0, le=1, description="chance of a grey image")
+    blur: float = Field(0.0, ge=0, le=1, description="chance of a Gaussian blur")
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="its width, pixels")
+    colour_on: Literal["auto", "workers", "device"] = Field(
+        "auto", description="where jitter, grey and blur are computed; auto: device if a GPU"
+    )
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    workers: int = Field(4, ge=0, description="reader processes per rank; 0 = in the rank itself")
+    read: Literal["auto", "offset", "block"] = "auto"
+    scratch: str | None = Field(None, description="node-local folder for block reading")
+    extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
+    max_pixels: int = Field(178_956_970, ge=1, description="larger images are refused unread")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError("jitter is four numbers from 0, the last (hue) at most 0.5")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} goes from a small positive number to a larger one")
+        if self.short_side < self.size:
+            raise ValueError(f"resize {self.short_side} is smaller than the crop, size {self.size}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+    @property
+    def short_side(self) -> int:
+        """`resize`, or the usual 256 for 224 in proportion."""
+        return self.resize if self.resize is not None else round(self.size * 256 / 224)
+
+
+class BackboneSection(Section):
+    """Which network; the names are listed in `deepclust.models.BACKBONES`."""
+
+    name: str
+    sobel: bool = Field(False, description="see two Sobel gradients instead of colour")
+
+
+class MethodSection(Section):
+    """What all methods share. Each has a section of its own, chosen by `name`."""
+
+    clusters: ClassVar[bool] = True  # whether it trains on a clustering
+
+    sampling: Literal["exact", "paper"] = Field("exact", description="uniform cluster sampling")
+
+    @property
+    def resets(self) -> bool:
+        """Whether a round begins with a new head, so that the loss jumps."""
+        return self.clusters
+
+
+class DeepClusterSection(MethodSection):
+    """DeepCluster (Caron et al. 2018)."""
+
+    name: Literal["deepcluster"] = "deepcluster"
+    head: Literal["reset", "match", "centroids"] = Field(
+        "reset", description="what a new round does to the classifier"
+    )
+
+    @property
+    def resets(self) -> bool:
+        """Only by the paper's policy."""
+        return self.head == "reset"
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Whether a cluster takes the id of the old one that it continues."""
+        return self.head == "match"
+
+
+class DeeperClusterSection(MethodSection):
+    """DeeperCluster (Caron et al. 2019); its levels are cluster.supers and cluster.k."""
+
+    name: Literal["deepercluster"]
+    rotations: Literal[1, 4] = Field(4, description="4: images turned by quarters; 1: upright")
+
+
+class SimCLRSection(MethodSection):
+    """SimCLR (Chen et al. 2020)."""
+
+    clusters: ClassVar[bool] = False
+
+    name: Literal["simclr"]
+    temperature: float = Field(0.5, gt=0)
+    hidden: int = Field(2048, ge=1, description="width of the projection head's hidden layers")
+    out: int = Field(128, ge=1, description="dimensions of the projection")
+    layers: int = Field(2, ge=1, le=4, description="linear layers of the projection head")
+
+
+AnyMethod = Annotated[
+    DeepClusterSection | DeeperClusterSection | SimCLRSection, Field(discriminator="name")
+]
+
+
+class ClusterSection(Section):
+    """Whitening and k-means."""
+
+    k: int = Field(ge=1, description="number of clusters, of all super-clusters together")
+    supers: int = Field(1, ge=1, description="super-clusters, for two-level k-means; divides k")
+    dim: int = Field(256, ge=1, description="dimensions kept by the whitening")
+    iterations: int = Field(20, ge=1)
+    every: str = Field("1 epoch", description='"n epochs" or "n steps" between rounds')
+    until: int | None = Field(None, ge=1, description="no new round from this epoch on")
+    init: Literal["random", "k-means++", "two-level"] = "random"
+    empty: Literal["split", "relocate"] = "split"
+    min_size: int = Field(1, ge=1, description="members that every cluster ends with")
+    backend: Literal["auto", "torch", "faiss"] = "auto"
+    where: Literal["auto", "inline", "worker", "gang"] = Field(
+        "auto",
+        description="auto: inline at one rank, else the cluster worker's own process; "
+        "gang: all ranks together, each with its part of the rows",
+    )
+    overlap: bool = Field(False, description="k-means while the gang trains on; a round later")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
+    max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
+
+    @field_validator("every")
+    @classmethod
+    def _every(cls, text: str) -> str:
+        parse_cadence(text)
+        return text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.k % self.supers:
+            raise ValueError(f"supers={self.supers} must divide k={self.k}")
+        if self.overlap and self.where in ("inline", "gang"):
+            raise ValueError(
+                "overlap needs the cluster worker, a process of its own: leave where at auto"
+            )
+        return self
+
+
+SHARDS = "shards"  # where labels come from: the shards themselves
+
+
+class SeedsSection(Section):
+    """A few labels, whose classes' prototypes are the first centroids and stay where they are."""
+
+    labels: str = Field(description='"shards" (.cls, .json) or a table: Parquet or CSV, key, class')
+    per_class: int | None = Field(
+        None, ge=1, description="labels used of each class, drawn by the seed; the rest is held out"
+    )
+    prototypes: int = Field(1, ge=1, description="centroids of each class")
+    momentum: float = Field(0.0, ge=0, lt=1, description="share of a prototype's last place kept")
+    release_after: int | None = Field(
+        None, ge=0, description="the last round that pins them; later they only are a start"
+    )
+    force: bool = Field(False, description="labelled samples take their class's cluster")
+    held_out: str | None = Field(
+        None, description="labels to judge by, as `labels`; default: the shards', if they have any"
+    )
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    epochs: int = Field(ge=1)
+    batch: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
+    ranks: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, description="parts in which a rank's share is computed")
+    optimizer: Literal["sgd", "lars"] = Field("sgd", description="of the body; heads take SGD")
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(1e-5, ge=0)
+    head_lr: float | None = Field(None, gt=0, description="the head's, constant; default: lr")
+    head_momentum: float = Field(0.0, ge=0, lt=1)
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    steps_at: tuple[float, ...] = Field((), description="epochs at which `step` lowers the rate")
+    step_factor: float = Field(0.1, gt=0, le=1)
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    sync_bn: Literal["auto", "on", "off"] = Field(
+        "auto", description="batch statistics of the whole global batch; auto: on several GPUs"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1, description="CPU threads per rank; recorded at start")
+    checkpoint: str = Field("1 epoch", description='"n epochs" or "n steps" between checkpoints')
+    log: int = Field(20, ge=1, description="steps between two lines of metrics")
+    timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _checkpoint(cls, text: str) -> str:
+        parse_cadence(text)
+        return text
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        parts = self.ranks * self.accumulate
+        if self.batch % parts:
+            raise ValueError(
+                f"batch {self.batch} cannot be shared by {self.ranks} ranks in {self.accumulate} "
+                f"parts; choose a multiple of {parts}"
+            )
+        return self
+
+
+class InitSection(Section):
+    """What a new run starts from, instead of random weights and a first clustering."""
+
+    weights: str | None = Field(None, description="a run, a checkpoint, or an exported backbone")
+    assignments: str | None = Field(None, description="a round of another run")
+
+
+class KeepSection(Section):
+    """How much of the past stays on disk; assignments are all kept."""
+
+    features: int = Field(1, ge=0)
+    checkpoints: int = Field(3, ge=1)
