@@ -5,9 +5,10 @@
 
 Every case has fresh processes (gloo ranks, one thread each), and the cases take turns. Memory is
 RssAnon above its value before the head was made: the peak in three steps of SGD with momentum, and
-what is left after them, gradients included; then come five steps that are timed, unwatched. The
-peer is the same loss by `weight[s]` of every super-class that is there, through plain autograd.
-At last the formula of `deepclust/models/subhead.py` for the paper's size.
+what is left after them, gradients included, while malloc gives large blocks back at once (glibc's
+habit of keeping some added 80 MB at one rank). Then come five timed steps, unwatched. The peer is
+the same loss by `weight[s]` of every super-class that is there, through plain autograd. At last
+the formula of `deepclust/models/subhead.py` for the paper's size.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/bench/clustering")]
@@ -41,73 +43,42 @@ from deepclust.models.subhead import SubHead  # noqa: E402
 from deepclust.world import World, join, leave  # noqa: E402
 
 WATCHED, TIMED = 3, 5  # steps
-MB, GB = 1e6, 1e9
+MMAP_THRESHOLD, AT_ONCE, USUAL = -3, 1 << 16, 1 << 25  # mallopt's; glibc raises its own to USUAL
 
 
-@dataclass(frozen=True)
-class Size:
-    """S super-classes of k_s sub-clusters, D features, G rows a step, W ranks, e bytes a number."""
+class Size(NamedTuple):
+    """S super-classes of k_s sub-clusters, D features, G rows in a step."""
 
     S: int
     k_s: int
     D: int
     G: int
-    W: int = 1
-    e: int = 4
-
-    @property
-    def own(self) -> int:
-        """Sub-clusters of every super-class that a rank has, at most."""
-        return math.ceil(self.k_s / self.W)
-
-    @property
-    def held(self) -> int:
-        """Bytes of weights, gradients and momentum on a rank."""
-        return 12 * self.S * self.own * (self.D + 1)
-
-    @property
-    def kept(self) -> int:
-        """Bytes from forward to backward."""
-        return self.e * self.G * (self.D + self.own)
-
-    @property
-    def working(self) -> int:
-        """Bytes while it works, at most."""
-        return 12 * self.G * self.own + 4 * self.G * self.D + 2 * self.e * self.own * self.D
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a rank sends in a step: gathered, all-reduced, scattered."""
-        gathered, reduced, scattered = self.e * self.D + 16, 2 * 4 + 2 * 8, 4 * self.D
-        return (self.W - 1) / self.W * self.G * (gathered + reduced + scattered)
-
-    def peak(self, decay: float) -> int:
-        """With weight decay torch's SGD makes a copy of the gradient, in one tensor."""
-        return max(self.held + self.kept + self.working, self.held * 4 // 3 if decay else 0)
 
 
-SCALED = Size(S=16, k_s=4_000, D=1024, G=192)
-PAPER = Size(S=16, k_s=80_000, D=4096, G=3072)
-
-
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Who computes the loss, on how many ranks."""
 
     name: str
     ranks: int = 1
     decay: float = 0.0
 
-    @property
-    def size(self) -> Size:
-        """What a rank has."""
-        return Size(SCALED.S, SCALED.k_s, SCALED.D, SCALED.G, self.ranks)
+
+TINY, SCALED, PAPER = Size(2, 6, 8, 6), Size(16, 4_000, 1024, 192), Size(16, 80_000, 4096, 3072)
+INDEXED = Case("indexed")
+CASES = [*(Case("packed", ranks) for ranks in (1, 2, 3)), Case("with decay", 1, 1e-5), INDEXED]
 
 
-CASES = [
-    Case("packed"), Case("packed", 2), Case("packed", 3), Case("packed, weight decay", 1, 1e-5),
-    Case("indexed"),
-]  # fmt: skip
+def formula(size: Size, ranks: int, e: int = 4) -> dict[str, float]:
+    """MB of a rank, and MB that it sends in a step; e bytes in a number of the product."""
+    (S, k_s, D, G), own = size, math.ceil(size.k_s / ranks)
+    found = {
+        "weights, gradients, momentum": 12 * S * own * (D + 1),
+        "SGD's copy (weight decay)": 4 * S * own * (D + 1),  # torch's makes it of each tensor
+        "forward to backward": e * G * (D + own),
+        "while it works, at most": 12 * G * own + 4 * G * D + 2 * e * own * D,
+        "sent": (ranks - 1) / ranks * G * (e * D + 16 + 2 * 4 + 2 * 8 + 4 * D),
+    }
+    return {name: count / 1e6 for name, count in found.items()}
 
 
 def main() -> None:
@@ -116,18 +87,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of every case")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
-    machine, runs = processes.machine(), []
-    for turn in range(options.rounds):
-        for case in CASES[turn % len(CASES) :] + CASES[: turn % len(CASES)]:
-            runs.append({**asdict(case), "each": spawned(case)})
-    measured, paper = [line(case, runs) for case in CASES], list(for_paper())
-    print(f"S={SCALED.S} k_s={SCALED.k_s} D={SCALED.D} G={SCALED.G}, {machine['cpus']} cores, ")
-    print(f"load before {machine['load_before']}\n\n{report.markdown(measured)}\n")
-    print(f"Formula, S={PAPER.S} k_s={PAPER.k_s} D={PAPER.D} G={PAPER.G}, of a rank\n")
-    print(report.markdown(paper))
+    found = {"machine": processes.machine(), "scaled": SCALED._asdict(), "paper": PAPER._asdict()}
+    runs = [(case, spawned(case)) for _ in range(options.rounds) for case in CASES]
+    found["runs"] = [{**case._asdict(), "each": each} for case, each in runs]
+    found["measured"] = [line(case, [each for of, each in runs if of == case]) for case in CASES]
+    found["formula"] = [
+        {"ranks": ranks, "product": product}
+        | {f"{name}, MB": f"{value:,.0f}" for name, value in formula(PAPER, ranks, e).items()}
+        for ranks in (64, 8, 1)
+        for product, e in {"fp32": 4, "bf16": 2}.items()
+    ]
+    found["load_after"] = os.getloadavg()
+    print(f"{SCALED}; load {found['machine']['load_before']} before, {found['load_after']} after\n")
+    print(f"{report.markdown(found['measured'])}\n\n{PAPER}, of a rank, by formula\n")
+    print(report.markdown(found["formula"]))
     if options.json:
-        found = {"machine": machine, "load_after": os.getloadavg(), "scaled": asdict(SCALED)}
-        found |= {"runs": runs, "table": measured, "paper": paper}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -138,27 +112,27 @@ def spawned(case: Case) -> list[dict]:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(case.ranks, mp_context=spawn) as pool,
     ):
-        meeting = Path(folder, "meeting")
-        jobs = [pool.submit(one_rank, case, rank, meeting) for rank in range(case.ranks)]
+        jobs = [pool.submit(one_rank, case, rank, Path(folder, "0")) for rank in range(case.ranks)]
         return [job.result() for job in jobs]
 
 
 def one_rank(case: Case, rank: int, meeting: Path) -> dict:
-    """Bytes and seconds of this rank, and the loss of all rows after the last step."""
+    """Bytes and seconds of this rank, and the loss of all rows in the last step."""
     torch.set_num_threads(1)
-    torch.ones(256, 256) @ torch.ones(256, 256)
-    world = join(rank, case.ranks, meeting, torch.device("cpu"), 60)
+    world, libc = join(rank, case.ranks, meeting, torch.device("cpu"), 60), ctypes.CDLL(None)
+    next(steps(case, TINY, world))  # what the first step loads does not count
+    libc.mallopt(MMAP_THRESHOLD, AT_ONCE)
     with Peak() as peak:
-        steps = trained(case, world)
+        training = steps(case, SCALED, world)
         for _ in range(WATCHED):
-            loss = next(steps)
-        ctypes.CDLL(None).malloc_trim(0)  # else free pages of the heap would count
+            next(training)
         left = anonymous(os.getpid()) - peak.before
+    libc.mallopt(MMAP_THRESHOLD, USUAL)
     seconds = []
     for _ in range(TIMED):
         world.barrier()
         began = time.perf_counter()
-        loss = next(steps)
+        loss = next(training)
         seconds.append(time.perf_counter() - began)
     mean = world.sum(loss).item() / world.size
     world.barrier()
@@ -166,11 +140,11 @@ def one_rank(case: Case, rank: int, meeting: Path) -> dict:
     return {"peak": peak.bytes, "left": left, "seconds": seconds, "loss": mean}
 
 
-def trained(case: Case, world: World) -> Iterator[torch.Tensor]:
-    """Step after step on one batch, with the features' gradient; yields this rank's loss."""
-    size, random = case.size, torch.Generator().manual_seed(0)
+def steps(case: Case, size: Size, world: World) -> Iterator[Tensor]:
+    """Step after step on one batch, features' gradient included; yields this rank's loss."""
+    random = torch.Generator().manual_seed(0)
     rows = torch.randn(size.G, size.D, generator=random).relu_()
-    classes = (torch.randint(n, (size.G,), generator=random) for n in (size.S, size.k_s))
+    classes = [torch.randint(n, (size.G,), generator=random) for n in (size.S, size.k_s)]
     features, s, z = (part.tensor_split(world.size)[world.rank] for part in (rows, *classes))
     features.requires_grad_()
     head = SubHead(size.D, size.S, size.k_s, world, seed=0)
@@ -178,53 +152,33 @@ def trained(case: Case, world: World) -> Iterator[torch.Tensor]:
     while True:
         optimizer.zero_grad(set_to_none=True)
         features.grad = None
-        loss = indexed(head, features, s, z) if case.name == "indexed" else head(features, s, z)
+        loss = indexed(head, features, s, z) if case == INDEXED else head(features, s, z)
         loss.backward()
         optimizer.step()
         yield loss.detach()
 
 
-def indexed(
-    head: SubHead, features: torch.Tensor, s: torch.Tensor, z: torch.Tensor
-) -> torch.Tensor:
-    """The same loss on one rank, as one would write it."""
-    losses = [
-        F.cross_entropy(
-            F.linear(features[s == i], head.weight[i], head.bias[i]), z[s == i], reduction="sum"
-        )
-        for i in s.unique().tolist()
-    ]
-    return torch.stack(losses).sum() / len(s)
+def indexed(head: SubHead, features: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    """The same loss on one rank, as one would write it first."""
+    total = features.new_zeros(())
+    for i in s.unique().tolist():
+        logits = F.linear(features[s == i], head.weight[i], head.bias[i])
+        total = total + F.cross_entropy(logits, z[s == i], reduction="sum")
+    return total / len(s)
 
 
-def line(case: Case, runs: list[dict]) -> dict:
-    """Memory of the rank that had most, seconds of the rank that was last; medians of rounds."""
-    mine = [run["each"] for run in runs if Case(run["name"], run["ranks"], run["decay"]) == case]
-    left, peak = (median(max(r[name] for r in each) for each in mine) for name in ("left", "peak"))
-    steps = [median(map(max, zip(*(r["seconds"] for r in each), strict=True))) for each in mine]
-    ours, size = case.name != "indexed", case.size
+def line(case: Case, rounds: list[list[dict]]) -> dict:
+    """Memory of the rank that had most, seconds of the one that was last; medians over rounds."""
+    left, peak = (median(max(r[key] for r in each) for each in rounds) for key in ("left", "peak"))
+    seconds = [median(map(max, zip(*(r["seconds"] for r in each), strict=True))) for each in rounds]
+    held, copy, kept, working, _ = formula(SCALED, case.ranks).values()
+    most, ours = held + max(kept + working, copy if case.decay else 0), case != INDEXED
     return {
         "sub-head": case.name, "ranks": case.ranks,
-        "left, MB": f"{left / MB:.0f}", "formula": f"{size.held / MB:.0f}" if ours else "",
-        "peak, MB": f"{peak / MB:.0f}",
-        "formula, at most": f"{size.peak(case.decay) / MB:.0f}" if ours else "",
-        "step, s": report.spread(steps), "loss": f"{mine[0][0]['loss']:.6f}",
+        "left, MB": f"{left / 1e6:.0f}", "formula": f"{held:.0f}" if ours else "",
+        "peak, MB": f"{peak / 1e6:.0f}", "formula, at most": f"{most:.0f}" if ours else "",
+        "step, s": report.spread(seconds), "loss": f"{rounds[0][0]['loss']:.6f}",
     }  # fmt: skip
-
-
-def for_paper() -> Iterator[dict]:
-    """The formula for the paper's size."""
-    for ranks in (64, 8, 1):
-        for product, e in {"fp32": 4, "bf16": 2}.items():
-            size = Size(PAPER.S, PAPER.k_s, PAPER.D, PAPER.G, ranks, e)
-            yield {
-                "ranks": ranks, "product": product,
-                "weights, gradients, momentum, GB": f"{size.held / GB:.2f}",
-                "and SGD's copy (weight decay), GB": f"{size.held / 3 / GB:.2f}",
-                "kept forward to backward, GB": f"{size.kept / GB:.3f}",
-                "while it works, at most, GB": f"{size.working / GB:.3f}",
-                "sent in a step, MB": f"{size.sent / MB:.1f}",
-            }  # fmt: skip
 
 
 if __name__ == "__main__":
