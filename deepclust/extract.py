@@ -38,6 +38,8 @@ from deepclust.world import World
 
 UNITS = 64
 SMALLEST_UNIT = 256
+LARGEST_UNIT = 2**18  # 2 GB of float16 at D = 4096, which a rank holds at a time
+SLICE = 2**13  # rows that are whitened at a time
 Embed = Callable[[Tensor], Tensor]
 
 
@@ -92,9 +94,12 @@ class _Open:
 
 
 def unit_ranges(bases: Int64[np.ndarray, " s1"]) -> list[range]:
-    """Cut all sample ids into at most 64 units, at shard boundaries where there are enough."""
+    """Cut all sample ids into 64 units, at shard boundaries where there are enough.
+
+    Fewer than 64 if they would be tiny, more if they would not fit into memory.
+    """
     n = int(bases[-1])
-    count = max(1, min(UNITS, n // SMALLEST_UNIT))
+    count = max(1, min(UNITS, n // SMALLEST_UNIT), -(-n // LARGEST_UNIT))
     cuts = np.linspace(0, n, count + 1).round().astype(np.int64)
     if len(bases) - 1 >= count:
         cuts = np.unique(bases[np.searchsorted(bases, cuts)])
@@ -133,8 +138,9 @@ def project(job: Pass, whitening: Whitening) -> None:
     job.world.barrier()
     start = np.load(rows_file, mmap_mode="r").offset
     for number in job.draw("project", list(range(len(units)))):
-        rows = _project_unit(job, number, units[number].start, whitening)
-        _write_at(rows_file, start + units[number].start * dim * 2, rows)
+        first = units[number].start
+        for place, rows in _projected(job, number, first, whitening):
+            _write_at(rows_file, start + (first + place) * dim * 2, rows)
     job.meet()
     if job.world.is_first:
         _finish_features(job, features, whitening)
@@ -275,14 +281,19 @@ def _check_bad(job: Pass, excluded: dict[int, str]) -> None:
     )
 
 
-def _project_unit(job: Pass, number: int, start: int, whitening: Whitening) -> np.ndarray:
-    with safe_open(job.unit_file(number), "pt") as tensors:
-        rows, pivot = tensors.get_tensor("rows"), tensors.get_tensor("pivot")
-        excluded = json.loads(tensors.metadata()["excluded"])
+def _projected(
+    job: Pass, number: int, first: int, whitening: Whitening
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A unit's whitened rows, a slice at a time, each with its place in the unit."""
     device = job.world.device
-    white = whitening(rows.to(device).float() + pivot.to(device)).half().cpu()
-    white[[int(sample) - start for sample in excluded]] = 0
-    return np.asarray(white.numpy())
+    with safe_open(job.unit_file(number), "pt") as tensors:
+        rows, pivot = tensors.get_slice("rows"), tensors.get_tensor("pivot").to(device)
+        excluded = np.array([int(s) for s in json.loads(tensors.metadata()["excluded"])], np.int64)
+        for place in range(0, rows.get_shape()[0], SLICE):
+            white = whitening(rows[place : place + SLICE].to(device).float() + pivot).half().cpu()
+            inside = excluded - first - place
+            white[inside[(inside >= 0) & (inside < len(white))]] = 0
+            yield place, np.asarray(white.numpy())
 
 
 def _write_at(file: Path, offset: int, rows: np.ndarray) -> None:

@@ -28,7 +28,9 @@ from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.tiles import each_tile
 from deepclust.errors import DataError, NumericalError
 
-TILE = {"cpu": 2**21, "cuda": 2**23}  # numbers of a tile, so that it stays in the cache
+# numbers of a tile: what a core's cache holds, and on a GPU (not measured there) what keeps it busy
+# between launches, half a GB of scores; 2**23 would be 104 rows for 80,000 centroids
+TILE = {"cpu": 2**21, "cuda": 2**27}
 MOST = 65_536  # rows of a tile
 
 

@@ -4,8 +4,9 @@ For DeeperCluster (Caron et al., ICCV 2019, section 3.2), whose labels are pairs
 sub-cluster), and as a start for flat k-means with so many clusters that twenty passes over all
 centroids are too many: with k = m * m the two levels look at 2 m centroids a row instead of k.
 
-The inner jobs know nothing of each other, so ranks share them out, the largest first. Level one
-runs on sharded points. Every rank can read all rows (a memory-mapped file), so no rows travel.
+The inner jobs know nothing of each other, so ranks share them out, the largest first; where there
+are more ranks than jobs, all work on each. Level one runs on sharded points. Every rank can read
+all rows (a memory-mapped file), so no rows travel.
 
 The first super-clusters can be pinned (class prototypes, `prototypes.py`). A pinned one may win few
 rows or none: then it has as many sub-clusters as it has distinct rows, and its other ids are empty.
@@ -96,12 +97,15 @@ def two_level(
     out = _Merged.zeros(points, k, supers)
     failed: list[str] = []
     lenient = fixed is not None or claim is not None
-    for s, ids in _jobs(labels, supers, world):
+    together = world.size > supers  # or some ranks would have nothing to do
+    for s, ids in _jobs(labels, supers, ALONE if together else world):
         if len(ids) == 0:  # pinned, and won nothing
             continue
         try:
-            inside, own = points.select(ids), derive(seed, "sub", s)
-            out.put((up_to if lenient else kmeans)(inside, each, seed=own, **options), ids, s, each)
+            count = distinct(points.select(ids), each) if lenient else each
+            inside, own = _inside(points, ids, together, world), derive(seed, "sub", s)
+            found = kmeans(inside, count, seed=own, **options)
+            out.put(found, ids, s, each, world if together else ALONE)
         except DataError as error:
             failed.append(f"super-cluster {s}: {error}")
     if world.largest(len(failed)):  # on every rank, or the others would wait for us
@@ -199,18 +203,29 @@ def _own_part(points: ArrayPoints, world: World) -> ArrayPoints | ShardedPoints:
     """This rank's contiguous part of all rows, as sharded points."""
     if world.size == 1:
         return points
-    cuts = np.linspace(0, points.n, world.size + 1).astype(np.int64)
-    own = points.select(np.arange(cuts[world.rank], cuts[world.rank + 1]))
-    return ShardedPoints(own, world)
+    return ShardedPoints(points.select(np.arange(points.n)[_part(points.n, world)]), world)
+
+
+def _inside(
+    points: ArrayPoints, ids: Int64[np.ndarray, " m"], together: bool, world: World
+) -> ArrayPoints | ShardedPoints:
+    """A super-cluster's rows: all of them, or of those that all ranks cluster this rank's."""
+    if not together:
+        return points.select(ids)
+    return ShardedPoints(points.select(ids[_part(len(ids), world)]), world)
+
+
+def _part(n: int, world: World) -> slice:
+    cuts = np.linspace(0, n, world.size + 1).astype(np.int64)
+    return slice(int(cuts[world.rank]), int(cuts[world.rank + 1]))
 
 
 def _everyones(own: Int32[np.ndarray, " held"], n: int, world: World) -> Int32[np.ndarray, " n"]:
     """All ranks' labels one after the other; n int32 are little beside the features."""
     if world.size == 1:
         return own
-    cuts = np.linspace(0, n, world.size + 1).astype(np.int64)
     labels = torch.zeros(n, dtype=torch.int32, device=world.device)
-    labels[cuts[world.rank] : cuts[world.rank + 1]] = torch.from_numpy(own)
+    labels[_part(n, world)] = torch.from_numpy(own)
     return world.sum(labels).cpu().numpy()
 
 
@@ -247,11 +262,14 @@ class _Merged:
             torch.zeros(1, dtype=torch.int64),
         )  # fmt: skip
 
-    def put(self, found: KMeansResult, ids: np.ndarray, s: int, each: int) -> None:
-        base, count = s * each, len(found.centroids)
+    def put(self, found: KMeansResult, ids: np.ndarray, s: int, each: int, world: World) -> None:
+        """A super-cluster's result; `world` are the ranks that all have it, save the labels."""
+        base, count, own = s * each, len(found.centroids), ids[_part(len(ids), world)]
+        self.assignments[own] = torch.from_numpy(found.assignments) + base
+        self.distances[own] = torch.from_numpy(found.distances)
+        if not world.is_first:
+            return
         self.centroids[base : base + count] = torch.from_numpy(found.centroids)
-        self.assignments[ids] = torch.from_numpy(found.assignments) + base
-        self.distances[ids] = torch.from_numpy(found.distances)
         self.forced[ids[found.forced]] = 1
         self.subs[s] = count
         self.repairs.add_(found.empty_repairs)

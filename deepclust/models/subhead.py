@@ -32,8 +32,8 @@ class SubHead(nn.Module):
     the product (4, or 2 under autocast):
 
     - memory of a rank: 12 S own (D + 1) bytes of weights, gradients and momentum in float32 (16
-      for the moment in which an accumulated gradient is added); from forward to backward
-      e G (D + own); at most 12 G own + 4 G D + 2 e own D more while it works;
+      while an accumulated gradient is added, or SGD adds weight decay to a copy of it); from
+      forward to backward e G (D + own); at most 12 G own + 4 G D + 2 e own D more while it works;
     - sent by a rank in a step, times (W - 1) / W: e G D (features) and 16 G (s and z) gathered,
       2 x 4 G and 2 x 8 G all-reduced (softmax), 4 G D scattered (the features' gradient). The
       weights, their gradients and the logits never travel.

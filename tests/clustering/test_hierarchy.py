@@ -41,15 +41,15 @@ def test_one_super_cluster_is_flat_k_means() -> None:
     assert len(np.unique(found.assignments)) == 8
 
 
-def split(world: World, x: np.ndarray) -> TwoLevel:
-    return two_level(ArrayPoints(x), 5, 50, world=world)
+def split(world: World, x: np.ndarray, supers: int = 5) -> TwoLevel:
+    return two_level(ArrayPoints(x), supers, 50, world=world)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_ranks_gives_the_same_two_levels(size: int) -> None:
+@pytest.mark.parametrize(("size", "supers"), [(2, 5), (3, 5), (2, 1), (3, 2)])
+def test_any_number_of_ranks_gives_the_same_two_levels(size: int, supers: int) -> None:
     x = rows()
-    alone = asdict(split(World(), x))
-    for part in on_ranks(size, split, x):
+    alone = asdict(split(World(), x, supers))
+    for part in on_ranks(size, split, x, supers):
         for name, value in asdict(part).items():
             if name != "seconds":
                 np.testing.assert_array_equal(value, alone[name], err_msg=name)

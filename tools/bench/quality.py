@@ -212,8 +212,12 @@ def cost(run: Any, batch: int) -> dict[str, Any]:
     """Seconds, images and images a second of a run, and the share of time it did not train."""
     steps = run.metrics("train")
     images = steps[-1]["step"] * batch
-    told = batch * (steps[1]["step"] - steps[0]["step"])  # between two lines of metrics
-    seconds, training = working_seconds(run.events()), sum(told / s["images_per_s"] for s in steps)
+    before = [0, *(line["step"] for line in steps)]
+    training = sum(
+        batch * (line["step"] - last) / line["images_per_s"]
+        for line, last in zip(steps, before, strict=False)
+    )
+    seconds = working_seconds(run.events())
     return {
         "train_seconds": round(seconds, 1), "images": images, "images_per_s": images / seconds,
         "outside": max(0.0, 1 - training / seconds),

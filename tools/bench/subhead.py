@@ -6,9 +6,9 @@
 Every case has fresh processes (gloo ranks, one thread each), and the cases take turns. Memory is
 RssAnon above its value before the head was made: the peak in three steps of SGD with momentum, and
 what is left after them, gradients included, while malloc gives large blocks back at once (glibc's
-habit of keeping some added 80 MB at one rank). Then come five timed steps, unwatched. The peer is
-the same loss by `weight[s]` of every super-class that is there, through plain autograd. At last
-the formula of `deepclust/models/subhead.py` for the paper's size.
+habit of keeping some adds 70 MB at one rank; MKL's scratch, 9 MB there, does count). Then come five
+timed steps, unwatched. The peer is the same loss by `weight[s]` of every super-class that is there,
+through plain autograd. At last the formula of `deepclust/models/subhead.py` for the paper's size.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ CASES = [*(Case("packed", ranks) for ranks in (1, 2, 3)), Case("with decay", 1, 
 
 
 def formula(size: Size, ranks: int, e: int = 4) -> dict[str, float]:
-    """MB of a rank, and MB that it sends in a step; e bytes in a number of the product."""
-    (S, k_s, D, G), own = size, math.ceil(size.k_s / ranks)
+    """GB on a rank, and GB that it sends in a step; e bytes in a number of the product."""
+    own = math.ceil(size.k_s / ranks)
+    S, _, D, G = size
     found = {
         "weights, gradients, momentum": 12 * S * own * (D + 1),
         "SGD's copy (weight decay)": 4 * S * own * (D + 1),  # torch's makes it of each tensor
@@ -78,7 +79,7 @@ def formula(size: Size, ranks: int, e: int = 4) -> dict[str, float]:
         "while it works, at most": 12 * G * own + 4 * G * D + 2 * e * own * D,
         "sent": (ranks - 1) / ranks * G * (e * D + 16 + 2 * 4 + 2 * 8 + 4 * D),
     }
-    return {name: count / 1e6 for name, count in found.items()}
+    return {name: count / 1e9 for name, count in found.items()}
 
 
 def main() -> None:
@@ -93,7 +94,7 @@ def main() -> None:
     found["measured"] = [line(case, [each for of, each in runs if of == case]) for case in CASES]
     found["formula"] = [
         {"ranks": ranks, "product": product}
-        | {f"{name}, MB": f"{value:,.0f}" for name, value in formula(PAPER, ranks, e).items()}
+        | {f"{name}, GB": f"{value:.3f}" for name, value in formula(PAPER, ranks, e).items()}
         for ranks in (64, 8, 1)
         for product, e in {"fp32": 4, "bf16": 2}.items()
     ]
@@ -171,7 +172,7 @@ def line(case: Case, rounds: list[list[dict]]) -> dict:
     """Memory of the rank that had most, seconds of the one that was last; medians over rounds."""
     left, peak = (median(max(r[key] for r in each) for each in rounds) for key in ("left", "peak"))
     seconds = [median(map(max, zip(*(r["seconds"] for r in each), strict=True))) for each in rounds]
-    held, copy, kept, working, _ = formula(SCALED, case.ranks).values()
+    held, copy, kept, working, _ = (1e3 * gb for gb in formula(SCALED, case.ranks).values())
     most, ours = held + max(kept + working, copy if case.decay else 0), case != INDEXED
     return {
         "sub-head": case.name, "ranks": case.ranks,
