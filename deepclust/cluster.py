@@ -154,14 +154,16 @@ def wait_for(stage: Path, stopping: Callable[[], bool]) -> bool:
 def read_targets(run: Run, number: int) -> Targets:
     """The finished round as the method takes it in; assignments stay on disk, memory-mapped."""
     folder = run.round(number)
-    kept = folder / "assignments" / "kept.npy"
-    whitening = folder / "whitening"
+    file = folder / "assignments" / "assignments.npy"
+    kept, labelled = file.with_name("kept.npy"), file.with_name("labelled.npy")
     return Targets(
         round=number,
-        ids=np.load(folder / "assignments" / "assignments.npy", mmap_mode="r"),
+        file=file,
+        ids=np.load(file, mmap_mode="r"),
         centroids=np.load(folder / "centroids" / "centroids.npy"),
-        whitening=read_whitening(folder) if is_done(whitening) else None,
+        whitening=read_whitening(folder) if is_done(folder / "whitening") else None,
         kept=np.load(kept) if kept.exists() else None,
+        labelled=np.load(labelled) if labelled.exists() else None,
     )
 
 
@@ -250,6 +252,8 @@ def _publish(
         if verdict is not None:
             write_json(stage / "seeds.json", verdict)
             np.save(stage / "forced.npy", found.claimed)
+        if seeds is not None:
+            np.save(stage / "labelled.npy", seeds.table.ids)
         write_json(stage / "statistics.json", statistics)
 
     job.run.commit(folder / "centroids", fill_centroids, inputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,11 +36,10 @@ class Feed:
     batch: int
     parts: int
 
-    def requests(
-        self, plan: EpochPlan, assignments: Path | None, state: State
-    ) -> Iterator[Request]:
+    def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
         """This rank's reads, from the step where we are: a slice of the plan."""
         data, world = self.data, self.world
+        assignments = None if targets is None else targets.file
         ids = plan.for_rank(world.rank, world.size, state.offset)
         share = ids.shape[1]
         view = RandomResizedCrop(data.size, data.crop_scale, data.crop_ratio, data.flip)

@@ -88,7 +88,7 @@ def _flat(task: Task) -> Partition:
             "iterations": len(result.history),
         },
     )  # fmt: skip
-    if task.seeds is None or not task.seeds.config.force:
+    if task.seeds is None or not task.seeds.config.forces:
         return found
     return _claimed(found, task.rows, task.seeds)
 
@@ -158,7 +158,7 @@ def _in_two_levels(task: Task) -> Partition:
     options = task.options
     if seeds is not None:
         options |= _seeded_start(task, points, config.supers)
-        if seeds.config.force:
+        if seeds.config.forces:
             places = np.searchsorted(valid, seeds.table.ids)
             options["claim"] = lambda centroids: (places, seeds.claim(rows, centroids)[0])
     found = two_level(points, config.supers, config.k, seed=task.seed, world=task.world, **options)

@@ -203,9 +203,17 @@ class SeedsSection(Section):
         None, ge=0, description="the last round that pins them; later they only are a start"
     )
     force: bool = Field(False, description="labelled samples take their class's cluster")
+    share: float = Field(
+        0.0, ge=0, lt=1, description="of every batch, drawn from the labelled samples; forces them"
+    )
     held_out: str | None = Field(
         None, description="labels to judge by, as `labels`; default: the shards', if they have any"
     )
+
+    @property
+    def forces(self) -> bool:
+        """Whether labelled samples are in their class's cluster, whatever k-means says."""
+        return self.force or self.share > 0
 
 
 class TrainSection(Section):

@@ -73,19 +73,18 @@ def train_segment(
     trainer: Trainer,
     plan: EpochPlan,
     targets: Targets | None,
-    assignments: Path | None,
     state: State,
 ) -> State:
     """Train from `state.offset` to the end of the plan; returns the state after it.
 
-    `targets` and their file `assignments` are None for a method that trains on no clustering.
+    `targets` are None for a method that trains on no clustering.
 
     Raises NumericalError on a loss that is not finite, RequeueWanted when asked to stop.
     """
     trainer.model.train()
     trainer.meter = Meter(waited=trainer.loader.waited)
     feed = trainer.feed
-    parts = trainer.loader.stream(feed.requests(plan, assignments, state))
+    parts = trainer.loader.stream(feed.requests(plan, targets, state))
     for _ in range(state.offset, plan.steps):
         torch.manual_seed(derive(trainer.seed, "step", state.step, trainer.world.rank))
         rate = trainer.optimizers.set_rate(trainer.schedule.factor(state.samples))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -24,7 +22,7 @@ def requests(rank: int, ranks: int, accumulate: int) -> list[Request]:
     data = Data(shards="", size=16)
     feed = Feed(data, Needs(), World(rank, ranks), seed=0, batch=BATCH, parts=accumulate)
     state = State(step=103, segment=2, offset=OFFSET, round=2)
-    return list(feed.requests(PLAN, Path("assignments.npy"), state))
+    return list(feed.requests(PLAN, None, state))
 
 
 def global_batches(ranks: int, accumulate: int, what: str) -> np.ndarray:

@@ -74,6 +74,22 @@ class EpochPlan:
         tape = _tape(draws, blocks, key).reshape(lanes, steps, global_batch // lanes)
         return cls(tape.swapaxes(0, 1).reshape(-1).astype(np.int64), steps, global_batch)
 
+    def mixed(self, other: EpochPlan, lanes: int | None = None) -> EpochPlan:
+        """Each batch of this plan and of another one of as many steps, as one batch.
+
+        The other's samples are spread evenly over the slots of every lane, and so over the ranks.
+        """
+        assert self.steps == other.steps, "plans of different lengths cannot be mixed"
+        own, theirs = (p.ids.reshape(p.steps, lanes or 1, -1) for p in (self, other))
+        both = np.concatenate([own, theirs], axis=2)
+        width, part = both.shape[2], theirs.shape[2]
+        slots = np.full(width, -1)
+        slots[np.arange(part) * width // part] = np.arange(width - part, width)
+        slots[slots < 0] = np.arange(width - part)
+        return EpochPlan(
+            both[:, :, slots].reshape(-1), self.steps, self.global_batch + other.global_batch
+        )
+
     @property
     def positions(self) -> Int64[np.ndarray, " positions"]:
         """Each draw's place in the epoch, step * global_batch + slot: the key of its views."""

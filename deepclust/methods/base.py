@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64
@@ -76,14 +77,16 @@ class Targets:
     """An immutable round: assignments (memory-mapped), centroids, and what they were made with.
 
     `kept` marks the clusters whose id continues a cluster of the round before (head policy
-    `match`); None means that no id does.
+    `match`); None means that no id does. `labelled` are the sample ids of the seeds, if any.
     """
 
     round: int
+    file: Path
     ids: Int32[np.ndarray, "heads n"]
     centroids: Float[np.ndarray, "heads k d"]
     whitening: Whitening | None
     kept: Bool[np.ndarray, " k"] | None
+    labelled: Int64[np.ndarray, " m"] | None = None
 
 
 class Method(nn.Module, ABC):

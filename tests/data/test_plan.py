@@ -180,3 +180,19 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused():
         build(zipf_labels()).for_rank(0, 3)
     with pytest.raises(RecipeError, match="rank 2"):
         build(zipf_labels()).for_rank(2, 2)
+
+
+@pytest.mark.parametrize("lanes", [None, 4])
+def test_a_mixed_plan_has_both_plans_batches_in_every_lane(lanes: int | None) -> None:
+    labels = (np.arange(600) % 5).astype(np.int32)
+    some = np.where(np.arange(600) < 20, labels, -1).astype(np.int32)
+    own = EpochPlan.build(labels, 0, 1, 24, 6, lanes)
+    other = EpochPlan.build(some, 0, 1, 8, 6, lanes, purpose="labelled")
+    both = own.mixed(other, lanes)
+    assert (both.steps, both.global_batch) == (6, 32)
+    for step in range(6):
+        parts = (p.ids.reshape(6, -1)[step] for p in (own, other))
+        found = both.ids.reshape(6, -1)[step]
+        np.testing.assert_array_equal(np.sort(found), np.sort(np.concatenate(list(parts))))
+    for rank in range(4):  # labelled samples are spread over the ranks
+        assert np.isin(both.for_rank(rank, 4), np.arange(20)).sum(1).min() >= 2

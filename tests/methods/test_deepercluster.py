@@ -29,7 +29,8 @@ def deeper(supers: int, k: int, rotations: int) -> DeeperCluster:
 
 
 def targets(k: int, round: int = 0) -> Targets:
-    return Targets(round, np.zeros((1, 4), np.int32), np.zeros((1, k, 8), np.float32), None, None)
+    ids, centroids = np.zeros((1, 4), np.int32), np.zeros((1, k, 8), np.float32)
+    return Targets(round, Path("assignments.npy"), ids, centroids, None, None)
 
 
 def test_the_probabilities_of_all_pairs_add_up_to_one() -> None:
