@@ -181,7 +181,7 @@ def _seeds(
     job: Job, number: int, rows: np.ndarray, excluded: Int64[np.ndarray, " e"]
 ) -> SeededRound | None:
     """The round's prototypes, if there are seeds; the same on every rank."""
-    if job.seeds is None:
+    if job.seeds is None or number < job.seeds[0].pin_from:
         return None
     config, seeds = job.seeds
     seed = derive(job.seed, "cluster", number)

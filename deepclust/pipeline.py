@@ -17,21 +17,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from functools import partial
-
-import numpy as np
-from jaxtyping import Int8
 
 from deepclust import cluster, inherit
 from deepclust.assemble import Context, build_trainer, embedder, restore
-from deepclust.checkpoint import State
-from deepclust.data.index import Index
-from deepclust.data.plan import EpochPlan
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.export import export_backbone
 from deepclust.extract import Pass, extract, project
 from deepclust.methods.base import Targets
-from deepclust.recipe import Recipe
+from deepclust.planning import plan_segment
 from deepclust.rundir import is_done, prune
 from deepclust.timeline import Timeline
 from deepclust.train import Trainer, train_segment
@@ -57,7 +50,7 @@ def run(context: Context) -> None:
             if (ahead := timeline.round_ahead(state)) is not None:
                 trainer.save(state)  # before a refresh here, which has saved the same step
                 begin_round(context, trainer, ahead)
-            plan = plan_segment(context, timeline, state, targets)
+            plan = plan_segment(recipe, context.index, context.read, timeline, state, targets)
             context.tell("training", round=state.round, segment=state.segment, step=state.step)
             state = train_segment(trainer, plan, targets, state).after_segment()
             if trainer.save_due(state):
@@ -68,44 +61,6 @@ def run(context: Context) -> None:
         trainer.loader.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
-
-
-def plan_segment(
-    context: Context, timeline: Timeline, state: State, targets: Targets | None
-) -> EpochPlan:
-    """Uniform over the round's clusters; without a clustering all samples are one.
-
-    With `seeds.share` every batch has its share of labelled samples, uniform over their clusters.
-    """
-    recipe, index = context.recipe, context.index
-    ids = targets.ids[0] if targets else _usable(index)
-    lanes = timeline.lanes if context.read == "block" else None
-    build = partial(
-        EpochPlan.build, seed=recipe.seed, epoch=state.segment, mode=recipe.method.sampling,
-        lanes=lanes, blocks=index.bases,
-    )  # fmt: skip
-    batch, steps = recipe.train.batch, timeline.steps(state)
-    if targets is None or targets.labelled is None or not (part := labelled_part(recipe, lanes)):
-        return build(ids, global_batch=batch, steps=steps)
-    steps = steps or int((ids >= 0).sum()) // batch
-    labelled = np.full(len(ids), -1, np.int32)
-    labelled[targets.labelled] = ids[targets.labelled]
-    mine = build(labelled, global_batch=part, steps=steps, purpose="labelled")
-    return build(ids, global_batch=batch - part, steps=steps).mixed(mine, lanes)
-
-
-def labelled_part(recipe: Recipe, lanes: int | None) -> int:
-    """Labelled samples of a batch, equally many for each lane."""
-    share = recipe.seeds.share if recipe.seeds else 0.0
-    lanes = lanes or 1
-    return round(share * recipe.train.batch / lanes) * lanes
-
-
-def _usable(index: Index) -> Int8[np.ndarray, " n"]:
-    """0 for every sample, -1 for those that the index excludes."""
-    labels = np.zeros(len(index), np.int8)
-    labels[list(index.excluded)] = -1
-    return labels
 
 
 def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:

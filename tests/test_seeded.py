@@ -11,11 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepclust import Recipe, pretrain
+from deepclust import Recipe, open_index, pretrain
+from deepclust.checkpoint import State
+from deepclust.cluster import read_targets
 from deepclust.errors import NumericalError, RecipeError, RunDiffersError
 from deepclust.files import read_json
 from deepclust.launch import resume
+from deepclust.planning import plan_segment
 from deepclust.rundir import Run, manifest
+from deepclust.timeline import Timeline
 from tests.images import draw, encode, write_tar
 from tests.killing import MOMENTS, kill_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe, tiny_shards
@@ -202,6 +206,29 @@ def test_forced_samples_are_in_their_classs_cluster_and_listed(
     statistics = read(tmp_path / "force", 0, "assignments/statistics.json")
     assert statistics["seeds_forced"] == len(listed)
     assert statistics["inertia"] == pytest.approx(distances.mean(), rel=1e-5)
+
+
+def test_every_batch_has_its_share_of_labelled_samples_in_their_classs_cluster(
+    shards: Path, tmp_path: Path
+) -> None:
+    few = (*SEEDS, "seeds.share=0.25", "train.epochs=1")
+    run = pretrain(recipe(shards, *few), tmp_path / "run")
+    labelled = read(run.path, 0, "assignments/labelled.npy")
+    assert len(labelled) == 20
+    np.testing.assert_array_equal(assignments(run.path)[0][0][labelled], labelled % 4)
+    targets, index = read_targets(run, 0), open_index(shards)
+    where = Timeline.of(run.recipe, len(index)), State(round=0), targets
+    plan = plan_segment(run.recipe, index, "offset", *where)
+    batches = plan.ids.reshape(plan.steps, 24)
+    assert plan.steps == 12
+    assert (np.isin(batches, labelled).sum(1) >= 6).all()
+
+
+def test_pinning_may_begin_in_a_later_round(shards: Path, tmp_path: Path) -> None:
+    run = pretrain(recipe(shards, *SEEDS, "seeds.pin_from=1"), tmp_path / "run")
+    assert not (run.round(0) / "centroids" / "prototypes.npy").exists()
+    pins = read(run.path, 1, "centroids/prototypes.npy")
+    assert np.array_equal(read(run.path, 1, "centroids/centroids.npy")[0, :4], pins)
 
 
 def test_pinned_clusters_keep_ids_and_head_rows_when_the_others_are_matched(
