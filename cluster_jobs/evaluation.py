@@ -6,6 +6,7 @@ extraction); the evaluators in `deepclust.evaluate` see arrays only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from deepclust.errors import DataError
 from deepclust.evaluate import evaluate_features
 from deepclust.evaluate.prototypes import prototypes
 from deepclust.export import Exported, export_backbone
-from deepclust.files import write_json
+from deepclust.files import read_json, write_json
 from deepclust.inherit import backbone_part, export_meta
 from deepclust.models import Backbone, build_backbone
 from deepclust.recipe import Recipe
@@ -32,10 +33,13 @@ DIM = 64  # of the whitening that judges a method without a clustering
 Scores = dict[str, dict[str, float]]
 
 
-def evaluate_run(run: Path, train: str, test: str) -> Scores:
+def evaluate_run(
+    run: Path, train: str, test: str, tell: Callable[[str], None] = lambda text: None
+) -> Scores:
     """Evaluate a run's backbone on labelled shards; the scores also land in `evaluations/`.
 
-    A seeded run is also judged by its prototypes, from its own labels in the training shards.
+    A seeded run is also judged by its prototypes, where `train` are the shards it was trained on.
+    `tell` hears why not, if not.
     """
     found = open_run(run)
     latest, data = _latest(found), found.recipe.data
@@ -45,11 +49,13 @@ def evaluate_run(run: Path, train: str, test: str) -> Scores:
     dim = found.recipe.cluster.dim if found.recipe.cluster else DIM
     scores = evaluate_features((train_x, train_y), probes, dim=dim)
     if found.recipe.seeds is not None:
-        seeds = load_seeds(index, found.recipe.seeds, found.recipe.seed).table
-        labels = label_numbers(index, seeds.names)[seeds.classes]
-        rows, place = np.searchsorted(ids, seeds.ids), np.isin(seeds.ids, ids)
-        nearest = prototypes(train_x, rows[place], labels[place], *probes, dim=dim)
-        scores["prototypes"] = dict(nearest)
+        try:
+            known, labels = seeds_of(found, index)
+            rows, place = np.searchsorted(ids, known), np.isin(known, ids)
+            nearest = prototypes(train_x, rows[place], labels[place], *probes, dim=dim)
+            scores["prototypes"] = dict(nearest)
+        except DataError as error:
+            tell(f"the seeds' prototypes are not judged: {error}")
     record = {"step": latest.state.step, "train": train, "test": test, "scores": scores}
     write_json(found.path / "evaluations" / f"{latest.state.step:08d}.json", record)
     return scores
@@ -92,6 +98,16 @@ def labelled_features(
 ) -> tuple[Float32[np.ndarray, "n D"], np.ndarray]:
     """Features and labels of every readable, labelled sample, in sample order."""
     return features_of(backbone, index, data)[:2]
+
+
+def seeds_of(run: Run, index: Index) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
+    """Sample ids and labels of a run's seeds; `DataError` when these are not the run's shards."""
+    assert run.recipe.seeds is not None
+    began = read_json(run.path / "data.json")["fingerprint"]
+    if index.fingerprint != began:
+        raise DataError(f"{index.shards[0].parent} are not the shards that {run.path} trained on")
+    seeds = load_seeds(index, run.recipe.seeds, run.recipe.seed).table
+    return seeds.ids, label_numbers(index, seeds.names)[seeds.classes]
 
 
 def label_numbers(index: Index, names: list[str]) -> Int64[np.ndarray, " classes"]:

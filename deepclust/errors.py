@@ -30,6 +30,10 @@ class ResourceError(DeepclustError, RuntimeError):
     exit_code = 4
 
 
+class FollowedError(ResourceError):
+    """Another rank failed, so this one stops; that one's error is the one to tell."""
+
+
 class DiskError(DeepclustError, OSError):
     """The disk is full, or a folder cannot be written."""
 

@@ -57,7 +57,14 @@ def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
             f"{recipe.clustering.k}; set cluster.k={centroids.shape[1]}"
         )
     labels = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
-    if manifest(source / "assignments")["inputs"]["data"] != index.fingerprint:
+    inputs = manifest(source / "assignments")["inputs"]
+    if recipe.clustering.supers not in (1, inputs.get("supers", 1)):
+        raise RecipeError(
+            f"init.assignments: {source} was clustered with cluster.supers="
+            f"{inputs.get('supers', 1)}, so its ids are not those of {recipe.clustering.supers} "
+            "super-clusters; take a round of a run with as many"
+        )
+    if inputs["data"] != index.fingerprint:
         labels = _join(labels[0], _index_of(source), index)[None]
     _write_round(run, source, index, np.asarray(labels), centroids)
 

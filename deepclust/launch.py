@@ -334,9 +334,10 @@ class _Gang:
 def _culprit(children: list[_Child], dead: list[_Child]) -> _Child:
     """Who began it: one that told a reason of its own, else one that was killed.
 
-    The others end too, of the collective that the first one left.
+    The others end too, of the collective that the first one left, or because they were told.
     """
     reasons = [c for c in children if c.failure and c.failure["exit_code"] != 1]
+    reasons.sort(key=lambda c: c.failure is not None and c.failure["kind"] == "FollowedError")
     killed = [child for child in dead if (child.process.returncode or 0) < 0]
     return (reasons + killed + dead)[0]
 

@@ -64,7 +64,8 @@ class PipeReport:
         self._send({"progress": True, **fields})
 
     def failed(self, error: BaseException, exit_code: int) -> None:
-        """Tell why this process ends."""
+        """Tell why this process ends, to the launcher and in our own log."""
+        logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
         self._send({"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code})
 
     def _send(self, record: dict[str, Any]) -> None:

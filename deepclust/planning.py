@@ -31,7 +31,7 @@ def plan_segment(
     ids = targets.ids[0] if targets else _usable(index)
     lanes = timeline.lanes if read == "block" else None
     build = partial(
-        EpochPlan.build, seed=recipe.seed, epoch=state.segment, mode=recipe.method.sampling,
+        EpochPlan.build, seed=recipe.seed, epoch=state.segment, mode=recipe.method.mode,
         lanes=lanes, blocks=index.bases,
     )  # fmt: skip
     batch, steps, part = recipe.train.batch, timeline.steps(state), _labelled(recipe, lanes or 1)

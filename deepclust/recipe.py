@@ -12,6 +12,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -87,10 +88,7 @@ class Recipe(Section):
     @classmethod
     def load(cls, source: str | Path, *overrides: str) -> Recipe:
         """Read a recipe (a path or a shipped name) and apply `a.b=c` overrides."""
-        tree = _read(source)
-        for override in overrides:
-            _apply(tree, override)
-        return cls.parse(tree, str(source))
+        return cls.parse(_applied(_read(source), overrides), str(source))
 
     @classmethod
     def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -111,10 +109,7 @@ class Recipe(Section):
 
     def replace(self, *overrides: str) -> Recipe:
         """A copy with overrides applied and checked."""
-        tree = self.model_dump(mode="json")
-        for override in overrides:
-            _apply(tree, override)
-        return Recipe.parse(tree)
+        return Recipe.parse(_applied(self.model_dump(mode="json"), overrides))
 
     def flat(self) -> dict[str, Any]:
         """The recipe as dotted keys, to compare two of them."""
@@ -133,7 +128,11 @@ def _misfit(recipe: Recipe) -> str | None:
     if not recipe.method.clusters:
         unused = [key for key in ("cluster", "seeds") if getattr(recipe, key) is not None]
         unused += ["init.assignments"] if recipe.init.assignments else []
-        return f"{name} does not cluster: leave {unused[0]} out (null)" if unused else None
+        if unused:
+            return f"{name} does not cluster: leave {unused[0]} out (null)"
+        if name == "simclr" and recipe.train.accumulate > 1:
+            return "simclr contrasts whole batches: set train.accumulate=1, or more train.ranks"
+        return None
     if cluster is None:
         return f"cluster: is required by method {name}"
     if name == "deepcluster" and (cluster.k < 2 or cluster.supers > 1):
@@ -171,6 +170,13 @@ def _read(source: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds no recipe: expected sections such as data:, cluster:")
+    return tree
+
+
+def _applied(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree after all overrides; a method's name first, as it begins a section anew."""
+    for override in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
+        _apply(tree, override)
     return tree
 
 

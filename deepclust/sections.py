@@ -95,17 +95,33 @@ class BackboneSection(Section):
 class MethodSection(Section):
     """What all methods share. Each has a section of its own, chosen by `name`."""
 
-    clusters: ClassVar[bool] = True  # whether it trains on a clustering
-
-    sampling: Literal["exact", "paper"] = Field("exact", description="uniform cluster sampling")
+    clusters: ClassVar[bool] = False  # whether it trains on a clustering
 
     @property
     def resets(self) -> bool:
         """Whether a round begins with a new head, so that the loss jumps."""
         return self.clusters
 
+    @property
+    def mode(self) -> str:
+        """How an epoch's plan draws."""
+        return "exact"
 
-class DeepClusterSection(MethodSection):
+
+class ClusteringMethodSection(MethodSection):
+    """What methods share that train on a clustering."""
+
+    clusters: ClassVar[bool] = True
+
+    sampling: Literal["exact", "paper"] = Field("exact", description="uniform cluster sampling")
+
+    @property
+    def mode(self) -> str:
+        """As the recipe says."""
+        return self.sampling
+
+
+class DeepClusterSection(ClusteringMethodSection):
     """DeepCluster (Caron et al. 2018)."""
 
     name: Literal["deepcluster"] = "deepcluster"
@@ -124,7 +140,7 @@ class DeepClusterSection(MethodSection):
         return self.head == "match"
 
 
-class DeeperClusterSection(MethodSection):
+class DeeperClusterSection(ClusteringMethodSection):
     """DeeperCluster (Caron et al. 2019); its levels are cluster.supers and cluster.k."""
 
     name: Literal["deepercluster"]
@@ -133,8 +149,6 @@ class DeeperClusterSection(MethodSection):
 
 class SimCLRSection(MethodSection):
     """SimCLR (Chen et al. 2020)."""
-
-    clusters: ClassVar[bool] = False
 
     name: Literal["simclr"]
     temperature: float = Field(0.5, gt=0)
@@ -248,6 +262,11 @@ class TrainSection(Section):
     log: int = Field(20, ge=1, description="steps between two lines of metrics")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
 
+    @field_validator("sync_bn", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: object) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @field_validator("checkpoint")
     @classmethod
     def _checkpoint(cls, text: str) -> str:
@@ -256,6 +275,8 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if self.optimizer == "lars" and self.nesterov:
+            raise ValueError("lars has no nesterov momentum: leave nesterov out")
         parts = self.ranks * self.accumulate
         if self.batch % parts:
             raise ValueError(

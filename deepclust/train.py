@@ -185,8 +185,9 @@ def _fail_on_nan(trainer: Trainer, plan: EpochPlan, first: int, state: State) ->
         begin = state.offset - (state.step - first)
         ids = plan.ids.reshape(plan.steps, -1)[begin : state.offset]
         write_json(trainer.folder / "nan-batch.json", {"step": first, "ids": ids.tolist()})
+    of_round = "" if state.round < 0 else f" (round {state.round})"
     raise NumericalError(
-        f"the loss is not finite in steps {first + 1} to {state.step} (round {state.round}). "
+        f"the loss is not finite in steps {first + 1} to {state.step}{of_round}. "
         f"Their sample ids are in {trainer.folder / 'nan-batch.json'}. The last checkpoint is "
         "sound: lower train.lr in a new run that starts from it (init.weights), or look at those "
         "images."

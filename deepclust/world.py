@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepclust.errors import ResourceError
+from deepclust.errors import FollowedError
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class World:
         if error is not None:
             raise error
         if failed >= 0:
-            raise ResourceError(
+            raise FollowedError(
                 f"{where}: rank {failed} failed, so this rank stops too; the cause and the fix "
                 f"stand in its log, logs/rank-{failed:05d}.log"
             )

@@ -186,7 +186,7 @@ def attempt(world: World, run: Run, spoil: int) -> str:
 @pytest.mark.parametrize("spoil", [0, 1])
 def test_a_rank_that_cannot_write_is_an_error_on_all(run: Run, spoil: int) -> None:
     told = on_ranks(2, attempt, run, spoil)
-    assert told[1 - spoil].startswith("ResourceError: checkpoint ")
+    assert told[1 - spoil].startswith("FollowedError: checkpoint ")
     assert f"rank {spoil} failed" in told[1 - spoil]
     assert told[spoil].startswith("NotImplementedError")
     assert list((run.path / "checkpoints").iterdir()) == []

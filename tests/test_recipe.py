@@ -54,6 +54,8 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
             "method.temprature: .* did you mean 'temperature'",
         ),
         ("method={name: deepercluster, rotations: 2}", "method.rotations: .*1 or 4"),
+        ("method={name: simclr, sampling: paper}", "method.sampling: unknown key"),
+        ("train={epochs: 1, optimizer: lars, nesterov: true}", "lars has no nesterov momentum"),
         ("data.jitter=[0, 0, 0, 0.7]", "the last .hue. at most 0.5"),
         ("method.head=forget", "method.head: .*'reset', 'match' or 'centroids'"),
         ("cluster.every=often", "cluster.every: 'often' is not a cadence"),
@@ -69,6 +71,21 @@ def test_a_wrong_override_is_named_with_the_fix(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         tiny_recipe(tmp_path, override)
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto")])
+def test_on_and_off_are_words_not_truth(tmp_path: Path, text: str, value: str) -> None:
+    assert tiny_recipe(tmp_path, f"train.sync_bn={text}").train.sync_bn == value
+
+
+def test_a_methods_own_keys_may_stand_before_its_name(tmp_path: Path) -> None:
+    later = tiny_recipe(tmp_path, "method.temperature=0.2", "cluster=null", "method.name=simclr")
+    assert later.method.temperature == 0.2
+
+
+def test_simclr_does_not_contrast_parts_of_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="contrasts whole batches"):
+        tiny_recipe(tmp_path, "method.name=simclr", "cluster=null", "train.accumulate=2")
 
 
 def test_another_method_begins_with_its_own_defaults() -> None:

@@ -64,5 +64,5 @@ def test_one_ranks_error_stops_all_and_the_others_say_whose_it_was() -> None:
     first, second, third = on_ranks(3, fails, 1)
     assert second == "DiskError: full"
     assert first == third
-    assert first.startswith("ResourceError: saving: rank 1 failed")
+    assert first.startswith("FollowedError: saving: rank 1 failed")
     assert fails(World(), 0) == second

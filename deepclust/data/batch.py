@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float64, Int32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -140,22 +140,24 @@ class Batches(Dataset[Loaded]):
 
     def _substitutes(self, request: Request, sample: int, position: int) -> Iterator[int]:
         """Members of the sample's cluster in an order drawn for its position, then any samples."""
-        labels = self._labels_for(request)
         key = derive(request.key, "replacement")
         u = uniform(key, np.array([position]), 2 * REPLACEMENTS).reshape(2, REPLACEMENTS)
+        if request.assignments is None:
+            yield from (i for i in self._known(u.ravel()).tolist() if i != sample)
+            return
+        labels = self._assignments(request.assignments)
         for members, numbers in ((labels == labels[sample], u[0]), (np.True_, u[1])):
             choices = np.flatnonzero(members & (labels >= 0))
             choices = choices[choices != sample]
             if len(choices):
                 yield from choices[(numbers * len(choices)).astype(np.int64)].tolist()
 
-    def _labels_for(self, request: Request) -> Int32[np.ndarray, " n"]:
-        """Its assignments; without any, one cluster of all samples that are not excluded."""
-        if request.assignments is not None:
-            return self._assignments(request.assignments)
-        labels = np.zeros(len(self.index), np.int32)
-        labels[list(self.index.excluded)] = -1
-        return labels
+    def _known(self, numbers: Float64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
+        """For numbers in [0, 1) as many samples that the index does not exclude."""
+        excluded = np.sort(np.array(list(self.index.excluded), np.int64))
+        ranks = (numbers * (len(self.index) - len(excluded))).astype(np.int64)
+        before = excluded - np.arange(len(excluded))  # how many known samples lie before each
+        return ranks + np.searchsorted(before, ranks, side="right")
 
     def _assignments(self, path: Path) -> Int32[np.ndarray, " n"]:
         if self._labels is None or self._labels[0] != path:
