@@ -65,8 +65,13 @@ def export_assignments(run: Path, out: Path, round: int | None = None) -> Path:
 
 
 def choose_round(run: Run, wanted: int | None) -> int:
-    """The wanted round, or the last one; `RecipeError` lists those there are."""
-    rounds = run.rounds()
+    """The wanted round, or the last one; `RecipeError` lists those there are, if there can be."""
+    rounds, recipe = run.rounds(), run.recipe
+    if recipe.cluster is None:
+        raise RecipeError(
+            f"{run.path} is a run of method {recipe.method.name}, which has no clusters. What it "
+            f"has is a backbone: deepclust export {run.path} --out backbone.safetensors"
+        )
     if not rounds:
         raise RecipeError(
             f"{run.path} has no finished round yet. Continue it: deepclust resume {run.path}"

@@ -308,11 +308,15 @@ def _stage(run: Path, stage: str) -> None:
 
 def _finished(run: Path) -> None:
     from cluster_jobs.display import typed
+    from deepclust.rundir import open_run
 
+    commands = [typed("report", run, "--out", run / "report.html")]
+    if open_run(run).recipe.cluster is not None:
+        commands.append(typed("assignments", run, "--out", "clusters.parquet"))
+    following = "\n           ".join(commands)
     _say(
         f"finished: {run}\n  weights  {run / 'export' / 'backbone.safetensors'}\n"
-        f"  next     {typed('report', run, '--out', run / 'report.html')}\n"
-        f"           {typed('assignments', run, '--out', 'clusters.parquet')}"
+        f"  next     {following}"
     )
 
 

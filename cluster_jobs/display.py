@@ -72,7 +72,8 @@ class Display:
                 f"loss {record['loss']:.3f} · {record['images_per_s']:,.0f} images/s · "
                 f"waiting for data {record['waiting']:.0%}"
             )
-            self._move(f"train, round {record['round']}", record["done"], record["of"], facts)
+            what = "train" if record["round"] < 0 else f"train, round {record['round']}"
+            self._move(what, record["done"], record["of"], facts)  # -1: the method has no rounds
         elif record["event"] == "unit":
             self.units += 1
             self._move(f"extract, round {record['round']}", self.units, record["of"], "units")

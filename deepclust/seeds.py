@@ -142,11 +142,13 @@ def _read_table(path: Path, option: str) -> pa.Table:
     if not path.is_file():
         raise DataError(f'{option}: {path} is not a file; give "shards", or a Parquet or CSV table')
     try:
-        table = pq.read_table(path) if path.suffix == ".parquet" else _read_csv(path)
+        table = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
         names = ["key", "class", *(["shard"] if "shard" in table.column_names else [])]
         if missing := set(names) - set(table.column_names):
             listed = ", ".join(sorted(missing))
             raise DataError(f"{path} has no column {listed}: it needs key and class")
+        if doubled := [name for name in names if table.column_names.count(name) > 1]:
+            raise DataError(f"{path} has more than one column {doubled[0]}: leave the right one")
         table = table.select(names)
         table = table.cast(pa.schema([(name, pa.string()) for name in names]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -158,6 +160,11 @@ def _read_table(path: Path, option: str) -> pa.Table:
     if len(table) == 0:
         raise DataError(f"{path} has no rows")
     return table
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    with pq.ParquetFile(path) as file:  # read_table would take columns from the folders' names
+        return file.read()
 
 
 def _read_csv(path: Path) -> pa.Table:
@@ -176,7 +183,7 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
     classes = _one_class_each(keys, key_of, names, class_of, path)
     ids = _sample_ids(index, keys, by_shard, path)
     known = ids >= 0
-    _tell_unknown(keys, known, path, notes)
+    _tell_unknown(keys, known, path, notes, index.shards[0].name if by_shard else None)
     found = _numbered(ids[known], classes[known], names.to_pylist())
     _check_classes(found, f"{path} names")
     return found
@@ -254,16 +261,22 @@ def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, p
 
 
 def _tell_unknown(
-    keys: pa.Array, known: Bool[np.ndarray, " keys"], path: Path, notes: list[str]
+    keys: pa.Array,
+    known: Bool[np.ndarray, " keys"],
+    path: Path,
+    notes: list[str],
+    shard: str | None,
 ) -> None:
+    """Note the keys that no shard has; `shard` is the name of one, if the table names them."""
     if known.all():
         return
     first = [keys[int(i)].as_py() for i in np.flatnonzero(~known)[:SHOWN]]
     text = f"{path}: {int((~known).sum())} of {len(known)} keys are not in data.shards: {first}"
     if not known.any():
+        column = "" if shard is None else f" The column shard must hold file names such as {shard}."
         raise DataError(
             f"{text}. A key is the name of a sample's files without folder of the tar and extension"
-            " (`deepclust index` lists them in keys.parquet)."
+            f" (`deepclust index` lists them in keys.parquet).{column}"
         )
     notes.append(text)
 

@@ -126,12 +126,26 @@ def test_a_key_in_two_shards_needs_the_shard(tmp_path: Path) -> None:
         ("key,class\n0000001,", r"row 0 \(from 0\) has no class"),
         ("key,class\n", "no rows"),
         ("key,class\n1,2,3", "cannot be read as a table"),
+        ("key,class,class\n1,2,3", r"t\.csv has more than one column class"),
     ],
 )
 def test_a_broken_table_is_named(index: Index, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         seeds(index, tmp_path / "t.csv")
+
+
+def test_a_doubled_column_of_a_parquet_table_is_named(index: Index, tmp_path: Path) -> None:
+    columns = [pa.array([text]) for text in (key(1), "a", "b")]
+    pq.write_table(pa.table(columns, names=["key", "class", "class"]), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet has more than one column class"):
+        seeds(index, tmp_path / "t.parquet")
+
+
+def test_shards_that_are_all_unknown_are_answered_with_one(index: Index, tmp_path: Path) -> None:
+    rows = [(key(1), "a", "shard-0"), (key(2), "b", "shard-0")]
+    with pytest.raises(DataError, match=r"shard must hold file names such as shard-000000\.tar"):
+        seeds(index, table(tmp_path / "t.csv", rows))
 
 
 def test_missing_tables_and_labels_are_errors(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ class Chart:
 
 def charts(run: Run, facts: Facts) -> list[Chart]:
     """The panels that there are numbers for."""
-    panels = [_loss(facts), *_by_round(facts.rounds), _sizes(run, facts)]
+    seeded = facts.recipe.seeds is not None
+    panels = [_loss(facts), *_by_round(facts.rounds, seeded), _sizes(run, facts)]
     return [panel for panel in panels if panel is not None]
 
 
@@ -71,12 +72,15 @@ def _loss(facts: Facts) -> Chart | None:
     return Chart("Training loss", reading, _svg(draw))
 
 
-def _by_round(rounds: list[Record]) -> list[Chart | None]:
+def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:
+    part = "Labels only measure."
+    if seeded:
+        part = "Labels seed the clusters, so this is no independent measure."
     return [
         _lines(
             rounds,
             "Agreement with the labels",
-            "Labels only measure. Accuracy is low by nature when k exceeds the classes.",
+            f"{part} Accuracy is low by nature when k exceeds the classes.",
             [("nmi_labels", "NMI"), ("ari_labels", "ARI"), ("accuracy_labels", "accuracy")],
         ),
         _lines(

@@ -37,10 +37,11 @@ def learns(facts: Facts) -> Check | None:
         return None
     loss, guess = trained[-1], facts.recipe.guess
     if loss > STUCK * guess:
+        smaller = "" if facts.recipe.cluster is None else ", or a smaller cluster.k"
         return Check(
             False,
             f"The loss, {loss:.2f}, is still that of a guess, {guess:.2f}: the network does not "
-            "learn. Try another train.lr, or a smaller cluster.k.",
+            f"learn. Try another train.lr{smaller}.",
         )
     return Check(True, f"The loss, {loss:.2f}, is below that of a guess, {guess:.2f}.")
 

@@ -11,11 +11,11 @@ from cluster_jobs import store
 from cluster_jobs.store import Status
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
-from deepclust.rundir import Run, manifest
+from deepclust.rundir import Run
 from deepclust.sections import AnyMethod, ClusterSection
 
 Record = dict[str, Any]
-UNKNOWN = "not known before the first round"
+UNKNOWN = "not known before the run starts"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def gather(run: Run) -> Facts:
         status=status,
         recipe=recipe,
         recipe_text=recipe.dump(),
-        essentials=_essentials(run, recipe, rounds),
+        essentials=_essentials(run, recipe),
         tiles=_tiles(status, rounds, scores),
         rounds=rounds,
         seeds=_seeds(run, rounds),
@@ -85,7 +85,7 @@ def gather(run: Run) -> Facts:
             Export(str(file), file.stat().st_size, file_hash(file))
             for file in sorted((run.path / "export").glob("[!.]*"))
         ],
-        commands=_commands(run, status.state),
+        commands=_commands(run, recipe, status.state),
     )
 
 
@@ -104,9 +104,8 @@ def _seeds(run: Run, rounds: list[Record]) -> Record | None:
     return dict(read_json(file)) if file.exists() else None
 
 
-def _essentials(run: Run, recipe: Recipe, rounds: list[Record]) -> list[tuple[str, str]]:
+def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
     data, train = recipe.data, recipe.train
-    told = _environment(run)
     return [
         (
             "Backbone",
@@ -117,9 +116,8 @@ def _essentials(run: Run, recipe: Recipe, rounds: list[Record]) -> list[tuple[st
         ("Training", f"{train.epochs} epochs, batch {train.batch:,}, rate {train.lr:g}"),
         ("Ranks", f"{train.ranks}, seed {recipe.seed}"),
         ("Data", f"{data.shards} at {data.size} px"),
-        ("Samples", f"{rounds[-1]['n']:,}" if rounds else UNKNOWN),
-        ("Fingerprint", _fingerprint(run, rounds)),
-        *told,
+        *_data(run),
+        *_environment(run),
     ]
 
 
@@ -165,10 +163,12 @@ def _environment(run: Run) -> list[tuple[str, str]]:
     return [("Created", f"{started} on {env['host']}"), ("Code", code[:12]), ("With", versions)]
 
 
-def _fingerprint(run: Run, rounds: list[Record]) -> str:
-    if not rounds:
-        return UNKNOWN
-    return str(manifest(run.round(rounds[-1]["round"]) / "assignments")["inputs"]["data"])
+def _data(run: Run) -> list[tuple[str, str]]:
+    """Which samples the run began with; its first process writes it down."""
+    path = run.path / "data.json"
+    found = read_json(path) if path.exists() else None
+    samples, fingerprint = (f"{found['n']:,}", found["fingerprint"]) if found else (UNKNOWN,) * 2
+    return [("Samples", samples), ("Fingerprint", fingerprint)]
 
 
 def _scores(run: Run) -> list[Score]:
@@ -182,7 +182,7 @@ def _scores(run: Run) -> list[Score]:
     return found
 
 
-def _commands(run: Run, state: str) -> list[tuple[str, str]]:
+def _commands(run: Run, recipe: Recipe, state: str) -> list[tuple[str, str]]:
     """What to type next, and what it does."""
     name = shlex.quote(str(run.path))
     report = f"deepclust report {name} --out {shlex.quote(str(run.path / 'report.html'))}"
@@ -191,8 +191,9 @@ def _commands(run: Run, state: str) -> list[tuple[str, str]]:
         return [*watch, (f"deepclust cancel {name}", "stop at the next step; can be resumed")]
     if state != "SUCCEEDED":
         return [(f"deepclust resume {name}", "continue from what is on disk"), *watch]
+    table = f"deepclust assignments {name} --out clusters.parquet"
     return [
         (f"deepclust evaluate {name} --train SHARDS --test SHARDS", "kNN, linear probe, clusters"),
-        (f"deepclust assignments {name} --out clusters.parquet", "which image is in which cluster"),
+        *([] if recipe.cluster is None else [(table, "which image is in which cluster")]),
         (f"deepclust export {name} --format safetensors --out backbone.safetensors", "weights"),
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
 
-from cluster_jobs.assignments import open_clustered
+from cluster_jobs.assignments import open_clustered, seeded_classes
 from deepclust.data.decode import DecodeError, decode
 from deepclust.data.index import Index
 from deepclust.errors import DeepclustError
@@ -40,12 +40,13 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """A cluster. `majority` and `purity` are None where there are no labels."""
+    """A cluster. `majority` and `purity` are None without labels, `seed` in a free cluster."""
 
     cluster: int
     size: int
     majority: str | None
     purity: float | None
+    seed: str | None  # the class whose prototype it has, or its super-cluster
     nearest: list[Thumbnail]
     random: list[Thumbnail]
 
@@ -80,8 +81,10 @@ def _groups(run: Run, number: int, index: Index) -> list[tuple[str, list[Card]]]
     assignments = np.load(stage / "assignments.npy", mmap_mode="r")[0]
     distances = np.load(stage / "distances.npy", mmap_mode="r")[0]
     sizes = np.bincount(assignments[assignments >= 0])
+    classes = seeded_classes(run, number)
+    seeds = [None] * len(sizes) if classes is None else classes.tolist()
     return [
-        (title, [_card(index, int(one), assignments, distances) for one in chosen])
+        (title, [_card(index, int(one), seeds[one], assignments, distances) for one in chosen])
         for title, chosen in choose(sizes, seed=number).items()
     ]
 
@@ -102,6 +105,7 @@ def choose(sizes: Int64[np.ndarray, " k"], seed: int) -> dict[str, Int64[np.ndar
 def _card(
     index: Index,
     cluster: int,
+    seed: str | None,
     assignments: Int32[np.ndarray, " n"],
     distances: Float32[np.ndarray, " n"],
 ) -> Card:
@@ -115,6 +119,7 @@ def _card(
         len(members),
         None if majority is None else _class_name(index, majority),
         purity,
+        seed,
         _thumbnails(index, by_distance[: 2 * NEAREST], NEAREST, majority),
         _thumbnails(index, rest[: 2 * RANDOM], RANDOM, majority),
     )

@@ -87,15 +87,18 @@ def two_level(
         raise RecipeError(f"cluster.supers={supers} must divide cluster.k={k}")
     began, each = time.monotonic(), k // supers
     options: dict[str, Any] = {"iterations": iterations, "empty": empty, "backend": backend}
-    first = kmeans(
-        _own_part(points, world), supers, seed=derive(seed, "supers"), min_size=each,
-        fixed=fixed, init=init, spherical=spherical, **options,
-    )  # fmt: skip
+    try:
+        first = kmeans(
+            _own_part(points, world), supers, seed=derive(seed, "supers"), min_size=each,
+            fixed=fixed, init=init, spherical=spherical, **options,
+        )  # fmt: skip
+    except DataError as error:
+        raise DataError(_of_supers(error, points.n, k)) from error
     labels = _everyones(first.assignments, points.n, world)
     claimed = _apply(claim, labels, first.centroids)
     middle = time.monotonic()
     out = _Merged.zeros(points, k, supers)
-    failed: list[str] = []
+    failed: list[tuple[int, str]] = []  # what k / supers may be, and the message
     lenient = fixed is not None or claim is not None
     together = world.size > supers  # or some ranks would have nothing to do
     for s, ids in _jobs(labels, supers, ALONE if together else world):
@@ -107,9 +110,9 @@ def two_level(
             found = kmeans(inside, count, seed=own, **options)
             out.put(found, ids, s, each, world if together else ALONE)
         except DataError as error:
-            failed.append(f"super-cluster {s}: {error}")
+            failed.append(_of_subs(error, s, distinct(points.select(ids), each), k, supers))
     if world.largest(len(failed)):  # on every rank, or the others would wait for us
-        raise DataError(failed[0] if failed else "a super-cluster of another rank failed")
+        raise DataError(min(failed)[1] if failed else "a super-cluster of another rank failed")
     whole = out.over(world)
     distances = whole.distances.numpy()
     return TwoLevel(
@@ -126,6 +129,25 @@ def two_level(
         iterations=len(first.history),
         seconds=(middle - began, time.monotonic() - middle),
     )  # fmt: skip
+
+
+def _of_supers(error: DataError, n: int, k: int) -> str:
+    """Level one's error in the recipe's words; what `kmeans` calls k is cluster.supers here."""
+    if k > n:
+        return f"cluster.k={k} needs as many rows, but there are only {n}. Set it to at most {n}."
+    return str(error).replace("cluster.k", "cluster.supers")
+
+
+def _of_subs(error: DataError, s: int, found: int, k: int, supers: int) -> tuple[int, str]:
+    """The super-cluster's distinct rows, and its error in the recipe's words: k is k / supers."""
+    if found >= k // supers:
+        return found, f"super-cluster {s}: {error}"
+    return found, (
+        f"super-cluster {s}: its {k // supers} sub-clusters (cluster.k={k} over cluster.supers="
+        f"{supers}) need as many distinct feature rows, but it has only {found}. Set cluster.k to "
+        f"at most {found * supers} or take fewer super-clusters, or look for duplicate images or "
+        "a collapsed backbone."
+    )
 
 
 def up_to(points: ArrayPoints, k: int, **options: Any) -> KMeansResult:

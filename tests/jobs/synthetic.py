@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,27 +24,67 @@ from deepclust.rundir import create, seal
 EXCLUDED = {5: "truncated after 99 bytes", 17: "not an image"}
 
 
-def make_run(folder: Path, shards: Path, rounds: int = 3, k: int = 6, steps: int = 8) -> Path:
+def make_run(
+    folder: Path, shards: Path, rounds: int = 3, k: int = 6, steps: int = 8, **sections: Any
+) -> Path:
     """A finished run of `rounds` rounds over the shards; sample ids in EXCLUDED have no cluster.
 
-    With 0 rounds it is a run whose process died at once.
+    With 0 rounds it is a run whose process died at once. `sections` replace those of the recipe.
     """
-    tree = {
+    tree: dict[str, Any] = {
         "data": {"shards": str(shards), "size": 32, "resize": 32},
         "backbone": {"name": "resnet18_small"},
         "cluster": {"k": k, "dim": 8},
         "train": {"epochs": max(1, rounds), "batch": 16},
     }
-    create(folder, Recipe.parse(tree))
+    create(folder, Recipe.parse(tree | sections))
     index = open_index(shards)
     _event(folder, event="started")
     before = None
+    if rounds:
+        _data(folder, index)
     for number in range(rounds):
         before = _round(folder, index, number, k, before)
         _train(folder, number, steps, k)
     if rounds:
         _event(folder, event="finished", epochs=rounds)
     return folder
+
+
+def make_simclr(folder: Path, shards: Path, steps: int = 8) -> Path:
+    """A finished run of one epoch without clusters."""
+    tree = {
+        "data": {"shards": str(shards), "size": 32, "resize": 32},
+        "backbone": {"name": "resnet18_small"},
+        "method": {"name": "simclr"},
+        "train": {"epochs": 1, "batch": 16},
+    }
+    create(folder, Recipe.parse(tree))
+    _data(folder, open_index(shards))
+    _event(folder, event="started")
+    _train(folder, -1, steps, k=31)
+    _event(folder, event="finished", epochs=1)
+    return folder
+
+
+def pin(folder: Path, number: int, names: list[str]) -> None:
+    """Let a round's first (super-)clusters be pinned to classes, judged by 10 labels."""
+    clusters = [{"cluster": i, "class": name, "labelled": 2} for i, name in enumerate(names)]
+    (folder / "rounds" / f"{number:04d}" / "centroids").mkdir()
+    stage = folder / "rounds" / f"{number:04d}"
+    write_json(stage / "centroids" / "prototypes.json", {"pinned": True, "clusters": clusters})
+    judged = {"size": 9, "share": 0.1, "purity": 0.8, "recall": 0.7}
+    verdict = {
+        "pinned": True, "accuracy": 0.75, "held_out": 10, "classes": [*names, "other"],
+        "confusion": np.eye(len(names) + 1, dtype=int).tolist(),
+        "clusters": [one | judged for one in clusters],
+    }  # fmt: skip
+    write_json(stage / "assignments" / "seeds.json", verdict)
+
+
+def _data(folder: Path, index: Index) -> None:
+    facts = {"fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)}
+    write_json(folder / "data.json", {**facts, "read": "offset"})
 
 
 def _event(folder: Path, **fields: object) -> None:
@@ -83,9 +124,10 @@ def _features(stage: Path, index: Index) -> None:
 
 
 def _train(folder: Path, number: int, steps: int, k: int) -> None:
-    for step in range(number * steps + 1, (number + 1) * steps + 1):
+    segment = max(0, number)  # without clusters the number is -1
+    for step in range(segment * steps + 1, (segment + 1) * steps + 1):
         wave = 0.2 * np.sin(step)
-        loss = float(np.log(k) * (0.4 + 0.5 / (1 + number) * 0.9 ** (step % steps))) + wave
+        loss = float(np.log(k) * (0.4 + 0.5 / (1 + segment) * 0.9 ** (step % steps))) + wave
         append_json(
             folder / "metrics.jsonl",
             {"kind": "train", "incarnation": 1, "step": step, "round": number, "loss": loss,

@@ -13,7 +13,7 @@ import pytest
 from cluster_jobs.assignments import SCHEMA, export_assignments
 from deepclust.errors import RecipeError, RunDiffersError
 from tests.images import make_shards
-from tests.jobs.synthetic import EXCLUDED, make_run
+from tests.jobs.synthetic import EXCLUDED, make_run, make_simclr
 
 N = 100  # shards of 34, 34, 32
 
@@ -97,6 +97,12 @@ def test_a_round_that_is_not_there_is_answered_with_those_that_are(run: Path) ->
 def test_a_run_without_a_round_is_told_how_to_get_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "new", make_shards(tmp_path / "shards"), rounds=0)
     with pytest.raises(RecipeError, match=r"no finished round yet.*deepclust resume"):
+        export_assignments(run, run / "a.csv")
+
+
+def test_a_run_without_clusters_has_no_table(tmp_path: Path) -> None:
+    run = make_simclr(tmp_path / "simclr", make_shards(tmp_path / "shards"))
+    with pytest.raises(RecipeError, match=r"method simclr, which has no clusters"):
         export_assignments(run, run / "a.csv")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,19 @@ def facts(*rounds: dict[str, Any], k: int = 100) -> Facts:
         "cluster": {"k": k}, "train": {"epochs": 1},
     }  # fmt: skip
     status = Status("r", "RUNNING", "train", 0, 0.0, 1, 1, 1.0, 1.0, None, "")
-    return Facts("r", status, Recipe.parse(tree), "", [], [], list(rounds), [], [], [], [])
+    return Facts(
+        name="r", status=status, recipe=Recipe.parse(tree), recipe_text="", essentials=[],
+        tiles=[], rounds=list(rounds), seeds=None, train=[], scores=[], exports=[], commands=[],
+    )  # fmt: skip
+
+
+def simclr(loss: float) -> Facts:
+    """A run without clusters, at this loss; a guess among 2 x 256 - 1 costs 6.24."""
+    tree = {
+        "data": {"shards": "s"}, "backbone": {"name": "alexnet"},
+        "method": {"name": "simclr"}, "train": {"epochs": 1},
+    }  # fmt: skip
+    return replace(facts(), recipe=Recipe.parse(tree), train=[{"loss": loss}])
 
 
 def test_a_healthy_run_passes_all() -> None:
@@ -39,7 +52,11 @@ def test_nothing_is_said_before_the_first_round() -> None:
 @pytest.mark.parametrize(
     ("check", "change", "words"),
     [
-        (learns, {"loss": 4.6}, "ln k = 4.61"),
+        (
+            learns,
+            {"loss": 4.6},
+            "guess, 4.61: the network does not learn. Try another train.lr, or a smaller",
+        ),
         (balanced, {"largest_share": 0.5}, "50.0%"),
         (filled, {"forced": 30}, "30 images"),
         (whole, {"excluded": 7}, "7 of 1,000"),
@@ -60,3 +77,10 @@ def test_rounds_that_agree_less_and_less_are_told() -> None:
 
 def test_two_even_clusters_are_no_collapse() -> None:
     assert balanced(facts({**FINE, "largest_share": 0.5}, k=2)).good
+
+
+def test_a_run_without_clusters_is_not_told_to_take_fewer() -> None:
+    (stuck,) = checks(simclr(6.24))
+    assert not stuck.good
+    assert stuck.text.endswith("Try another train.lr.")
+    assert [check.good for check in checks(simclr(3.0))] == [True]

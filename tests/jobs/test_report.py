@@ -16,7 +16,7 @@ from cluster_jobs.report.gallery import choose, gallery
 from deepclust.errors import RecipeError
 from deepclust.rundir import Run, manifest
 from tests.images import make_shards
-from tests.jobs.synthetic import EXCLUDED, evaluate, make_run, rename_classes
+from tests.jobs.synthetic import EXCLUDED, evaluate, make_run, make_simclr, pin, rename_classes
 
 
 @pytest.fixture
@@ -93,6 +93,40 @@ def test_a_run_without_rounds_has_a_page(tmp_path: Path, shards: Path) -> None:
     assert "after the first round" in text
     assert "deepclust resume" in text
     Outline(text)
+
+
+def test_a_run_without_clusters_is_told_without_them(tmp_path: Path, shards: Path) -> None:
+    text = page(make_simclr(tmp_path / "simclr", shards))
+    Outline(text)
+    assert "SUCCEEDED" in text
+    assert "Training loss" in text
+    assert "<dt>Samples</dt><dd>96</dd>" in text
+    for words in ("not known", "first round", "<h2>Rounds", "<h2>Clusters", "assignments"):
+        assert words not in text
+
+
+def test_seeds_are_told_by_cluster_and_on_the_cards(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", shards, rounds=1, seeds={"labels": "shards"})
+    pin(run, 0, ["red & blue", "green"])
+    text = page(run)
+    assert "labelled classes. Judged by 10 labels" in " ".join(text.split())
+    assert "Labels only measure" not in text
+    assert '<th scope="col">Cluster</th>' in text
+    seeds = {card.cluster: card.seed for card in gallery(Run(run)).groups[0][1]}
+    assert seeds == {0: "red & blue", 1: "green", 2: None, 3: None, 4: None, 5: None}
+    assert text.count("Seed class: ") == 2
+    assert "Seed class: red &amp; blue" in text
+
+
+def test_seeded_super_clusters_are_named_as_such(tmp_path: Path, shards: Path) -> None:
+    sections = {"cluster": {"k": 6, "dim": 8, "supers": 3}, "method": {"name": "deepercluster"}}
+    run = make_run(tmp_path / "run", shards, 1, seeds={"labels": "shards"}, **sections)
+    pin(run, 0, ["red"])
+    text = page(run)
+    assert '<th scope="col">Super-cluster</th>' in text
+    assert "The first super-clusters are pinned" in text
+    seeds = {card.cluster: card.seed for card in gallery(Run(run)).groups[0][1]}
+    assert [cluster for cluster, seed in sorted(seeds.items()) if seed == "red"] == [0, 1]
 
 
 def test_images_without_labels_have_a_gallery_without_purity(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import quality
 
-RECIPE = ("demo-fashion", "train.epochs=3", "train.warmup=0.1", "cluster.k=30")
+RECIPE = ("demo-fashion", "train.epochs=3", "train.warmup=0.1", "cluster.k=30", "cluster.dim=16")
+SEEDED = ("seeds.pin_from=1",)  # prototypes of random weights are poor
 KINDS = ("seeded", "unseeded", "shuffled", "supervised", "random", "pixels", "leftout")
 CLASSES = 10
 
@@ -155,7 +156,7 @@ def network(
         table = args.work / f"labels-{name}.csv"
         lines = [f"{index.keys[int(i)]},{c}" for i, c in zip(ids, classes, strict=True)]
         table.write_text("\n".join(["key,class", *lines]) + "\n")
-        more = [f"seeds.labels={table}"]
+        more = [f"seeds.labels={table}", *SEEDED]
     if kind == "supervised":
         more = supervised(wanted, run, index, ids, classes)
     wanted = recipe(args, seed, *more)

@@ -30,8 +30,7 @@ GPU_COUNTS = (1, 8, 64)
 TYPES = {"moments": "float32", "projection": "float32", "eigenvectors": "float64"}
 COLUMNS = {
     "moments": "moments", "eigenvectors": "eigenvectors (host)", "projection": "projection",
-    "level one": "level one", "level two": "level two, as built",
-    "level two, shared": "level two, jobs shared out",
+    "level one": "level one", "level two": "level two",
     "products of level two": "(its products alone)",
 }  # fmt: skip
 
@@ -164,8 +163,7 @@ def line(size: model.Size, gpu: model.Gpu, ranks: int) -> dict:
     }
     return {
         f"d = {size.d}": f"{ranks} x {gpu.name}", **cells,
-        "all, as built": span(before + costs["level two"].seconds),
-        "all, shared out": span(before + costs["level two, shared"].seconds),
+        "all": span(before + costs["level two"].seconds),
     }  # fmt: skip
 
 

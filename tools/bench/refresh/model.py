@@ -3,8 +3,8 @@
 A stage takes the longest of: FLOPs / (peak x efficiency); bytes of device memory / (bandwidth x
 efficiency); launches x 6 us; bytes through the host / rate. All-reduces are added. Nothing is
 fitted; efficiencies are assumptions, counts are of the code as it is. Extraction's forward pass,
-disks and stragglers are not in it, scores of a tile are taken to stay in the L2 cache, and
-super-clusters to be equally large.
+disks and stragglers are not in it, and super-clusters are taken to be equally large. Scores that
+do not stay in a GPU's L2 cache are written and read once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from stages import BATCH
 
 from deepclust.clustering.arrays import MOST, TILE
 from deepclust.clustering.moments import PANELS
+from deepclust.extract import LARGEST_UNIT
 
 HALF, SINGLE, BANDWIDTH = 0.6, 0.75, 0.8  # shares of a GPU's peaks that we assume
 LAUNCH_S = 6e-6  # of one operation from Python
@@ -22,6 +23,7 @@ TILE_OPS = 25  # of a tile of k-means on a GPU, counted by a TorchDispatchMode
 BATCH_OPS = 2 * PANELS + 4  # of a batch of moments
 GATHER = 4e9  # bytes/s: rows that do not fit are copied by one thread of a rank, tile by tile
 HOST_FLOPS, HOST_BYTES = 1e12, 1e11  # of the CPU that solves for eigenvectors, in float64
+L2 = 40e6  # bytes of the smallest of these GPUs' caches
 RESIDENT = 0.8  # of free device memory, `arrays._resident`
 
 
@@ -77,8 +79,8 @@ LEGEND = (
     f"{LAUNCH_S * 1e6:.0f} us each and {TILE_OPS} a tile of k-means; H bytes from the host, by "
     f"PCIe, or by one thread of a rank at {GATHER / 1e9:.0f} GB/s where n x d x 2 bytes are over "
     f"{RESIDENT:.0%} of a GPU. All-reduces at {BANDWIDTH:.0%} of 25 (A100) or 50 GB/s a GPU are "
-    "added. As built, level two is m whole jobs, so no more than m ranks work in it; shared out: "
-    "if ranks / m ranks shared each job. The eigenvectors are the host's, in float64."
+    "added. With more ranks than inner jobs all ranks work on each job, one after the other. "
+    "The eigenvectors are the host's, in float64."
 )
 
 
@@ -113,15 +115,14 @@ class Cost:
 
 
 def costs(size: Size, gpu: Gpu, ranks: int) -> dict[str, Cost]:
-    """Each stage on `ranks` GPUs; level two as built, and if ranks shared each inner job too."""
+    """Each stage on `ranks` GPUs."""
     n, D, d, m = size.n / ranks, size.D, size.d, size.m
     work, bandwidth = flops(size), BANDWIDTH * gpu.memory
     batches, outer = n / BATCH, (PANELS + 1) / PANELS / 2 * D**2
     everyone = reduced(13 * size.n + 4 * size.k * d, gpu, ranks)  # labels twice, distances, marks
-    jobs = -(-m // ranks) / m  # the share of all rows in the jobs of the busiest rank
-    alone = kmeans(size, gpu, jobs * size.n, size.each, bins=0)
-    bins = reduced(16 * size.each * d * size.passes, gpu, max(1, ranks // m))
-    shared = kmeans(size, gpu, min(jobs, 1 / ranks) * size.n, size.each, bins)
+    share = 1 / ranks if ranks > m else -(-m // ranks) / m  # of all rows, the busiest rank's
+    bins = m * reduced(16 * size.each * d * size.passes, gpu, ranks) if ranks > m else 0
+    inner = kmeans(size, gpu, share * size.n, size.each, bins)
     return {
         "moments": Cost({
             "F": work["moments"] / ranks / (SINGLE * gpu.single),
@@ -137,8 +138,7 @@ def costs(size: Size, gpu: Gpu, ranks: int) -> dict[str, Cost]:
             "H": n * 2 * (D + d) / (BANDWIDTH * gpu.pcie),
         }),
         "level one": kmeans(size, gpu, n, m, reduced(16 * m * d * size.passes, gpu, ranks)),
-        "level two": replace(alone, reduce=everyone),
-        "level two, shared": replace(shared, reduce=shared.reduce + everyone),
+        "level two": replace(inner, reduce=inner.reduce + everyone),
         "products of level two": Cost({"F": work["level two"] / ranks / (HALF * gpu.half)}),
     }  # fmt: skip
 
@@ -147,9 +147,10 @@ def kmeans(size: Size, gpu: Gpu, rows: float, k: int, bins: float) -> Cost:
     """Lloyd on one rank's rows: every tile reads all centroids, and each row is copied about."""
     d, passes = size.d, size.passes
     tiles = rows / tile_rows(k, d)
+    scores = 8 * rows * k if 4 * tile_rows(k, d) * k > L2 else 0
     limits = {
         "F": 2 * rows * k * d * passes / (HALF * gpu.half),
-        "B": (18 * d * rows + tiles * 2 * k * d) * passes / (BANDWIDTH * gpu.memory),
+        "B": (18 * d * rows + tiles * 2 * k * d + scores) * passes / (BANDWIDTH * gpu.memory),
         "L": tiles * TILE_OPS * passes * LAUNCH_S,
     }
     if not resident(size, gpu):
@@ -177,13 +178,13 @@ def volumes(size: Size) -> dict[str, float]:
     n, D, d, each = size.n, size.D, size.d, size.each
     return {
         "raw rows, float16 (units, scratch)": 2 * n * D,
-        "moments in 64 unit files": 64 * 8 * D**2,
-        "one unit's rows, float32, as projected": 4 * n / 64 * D,
+        "moments in the unit files": max(64, -(-n // LARGEST_UNIT)) * 8 * D**2,
+        "one unit's rows, float16": 2 * min(n / 64, LARGEST_UNIT) * D,
         "rows.npy = rows on every GPU, as built": 2 * n * d,
         "rows on each of 8, if sharded": 2 * n * d / 8,
         "rows on each of 64, if sharded": 2 * n * d / 64,
         "centroids and sums of an inner job, about": 70 * each * d,
         "all-reduce, level one, an iteration": 16 * size.m * d,
-        "all-reduce, level two if shared, an iteration": 16 * each * d,
+        "all-reduce, level two with more than m ranks, an iteration": 16 * each * d,
         "all-reduce of labels and results, once": 13 * n + 4 * size.k * d,
     }
