@@ -101,7 +101,7 @@ def test_a_run_without_clusters_is_told_without_them(tmp_path: Path, shards: Pat
     assert "SUCCEEDED" in text
     assert "Training loss" in text
     assert "<dt>Samples</dt><dd>96</dd>" in text
-    for words in ("not known", "first round", "<h2>Rounds", "<h2>Clusters", "assignments"):
+    for words in ("not known", "<h2>Rounds", "<h2>Clusters", "deepclust assignments"):
         assert words not in text
 
 
