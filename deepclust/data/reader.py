@@ -137,8 +137,8 @@ class Loader:
         started = time.perf_counter()
         try:
             loaded = next(batches, None)
-        except RuntimeError as error:
-            if all(process.is_alive() for process in self._processes):
+        except (RuntimeError, OSError, EOFError) as error:  # torch has noticed, or a pipe broke
+            if not workers.any_dead(self._processes):
                 raise
             reason = workers.why_dead(self._processes)
             self._stop()

@@ -77,6 +77,13 @@ def end(processes: list[BaseProcess]) -> None:
         process.join(timeout=5)
 
 
+def any_dead(processes: list[BaseProcess], patience: float = 1.0) -> bool:
+    """Whether a worker has died; a broken pipe can be seen `patience` seconds before its death."""
+    return bool(processes) and bool(
+        connection.wait([process.sentinel for process in processes], timeout=patience)
+    )
+
+
 def why_dead(processes: list[BaseProcess]) -> str:
     """What became of the workers that are not alive, and what to do about it."""
     dead = [process for process in processes if not process.is_alive()]
