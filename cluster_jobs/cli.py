@@ -253,7 +253,9 @@ def evaluate(
     """Weighted kNN, linear probe and clusters of the run's frozen backbone."""
     from cluster_jobs.evaluation import evaluate_run
 
-    scores = evaluate_run(run, train_shards, test_shards)
+    scores = evaluate_run(
+        run, train_shards, test_shards, tell=lambda text: typer.echo(text, err=True)
+    )
     if as_json:
         typer.echo(json.dumps(scores))
         return

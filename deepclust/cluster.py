@@ -75,7 +75,7 @@ def make_job(
     job = Job(
         run, config.model_copy(update={"backend": backend}), recipe.seed, index,
         keep_ids=isinstance(method, DeepClusterSection) and method.head == "match",
-        two_level=config.supers > 1 or method.name == "deepercluster",
+        two_level=method.name == "deepercluster",
         seeds=seeds, device=tried, report=report, world=world,
     )  # fmt: skip
     _warn(job, notes)

@@ -45,9 +45,10 @@ def plan_segment(
 
 
 def _labelled(recipe: Recipe, lanes: int) -> int:
-    """Labelled samples of a batch, equally many for each lane, and never all of it."""
-    share = recipe.seeds.share if recipe.seeds else 0.0
-    return min(round(share * recipe.train.batch / lanes) * lanes, recipe.train.batch - lanes)
+    """Labelled samples of a batch, as many for each lane; of a share never none, and never all."""
+    share, batch = recipe.seeds.share if recipe.seeds else 0.0, recipe.train.batch
+    wanted = max(round(share * batch / lanes), int(share > 0)) * lanes
+    return min(wanted, batch - lanes)
 
 
 def _usable(index: Index) -> Int8[np.ndarray, " n"]:

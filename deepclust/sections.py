@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ def parse_cadence(text: str) -> Cadence:
     if number.isdigit() and int(number) > 0 and unit in ("epoch", "epochs", "step", "steps"):
         return Cadence(int(number), "epoch" if unit.startswith("epoch") else "step")
     raise ValueError(f'{text!r} is not a cadence; write "1 epoch", "3 epochs" or "200 steps"')
+
+
+def _checked_cadence(text: str) -> str:
+    parse_cadence(text)
+    return text
+
+
+CadenceText = Annotated[str, AfterValidator(_checked_cadence)]
 
 
 class Section(BaseModel):
@@ -169,7 +177,7 @@ class ClusterSection(Section):
     supers: int = Field(1, ge=1, description="super-clusters, for two-level k-means; divides k")
     dim: int = Field(256, ge=1, description="dimensions kept by the whitening")
     iterations: int = Field(20, ge=1)
-    every: str = Field("1 epoch", description='"n epochs" or "n steps" between rounds')
+    every: CadenceText = Field("1 epoch", description='"n epochs" or "n steps" between rounds')
     until: int | None = Field(None, ge=1, description="no new round from this epoch on")
     init: Literal["random", "k-means++", "two-level"] = "random"
     empty: Literal["split", "relocate"] = "split"
@@ -183,12 +191,6 @@ class ClusterSection(Section):
     overlap: bool = Field(False, description="k-means while the gang trains on; a round later")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
     max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
-
-    @field_validator("every")
-    @classmethod
-    def _every(cls, text: str) -> str:
-        parse_cadence(text)
-        return text
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -258,7 +260,9 @@ class TrainSection(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; recorded at start")
-    checkpoint: str = Field("1 epoch", description='"n epochs" or "n steps" between checkpoints')
+    checkpoint: CadenceText = Field(
+        "1 epoch", description='"n epochs" or "n steps" between checkpoints'
+    )
     log: int = Field(20, ge=1, description="steps between two lines of metrics")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
 
@@ -266,12 +270,6 @@ class TrainSection(Section):
     @classmethod
     def _yaml_reads_on_as_true(cls, value: object) -> object:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _checkpoint(cls, text: str) -> str:
-        parse_cadence(text)
-        return text
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

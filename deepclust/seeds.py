@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from deepclust.data.index import Index
 from deepclust.errors import DataError
-from deepclust.sections import SeedsSection
+from deepclust.sections import SHARDS, SeedsSection
 from deepclust.world import generator
 
 STRETCH = 2**22  # keys looked up at a time
@@ -109,7 +109,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 def _read(index: Index, source: str, option: str, notes: list[str]) -> SeedTable:
     """All labels of "shards" or of a table; `option` is the recipe's key, for messages."""
-    if source == "shards":
+    if source == SHARDS:
         return _from_shards(index, option)
     path = Path(source)
     return _joined(index, _read_table(path, option), path, notes)
@@ -321,9 +321,9 @@ def _held_out(
     """The labels to judge by, as classes of the seeds; None if there are none."""
     if config.held_out is not None:
         found = _read(index, config.held_out, "seeds.held_out", notes)
-        if config.held_out != "shards":
+        if config.held_out != SHARDS:
             _check_apart(index, table, found)
-    elif len(rest) or index.labels is None or config.labels == "shards":
+    elif len(rest) or index.labels is None or config.labels == SHARDS:
         found = rest
     else:
         found = _from_shards(index, "seeds.held_out")

@@ -15,6 +15,7 @@ from deepclust.launch import resume, run_stage
 from deepclust.rundir import Run, is_done
 from tests.images import draw
 from tests.tiny import (
+    assert_resumes_undisturbed,
     assert_same_run,
     assignments,
     final_weights,
@@ -67,11 +68,7 @@ def test_the_same_recipe_gives_the_same_run_with_reader_processes(
 
 def test_reading_by_block_of_shards_resumes_exactly_too(shards: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(shards, "data.read=block", "data.workers=1")
-    pretrain(recipe, tmp_path / "straight")
-    with pytest.raises(RequeueWanted):
-        pretrain(recipe, tmp_path / "stopped", stop_at(15))
-    resume(tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert_resumes_undisturbed(recipe, tmp_path, 15)
 
 
 def test_a_single_rank_may_have_a_cluster_worker_of_its_own(
@@ -117,11 +114,7 @@ def test_two_ranks_cluster_and_batch_as_one_does(
 
 def test_three_ranks_stopped_and_resumed_are_undisturbed(shards: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(shards, "train.ranks=3", "cluster.where=gang")
-    pretrain(recipe, tmp_path / "straight")
-    with pytest.raises(RequeueWanted):
-        pretrain(recipe, tmp_path / "stopped", stop_at(6))
-    resume(tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert_resumes_undisturbed(recipe, tmp_path, 6)
 
 
 def test_a_gang_that_clusters_together_gives_the_workers_run(shards: Path, tmp_path: Path) -> None:
@@ -139,11 +132,7 @@ def test_k_means_may_start_in_two_levels(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["match", "centroids"])
 def test_other_head_policies_resume_exactly_too(shards: Path, tmp_path: Path, head: str) -> None:
     recipe = tiny_recipe(shards, f"method.head={head}", "train.head_momentum=0.9")
-    pretrain(recipe, tmp_path / "straight")
-    with pytest.raises(RequeueWanted):
-        pretrain(recipe, tmp_path / "stopped", stop_at(15))
-    resume(tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert_resumes_undisturbed(recipe, tmp_path, 15)
 
 
 def test_rounds_can_be_counted_in_steps(shards: Path, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster_jobs.evaluation import evaluate_run
 from deepclust import Recipe, open_index, pretrain
 from deepclust.checkpoint import State
 from deepclust.cluster import read_targets
 from deepclust.errors import NumericalError, RecipeError, RunDiffersError
 from deepclust.files import read_json
 from deepclust.launch import resume
+from deepclust.methods.base import Targets
 from deepclust.planning import plan_segment
 from deepclust.rundir import Run, manifest
 from deepclust.timeline import Timeline
@@ -222,6 +224,31 @@ def test_every_batch_has_its_share_of_labelled_samples_in_their_classs_cluster(
     batches = plan.ids.reshape(plan.steps, 24)
     assert plan.steps == 12
     assert (np.isin(batches, labelled).sum(1) >= 6).all()
+
+
+def test_evaluation_judges_the_prototypes_of_the_runs_own_shards_only(
+    seeded: Path, shards: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    own = evaluate_run(seeded, str(shards), str(shards), told.append)
+    assert own["prototypes"]["top1"] > 0.5
+    assert told == []
+    others = str(tiny_shards(tmp_path / "others", n=120))
+    foreign = evaluate_run(seeded, others, str(shards), told.append)
+    assert "prototypes" not in foreign
+    assert foreign["knn"]
+    assert "are not the shards" in told[0]
+
+
+def test_a_small_share_is_one_labelled_sample_a_batch(shards: Path) -> None:
+    index = open_index(shards)
+    wanted = recipe(shards, *SEEDS, "seeds.share=0.001")
+    ids = np.zeros((1, len(index)), np.int32)
+    none = np.zeros((1, 8, 8), np.float32)
+    targets = Targets(0, Path("a.npy"), ids, none, None, None, labelled=np.arange(4))
+    where = Timeline.of(wanted, len(index)), State(round=0), targets
+    plan = plan_segment(wanted, index, "offset", *where)
+    assert (np.isin(plan.ids.reshape(plan.steps, 24), np.arange(4)).sum(1) >= 1).all()
 
 
 def test_pinning_may_begin_in_a_later_round(shards: Path, tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
-from deepclust import Recipe
+from deepclust import Recipe, pretrain
+from deepclust.errors import RequeueWanted
+from deepclust.launch import resume
 from deepclust.rundir import Run
 from tests.images import make_shards
 
@@ -60,6 +63,15 @@ def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     return show
+
+
+def assert_resumes_undisturbed(recipe: Recipe, folder: Path, step: int) -> None:
+    """A run stopped at a step and resumed ends as one that nobody disturbed."""
+    pretrain(recipe, folder / "straight")
+    with pytest.raises(RequeueWanted):
+        pretrain(recipe, folder / "stopped", stop_at(step))
+    resume(folder / "stopped")
+    assert_same_run(folder / "stopped", folder / "straight")
 
 
 def final_weights(run: Path) -> dict[str, np.ndarray]:

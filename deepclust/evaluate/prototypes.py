@@ -28,13 +28,12 @@ def prototypes(
     test_x: Float[np.ndarray, "m d"],
     test_y: Int[np.ndarray, " m"],
     dim: int = 64,
-    seed: int = 0,
 ) -> Iterator[tuple[str, float]]:
     """Yield "top1" and "recall" (the mean over the test rows' classes) of the nearest prototype.
 
     `seed_rows` are the labelled rows of `train_x`, `seed_labels` their classes. A test row of a
     class without a label counts as wrong. `dim`: directions kept by the whitening, a run's
-    `cluster.dim`; at most d in any case. `seed` is there because every evaluator takes one.
+    `cluster.dim`; at most d in any case.
 
     Raises `DataError` without labelled rows, `NumericalError` for a class whose rows cancel.
     """

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust import pretrain
 from deepclust.assemble import wrapped
-from deepclust.errors import RequeueWanted
-from deepclust.launch import resume
 from deepclust.methods import METHODS
 from deepclust.optim import Optimizers
 from deepclust.rundir import Run
@@ -21,7 +18,7 @@ from deepclust.sections import TrainSection
 from deepclust.world import World
 from tests.methods.cases import CASES, NAMES, batch, method, share
 from tests.ranks import on_ranks
-from tests.tiny import assert_same_run, stop_at, tiny_recipe
+from tests.tiny import assert_resumes_undisturbed, tiny_recipe
 
 TREES = {
     "deepcluster": [],
@@ -90,10 +87,6 @@ def test_stopped_in_an_epoch_and_resumed_is_undisturbed(
     name: str, ranks: int, shards: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(shards, *TREES[name], f"train.ranks={ranks}", "train.head_momentum=0.9")
-    pretrain(recipe, tmp_path / "straight")
-    with pytest.raises(RequeueWanted):
-        pretrain(recipe, tmp_path / "stopped", stop_at(15))
-    resume(tmp_path / "stopped")
-    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert_resumes_undisturbed(recipe, tmp_path, 15)
     losses = [Run(tmp_path / run).metrics("train")[-1]["loss"] for run in ("stopped", "straight")]
     assert losses[0] == losses[1]

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,27 @@ COLUMNS = (("knn", "top1"), ("linear", "top1"), ("clusters", "nmi"), ("clusters"
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    args = arguments()
+    run_rows(__file__, arguments(), rows, row_file, one_row, table)
+
+
+def run_rows(
+    script: str,
+    args: argparse.Namespace,
+    rows: Callable[[argparse.Namespace], list[str]],
+    row_file: Callable[[argparse.Namespace, str], Path],
+    one_row: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[argparse.Namespace], str],
+) -> None:
+    """A row in this process if one is asked for; else all that are missing, and the table."""
     if args.row:
         row_file(args, args.row).write_text(json.dumps(one_row(args)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for row in rows(args):
-        file = row_file(args, row)
-        if not file.exists():
-            command = [sys.executable, __file__, *sys.argv[1:], "--row", row]
+        if not row_file(args, row).exists():
+            command = [sys.executable, script, "--row", row, *sys.argv[1:]]
             subprocess.run(command, check=True)
-        print(row, json.loads(file.read_text()), flush=True)
+        print(row, row_file(args, row).read_text(), flush=True)
     print(table(args))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,17 +35,7 @@ CLASSES = 10
 
 def main() -> None:
     """Run what is missing, then print the tables."""
-    args = arguments()
-    if args.row:
-        row_file(args, args.row).write_text(json.dumps(one_row(args)))
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    for row in rows(args):
-        if not row_file(args, row).exists():
-            command = [sys.executable, __file__, "--row", row, *sys.argv[1:]]
-            subprocess.run(command, check=True)
-        print(row, row_file(args, row).read_text(), flush=True)
-    print(tables(args))
+    quality.run_rows(__file__, arguments(), rows, row_file, one_row, tables)
 
 
 def arguments() -> argparse.Namespace:
