@@ -48,11 +48,13 @@ def evaluate_run(
     probes = labelled_features(backbone, open_index(test), data)
     dim = found.recipe.cluster.dim if found.recipe.cluster else DIM
     scores = evaluate_features((train_x, train_y), probes, dim=dim)
-    if found.recipe.seeds is not None:
+    if (seeds := found.recipe.seeds) is not None:
         try:
             known, labels = seeds_of(found, index)
             rows, place = np.searchsorted(ids, known), np.isin(known, ids)
-            nearest = prototypes(train_x, rows[place], labels[place], *probes, dim=dim)
+            nearest = prototypes(
+                train_x, rows[place], labels[place], *probes, dim=dim, refine=seeds.refine
+            )
             scores["prototypes"] = dict(nearest)
         except DataError as error:
             tell(f"the seeds' prototypes are not judged: {error}")

@@ -28,7 +28,7 @@ from deepclust.extract import merged_moments, read_excluded
 from deepclust.files import read_json, write_json
 from deepclust.methods.base import Targets
 from deepclust.metrics import Report
-from deepclust.partition import Partition, Task, partition
+from deepclust.partition import Partition, Task, partition, refined
 from deepclust.recipe import Recipe
 from deepclust.rundir import Run, is_done
 from deepclust.sections import ClusterSection, DeepClusterSection, SeedsSection
@@ -118,7 +118,9 @@ def cluster_features(job: Job, number: int) -> None:
     valid = np.setdiff1d(np.arange(len(rows)), excluded)
     seeds = _seeds(job, number, rows, excluded)
     seed = derive(job.seed, "cluster", number)
-    found = partition(Task(rows, valid, job.config, job.two_level, seeds, seed, job.device, world))
+    task = Task(rows, valid, job.config, job.two_level, seeds, seed, job.device, world)
+    seeds = refined(task)
+    found = partition(replace(task, seeds=seeds))
     _warn_seeds(job, found, seeds)
     if world.is_first:
         _publish(job, number, rows, found, seeds, started)

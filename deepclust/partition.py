@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 
+from deepclust.clustering import prototypes
 from deepclust.clustering.arrays import ArrayPoints
 from deepclust.clustering.hierarchy import TwoLevel, start_of, two_level
 from deepclust.clustering.kmeans import KMeansResult, kmeans
 from deepclust.clustering.points import Points
-from deepclust.clustering.prototypes import start_from
 from deepclust.clustering.sharded import ShardedPoints
 from deepclust.sections import ClusterSection
 from deepclust.seeded import SeededRound
@@ -76,8 +76,24 @@ def partition(task: Task) -> Partition:
     return _in_two_levels(task) if task.two_level else _flat(task)
 
 
+def refined(task: Task) -> SeededRound | None:
+    """The task's seeds, their prototypes refined by all rows if they shall be; see `prototypes`."""
+    seeds = task.seeds
+    if seeds is None or seeds.config.refine == 0:
+        return seeds
+    points = _points(task, _part(task))
+    better = prototypes.refined(points, seeds.prototypes, seeds.config.refine)
+    return replace(seeds, prototypes=better)
+
+
+def _part(task: Task) -> Int64[np.ndarray, " o"]:
+    """The valid rows that this rank holds when all cluster together."""
+    part: Int64[np.ndarray, " o"] = np.array_split(task.valid, task.world.size)[task.world.rank]
+    return part
+
+
 def _flat(task: Task) -> Partition:
-    own = np.array_split(task.valid, task.world.size)[task.world.rank]
+    own = _part(task)
     result = _kmeans(task, own)
     labels, distances = _spread(result, own, len(task.rows), task.world)
     found = Partition(
@@ -95,12 +111,9 @@ def _flat(task: Task) -> Partition:
 
 def _kmeans(task: Task, own: Int64[np.ndarray, " o"]) -> KMeansResult:
     """k-means of the valid rows, of which `own` are this rank's."""
-    config, world, rows = task.config, task.world, task.rows
-    stretch = rows[own[0] : own[-1] + 1] if len(own) else rows[:0]  # all that our device holds
-    mine = ArrayPoints(stretch, device=task.device)
-    if len(own) < len(stretch):
-        mine = mine.select(own - own[0])
-    points = mine if world.size == 1 else ShardedPoints(mine, world)
+    config, world = task.config, task.world
+    points = _points(task, own)
+    mine = points.local if isinstance(points, ShardedPoints) else points
     if task.seeds is not None:
         options = _seeded_start(task, points, config.k)
     else:
@@ -108,6 +121,15 @@ def _kmeans(task: Task, own: Int64[np.ndarray, " o"]) -> KMeansResult:
     return kmeans(
         points, config.k, seed=task.seed, min_size=config.min_size, **options, **task.options
     )
+
+
+def _points(task: Task, own: Int64[np.ndarray, " o"]) -> ArrayPoints | ShardedPoints:
+    """The valid rows, of which `own` are on this rank's device."""
+    stretch = task.rows[own[0] : own[-1] + 1] if len(own) else task.rows[:0]
+    mine = ArrayPoints(stretch, device=task.device)
+    if len(own) < len(stretch):
+        mine = mine.select(own - own[0])
+    return mine if task.world.size == 1 else ShardedPoints(mine, task.world)
 
 
 def _start(task: Task, mine: ArrayPoints) -> str | np.ndarray:
@@ -124,7 +146,7 @@ def _seeded_start(task: Task, points: Points, k: int) -> dict[str, Any]:
     found, init = task.seeds.prototypes, task.config.init
     if task.seeds.pinned:
         return {"fixed": found.rows, "init": init, "spherical": True}
-    return {"init": start_from(points, found, k, init, task.seed), "spherical": True}
+    return {"init": prototypes.start_from(points, found, k, init, task.seed), "spherical": True}
 
 
 def _spread(

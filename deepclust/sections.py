@@ -215,6 +215,9 @@ class SeedsSection(Section):
     )
     prototypes: int = Field(1, ge=1, description="centroids of each class")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of a prototype's last place kept")
+    refine: float = Field(
+        0.0, ge=0, description="labels that the unlabelled rows around a prototype count as in it"
+    )
     pin_from: int = Field(
         0, ge=0, description="the first round that is seeded: before, features may be too raw"
     )

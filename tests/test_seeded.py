@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 SEEDS = ("seeds.labels=shards", "seeds.per_class=5")
 RICH = (*SEEDS, "seeds.prototypes=2", "seeds.momentum=0.5", "seeds.force=true", "cluster.k=14")
+REFINED = "seeds.refine=3"
 DEEPER = ("method={name: deepercluster}", "cluster.k=18", "cluster.supers=6")
 
 
@@ -92,7 +93,9 @@ def test_stages_say_which_labels_made_them(seeded: Path, shards: Path, tmp_path:
     assert inputs["seeds"] != other["seeds"]
 
 
-@pytest.mark.parametrize("options", [RICH, (*DEEPER, *SEEDS, "seeds.force=true")])
+@pytest.mark.parametrize(
+    "options", [(*RICH, REFINED), (*DEEPER, *SEEDS, "seeds.force=true", REFINED)]
+)
 def test_every_place_and_number_of_ranks_clusters_alike(
     shards: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:

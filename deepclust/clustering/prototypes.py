@@ -140,6 +140,26 @@ def averaged(
     return replace(new, rows=rows)
 
 
+def refined(points: Points, found: Prototypes, weight: float, passes: int = 3) -> Prototypes:
+    """unit(m p + weight c): a prototype p of m labelled rows, and the centre c of all rows near it.
+
+    One pass gives c, the unit mean of the rows whose nearest prototype it is; the next passes look
+    around the refined ones. The hard form of refined prototypes by soft k-means (Ren et al. 2018,
+    arXiv:1803.00676, eq. 6), where every unlabelled row counts as a labelled one: with few labels
+    of a class that lets the labels say nothing but where to begin, so all of them count as
+    `weight` here. Called by all ranks that share `points`.
+    """
+    points = points.configured(unit=True, backend="torch")
+    own = found.counts[:, None] * found.rows.astype(np.float64)
+    rows = found.rows
+    for _ in range(passes):
+        sums = points.visit(torch.from_numpy(rows).to(points.device)).sums.cpu().numpy()
+        mixed = own + weight * _unit(sums)
+        sound = np.linalg.norm(mixed, axis=1) > SMALLEST
+        rows = np.where(sound[:, None], _unit(mixed), rows).astype(np.float32)
+    return replace(found, rows=rows)
+
+
 def _partners(
     new: Prototypes, old: Prototypes, cosines: Float64[np.ndarray, "M L"]
 ) -> Int64[np.ndarray, " M"]:

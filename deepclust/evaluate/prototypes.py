@@ -28,12 +28,13 @@ def prototypes(
     test_x: Float[np.ndarray, "m d"],
     test_y: Int[np.ndarray, " m"],
     dim: int = 64,
+    refine: float = 0.0,
 ) -> Iterator[tuple[str, float]]:
     """Yield "top1" and "recall" (the mean over the test rows' classes) of the nearest prototype.
 
     `seed_rows` are the labelled rows of `train_x`, `seed_labels` their classes. A test row of a
     class without a label counts as wrong. `dim`: directions kept by the whitening, a run's
-    `cluster.dim`; at most d in any case.
+    `cluster.dim`; at most d in any case. `refine`: a run's `seeds.refine`, by all training rows.
 
     Raises `DataError` without labelled rows, `NumericalError` for a class whose rows cancel.
     """
@@ -44,6 +45,8 @@ def prototypes(
     labelled = ArrayPoints(whiten(train_x[seed_rows]))
     names = [str(label) for label in known]
     found = of_classes.prototypes(labelled, classes.astype(np.int32), names)
+    if refine > 0:
+        found = of_classes.refined(ArrayPoints(whiten(train_x)), found, refine)
     nearest = ArrayPoints(whiten(test_x)).visit(torch.from_numpy(found.rows)).labels.numpy()
     right = known[nearest] == test_y
     yield "top1", float(right.mean())

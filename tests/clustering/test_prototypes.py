@@ -15,6 +15,7 @@ from deepclust.clustering.prototypes import (
     claims,
     judged,
     prototypes,
+    refined,
     start_from,
 )
 from deepclust.clustering.sharded import ShardedPoints
@@ -110,6 +111,51 @@ def test_pinned_prototypes_keep_every_bit_on_sharded_half_precision_rows() -> No
     assert alone[:6].tobytes() == fixed.tobytes()
     for part in on_ranks(2, pinned, x, fixed):
         assert part.tobytes() == alone.tobytes()
+
+
+def test_refined_prototypes_are_those_of_a_slow_reference() -> None:
+    x, y = rows(), labels()
+    begun = prototypes(ArrayPoints(x), y, NAMES)
+    wide, near = unit(x.astype(np.float64)), begun.rows.astype(np.float64)
+    for _ in range(2):
+        own = (wide @ near.T).argmax(1)
+        centres = np.stack([unit(wide[own == c].sum(0)) for c in range(3)])
+        near = unit(begun.counts[:, None] * begun.rows + 50.0 * centres)
+    found = refined(ArrayPoints(x), begun, 50.0, passes=2)
+    np.testing.assert_allclose(found.rows, near, atol=1e-5)
+    np.testing.assert_array_equal(found.counts, begun.counts)
+    assert np.abs(found.rows - begun.rows).max() > 0.01
+
+
+def test_refining_by_all_rows_mends_the_prototypes_of_few_labels() -> None:
+    draws = np.random.default_rng(3)
+    centres = unit(draws.normal(size=(3, 12)))
+    truth = draws.integers(0, 3, 3000)
+    x = unit(centres[truth] + 0.3 * draws.normal(size=(3000, 12)))
+    few = np.array([int(np.flatnonzero(truth == c)[0]) for c in range(3)])
+    begun = prototypes(ArrayPoints(x[few]), truth[few].astype(np.int32), NAMES)
+    near, far = ((p.rows * centres).sum(1) for p in (refined(ArrayPoints(x), begun, 4.0), begun))
+    assert (near > far + 0.02).all()
+
+
+def refined_rows(world: World, x: np.ndarray, begun: Prototypes) -> np.ndarray:
+    own = ArrayPoints(np.array_split(x, world.size)[world.rank])
+    return refined(ShardedPoints(own, world), begun, 4.0).rows
+
+
+def test_refined_prototypes_have_the_same_bits_on_any_number_of_ranks() -> None:
+    x = rows()
+    begun = prototypes(ArrayPoints(x), labels(), NAMES, each=2)
+    alone = refined(ArrayPoints(x), begun, 4.0).rows
+    for size in (2, 3):
+        for part in on_ranks(size, refined_rows, x, begun):
+            assert part.tobytes() == alone.tobytes()
+
+
+def test_a_prototype_that_no_row_is_near_stays() -> None:
+    x = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]]
+    begun = given(np.eye(4)[[0, 3]])
+    assert refined(ArrayPoints(x[:2]), begun, 4.0).rows.tobytes() == begun.rows.tobytes()
 
 
 def test_equal_whitenings_carry_prototypes_to_themselves() -> None:

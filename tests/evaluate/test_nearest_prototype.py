@@ -40,6 +40,12 @@ def test_more_labels_help_and_wrong_ones_do_not() -> None:
     assert wrong["top1"] < 0.1
 
 
+def test_refining_by_the_rows_without_a_label_helps_few_labels() -> None:
+    (_, y), _ = splits(400, noise=1.5)
+    few = np.array([int(np.flatnonzero(y == c)[0]) for c in range(4)])
+    assert scores(few, noise=1.5, refine=4)["top1"] > scores(few, noise=1.5)["top1"]
+
+
 def test_classes_may_have_any_numbers_and_test_rows_classes_without_a_label() -> None:
     (x, y), (test_x, test_y) = splits(400, noise=0.05)
     seeds = np.flatnonzero(y < 2)

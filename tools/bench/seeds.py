@@ -9,7 +9,9 @@ whitened features (deepclust/evaluate/prototypes.py), except for "supervised", w
 decides. Equal budget: the same recipe, steps and images. Rows: `seeded`; `unseeded` (one training
 a seed, labels only used afterwards); `shuffled` (seeded by permuted labels); `supervised` (trained
 on the labelled images alone); `random` (weights) and `pixels`. `leftout` is seeded without labels
-of one class: is it found all the same? One row at a time, finished rows are kept in --out.
+of one class: is it found all the same? Prototypes are refined by all training rows where the recipe
+does so (seeded, shuffled, leftout); the others have a second row for that. One row at a time,
+finished rows are kept in --out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hashlib
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import quality
 
 RECIPE = ("demo-fashion", "train.epochs=3", "train.warmup=0.1", "cluster.k=30", "cluster.dim=16")
-SEEDED = ("seeds.pin_from=1",)  # prototypes of random weights are poor
+REFINE = 4
+SEEDED = ("seeds.pin_from=1", f"seeds.refine={REFINE}")  # random weights have poor prototypes
 KINDS = ("seeded", "unseeded", "shuffled", "supervised", "random", "pixels", "leftout")
 CLASSES = 10
 
@@ -185,7 +189,9 @@ def judge(
     from deepclust.evaluate.prototypes import prototypes
 
     dim = wanted.cluster.dim
-    found = dict(prototypes(train[0], ids, classes, *test, dim=dim))
+    near = partial(prototypes, train[0], ids, classes, *test, dim=dim)
+    found = dict(near(refine=wanted.seeds.refine if wanted.seeds else 0.0))
+    found["refined"] = dict(near(refine=REFINE))["top1"]
     if kind in ("seeded", "leftout"):
         found |= clustered(seed, wanted, train, test, ids, classes, kind == "leftout")
     return found
@@ -199,13 +205,14 @@ def clustered(
 
     from deepclust import Whitening, kmeans
     from deepclust.clustering.arrays import ArrayPoints
-    from deepclust.clustering.prototypes import prototypes
+    from deepclust.clustering.prototypes import prototypes, refined
 
     whiten = Whitening.fit(train[0], wanted.cluster.dim)
     rows = whiten(train[0])
     names = sorted({str(c) for c in classes})
     numbers = np.array([names.index(str(c)) for c in classes], np.int32)
-    fixed = prototypes(ArrayPoints(rows[ids]), numbers, names).rows
+    start = prototypes(ArrayPoints(rows[ids]), numbers, names)
+    fixed = refined(ArrayPoints(rows), start, REFINE).rows
     found = kmeans(rows, wanted.cluster.k, fixed=fixed, spherical=True, seed=seed)
     sizes = np.bincount(found.assignments, minlength=wanted.cluster.k)
     facts: dict[str, Any] = {"shares": (sizes[: len(fixed)] / sizes.sum()).round(4).tolist()}
@@ -232,6 +239,11 @@ def tables(args: argparse.Namespace) -> str:
     for kind in [k for k in args.rows if k != "leftout"]:
         cells = [quality.spread([r["top1"] for r in found(args, kind, n)]) for n in args.labels]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        if kind in ("unseeded", "random", "pixels"):
+            cells = [
+                quality.spread([r["refined"] for r in found(args, kind, n)]) for n in args.labels
+            ]
+            lines.append(f"| {kind}, prototypes refined | " + " | ".join(cells) + " |")
     if "seeded" in args.rows:
         for n in args.labels:
             shares = np.array([r["shares"] for r in found(args, "seeded", n)])
