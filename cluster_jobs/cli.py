@@ -113,21 +113,29 @@ def pretrain(
 def submit(
     recipe: Annotated[str, typer.Argument(help="a path or a shipped name")],
     run: Annotated[Path, typer.Option("--run", help="run directory")],
-    on: Annotated[str, typer.Option("--on", help="local")] = "local",
+    on: Annotated[str, typer.Option("--on", help="local or ray")] = "local",
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="of a standing Ray cluster; same as ray.address=..."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, do nothing")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="follow the log until the end")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Start a run in the background."""
+    """Start a run in the background, on this machine or on a cluster."""
     from cluster_jobs.executors import executor
     from deepclust.recipe import Recipe
 
     where = executor(on)
-    plan = where.prepare(Recipe.load(recipe, *(overrides or [])), run)
+    given = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
+    plan = where.prepare(Recipe.load(recipe, *given), run)
     if dry_run:
         typer.echo(str(plan))
         return
     where.submit(plan)
     _say(f"submitted {run}\n  deepclust logs {run} -f\n  deepclust status {run}")
+    if wait:
+        _follow(run)
 
 
 @app.command()
@@ -166,15 +174,17 @@ def logs(
 @app.command()
 def cancel(run: RunPath) -> None:
     """Stop a run at its next step; it can be resumed."""
-    from cluster_jobs.executors import local
+    from cluster_jobs.executors import executor_of
+    from deepclust.rundir import open_run
 
-    _say(local.cancel(run))
+    open_run(run)
+    _say(executor_of(run).cancel(run))
 
 
 @app.command()
 def resume(
     run: RunPath,
-    on: Annotated[Optional[str], typer.Option("--on", help="local: in the background")] = None,  # noqa: UP045
+    on: Annotated[str | None, typer.Option("--on", help="local or ray: in the background")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
@@ -297,6 +307,19 @@ def report(run: RunPath, out: Out) -> None:
     from cluster_jobs.report import write_report
 
     _say(f"wrote {write_report(run, out)}")
+
+
+def _follow(run: Path) -> None:
+    """Print the log until the run has ended, and end as it did; Ctrl-C detaches."""
+    from cluster_jobs.store import follow
+
+    try:
+        ending = follow(run, typer.echo)
+    except KeyboardInterrupt:
+        _say(f"detached; {run} goes on")
+        return
+    _say(f"{run}: {ending.state} {ending.reason}".rstrip())
+    sys.exit(ending.exit_code)
 
 
 def _stage(run: Path, stage: str) -> None:

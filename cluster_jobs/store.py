@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster_jobs import job
 from deepclust import lock, rundir
 from deepclust.errors import DeepclustError, RecipeError
 from deepclust.launch import is_finished
 from deepclust.rundir import Run
 
+POLL_S = 0.5
+
 
 @dataclass(frozen=True)
 class Status:
-    """A run at a glance. `state` is PENDING, RUNNING, SUCCEEDED, STOPPED, FAILED or DIED."""
+    """A run at a glance.
+
+    `state` is PENDING, RUNNING, RECOVERING (a gang is being started again), SUCCEEDED, STOPPED,
+    FAILED or DIED.
+    """
 
     name: str
     state: str
@@ -29,6 +36,7 @@ class Status:
     images_per_s: float | None = None
     owner: str | None = None
     reason: str = ""
+    exit_code: int = 0  # of whoever brought it to this end
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -56,7 +64,7 @@ def status(run: Run) -> Status:
 def _status(run: Run) -> Status:
     owner = lock.owner(run.path)
     events = run.events()
-    state, reason = _state(run, owner, events)
+    state, reason, code = _state(run, owner, events)
     trained = run.metrics("train")
     last = trained[-1] if trained else {}
     rounds = run.rounds()
@@ -65,22 +73,45 @@ def _status(run: Run) -> Status:
         epochs=run.recipe.train.epochs,
         round=rounds[-1] if rounds else None, epoch=last.get("epoch"), step=last.get("step"),
         loss=last.get("loss"), images_per_s=last.get("images_per_s"), owner=owner, reason=reason,
+        exit_code=code,
     )  # fmt: skip
 
 
-def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str]:
+def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str, int]:
+    """State, reason and exit code, by the lock and the newest event that says something."""
     if owner:
-        return "RUNNING", ""
+        return _living(events)
     if is_finished(run):
-        return "SUCCEEDED", ""
+        return "SUCCEEDED", "", 0
     if not events:
-        return "PENDING", "not started yet"
+        return "PENDING", _submitted(run), 0
     last = events[-1]
     if last["event"] != "stopped":
-        return "DIED", f"ended without a word; deepclust resume {run.path}"
+        return "DIED", f"ended without a word; deepclust resume {run.path}", 1
+    kinds = {kind.__name__: kind.exit_code for kind in DeepclustError.__subclasses__()}
+    code = kinds.get(last["kind"], 1)
     if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
-        return "STOPPED", last["text"]
-    return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}"
+        return "STOPPED", last["text"], code
+    return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}", code
+
+
+def _living(events: list[dict[str, Any]]) -> tuple[str, str, int]:
+    """A run with a controller: it may be waiting for room, or beginning again after a fault."""
+    told = [e for e in events if e["event"] in ("waiting", "fault", "placed", "started", "stopped")]
+    last = told[-1] if told else {"event": "started"}
+    if last["event"] == "waiting":
+        return "PENDING", last["text"], 0
+    fault = next((e for e in reversed(told) if e["event"] in ("fault", "placed")), None)
+    if fault is not None and fault["event"] == "fault":
+        return "RECOVERING", f"{fault['who']}: {fault['cause']}: {fault['text']}", 0
+    return "RUNNING", "", 0
+
+
+def _submitted(run: Run) -> str:
+    facts = job.read(run.path)
+    if "submission" in facts:
+        return f"submitted to Ray at {facts['address']} as {facts['submission']}"
+    return "not started yet"
 
 
 def _phase(events: list[dict[str, Any]]) -> str:
@@ -88,10 +119,20 @@ def _phase(events: list[dict[str, Any]]) -> str:
     following = {
         "started": "start", "unit": "extract", "extracted": "whiten", "whitening": "project",
         "features": "cluster", "clustered": "train", "training": "train", "checkpoint": "train",
-        "finished": "done",
+        "finished": "done", "waiting": "wait",
     }  # fmt: skip
     told = [e["event"] for e in events if e["event"] in following]
     return following[told[-1]] if told else ""
+
+
+def follow(run: Path, echo: Callable[[str], None]) -> Status:
+    """Echo the log from its beginning until the run has ended; how it ended."""
+    found = rundir.open_run(run)
+    while (now := status(found)).state == "PENDING" and now.owner is None:
+        time.sleep(POLL_S)
+    for line in tail(run, 0, follow=True):
+        echo(line)
+    return status(found)
 
 
 def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
@@ -105,7 +146,7 @@ def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
             yield from _new_lines(folder / name, files)
         if not follow or not alive:
             return
-        time.sleep(0.5)
+        time.sleep(POLL_S)
 
 
 def _new_lines(file: Path, seen: dict[str, int]) -> list[str]:

@@ -34,6 +34,7 @@ from deepclust.sections import SHARDS, Section
 
 Show = Callable[[dict[str, Any]], None]
 MAY_CHANGE = ("train.ranks", "data.workers")
+PLACES = ("ray.", "slurm.")  # where it runs is no part of what it computes
 HELD_BACK = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}
 
 
@@ -129,11 +130,16 @@ def check_changes(run: Run, recipe: Recipe) -> None:
     changed = differences(run.recipe, recipe)
     longer = recipe.train.epochs > run.recipe.train.epochs
     allowed = (*MAY_CHANGE, "train.epochs") if longer else MAY_CHANGE
-    refused = {key: values for key, values in changed.items() if key not in allowed}
+    refused = {
+        key: values
+        for key, values in changed.items()
+        if key not in allowed and not key.startswith(PLACES)
+    }
     if refused:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in refused.items())
         raise errors.RunDiffersError(
-            f"resume may change {', '.join(MAY_CHANGE)} and a larger train.epochs, not\n{lines}\n"
+            f"resume may change {', '.join(MAY_CHANGE)}, ray.*, slurm.* and a larger train.epochs, "
+            f"not\n{lines}\n"
             "Start a new run instead; init.weights and init.assignments carry over what you want."
         )
 
@@ -161,7 +167,7 @@ def _start(path: Path, show: Show | None, stage: str | None = None) -> Run:
 
 def _run_here(run: Run, recipe: Recipe, show: Show, stage: str | None) -> None:
     alone = recipe.train.ranks == 1 and recipe.clusters_inline
-    with _signals() as asked:
+    with collected_signals() as asked:
         try:
             if alone:
                 _in_process(run, show, stage, asked)
@@ -177,12 +183,12 @@ def _in_process(run: Run, show: Show, stage: str | None, asked: list[int]) -> No
     from deepclust.metrics import DirectReport
     from deepclust.rank import work
 
-    seat = Seat(0, 1, run.path, stage)
+    seat = Seat(0, 1, "", stage)
     work(run, seat, DirectReport(run, show), lambda: bool(asked))
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def collected_signals() -> Iterator[list[int]]:
     """Collect USR2, TERM and INT instead of dying of them; a second INT interrupts at once."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

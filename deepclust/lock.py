@@ -3,7 +3,8 @@
 The lock names host, boot, pid, start time and (under Slurm) job and restart. A dead process on
 this host frees it at once; one on another host when its heartbeat has stopped for two minutes.
 Whoever takes it writes a new token, and every commit compares tokens just before its rename, so
-an old controller that wakes up cannot land anything.
+an old controller that wakes up cannot land anything. A controller that starts its gang again renews
+the token, so that what is left of the old gang cannot either.
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ def hold(run: Path) -> Iterator[str]:
     """Hold the run while the block lasts; yields the token. Raises `RunHeldError`."""
     token = _take(run)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(run, token, stop), daemon=True)
+    beat = threading.Thread(target=_beat, args=(run, stop), daemon=True)
     beat.start()
     try:
         yield token
     finally:
         stop.set()
         beat.join()
-        if _token(run) == token:
+        if _is_mine(_read(run)):
             (run / "lock.json").unlink(missing_ok=True)
+
+
+def renew(run: Path, token: str) -> str:
+    """A new token for the same holder; whoever still writes by the old one is fenced off.
+
+    Raises `RunHeldError` when the run is no longer held by that token.
+    """
+    with _guarded(run):
+        check_token(run, token)
+        return _write(run)
 
 
 def check_token(run: Path, token: str) -> None:
@@ -69,16 +80,27 @@ def owner_pid(run: Path) -> int | None:
 
 
 def _take(run: Path) -> str:
-    token = secrets.token_hex(8)
-    with disk_errors(run), open(run / ".lock-guard", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # two takers on one host; across hosts the token decides
+    with _guarded(run):
         holder = owner(run)
         if holder:
             raise RunHeldError(
                 f"{run} is held by {holder}. Watch it with `deepclust status {run}`, or end it "
                 f"with `deepclust cancel {run}`."
             )
-        write_json(run / "lock.json", {**_me(), "token": token})
+        return _write(run)
+
+
+@contextlib.contextmanager
+def _guarded(run: Path) -> Iterator[None]:
+    """One taker at a time on this host; across hosts the token decides."""
+    with disk_errors(run), open(run / ".lock-guard", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+
+
+def _write(run: Path) -> str:
+    token = secrets.token_hex(8)
+    write_json(run / "lock.json", {**_me(), "token": token})
     return token
 
 
@@ -119,10 +141,14 @@ def _age(path: Path) -> float:
             probe.unlink(missing_ok=True)
 
 
-def _beat(run: Path, token: str, stop: threading.Event) -> None:
+def _is_mine(lock: dict[str, Any] | None) -> bool:
+    return lock is not None and {**lock, "token": ""} == {**_me(), "token": ""}
+
+
+def _beat(run: Path, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_S):
         with contextlib.suppress(OSError):
-            if _token(run) == token:
+            if _is_mine(_read(run)):
                 os.utime(run / "lock.json")
 
 

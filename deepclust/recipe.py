@@ -15,7 +15,7 @@ import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -37,6 +37,8 @@ from deepclust.sections import (
     TrainSection,
 )
 
+M = TypeVar("M", bound=BaseModel)
+
 
 class Recipe(Section):
     """The whole configuration of a run."""
@@ -50,6 +52,8 @@ class Recipe(Section):
     train: TrainSection
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
+    ray: dict[str, Any] = {}  # for cluster_jobs alone, see its spec.py
+    slurm: dict[str, Any] = {}
 
     @field_validator("method", mode="before")
     @classmethod
@@ -93,11 +97,7 @@ class Recipe(Section):
     @classmethod
     def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
         """Check a tree of plain values; every problem is listed in one `RecipeError`."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            lines = "\n".join(f"  {_explain(item, cls)}" for item in error.errors())
-            raise RecipeError(f"{source} is not a valid recipe:\n{lines}") from None
+        return checked(cls, tree, source)
 
     def dump(self) -> str:
         """The resolved recipe as YAML; `load` gives the same recipe back."""
@@ -114,6 +114,15 @@ class Recipe(Section):
     def flat(self) -> dict[str, Any]:
         """The recipe as dotted keys, to compare two of them."""
         return dict(_flatten(self.model_dump(mode="json")))
+
+
+def checked(model: type[M], tree: dict[str, Any], source: str, within: str = "") -> M:
+    """A tree of plain values as a model; a `RecipeError` calls its keys `within` + key."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = "\n".join(f"  {within}{_explain(item, model)}" for item in error.errors())
+        raise RecipeError(f"{source} is not a valid recipe:\n{lines}") from None
 
 
 PATHS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 CLUSTER_WORKER = -1
 
@@ -14,8 +13,9 @@ class Seat:
 
     rank: int
     size: int
-    meeting: Path
+    meeting: str  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
     stage: str | None = None
+    gpu: int | None = None  # of its node, where a scheduler has chosen; else the rank's number
 
     @property
     def log_name(self) -> str:

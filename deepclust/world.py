@@ -7,6 +7,7 @@ randomness is `derive(seed, purpose, ...)`: the same for every rank, worker and 
 from __future__ import annotations
 
 import hashlib
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from deepclust.errors import FollowedError
 
@@ -183,17 +185,35 @@ class Owned:
         return self.stop - self.start
 
 
-def join(rank: int, size: int, meeting: Path, device: torch.device, timeout_s: float) -> World:
-    """Meet the other ranks at a file and return our World (gloo on a CPU, nccl on a GPU)."""
+def join(
+    rank: int, size: int, meeting: str | Path, device: torch.device, timeout_s: float
+) -> World:
+    """Meet the other ranks and return our World (gloo on a CPU, nccl on a GPU).
+
+    `meeting` is a file that all ranks see, on one machine, or tcp://HOST:PORT, where rank 0, which
+    must run on that host, listens: on that address only.
+    """
     if size > 1:
+        wait = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{meeting}",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+            store=_store(str(meeting), rank, size, wait), rank=rank, world_size=size, timeout=wait,
+        )  # fmt: skip
     return World(rank, size, device)
+
+
+def _store(meeting: str, rank: int, size: int, wait: timedelta) -> Store:
+    """The key-value store through which ranks find each other and draw tickets."""
+    if not meeting.startswith("tcp://"):
+        return FileStore(meeting, size)
+    host, _, port = meeting.removeprefix("tcp://").rpartition(":")
+    if rank > 0:
+        return TCPStore(host, int(port), size, is_master=False, timeout=wait)
+    listening = socket.create_server((host, int(port)))
+    return TCPStore(
+        host, int(port), size, is_master=True, timeout=wait, wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )  # fmt: skip
 
 
 def leave() -> None:

@@ -56,7 +56,7 @@ def _rank(pipe: Connection) -> None:
     while True:
         rank, size, meeting, work, args = pipe.recv()
         try:
-            world = join(rank, size, Path(meeting), torch.device("cpu"), 60)
+            world = join(rank, size, meeting, torch.device("cpu"), 60)
             result = work(world, *args)
             world.barrier()  # or who is done early leaves while the others still meet
             pipe.send((result, None))

@@ -10,7 +10,7 @@ import pytest
 from deepclust import lock
 from deepclust.errors import RunHeldError
 from deepclust.files import read_json, write_json
-from deepclust.lock import check_token, hold, owner
+from deepclust.lock import check_token, hold, owner, renew
 
 HOLDER = "import sys, time; from deepclust.lock import hold; from pathlib import Path\n"
 HOLDER += "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -50,10 +50,21 @@ def test_a_process_with_a_reused_pid_does_not_own_the_lock(tmp_path: Path) -> No
 def test_a_zombie_writer_is_fenced_off(tmp_path: Path) -> None:
     with hold(tmp_path) as token:
         written = read_json(tmp_path / "lock.json")
-        write_json(tmp_path / "lock.json", {**written, "token": "another"})
+        write_json(tmp_path / "lock.json", {**written, "host": "b", "token": "another"})
         with pytest.raises(RunHeldError, match="taken over"):
             check_token(tmp_path, token)
     assert (tmp_path / "lock.json").exists()  # the other's lock is not ours to remove
+
+
+def test_a_renewed_token_fences_off_whoever_has_the_old_one(tmp_path: Path) -> None:
+    with hold(tmp_path) as token:
+        fresh = renew(tmp_path, token)
+        check_token(tmp_path, fresh)
+        with pytest.raises(RunHeldError, match="taken over"):
+            check_token(tmp_path, token)
+        with pytest.raises(RunHeldError, match="taken over"):
+            renew(tmp_path, token)
+    assert not (tmp_path / "lock.json").exists()
 
 
 def test_a_lock_of_another_host_goes_stale_with_its_heartbeat(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""A process of the gang on Ray: a trainer rank or the cluster worker, a long-lived actor.
+
+It runs the same rank program as everywhere else (`deepclust.rank.work`), in one of its threads.
+Meanwhile another one answers the controller: what the rank has told (events, progress), and how
+long ago it last came by a point where it could stop. That is the heartbeat; a rank that waits in a
+collective for one that hangs has none either, but it still answers, which tells the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from deepclust.errors import DeepclustError
+from deepclust.files import read_json
+from deepclust.rundir import Run
+from deepclust.seat import Seat
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a member has come up, and whether it sees the run directory."""
+
+    node: str
+    host: str
+    ip: str
+    pid: int
+    gpus: tuple[int, ...]
+    problem: str = ""  # why the run directory is not usable from here
+
+
+@dataclass(frozen=True)
+class News:
+    """What a member has told since it was last asked."""
+
+    records: list[dict[str, Any]]
+    idle_s: float  # since its rank could last have stopped
+    sent: float = field(default_factory=time.time)
+
+
+class Member:
+    """One process of the gang; Ray's dashboard shows its subclass and its name."""
+
+    def __init__(self, run: str) -> None:
+        """Nothing heavy: torch is imported by `work`."""
+        self.run = Path(run)
+        self._told: list[dict[str, Any]] = []
+        self._something = threading.Condition()
+        self._asked = threading.Event()
+        self._beat = time.monotonic()
+
+    def look(self, token: str) -> Place:
+        """Where this is, and whether it sees the lock of the run with this very token."""
+        context = ray.get_runtime_context()
+        gpus = tuple(int(number) for number in ray.get_gpu_ids())
+        ip = ray.util.get_node_ip_address()
+        if ip.startswith("127."):  # a cluster of this machine alone: gloo needs no other interface
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return Place(
+            context.get_node_id(), platform.node(), ip, os.getpid(), gpus, _problem(self.run, token)
+        )
+
+    def meeting(self) -> str:
+        """An address of this node that is free now, where rank 0 will listen."""
+        ip = ray.util.get_node_ip_address()
+        with socket.create_server((ip, 0)) as server:
+            return f"tcp://{ip}:{server.getsockname()[1]}"
+
+    def work(self, seat: Seat, token: str, incarnation: int) -> dict[str, Any]:
+        """Run the seat to its end. Returns {} or {failed, kind, exit_code}; raises nothing."""
+        self._beat = time.monotonic()
+        try:
+            from deepclust.rank import work  # torch and all
+
+            work(Run(self.run, token, incarnation), seat, self, self._stopping)
+        except DeepclustError as error:
+            return self._failed(error, error.exit_code)
+        except Exception as error:
+            logging.getLogger("deepclust").error("%s", traceback.format_exc())
+            return self._failed(error, 1)
+        return {}
+
+    def news(self, wait_s: float) -> News:
+        """What was told since the last call; waits that long if there is nothing."""
+        with self._something:
+            if not self._told:
+                self._something.wait(wait_s)
+            records, self._told = self._told, []
+        return News(records, time.monotonic() - self._beat)
+
+    def stop(self) -> None:
+        """Ask the rank to stop at its next step."""
+        self._asked.set()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """`metrics.Report`: something that happened once."""
+        logging.getLogger("deepclust").info("%s %s", name, json.dumps(fields))
+        self._tell({"event": name, **fields})
+
+    def progress(self, **fields: Any) -> None:
+        """`metrics.Report`: how far we are."""
+        logging.getLogger("deepclust").info("step %s", json.dumps(fields))
+        self._tell({"progress": True, **fields})
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        with self._something:
+            self._told.append(record)
+            self._something.notify()
+
+    def _stopping(self) -> bool:
+        self._beat = time.monotonic()
+        return self._asked.is_set()
+
+    def _failed(self, error: Exception, exit_code: int) -> dict[str, Any]:
+        logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
+        return {"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code}
+
+
+class Trainer(Member):
+    """A trainer rank, under its own name in the dashboard."""
+
+
+class ClusterWorker(Member):
+    """The cluster worker."""
+
+
+def _problem(run: Path, token: str) -> str:
+    """Why this node cannot work on the run directory; empty when it can."""
+    try:
+        seen = read_json(run / "lock.json")["token"]
+        probe = run / "logs" / f".probe-{platform.node()}-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"it cannot use {run}: {error.strerror}"
+    if seen != token:
+        return f"{run} is another folder there, or an old copy of it"
+    return ""

@@ -1,0 +1,42 @@
+"""What stands in a run about the job that runs it: where it was submitted, and a wish to cancel it.
+
+Both are files of the run directory, so they reach a controller on any host, and anyone who sees
+the run can read them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepclust.files import disk_errors, read_json, write_json
+
+LOCAL = {"on": "local"}
+
+
+def record(run: Path, **facts: Any) -> None:
+    """Write down where the run was submitted, and forget an old wish to cancel it."""
+    forget_cancel(run)
+    write_json(run / "job.json", facts)
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Where the run was submitted; local if nobody said."""
+    file = run / "job.json"
+    return dict(read_json(file)) if file.exists() else dict(LOCAL)
+
+
+def ask_to_cancel(run: Path) -> None:
+    """Leave word for the controller."""
+    with disk_errors(run):
+        (run / "cancel").touch()
+
+
+def cancel_asked(run: Path) -> bool:
+    """Whether there is word to cancel."""
+    return (run / "cancel").exists()
+
+
+def forget_cancel(run: Path) -> None:
+    """The wish was granted, or is old."""
+    (run / "cancel").unlink(missing_ok=True)
