@@ -1,0 +1,98 @@
+"""A Ray cluster of several nodes on this machine, and a controller on it, for tests and benches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+from deepclust import Recipe
+from deepclust.launch import prepare_run
+from deepclust.rundir import Run
+
+STORE = 80 * 2**20  # bytes of a node's object store, the least that Ray takes
+PATIENCE_S = 120.0
+
+
+class Nodes:
+    """A head without CPUs and nodes of one CPU each, so that every member has its own."""
+
+    def __init__(self, count: int, dashboard: bool = False) -> None:
+        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": dashboard}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(count):
+            self.add()
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add(self, cpus: int = 1) -> Any:
+        return self.cluster.add_node(num_cpus=cpus, object_store_memory=STORE)
+
+    def remove(self, node_id: str) -> None:
+        """Kill a node's raylet, as a power cut would."""
+        nodes = self.cluster.list_all_nodes()
+        node = next(n for n in nodes if n.node_id.startswith(node_id))
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+
+
+def controller(nodes: Nodes, run: Path) -> subprocess.Popen[str]:
+    """A controller for a run that has been prepared, as its Ray job would start it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": nodes.address}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster_jobs.controller", str(run)], env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def begin(nodes: Nodes, recipe: Recipe, run: Path) -> subprocess.Popen[str]:
+    """Prepare a run and start its controller."""
+    prepare_run(recipe, run)
+    return controller(nodes, run)
+
+
+def end(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for the controller, check its exit code; what it has printed."""
+    try:
+        told, _ = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, f"exit code {process.returncode}\n{told}"
+    return told
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    """The events of that name."""
+    return [event for event in Run(run).events() if event["event"] == name]
+
+
+def until(process: subprocess.Popen[str], moment: Callable[[], Any]) -> None:
+    """Wait for a moment of the run."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not moment():
+        assert process.poll() is None, f"the run ended before:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.001)
+
+
+def seated(run: Path, who: str) -> dict[str, Any]:
+    """Where a member of the newest gang is."""
+    placed = events(run, "placed")[-1]["members"]
+    return next(dict(member) for member in placed if member["who"] == who)
+
+
+def send(run: Path, who: str, number: int) -> None:
+    """A signal to a member of the newest gang."""
+    os.kill(seated(run, who)["pid"], number)
