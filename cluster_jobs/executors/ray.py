@@ -116,10 +116,13 @@ def _start(plan: Plan, client: JobSubmissionClient | None) -> None:
         return
     submission = f"deepclust-{plan.run.absolute().name}-{secrets.token_hex(4)}"
     job.record(plan.run, on="ray", address=plan.spec.address, submission=submission)
-    client.submit_job(
-        entrypoint=shlex.join(plan.command), submission_id=submission,
-        runtime_env={"env_vars": plan.spec.env}, metadata={"run": str(plan.run.absolute())},
-    )  # fmt: skip
+    try:
+        client.submit_job(
+            entrypoint=shlex.join(plan.command), submission_id=submission,
+            runtime_env={"env_vars": plan.spec.env}, metadata={"run": str(plan.run.absolute())},
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ResourceError(f"Ray at {plan.spec.address} did not take the job: {error}") from error
 
 
 def _client(address: str) -> JobSubmissionClient:

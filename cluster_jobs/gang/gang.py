@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,10 +25,13 @@ from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER, Seat
 
+RETRY_S = 0.2
 NEWS_S = 0.5  # how long a member with nothing to tell keeps a question
 STOP_S = 120.0  # from the wish to stop to the next step that all agree on
+LOSS_S = 30.0  # until Ray calls a node dead whose machine says nothing any more
 AFTERMATH_S = 2.0  # for the others to say why they end, when one has
-MORE_THREADS = 3  # of an actor: work, news, stop
+GRACE = 1.5  # a hang stops the others too; who does not even answer is named first
+MORE_THREADS = 3  # of an actor: two questions and the wish to stop
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 UNEXPECTED = 1  # exit code of an error that is none of ours
 # what another try may mend: a process group that broke, a reader that died; not bad data or NaN
@@ -55,12 +58,13 @@ class _Seated:
     rank: int
     actor: Any
     place: Place | None = None
-    work: Any = None  # its future result
     question: Any = None  # its next news
+    have: int = 0  # records of it that were taken in
     result: dict[str, Any] | None = None
     death: str = ""
+    unreachable: bool = False
     answered: float = field(default_factory=time.monotonic)
-    idle_s: float = 0.0
+    idle_s: float | None = None
 
     @property
     def over(self) -> bool:
@@ -77,6 +81,7 @@ class Gang:
         self.members = [self._seat(bundle, rank) for bundle, rank in enumerate(seats)]
         self.trainers = [m for m in self.members if m.rank != CLUSTER_WORKER]
         self.asked_to_stop: float | None = None  # when
+        self.begun = time.monotonic()
 
     def close(self) -> None:
         """Kill what still runs and give the devices back; every stage is atomic."""
@@ -133,10 +138,9 @@ class Gang:
         for member in self.members:
             gpu = member.place.gpus[0] if member.place and member.place.gpus else None
             seat = Seat(member.rank, self.shape.ranks, meeting, gpu=gpu)
-            order = (seat, self.run.token, self.run.incarnation)
-            member.work = member.actor.work.remote(*order)
-            member.question = member.actor.news.remote(NEWS_S)
+            member.actor.begin.remote(seat, self.run.token, self.run.incarnation)
             member.answered = time.monotonic()
+            self._ask(member)
         return None
 
     def _places(self) -> list[dict[str, Any]]:
@@ -168,38 +172,36 @@ class Gang:
                         f"{other} and {member.name} were given one device, GPU {gpu}"
                     )
 
+    def _ask(self, member: _Seated) -> None:
+        member.question = member.actor.news.remote(member.have, NEWS_S)
+
     def _listen(self, take: Callable[[dict[str, Any]], None]) -> None:
         """Take in what comes within half a second."""
-        open_ = [m for m in self.members if not m.over]
-        refs = [m.work for m in open_] + [m.question for m in open_]
-        if not refs:
+        asked = {m.question: m for m in self.members if not m.over}
+        if not asked:
             return
-        ready, _ = ray.wait(refs, num_returns=1, timeout=NEWS_S)
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=NEWS_S)
         if ready:  # and whatever else is there by now
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        come = set(ready)
-        for member in open_:
-            if member.question in come:
-                self._hear(member, take)
-            if member.work in come and not member.death:
-                self._conclude(member)
+            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+        for question in ready:
+            self._hear(asked[question], take)
 
     def _hear(self, member: _Seated, take: Callable[[dict[str, Any]], None]) -> None:
         try:
             news: News = ray.get(member.question)
+        except ActorUnavailableError:  # perhaps only the network; time will tell
+            member.unreachable = True
+            time.sleep(RETRY_S)
+            return self._ask(member)
         except RayError as error:
             member.death = _first_line(error)
             return
-        member.answered, member.idle_s = time.monotonic(), news.idle_s
+        member.answered, member.idle_s, member.unreachable = time.monotonic(), news.idle_s, False
         for record in news.records:
+            member.have += 1
             take(record)
-        member.question = member.actor.news.remote(NEWS_S)
-
-    def _conclude(self, member: _Seated) -> None:
-        try:
-            member.result = ray.get(member.work)
-        except RayError as error:
-            member.death = _first_line(error)
+        member.result = news.result
+        self._ask(member)
 
     def _ask_to_stop(self) -> None:
         self.asked_to_stop = time.monotonic()
@@ -216,10 +218,8 @@ class Gang:
         """How it ended, if it has."""
         results = [m.result for m in self.trainers]
         if all(result == {} for result in results):
-            self._last_words(take)
             return Ending("finished")
         if all(r is not None and r.get("kind") == RequeueWanted.__name__ for r in results):
-            self._last_words(take)
             return Ending("stopped", text=str(results[0] and results[0]["failed"]))
         if any(m.death or _bad(m.result) for m in self.members) or self._worker_left():
             self._aftermath(take)
@@ -230,24 +230,14 @@ class Gang:
         """Nobody tells the cluster worker to leave before the trainers do."""
         return any(m.rank == CLUSTER_WORKER and m.result == {} for m in self.members)
 
-    def _last_words(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """What was told between the last question and the end."""
-        for member in self.members:
-            if member.death:
-                continue
-            try:
-                for record in ray.get(member.actor.news.remote(0.0), timeout=NEWS_S * 4).records:
-                    take(record)
-                for record in ray.get(member.question, timeout=NEWS_S * 4).records:
-                    take(record)
-            except (RayError, GetTimeoutError):
-                continue
-
     def _aftermath(self, take: Callable[[dict[str, Any]], None]) -> None:
-        deadline = time.monotonic() + AFTERMATH_S
-        while time.monotonic() < deadline and not all(m.over for m in self.trainers):
+        """Hear the others out: who dies with its node is called dead later than who notices it."""
+        began = time.monotonic()
+        while not all(m.over for m in self.trainers):
+            lost = any(m.unreachable and not m.death for m in self.members)
+            if time.monotonic() - began > (LOSS_S if lost else AFTERMATH_S):
+                return
             self._listen(take)
-        self._last_words(take)
 
     def _why(self) -> Ending:
         """The death, or the reason that was told first; not that of those who only followed."""
@@ -255,8 +245,8 @@ class Gang:
         own = [m for m in told if m.result and m.result["exit_code"] not in MAY_PASS]
         if own:
             return Ending("failed", own[0].name, error=_error_of(own[0].result or {}))
-        for member in self.members:
-            if member.death:
+        for member in sorted(self.members, key=lambda m: not m.death):
+            if member.death or member.unreachable:
                 return self._lost(member)
         if self._worker_left():
             return Ending("fault", "cluster worker", "error", "it left before the trainers")
@@ -269,7 +259,7 @@ class Gang:
         node = member.place.node if member.place else ""
         facts = next((n for n in _nodes_soon(node) if n["NodeID"] == node), None)
         if facts is None or facts["Alive"]:
-            return Ending("fault", member.name, "death", member.death)
+            return Ending("fault", member.name, "death", member.death or "it cannot be reached")
         why = f"{facts.get('DeathReason', '')} {facts.get('DeathReasonMessage', '')}".strip()
         cause: Cause = "preemption" if "PREEMPT" in why.upper() else "node"
         host = member.place.host if member.place else "?"
@@ -279,16 +269,17 @@ class Gang:
         """Who does not answer; else a rank that answers and gets nowhere."""
         now, limit = time.monotonic(), self.spec.hang
         for member in self.members:
-            if not member.over and now - member.answered > limit:
-                return Ending(
-                    "fault", member.name, "hang", f"no answer for {now - member.answered:.0f} s"
-                )
-        for member in self.trainers:
-            silence = member.idle_s + (now - member.answered)
-            if not member.over and silence > 1.5 * limit:  # the silent ones are told first
-                return Ending(
-                    "fault", member.name, "hang", f"no step for {silence:.0f} s; ray.hang={limit:g}"
-                )
+            silence = now - member.answered
+            if not member.over and silence > limit:
+                return Ending("fault", member.name, "hang", f"no answer for {silence:.0f} s")
+        for member in (m for m in self.trainers if not m.over):
+            if member.idle_s is None:
+                if now - self.begun > self.spec.start:
+                    text = f"it did not begin within ray.start={self.spec.start:g} s"
+                    return Ending("fault", member.name, "start", text)
+            elif (idle := member.idle_s + now - member.answered) > GRACE * limit:
+                text = f"no step for {idle:.0f} s; ray.hang={limit:g}"
+                return Ending("fault", member.name, "hang", text)
         return None
 
     def _dead_name(self, error: RayActorError) -> str:

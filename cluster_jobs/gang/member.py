@@ -1,9 +1,10 @@
 """A process of the gang on Ray: a trainer rank or the cluster worker, a long-lived actor.
 
-It runs the same rank program as everywhere else (`deepclust.rank.work`), in one of its threads.
-Meanwhile another one answers the controller: what the rank has told (events, progress), and how
+It runs the same rank program as everywhere else (`deepclust.rank.work`), in a thread of its own.
+Meanwhile others answer the controller: what the rank has told (events, progress, its end), and how
 long ago it last came by a point where it could stop. That is the heartbeat; a rank that waits in a
 collective for one that hangs has none either, but it still answers, which tells the two apart.
+What was told is kept until the controller says that it has it, so a lost answer loses nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import socket
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ class Place:
 
 @dataclass(frozen=True)
 class News:
-    """What a member has told since it was last asked."""
+    """What a member has told beyond what the controller has."""
 
     records: list[dict[str, Any]]
-    idle_s: float  # since its rank could last have stopped
-    sent: float = field(default_factory=time.time)
+    idle_s: float | None  # since its rank could last have stopped; None until it can first
+    result: dict[str, Any] | None  # of the rank: None while it works, {} when it ended well
 
 
 class Member:
@@ -56,9 +57,11 @@ class Member:
         """Nothing heavy: torch is imported by `work`."""
         self.run = Path(run)
         self._told: list[dict[str, Any]] = []
+        self._kept_from = 0  # the number of the first record that is still here
+        self._result: dict[str, Any] | None = None
         self._something = threading.Condition()
         self._asked = threading.Event()
-        self._beat = time.monotonic()
+        self._beat: float | None = None
 
     def look(self, token: str) -> Place:
         """Where this is, and whether it sees the lock of the run with this very token."""
@@ -77,27 +80,20 @@ class Member:
         with socket.create_server((ip, 0)) as server:
             return f"tcp://{ip}:{server.getsockname()[1]}"
 
-    def work(self, seat: Seat, token: str, incarnation: int) -> dict[str, Any]:
-        """Run the seat to its end. Returns {} or {failed, kind, exit_code}; raises nothing."""
-        self._beat = time.monotonic()
-        try:
-            from deepclust.rank import work  # torch and all
+    def begin(self, seat: Seat, token: str, incarnation: int) -> None:
+        """Start the seat's work; its end comes with the news."""
+        order = (seat, Run(self.run, token, incarnation))
+        threading.Thread(target=self._work, args=order, daemon=True).start()
 
-            work(Run(self.run, token, incarnation), seat, self, self._stopping)
-        except DeepclustError as error:
-            return self._failed(error, error.exit_code)
-        except Exception as error:
-            logging.getLogger("deepclust").error("%s", traceback.format_exc())
-            return self._failed(error, 1)
-        return {}
-
-    def news(self, wait_s: float) -> News:
-        """What was told since the last call; waits that long if there is nothing."""
+    def news(self, have: int, wait_s: float) -> News:
+        """What was told beyond the first `have` records; waits that long if there is nothing."""
         with self._something:
-            if not self._told:
+            del self._told[: have - self._kept_from]
+            self._kept_from = have
+            if not self._told and self._result is None:
                 self._something.wait(wait_s)
-            records, self._told = self._told, []
-        return News(records, time.monotonic() - self._beat)
+            idle = None if self._beat is None else time.monotonic() - self._beat
+            return News(list(self._told), idle, self._result)
 
     def stop(self) -> None:
         """Ask the rank to stop at its next step."""
@@ -113,6 +109,22 @@ class Member:
         logging.getLogger("deepclust").info("step %s", json.dumps(fields))
         self._tell({"progress": True, **fields})
 
+    def _work(self, seat: Seat, run: Run) -> None:
+        """Run the seat to its end: {} or {failed, kind, exit_code}."""
+        result: dict[str, Any] = {}
+        try:
+            from deepclust.rank import work  # torch and all
+
+            work(run, seat, self, self._stopping)
+        except DeepclustError as error:
+            result = self._failed(error, error.exit_code)
+        except BaseException as error:
+            logging.getLogger("deepclust").error("%s", traceback.format_exc())
+            result = self._failed(error, 1)
+        with self._something:
+            self._result = result
+            self._something.notify()
+
     def _tell(self, record: dict[str, Any]) -> None:
         with self._something:
             self._told.append(record)
@@ -122,7 +134,7 @@ class Member:
         self._beat = time.monotonic()
         return self._asked.is_set()
 
-    def _failed(self, error: Exception, exit_code: int) -> dict[str, Any]:
+    def _failed(self, error: BaseException, exit_code: int) -> dict[str, Any]:
         logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
         return {"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code}
 

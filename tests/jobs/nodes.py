@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,8 +26,8 @@ class Nodes:
     """A head without CPUs and nodes of one CPU each, so that every member has its own."""
 
     def __init__(self, count: int, dashboard: bool = False) -> None:
-        head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": dashboard}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        head = {"num_cpus": 0, "include_dashboard": dashboard}
+        self.cluster = Cluster(initialize_head=True, head_node_args={**head, **_own()})
         for _ in range(count):
             self.add()
 
@@ -35,7 +36,7 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self, cpus: int = 1) -> Any:
-        return self.cluster.add_node(num_cpus=cpus, object_store_memory=STORE)
+        return self.cluster.add_node(num_cpus=cpus, **_own())
 
     def remove(self, node_id: str) -> None:
         """Kill a node's raylet, as a power cut would."""
@@ -45,6 +46,15 @@ class Nodes:
 
     def close(self) -> None:
         self.cluster.shutdown()
+
+
+def _own() -> dict[str, int]:
+    """A small store, and a port for the node's agent that no other cluster here has."""
+    with socket.create_server(("", 0)) as server:
+        return {
+            "object_store_memory": STORE,
+            "dashboard_agent_listen_port": server.getsockname()[1],
+        }
 
 
 def controller(nodes: Nodes, run: Path) -> subprocess.Popen[str]:
