@@ -18,6 +18,7 @@ import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
 from deepclust.data.index import Index, open_index
+from deepclust.data.urls import shown
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.extract import read_excluded
 from deepclust.files import atomic_file, read_json
@@ -85,11 +86,11 @@ def choose_round(run: Run, wanted: int | None) -> int:
 def open_clustered(run: Run, number: int) -> Index:
     """The index of the run's shards; `RunDiffersError` if round `number` clustered other ones."""
     data = run.recipe.data
-    index = open_index(data.shards, data.index)
+    index = open_index(data.shards, data.index, run.path)
     clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
     if index.fingerprint != clustered:
         raise RunDiffersError(
-            f"{data.shards} now has fingerprint {index.fingerprint}, but round {number} of "
+            f"{shown(data.shards)} now has fingerprint {index.fingerprint}, but round {number} of "
             f"{run.path} clustered {clustered}: the ids no longer name the same images. "
             "Put the shards of the run back in their place."
         )

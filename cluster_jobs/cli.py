@@ -65,7 +65,7 @@ def pack(
         str, typer.Argument(help="image folder, idx:DIR/train, torchvision:NAME@DIR")
     ],
     out: Annotated[Path, typer.Argument(help="folder for the shards")],
-    workers: Annotated[int, typer.Option(help="processes; the bytes are the same")] = 1,
+    workers: Annotated[int, typer.Option(help="threads; the bytes are the same for any number")] = 1,
     seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
     resize_short: Annotated[Optional[int], typer.Option(help="short side, pixels")] = None,  # noqa: UP045
     shard_size: Annotated[Optional[int], typer.Option(help="samples a shard")] = None,  # noqa: UP045
@@ -81,7 +81,7 @@ def pack(
 
 @app.command()
 def index(
-    shards: Annotated[str, typer.Argument(help="folder of tar shards, or a brace pattern")],
+    shards: Annotated[str, typer.Argument(help="folder of tar shards, brace pattern, or URL")],
     verify: Annotated[bool, typer.Option(help="read every header again and compare")] = False,
     at: Annotated[Optional[Path], typer.Option("--index", help="where the index lies")] = None,  # noqa: UP045
 ) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deepclust import checkpoint, cluster, inherit, train
 from deepclust.checkpoint import State
 from deepclust.data.index import Index
+from deepclust.data.node_copy import staged
 from deepclust.data.reader import Loader
 from deepclust.data.views import to_float
 from deepclust.errors import RecipeError
@@ -66,7 +67,8 @@ def build_trainer(context: Context) -> Trainer:
         optimizers=optimizers,
         schedule=Schedule(recipe.train, timeline.epoch_steps * recipe.train.batch),
         loader=Loader(
-            context.index, data.workers, read=context.read, scratch=data.scratch,
+            staged(context.index, data.stage, world, context.stopping), data.workers,
+            read="offset" if data.stage else context.read, scratch=data.scratch,
             max_pixels=data.max_pixels,
         ),
         feed=Feed(

@@ -119,11 +119,16 @@ def cluster_features(job: Job, number: int) -> None:
     seeds = _seeds(job, number, rows, excluded)
     seed = derive(job.seed, "cluster", number)
     task = Task(rows, valid, job.config, job.two_level, seeds, seed, job.device, world)
-    seeds = refined(task)
+    seeds, prepared = refined(task), time.monotonic()
     found = partition(replace(task, seeds=seeds))
+    clustered = time.monotonic()
     _warn_seeds(job, found, seeds)
     if world.is_first:
         _publish(job, number, rows, found, seeds, started)
+        job.report.event(
+            "published", round=number, prepare=prepared - started, read=found.read_s,
+            cluster=clustered - prepared - found.read_s, write=time.monotonic() - clustered,
+        )  # fmt: skip
 
 
 def advance(job: Job, number: int) -> None:

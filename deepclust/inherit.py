@@ -89,8 +89,9 @@ def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _index_of(source: Path) -> Index:
-    other = Run(source.parent.parent).recipe
-    return open_index(other.data.shards, other.data.index)
+    other = Run(source.parent.parent)
+    data = other.recipe.data
+    return open_index(data.shards, data.index, other.path)
 
 
 def _join(labels: Int32[np.ndarray, " m"], theirs: Index, ours: Index) -> Int32[np.ndarray, " n"]:

@@ -33,7 +33,7 @@ from deepclust.seat import CLUSTER_WORKER, Seat
 from deepclust.sections import SHARDS, Section
 
 Show = Callable[[dict[str, Any]], None]
-MAY_CHANGE = ("train.ranks", "data.workers")
+MAY_CHANGE = ("train.ranks", "data.workers", "data.stage", "data.scratch")
 PLACES = ("ray.", "slurm.")  # where it runs is no part of what it computes
 HELD_BACK = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}
 
@@ -107,7 +107,7 @@ def _resolved(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"threads": threads}),
-            "data": data.model_copy(update=_absolute(data, "shards", "index", "scratch")),
+            "data": data.model_copy(update=_absolute(data, "shards", "index", "scratch", "stage")),
             "init": init.model_copy(update=_absolute(init, "weights", "assignments")),
             "seeds": seeds and seeds.model_copy(update=_absolute(seeds, "labels", "held_out")),
         }

@@ -7,6 +7,7 @@ samples, and both take prototypes as pinned centroids or as a start.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +57,7 @@ class Partition:
     empty_fixed: Int64[np.ndarray, " e"]  # pinned clusters that won nothing
     claimed: Int64[np.ndarray, " c"]  # labelled samples that their class's cluster took
     facts: dict[str, Any]  # for the statistics
+    read_s: float = 0.0  # until the rows were on the device; on a CPU the first pass reads them
     levels: TwoLevel | None = None
 
     def first_level(self) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, "s d"]]:
@@ -73,7 +75,16 @@ def partition(task: Task) -> Partition:
     Called by all ranks of `task.world`, which all get the whole result. Raises what `kmeans` and
     `two_level` raise.
     """
-    return _in_two_levels(task) if task.two_level else _flat(task)
+    started = time.monotonic()
+    if task.two_level:
+        whole = ArrayPoints(task.rows, device=task.device).select(task.valid)
+        read = time.monotonic()
+        found = _in_two_levels(task, whole)
+    else:
+        points = _points(task, _part(task))
+        read = time.monotonic()
+        found = _flat(task, points)
+    return replace(found, read_s=read - started)
 
 
 def refined(task: Task) -> SeededRound | None:
@@ -92,9 +103,9 @@ def _part(task: Task) -> Int64[np.ndarray, " o"]:
     return part
 
 
-def _flat(task: Task) -> Partition:
+def _flat(task: Task, points: ArrayPoints | ShardedPoints) -> Partition:
     own = _part(task)
-    result = _kmeans(task, own)
+    result = _kmeans(task, points)
     labels, distances = _spread(result, own, len(task.rows), task.world)
     found = Partition(
         labels, distances, result.centroids, result.inertia, result.empty_fixed,
@@ -109,10 +120,9 @@ def _flat(task: Task) -> Partition:
     return _claimed(found, task.rows, task.seeds)
 
 
-def _kmeans(task: Task, own: Int64[np.ndarray, " o"]) -> KMeansResult:
-    """k-means of the valid rows, of which `own` are this rank's."""
+def _kmeans(task: Task, points: ArrayPoints | ShardedPoints) -> KMeansResult:
+    """k-means of the valid rows, of which this rank may hold a part."""
     config, world = task.config, task.world
-    points = _points(task, own)
     mine = points.local if isinstance(points, ShardedPoints) else points
     if task.seeds is not None:
         options = _seeded_start(task, points, config.k)
@@ -174,9 +184,8 @@ def _claimed(found: Partition, rows: np.ndarray, seeds: SeededRound) -> Partitio
     return replace(found, inertia=found.inertia + float(change), claimed=ids)
 
 
-def _in_two_levels(task: Task) -> Partition:
+def _in_two_levels(task: Task, points: ArrayPoints) -> Partition:
     config, rows, valid, seeds = task.config, task.rows, task.valid, task.seeds
-    points = ArrayPoints(rows, device=task.device).select(valid)
     options = task.options
     if seeds is not None:
         options |= _seeded_start(task, points, config.supers)

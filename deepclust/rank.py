@@ -23,6 +23,7 @@ from deepclust import cluster, pipeline
 from deepclust.assemble import Context
 from deepclust.data.index import Index, open_index
 from deepclust.data.reader import resolve_read
+from deepclust.data.remote import UnreachableError
 from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
 from deepclust.files import disk_errors, read_json, write_json
 from deepclust.metrics import PipeReport, Report, log_to
@@ -44,10 +45,10 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     torch.set_num_threads(recipe.train.threads or 1)
     index, read = open_data(run, recipe)
     if seat.rank == CLUSTER_WORKER:
-        device = clustering_device(recipe)
+        device = clustering_device(recipe, seat.gpu)
         cluster.serve(cluster.make_job(run, recipe, index, device, report, World()), stopping)
         return
-    device = training_device(recipe, seat.rank)
+    device = training_device(recipe, seat.rank if seat.gpu is None else seat.gpu)
     world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
     job = None
     if recipe.cluster is not None and recipe.cluster.where == "gang":
@@ -66,24 +67,29 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
     leave()
 
 
-def training_device(recipe: Recipe, rank: int) -> torch.device:
-    """The rank's device: its own GPU, or the CPU."""
+def training_device(recipe: Recipe, gpu: int) -> torch.device:
+    """The rank's device: its own GPU, by its number on this machine, or the CPU."""
     wanted, gpus = recipe.train.device, torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not gpus):
         return torch.device("cpu")
-    if rank >= gpus:
+    if gpu >= gpus:
         raise ResourceError(
             f"train.ranks={recipe.train.ranks} needs as many GPUs and this machine has {gpus}: "
             "lower train.ranks, or set train.device=cpu"
         )
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
 
 
-def clustering_device(recipe: Recipe) -> torch.device:
-    """The cluster worker's device: a GPU that no rank trains on, else rank 0's, else the CPU."""
+def clustering_device(recipe: Recipe, gpu: int | None = None) -> torch.device:
+    """The cluster worker's device: a GPU that no rank trains on, else rank 0's, else the CPU.
+
+    `gpu`: the one that a scheduler has given to the worker.
+    """
     if recipe.clustering.device != "auto":
         return torch.device(recipe.clustering.device)
+    if gpu is not None:
+        return torch.device("cuda", gpu)
     gpus = torch.cuda.device_count()
     if not gpus or recipe.train.device == "cpu":
         return torch.device("cpu")
@@ -98,16 +104,17 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
     file = run.path / "data.json"
     began: dict[str, Any] | None = read_json(file) if file.exists() else None
     try:
-        index = open_index(recipe.data.shards, recipe.data.index)
+        index = open_index(recipe.data.shards, recipe.data.index, run.path)
     except DataError as error:
-        if began is None:
+        if began is None or isinstance(error, UnreachableError):
             raise
         raise RunDiffersError(f"the data of {run.path} have changed: {error}") from error
     facts: dict[str, Any] = {
         "fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)
     }  # fmt: skip
     if began is None:
-        began = facts | {"read": resolve_read(index, recipe.data.read)}
+        staged = recipe.data.stage is not None
+        began = facts | {"read": resolve_read(index, recipe.data.read, staged)}
         write_json(file, began)
     if facts | {"read": began["read"]} != began:
         changed = [f"{k}: {began[k]} then, {facts[k]} now" for k in facts if began[k] != facts[k]]
@@ -143,7 +150,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
     run = Run(Path(args.run), args.token, args.incarnation)
-    seat = Seat(args.rank, args.size, Path(args.meeting), args.stage or None)
+    seat = Seat(args.rank, args.size, args.meeting, args.stage or None)
     try:
         work(run, seat, report, lambda: bool(asked))
     except DeepclustError as error:

@@ -126,7 +126,7 @@ def checked(model: type[M], tree: dict[str, Any], source: str, within: str = "")
 
 
 PATHS = {
-    *("data.shards", "data.index", "data.scratch"),
+    *("data.shards", "data.index", "data.scratch", "data.stage"),
     *("init.weights", "init.assignments", "seeds.labels", "seeds.held_out"),
 }
 

@@ -47,7 +47,7 @@ class Section(BaseModel):
 class Data(Section):
     """Which images, and how they are looked at."""
 
-    shards: str = Field(description="folder of tar shards, or a brace pattern")
+    shards: str = Field(description="folder of tar shards or brace pattern; path or URL (s3://)")
     index: str | None = Field(None, description="where the index lies, if not beside the shards")
     size: int = Field(224, ge=8, description="side of the square that the backbone sees, pixels")
     resize: int | None = Field(None, ge=8, description="short side before the centre crop, pixels")
@@ -69,6 +69,7 @@ class Data(Section):
     workers: int = Field(4, ge=0, description="reader processes per rank; 0 = in the rank itself")
     read: Literal["auto", "offset", "block"] = "auto"
     scratch: str | None = Field(None, description="node-local folder for block reading")
+    stage: str | None = Field(None, description="node-local folder all shards are copied to first")
     extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
     max_pixels: int = Field(178_956_970, ge=1, description="larger images are refused unread")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails")
@@ -190,6 +191,9 @@ class ClusterSection(Section):
     )
     overlap: bool = Field(False, description="k-means while the gang trains on; a round later")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
+    gpus: int = Field(
+        1, ge=0, le=1, description="that the cluster worker gets where ranks have GPUs; 0: its CPU"
+    )
     max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 
 from deepclust.checkpoint import State
+from deepclust.data.urls import shown
 from deepclust.errors import DataError
 from deepclust.recipe import Recipe
 from deepclust.sections import Cadence, parse_cadence
@@ -44,7 +45,7 @@ class Timeline:
         steps = n // recipe.train.batch
         if steps == 0:
             raise DataError(
-                f"{recipe.data.shards} has {n} images, fewer than one batch of "
+                f"{shown(recipe.data.shards)} has {n} images, fewer than one batch of "
                 f"{recipe.train.batch}: lower train.batch"
             )
         config, epochs = recipe.cluster, recipe.train.epochs

@@ -33,6 +33,7 @@ AFTERMATH_S = 2.0  # for the others to say why they end, when one has
 GRACE = 1.5  # a hang stops the others too; who does not even answer is named first
 MORE_THREADS = 3  # of an actor: two questions and the wish to stop
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+ALONE = "worker process has died"  # how Ray tells the death of a process whose node lives
 UNEXPECTED = 1  # exit code of an error that is none of ours
 # what another try may mend: a process group that broke, a reader that died; not bad data or NaN
 MAY_PASS = (UNEXPECTED, ResourceError.exit_code)
@@ -233,7 +234,7 @@ class Gang:
     def _aftermath(self, take: Callable[[dict[str, Any]], None]) -> None:
         """Hear the others out: who dies with its node is called dead later than who notices it."""
         began = time.monotonic()
-        while not all(m.over for m in self.trainers):
+        while not (any(m.death for m in self.members) or all(m.over for m in self.trainers)):
             lost = any(m.unreachable and not m.death for m in self.members)
             if time.monotonic() - began > (LOSS_S if lost else AFTERMATH_S):
                 return
@@ -256,7 +257,7 @@ class Gang:
 
     def _lost(self, member: _Seated) -> Ending:
         """A dead member: it alone, or its node, or its node taken away on purpose."""
-        node = member.place.node if member.place else ""
+        node = member.place.node if member.place and ALONE not in member.death else ""
         facts = next((n for n in _nodes_soon(node) if n["NodeID"] == node), None)
         if facts is None or facts["Alive"]:
             return Ending("fault", member.name, "death", member.death or "it cannot be reached")
@@ -305,7 +306,7 @@ def _first_line(error: Exception) -> str:
 def _nodes_soon(node: str) -> list[dict[str, Any]]:
     """The cluster's nodes; a dead process is told a moment before its dead node is."""
     deadline = time.monotonic() + AFTERMATH_S
-    while time.monotonic() < deadline:
+    while node and time.monotonic() < deadline:
         nodes: list[dict[str, Any]] = ray.nodes()
         if any(n["NodeID"] == node and not n["Alive"] for n in nodes):
             return nodes

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster_jobs import store
 from cluster_jobs.store import Status
+from deepclust.data.urls import shown
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
 from deepclust.rundir import Run
@@ -115,7 +116,7 @@ def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
         *_clusters(recipe.cluster),
         ("Training", f"{train.epochs} epochs, batch {train.batch:,}, rate {train.lr:g}"),
         ("Ranks", f"{train.ranks}, seed {recipe.seed}"),
-        ("Data", f"{data.shards} at {data.size} px"),
+        ("Data", f"{shown(data.shards)} at {data.size} px"),
         *_data(run),
         *_environment(run),
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image
 from cluster_jobs.assignments import open_clustered, seeded_classes
 from deepclust.data.decode import DecodeError, decode
 from deepclust.data.index import Index
+from deepclust.data.shard_files import ShardFiles
 from deepclust.errors import DeepclustError
 from deepclust.rundir import Run
 from deepclust.world import generator
@@ -164,12 +164,11 @@ def _thumbnails(
 
 
 def _read(index: Index, sample: int) -> bytes:
-    shard, offset, size = (int(column[0]) for column in index.locate(np.array([sample])))
-    handle = os.open(index.shards[shard], os.O_RDONLY)
+    files = ShardFiles(index.shards)
     try:
-        return os.pread(handle, size, offset)
+        return files.read(*(int(column[0]) for column in index.locate(np.array([sample]))))
     finally:
-        os.close(handle)
+        files.close()
 
 
 def _data_uri(pixels: np.ndarray) -> str:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from deepclust.data.colour import Colour
 from deepclust.data.decode import MAX_PIXELS, decode
 from deepclust.data.index import Index
+from deepclust.data.remote import UnreachableError
 from deepclust.data.shard_files import ShardFiles
 from deepclust.data.views import View, uniform
 from deepclust.errors import DataError
@@ -115,6 +116,8 @@ class Batches(Dataset[Loaded]):
         for row, (targets, place, drawn) in enumerate(zip(rows, places, draws, strict=True)):
             try:
                 image = decode(read(*place), limit)
+            except UnreachableError:
+                raise  # a whole shard would be replaced
             except DataError as error:
                 failed.append((row, str(error)))
                 continue

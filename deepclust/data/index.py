@@ -12,6 +12,7 @@ and size. It knows no path and no time, so a copy of the shards has the same one
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +24,11 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
 from deepclust.data import index_build
+from deepclust.data.flock import held
+from deepclust.data.remote import fetch
 from deepclust.data.sources import common_folder, expand
-from deepclust.errors import DataError
-from deepclust.files import read_json
-
-_FOLDER = "deepclust-index"
+from deepclust.data.urls import Source, Url
+from deepclust.errors import DataError, RecipeError
 
 
 class Location(NamedTuple):
@@ -79,13 +80,14 @@ class Keys(Sequence[str]):
 class Index:
     """An opened index: memory-mapped columns by sample id. Cheap to open and to pickle."""
 
-    def __init__(self, folder: Path, shards: list[Path]) -> None:
+    def __init__(self, folder: Path, shards: list[Source]) -> None:
         """Map the columns of the index in `folder`; the shards are not looked at."""
         self.folder, self.shards = folder, shards
         manifest = index_build.read_manifest(folder)
         self.fingerprint: str = manifest["fingerprint"]
         self.excluded = {int(i): reason for i, reason in manifest["excluded"].items()}
         counts = [shard["samples"] for shard in manifest["shards"]]
+        self.lengths: list[int] = [shard["size"] for shard in manifest["shards"]]  # bytes
         self.bases: Int64[np.ndarray, " s1"] = np.cumsum([0, *counts], dtype=np.int64)
         self.offsets: UInt64[np.ndarray, " n"] = self._column("offsets")
         self.sizes: UInt32[np.ndarray, " n"] = self._column("sizes")
@@ -110,7 +112,7 @@ class Index:
     def class_names(self) -> list[str] | None:
         """The names of the labels, from the dataset.json beside the shards, if there is one."""
         path = common_folder(self.shards) / "dataset.json"
-        names: list[str] | None = read_json(path).get("class_names") if path.exists() else None
+        names: list[str] | None = json.loads(fetch(path) or b"{}").get("class_names")
         if names is not None and self.labels is not None and self.labels.max() >= len(names):
             raise DataError(
                 f"{path} names {len(names)} classes, but labels reach {self.labels.max()}. "
@@ -141,21 +143,25 @@ class Index:
         return column
 
 
-def open_index(shards: str | Path, index: str | Path | None = None) -> Index:
-    """Open the index of a folder or brace pattern of shards; build it if there is none.
+def open_index(
+    shards: str | Path, index: str | Path | None = None, run: Path | None = None
+) -> Index:
+    """Open the index of a folder, brace pattern or URL of shards; build it if there is none.
 
     It stands in `index` if that is given, else beside the shards: in `deepclust-index/` for all
-    *.tar of one folder, in `deepclust-index-<8 hex digits>/` for a subset.
+    *.tar of one folder, in `deepclust-index-<8 hex digits>/` for a subset. That of shards behind a
+    URL stands in `index`, or in the `run` that reads them; one that was uploaded beside them is
+    fetched, else one process reads all shards once while the others wait.
 
     Raises DataError if the shards' names or sizes are not those that were indexed, and whatever
     `build_index` raises.
     """
-    paths = expand(shards)
-    folder = _place(paths, index)
+    found = expand(shards)
+    folder = _place(found, index, run)
     if not (folder / index_build.MANIFEST).exists():
-        index_build.write(folder, index_build.scan_all(paths), replace=False)
-    index_build.check_shards(folder, paths)
-    return Index(folder, paths)
+        _make(folder, found)
+    index_build.check_shards(folder, found)
+    return Index(folder, found)
 
 
 def build_index(
@@ -169,21 +175,38 @@ def build_index(
     Raises DataError for broken shards (see `scan.scan`) and when no sample has an image; DiskError
     when the index cannot be written where it should stand.
     """
-    paths = expand(shards)
-    folder = _place(paths, index)
+    found = expand(shards)
+    folder = _place(found, index)
     if verify:
-        index_build.check_shards(folder, paths)
-        index_build.verify(folder, index_build.scan_all(paths))
+        index_build.check_shards(folder, found)
+        index_build.verify(folder, index_build.scan_all(found))
     else:
-        index_build.write(folder, index_build.scan_all(paths), replace=True)
-    return Index(folder, paths)
+        index_build.write(folder, index_build.scan_all(found), replace=True)
+    return Index(folder, found)
 
 
-def _place(shards: list[Path], index: str | Path | None) -> Path:
+def _make(folder: Path, shards: list[Source]) -> None:
+    if isinstance(shards[0], Path):
+        index_build.write(folder, index_build.scan_all(shards), replace=False)
+        return
+    with held(folder.with_name(f".{folder.name}.lock"), "indexes the shards"):
+        if (folder / index_build.MANIFEST).exists() or index_build.fetched(folder, shards):
+            return
+        index_build.write(folder, index_build.scan_all(shards), replace=False)
+
+
+def _place(shards: list[Source], index: str | Path | None, run: Path | None = None) -> Path:
     if index is not None:
         return Path(index).absolute()
     folder = common_folder(shards)
+    if isinstance(folder, Url):
+        if run is not None:
+            return run / "index"
+        raise RecipeError(
+            f"the index of {folder} cannot stand beside the shards: set data.index=FOLDER, or run "
+            "`deepclust index URL --index FOLDER`"
+        )
     if all(shard.parent == folder for shard in shards) and shards == expand(folder):
-        return folder / _FOLDER
+        return folder / index_build.FOLDER
     names = "\n".join(shard.name for shard in shards).encode()
-    return folder / f"{_FOLDER}-{hashlib.blake2b(names, digest_size=4).hexdigest()}"
+    return folder / f"{index_build.FOLDER}-{hashlib.blake2b(names, digest_size=4).hexdigest()}"

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepclust.data import remote
+from deepclust.data.flock import TELL_S
 from deepclust.data.scan import Scan, scan
+from deepclust.data.urls import Source, Url, common_folder
 from deepclust.errors import DataError, DiskError
 from deepclust.files import atomic_folder, read_json, write_json
 
 MANIFEST = "manifest.json"
+FOLDER = "deepclust-index"
 
 _FORMAT = 1
 _THREADS = 8
@@ -32,24 +39,73 @@ _WORTH_THREADS = 1 << 30
 _SCHEMA = pa.schema([("key", pa.string())])
 
 
-def scan_all(paths: list[Path]) -> Iterator[Scan]:
+def scan_all(shards: Sequence[Source]) -> Iterator[Scan]:
     """Scan in order. Threads wait for the disk together; little data is read sooner without."""
-    if sum(path.stat().st_size for path in paths) < _WORTH_THREADS:
-        yield from map(scan, paths)
+    far, total = isinstance(shards[0], Url), sum(_size(shard) for shard in shards)
+    if not far and total < _WORTH_THREADS:
+        yield from map(scan, shards)
         return
+    left = threading.Event()
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(scan, paths)
+        try:
+            scans = pool.map(lambda shard: scan(shard, left.is_set), shards)
+            yield from _told(scans, total) if far else scans
+        finally:
+            left.set()
+
+
+def _told(scans: Iterator[Scan], total: int) -> Iterator[Scan]:
+    """The same scans, with a line in the log every 10 seconds: all their bytes are fetched."""
+    began = told = time.monotonic()
+    done = 0
+    for one in scans:
+        done += one.size
+        if (now := time.monotonic()) - told > TELL_S:
+            told, rate = now, done / 1e6 / (now - began)
+            logging.getLogger("deepclust").info(
+                "indexed %.1f of %.1f GB, %.0f MB/s", done / 1e9, total / 1e9, rate
+            )
+        yield one
+
+
+def _size(shard: Source) -> int:
+    return shard.size if isinstance(shard, Url) else shard.stat().st_size
 
 
 def write(folder: Path, scans: Iterator[Scan], *, replace: bool) -> None:
     """Write the index in one piece; another process that was faster is as good."""
+    _put(folder, lambda partial: _fill(partial, scans), replace=replace)
 
+
+def fetched(folder: Path, shards: Sequence[Source]) -> bool:
+    """Take the index that lies beside remote shards, if it is of just these shards."""
+    place = common_folder(shards) / FOLDER
+    if not isinstance(place, Url) or (data := remote.fetch(place / MANIFEST)) is None:
+        return False
+
+    def fill(partial: Path) -> None:
+        (partial / MANIFEST).write_bytes(data)
+        check_shards(partial, shards)
+        manifest = read_manifest(partial)
+        columns = ["offsets.npy", "sizes.npy", *(["labels.npy"] if manifest["labelled"] else [])]
+        for name in (*columns, "keys.parquet"):
+            remote.save(place / name, partial / name)
+
+    try:
+        _put(folder, fill, replace=False)
+    except DataError as error:  # torn, or of other shards: theirs to repair, ours to do without
+        logging.getLogger("deepclust").info("%s is left aside: %s", place, error)
+        return False
+    return True
+
+
+def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
     def make_room() -> None:
         if replace and (folder / MANIFEST).exists():
             shutil.rmtree(folder)
 
     try:
-        atomic_folder(folder, lambda partial: _fill(partial, scans), make_room)
+        atomic_folder(folder, fill, make_room)
     except DiskError as error:
         raise DiskError(
             f"{error} The index need not stand beside the shards: set data.index=FOLDER, or run "
@@ -124,10 +180,10 @@ def damaged(folder: Path, what: str) -> DataError:
     )
 
 
-def check_shards(folder: Path, paths: list[Path]) -> None:
+def check_shards(folder: Path, shards: Sequence[Source]) -> None:
     """Compare names and sizes, which costs no reading."""
     known = {shard["name"]: shard["size"] for shard in read_manifest(folder)["shards"]}
-    found = {path.name: path.stat().st_size for path in paths}
+    found = {shard.name: _size(shard) for shard in shards}
     for name in sorted(known.keys() | found.keys()):
         if name not in found:
             raise _changed(folder, f"{name} is gone")
@@ -135,7 +191,7 @@ def check_shards(folder: Path, paths: list[Path]) -> None:
             raise _changed(folder, f"{name} is new")
         if known[name] != found[name]:
             raise _changed(folder, f"{name} had {known[name]} bytes and has {found[name]}")
-    _check_touched(folder, paths)
+    _check_touched(folder, [shard for shard in shards if isinstance(shard, Path)])
 
 
 def _check_touched(folder: Path, paths: list[Path]) -> None:

@@ -22,6 +22,7 @@ from deepclust.data import staging, workers
 from deepclust.data.batch import Bad, Batches, Loaded, Request
 from deepclust.data.decode import MAX_PIXELS
 from deepclust.data.index import Index
+from deepclust.data.urls import Url
 from deepclust.errors import RecipeError, ResourceError
 
 __all__ = ["Bad", "Loaded", "Loader", "Request", "resolve_read"]
@@ -73,6 +74,7 @@ class Loader:
         self._loader: DataLoader[Loaded] | None = None
         self._processes: list[BaseProcess] = []
         self._active: object = None
+        self._failed: Exception | None = None  # in the requests of the stream at hand
         weakref.finalize(self, _clean_up, self._processes, self.staging)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Loaded]:
@@ -100,15 +102,31 @@ class Loader:
     def _start(self, requests: Iterable[Request]) -> Iterator[Loaded]:
         started = time.perf_counter()
         self._end_requests()
-        self._requests.current = iter(
-            requests if self.staging is None else self.staging.stream(requests)
-        )
+        self._failed = None
+        taken = iter(requests if self.staging is None else self.staging.stream(requests))
+        self._requests.current = taken
         try:
+            first = next(taken, None)
+            if first is None:
+                return iter(())
+            self._requests.current = self._until_error(first, taken)
             if self._loader is not None:
                 return iter(self._loader)
             return self._start_workers()
         finally:
             self.waited += time.perf_counter() - started
+
+    def _until_error(self, first: Request, rest: Iterator[Request]) -> Iterator[Request]:
+        """The requests up to an error in them, which `_next` raises after the last batch.
+
+        Raised in the midst of torch's iterator it would leave processes and queues half made;
+        so would a stream without any request, for which nothing is started.
+        """
+        try:
+            yield first
+            yield from rest
+        except Exception as error:
+            self._failed = error
 
     def _start_workers(self) -> Iterator[Loaded]:
         parallel = self._workers > 0
@@ -145,6 +163,8 @@ class Loader:
             raise ResourceError(reason) from error
         finally:
             self.waited += time.perf_counter() - started
+        if loaded is None and self._failed is not None:
+            raise self._failed
         if loaded is not None and self.staging is not None:
             self.staging.delivered()
         return loaded
@@ -162,11 +182,20 @@ class Loader:
         self._batches.files.close()
 
 
-def resolve_read(index: Index, read: str) -> str:
-    """What `auto` means for these shards on this machine: "offset" or "block"."""
-    if read != "auto":
-        return read
-    return "block" if staging.on_network(index.shards[0]) else "offset"
+def resolve_read(index: Index, read: str, staged: bool = False) -> str:
+    """What `auto` means for these shards on this machine: "offset" or "block".
+
+    `staged`: they will be copied to this machine first (`data.stage`). That changes no order, so
+    `auto` is what it would be without; but an image of a remote shard may be read by its offset.
+    """
+    if read == "auto":
+        return "block" if staging.on_network(index.shards[0]) else "offset"
+    if read == "offset" and isinstance(index.shards[0], Url) and not staged:
+        raise RecipeError(
+            f"data.read=offset would make a request to {index.shards[0].parent} for every image: "
+            "leave it at auto (whole shards, by block), or copy them first with data.stage=FOLDER"
+        )
+    return read
 
 
 def _staging(index: Index, read: str, scratch: str | Path | None) -> staging.Staging | None:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, UInt32, UInt64
 
+from deepclust.data.remote import never
 from deepclust.data.tar import Member, Shard, members, opened
+from deepclust.data.urls import Source
 from deepclust.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm")
@@ -55,8 +55,8 @@ class _Sample(NamedTuple):
     files: dict[str, Member]
 
 
-def scan(path: Path) -> Scan:
-    """Read one shard's headers and labels, none of its images.
+def scan(path: Source, stopped: Callable[[], bool] = never) -> Scan:
+    """Read one shard's headers and labels, none of its images (unless it lies behind a URL).
 
     A label is the integer in KEY.cls, else an integer field "label", "cls" or "class" (the first
     of them) of KEY.json; -1, or a JSON without such a field, is "no label". A sample without an
@@ -66,20 +66,23 @@ def scan(path: Path) -> Scan:
     Raises DataError, naming shard, key and offset: see `tar.members`; and for a shard without
     samples, a key that stands for two samples or comes back, and a label that is no integer.
     """
-    with opened(path) as shard:
+    with opened(path, stopped) as shard:
         digest = hashlib.blake2b(digest_size=16)
-        samples = list(_samples(shard, digest.update))
-        if not samples:
+        rows = [  # a label is read when its sample is complete: from a URL nothing is read twice
+            (_storable(sample.key), _image(sample), _label(shard, sample))
+            for sample in _samples(shard, digest.update)
+        ]
+        if not rows:
             raise shard.wrong("holds no samples", "Delete it, or write it again.")
-        images = [_image(sample) for sample in samples]
+        keys, images, labels = zip(*rows, strict=True)
         return Scan(
             name=path.name,
             size=shard.size,
             digest=digest.hexdigest(),
-            keys=pa.array([_storable(sample.key) for sample in samples], pa.string()),
+            keys=pa.array(keys, pa.string()),
             offsets=np.array([image.offset for image in images], np.uint64),
             sizes=np.array([image.size for image in images], np.uint32),
-            labels=np.array([_label(shard, sample) for sample in samples], np.int32),
+            labels=np.array(labels, np.int32),
             excluded={i: image.name for i, image in enumerate(images) if image.size == 0},
         )
 
@@ -167,7 +170,7 @@ def _read_text(shard: Shard, member: Member) -> bytes:
             f"{member.name!r} has {member.size} bytes, too many for a label",
             "Keep other data under another extension.",
         )
-    return os.pread(shard.handle, member.size, member.offset)
+    return shard.read(member.size, member.offset)
 
 
 def _storable(key: str) -> str:

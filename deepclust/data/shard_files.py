@@ -10,9 +10,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from deepclust.data import remote
+from deepclust.data.remote import PAUSES_S
+from deepclust.data.urls import Source, Url
 from deepclust.errors import DataError
 
-PAUSES_S = (0.1, 0.5, 2.0)  # before the second, third and last attempt of a read
 _HOPELESS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
@@ -20,10 +22,11 @@ class ShardFiles:
     """Reads byte ranges of shards, from their copy in `staged` where there is one.
 
     Copies are named by the shard's ordinal (see `staging.py`). At most `keep_open` files stay
-    open; with copies none does after `release`, so that a deleted copy frees its space.
+    open; with copies none does after `release`, so that a deleted copy frees its space. A remote
+    shard without a copy costs a request for each image.
     """
 
-    def __init__(self, shards: list[Path], staged: Path | None = None, keep_open: int = 128):
+    def __init__(self, shards: list[Source], staged: Path | None = None, keep_open: int = 128):
         self.shards, self.staged, self.keep_open = shards, staged, keep_open
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -35,7 +38,7 @@ class ShardFiles:
         """`size` bytes at `offset` of the shard with that ordinal.
 
         Raises `DataError` if the shard ends before that, or still cannot be read after
-        `len(PAUSES_S)` more attempts.
+        `len(PAUSES_S)` more attempts; of a remote one it is an `UnreachableError`.
         """
         for pause in (*PAUSES_S, None):
             try:
@@ -62,6 +65,8 @@ class ShardFiles:
         handle = self._open.get(shard)
         if handle is None:
             handle = self._opened(shard)
+        if handle is None:
+            return self._far(shard, offset, size)
         data = os.pread(handle, size, offset)
         while len(data) < size:
             more = os.pread(handle, size - len(data), offset + len(data))
@@ -73,11 +78,21 @@ class ShardFiles:
             data += more
         return data
 
-    def _opened(self, shard: int) -> int:
+    def _opened(self, shard: int) -> int | None:
+        """A new handle; None for a remote shard that has no copy."""
         while len(self._open) >= self.keep_open:
             os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = handle = self._copy(shard) or os.open(self.shards[shard], os.O_RDONLY)
+        handle, source = self._copy(shard), self.shards[shard]
+        if handle is None and isinstance(source, Path):
+            handle = os.open(source, os.O_RDONLY)
+        if handle is not None:
+            self._open[shard] = handle
         return handle
+
+    def _far(self, shard: int, offset: int, size: int) -> bytes:
+        source = self.shards[shard]
+        assert isinstance(source, Url)
+        return remote.read(source, offset, size)
 
     def _copy(self, shard: int) -> int | None:
         if self.staged is not None:

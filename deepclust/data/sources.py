@@ -1,8 +1,8 @@
 """Which files a user's words for "my shards" mean: a folder, one tar, or a brace pattern.
 
-Only local files are ever opened. Nothing is unpickled and nothing goes through a shell: the
-`pipe:` and URL forms that WebDataset accepts are refused here, before anybody could open them
-(what `WDS_SECURE=1` does there, without the way to turn it off).
+Each may be a path or a URL (s3://, https://, ...), whose bytes `remote.py` reads. Nothing is
+unpickled and nothing goes through a shell: the `pipe:` form that WebDataset accepts is refused
+here, before anybody could open it (what `WDS_SECURE=1` does there, without the way to turn it off).
 """
 
 from __future__ import annotations
@@ -10,38 +10,53 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from deepclust.data import remote
+from deepclust.data.urls import Source, Url, common_folder, is_url
 from deepclust.errors import DataError
 
-_REMOTE = re.compile(r"^(pipe:|[a-zA-Z][a-zA-Z0-9+.-]*://)")
+__all__ = ["common_folder", "expand"]
+
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def expand(shards: str | Path) -> list[Path]:
+def expand(shards: str | Path) -> list[Source]:
     """The shards of a folder, a file or a pattern "dir/train-{000000..000009}.tar", as full paths.
 
-    The order is that of the base names, so that moving the folder changes no sample id.
-    Raises DataError when nothing matches, a shard is absent, two shards share a base name, or
-    the words name a URL or a pipe.
+    Of a URL what ends in .tar is a shard, else a folder that the storage can list; the sizes are
+    asked for at once. The order is that of the base names, so that moving the folder changes no
+    sample id. Raises DataError when nothing matches, a shard is absent or cannot be had, two
+    shards share a base name, or the words name a pipe.
     """
     text = os.fspath(shards)
-    if _REMOTE.match(text):
+    if text.startswith(("pipe:", "file:", "local:")):
         raise DataError(
-            f"shards {text!r}: only local files are read, no URLs and no pipes. "
-            "Copy or mount the shards and give their folder."
+            f"shards {text!r}: no pipes are run, and a file is named by its plain path. Give a "
+            "folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL (s3://, https://)."
         )
+    if is_url(text):
+        return _with_unique_names(list(_behind(text)))
     path = Path(text)
     found = _in_folder(path) if path.is_dir() else list(_matches(text))
     return _with_unique_names([shard.absolute() for shard in found])
 
 
-def common_folder(shards: list[Path]) -> Path:
-    """The deepest folder that holds all shards; dataset.json and the index stand there."""
-    return Path(os.path.commonpath([shard.parent for shard in shards]))
+def _behind(text: str) -> Iterator[Url]:
+    """The shards of a URL, or of every URL that its braces make, with their sizes."""
+    named = [Url(one) for one in _expand_braces(text)]
+    yield from remote.sized(url for url in named if url.name.endswith(".tar"))
+    for folder in (url for url in named if not url.name.endswith(".tar")):
+        found = remote.in_folder(folder)
+        if not found:
+            raise DataError(
+                f"no shards (*.tar) are listed in {folder}. Of a server that lists nothing give a "
+                "pattern like 'https://host/dir/train-{000000..000009}.tar'."
+            )
+        yield from remote.sized(found)
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -97,7 +112,7 @@ def _choices(inside: str) -> Iterator[str]:
         yield str(number).zfill(len(first))
 
 
-def _with_unique_names(shards: list[Path]) -> list[Path]:
+def _with_unique_names(shards: Sequence[Source]) -> list[Source]:
     counts = Counter(shard.name for shard in shards)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:

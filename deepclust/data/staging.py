@@ -4,7 +4,8 @@ Shared file systems and object stores like long sequential reads and dislike a r
 thread walks ahead of the training through the requests, copies the shards they need in their
 order, and hands a request on when its shards are there. A plan with lanes needs few shards at a
 time; one without needs nearly all, and what doesn't fit is read from the source, image by image.
-The copies are bytes: what is read is the same either way.
+The copies are bytes: what is read is the same either way. A remote shard that cannot be had ends
+the stream with an error; of a file the workers report each image.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import socket
 import tempfile
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from deepclust.data import remote
 from deepclust.data.batch import Request
 from deepclust.data.index import Index
+from deepclust.data.urls import Source, Url
 from deepclust.errors import DiskError
 from deepclust.files import disk_errors
 
-CHUNK = 8 << 20  # bytes of one sequential read
 # Requests that may wait with their shards in place. With many, one rank would draw all the work of
 # a queue that ranks share (extraction units) before the others have begun.
 AHEAD = 64
@@ -38,8 +39,10 @@ _NETWORK = {
 }  # fmt: skip
 
 
-def on_network(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
-    """Whether a path lies on a network file system (or FUSE: object stores), by /proc/mounts."""
+def on_network(path: Source, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether this is a URL or lies on a network file system (FUSE: object stores) of `mounts`."""
+    if isinstance(path, Url):
+        return True
     if not mounts.exists():
         return False
     places = [line.split()[1:3] for line in mounts.read_text().splitlines()]
@@ -166,17 +169,28 @@ class Staging:
         """Copy a shard in large sequential reads; False if its source can't be read to the end."""
         partial = self.folder / f".{shard}"
         try:
-            with open(self.index.shards[shard], "rb", buffering=0) as source:
-                return self._write(source, partial) and self._keep(shard, partial)
+            with contextlib.closing(self._pieces(shard)) as pieces:
+                return self._write(pieces, partial) and self._keep(shard, partial)
         except DiskError:
             raise
+        except remote.Interrupted:
+            return False
         except OSError:
             return False  # the workers meet the same error, and report it image by image
 
-    def _write(self, source: IO[bytes], partial: Path) -> bool:
+    def _pieces(self, shard: int) -> Generator[bytes, None, None]:
+        source = self.index.shards[shard]
+        if isinstance(source, Url):
+            yield from remote.stream(source, 0, self.index.lengths[shard], self._stop.is_set)
+            return
+        with open(source, "rb", buffering=0) as file:
+            while chunk := file.read(remote.CHUNK):
+                yield chunk
+
+    def _write(self, pieces: Iterator[bytes], partial: Path) -> bool:
         with disk_errors(self.folder), open(partial, "wb", buffering=0) as target:
-            while chunk := source.read(CHUNK):
-                target.write(chunk)
+            for piece in pieces:
+                target.write(piece)
                 if self._stop.is_set():
                     return False
         return True

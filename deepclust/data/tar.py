@@ -6,19 +6,24 @@ names the file, the offset and the fix.
 
 `tarfile` reads about 25,000 headers a second. Plain headers are therefore read here (one `pread` of
 512 bytes, so that several threads can wait for a slow disk together), the others (PAX, GNU long
-names, ustar prefixes, sizes in base 256) by `tarfile`. Nothing is extracted.
+names, ustar prefixes, sizes in base 256) by `tarfile`. Nothing is extracted. A shard behind a URL
+is read from front to back in large blocks, for a request costs more than the images between two
+headers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from deepclust.data import remote
+from deepclust.data.urls import Source, Url
 from deepclust.errors import DataError
 
 _BLOCK = 512
@@ -43,10 +48,10 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file that is open for `pread`."""
+    """A tar file that is open: `read(size, offset)` gives fewer bytes at its end only."""
 
-    path: Path
-    handle: int
+    path: Source
+    read: Callable[[int, int], bytes]
     size: int
 
     def wrong(self, what: str, fix: str) -> DataError:
@@ -54,13 +59,67 @@ class Shard:
         return DataError(f"shard {self.path}: {what}. {fix}")
 
 
+class _Blocks:
+    """A remote file, of which the last two blocks are kept: one for headers, one behind it."""
+
+    def __init__(self, url: Url, stopped: Callable[[], bool]) -> None:
+        self.url, self.stopped = url, stopped
+        self._block = functools.lru_cache(2)(self._fetched)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """As `pread`."""
+        data, stop = b"", min(offset + size, self.url.size)
+        while (at := offset + len(data)) < stop:
+            number, begin = divmod(at, remote.CHUNK)
+            data += self._block(number)[begin : begin + stop - at]
+        return data
+
+    def _fetched(self, number: int) -> bytes:
+        start = number * remote.CHUNK
+        size = min(remote.CHUNK, self.url.size - start)
+        return remote.read(self.url, start, size, self.stopped)
+
+
+class _File(io.RawIOBase):
+    """A shard as the file object that `tarfile` wants."""
+
+    def __init__(self, shard: Shard, position: int) -> None:
+        self.shard, self.position = shard, position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        self.position = position
+        return position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.shard.read(len(buffer), self.position)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Shard]:
-    """Open a shard; whatever the disk refuses is a DataError that names it."""
+def opened(path: Source, stopped: Callable[[], bool] = remote.never) -> Iterator[Shard]:
+    """Open a shard; whatever the disk refuses is a DataError that names it.
+
+    One behind a URL has to know its size, and is read until `stopped` says so.
+    """
+    if isinstance(path, Url):
+        yield Shard(path, _Blocks(path, stopped).read, path.size)
+        return
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
-            yield Shard(path, handle, os.fstat(handle).st_size)
+            yield Shard(path, functools.partial(os.pread, handle), os.fstat(handle).st_size)
         finally:
             os.close(handle)
     except OSError as error:
@@ -74,7 +133,7 @@ def members(shard: Shard) -> Iterator[Member]:
     file that is empty, compressed, no tar, damaged, truncated, sparse, or goes on after its end.
     """
     position = 0
-    while (header := os.pread(shard.handle, _BLOCK, position)) != _END:
+    while (header := shard.read(_BLOCK, position)) != _END:
         member, following = _plain(header, position) or _extended(shard, header, position)
         if following > shard.size:
             raise _truncated(shard, f"the member at offset {position} ends at {following}")
@@ -111,7 +170,7 @@ def _extended(shard: Shard, header: bytes, position: int) -> tuple[Member | None
     except tarfile.HeaderError as error:
         raise _no_header(shard, header, position) from error
     try:
-        found, following = _read_with_tarfile(shard.path, position)
+        found, following = _read_with_tarfile(shard, position)
     except tarfile.TarError as error:
         raise _damaged(shard, position) from error
     if found is None:
@@ -123,16 +182,15 @@ def _extended(shard: Shard, header: bytes, position: int) -> tuple[Member | None
     return Member(found.name, found.offset_data, found.size), following
 
 
-def _read_with_tarfile(path: Path, position: int) -> tuple[tarfile.TarInfo | None, int]:
-    with open(path, "rb") as file:
-        file.seek(position)
+def _read_with_tarfile(shard: Shard, position: int) -> tuple[tarfile.TarInfo | None, int]:
+    with _File(shard, position) as file:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         return tar.next(), tar.offset
 
 
 def _check_tail(shard: Shard, position: int) -> None:
     """Only zeros may follow the end marker: further members would be lost in silence."""
-    while block := os.pread(shard.handle, 1 << 16, position):
+    while block := shard.read(1 << 16, position):
         if block.count(0) != len(block):
             raise shard.wrong(
                 f"data follows its end-of-archive marker (offset {position}), as when tars are "

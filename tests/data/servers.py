@@ -32,6 +32,7 @@ class Web:
     url: str = ""
     ranges: bool = True
     listing: bool = True
+    down: bool = False
     cut: int = 0
     slow_s: float = 0.0  # before each piece of a body
     faults: deque[int | str] = field(default_factory=deque)
@@ -48,14 +49,21 @@ def web(root: Path) -> Iterator[Web]:
     class Handler(_Handler):
         web = state
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
+    with _Server(("127.0.0.1", 0), Handler) as server:
         state.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield state
+        state.down = True  # for connections that stay open
         server.shutdown()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, address: object) -> None:
+        pass  # clients are killed in these tests
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,32 +75,38 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         web = self.web
+        if web.down:
+            self.close_connection = True
+            return None
         web.authorization.add(self.headers["Authorization"])
         place = web.root / unquote(urlsplit(self.path).path).lstrip("/")
         if place.is_dir() and web.listing:
             links = "".join(f'<a href="{p.name}">{p.name}</a>' for p in place.iterdir())
-            return self._answer(200, f"<html>{links}</html>".encode(), {"Content-Type": "text/html"})
+            return self._answer(
+                200, f"<html>{links}</html>".encode(), {"Content-Type": "text/html"}
+            )
         if not place.is_file():
             return self._answer(404)
-        data = place.read_bytes()
-        data = data[: len(data) - web.cut] if place.suffix == ".tar" else data
-        self._send_range(place.name, data)
+        self._send_range(place)
 
-    def _send_range(self, name: str, data: bytes) -> None:
-        web = self.web
+    def _send_range(self, place: Path) -> None:
+        web, size = self.web, place.stat().st_size
+        size -= web.cut if place.suffix == ".tar" else 0
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
         if wanted is None or not web.ranges:
-            return self._answer(200, data)
-        first, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
-        web.asked.append((name, first, stop))
+            return self._answer(200, place.read_bytes()[:size])
+        first, stop = int(wanted[1]), min(int(wanted[2]) + 1, size)
+        web.asked.append((place.name, first, stop))
         # a question for the size, of one byte, is answered whatever goes wrong
         fault = web.faults.popleft() if web.faults and stop - first > 1 else None
         if isinstance(fault, int):
             return self._answer(fault)
-        if first >= len(data):
-            return self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        headers = {"Content-Range": f"bytes {first}-{stop - 1}/{len(data)}"}
-        self._answer(206, data[first:stop], headers, name, drop=fault == "drop")
+        if first >= size:
+            return self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
+        with open(place, "rb") as file:
+            data = os.pread(file.fileno(), stop - first, first)
+        headers = {"Content-Range": f"bytes {first}-{stop - 1}/{size}"}
+        self._answer(206, data, headers, place.name, drop=fault == "drop")
 
     def _answer(
         self, status: int, body: bytes = b"", headers: dict[str, str] | None = None,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust.data import flock, node_copy, remote
+from deepclust.data import flock, remote
 from deepclust.data.index import Index, open_index
 from deepclust.data.node_copy import copy_all, staged
 from deepclust.data.remote import Interrupted
@@ -89,9 +89,10 @@ def test_without_a_folder_nothing_is_copied(index):
 def test_a_damaged_copy_is_replaced_and_no_other(index, server, folder, tmp_path, damage):
     copies = staged(index, tmp_path / "node")
     victim, data = copies.shards[2], copies.shards[2].read_bytes()
-    victim.unlink() if damage == "gone" else victim.write_bytes(
-        data[:-512] if damage == "cut" else data[:2000] + b"!" + data[2001:]
-    )
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(data[:-512] if damage == "cut" else data[:-1] + b"!")
     server.sent.clear()
     assert_complete(staged(index, tmp_path / "node"), folder)
     assert dict(server.sent) == {victim.name: len(data)}
@@ -131,7 +132,6 @@ def test_too_little_room_is_an_error_that_says_how_much(index, server, tmp_path,
     real = os.statvfs(tmp_path)
     small = os.statvfs_result((real.f_bsize, 1, 1, 1, 70, *tuple(real)[5:]))
     monkeypatch.setattr(os, "statvfs", lambda place: small)
-    monkeypatch.setattr(node_copy, "_check_room", node_copy._check_room)
     with pytest.raises(DiskError, match=r"4 shards need 0\.00 GB more .* 0\.00 GB are free"):
         staged(index, tmp_path / "node")
     assert not server.sent
@@ -163,9 +163,7 @@ def test_a_run_that_is_asked_to_stop_stops_copying_and_keeps_what_is_there(
     assert_complete(staged(index, tmp_path / "node"), folder)
 
 
-def test_who_waits_for_another_process_says_so_and_can_be_stopped(
-    tmp_path, caplog, monkeypatch
-):
+def test_who_waits_for_another_process_says_so_and_can_be_stopped(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(flock, "TELL_S", 0.0)
     stops = iter([False, False, True])
     with (
@@ -206,8 +204,10 @@ def test_a_node_that_fails_ends_the_others(index, folder, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
+from deepclust.data import remote
 from deepclust.data.index import open_index
 from deepclust.data.node_copy import copy_all
+remote.CHUNK = 8192
 copy_all(open_index(sys.argv[1], sys.argv[2]), Path(sys.argv[3]))
 """
 
@@ -218,13 +218,17 @@ def test_a_killed_copier_frees_the_others_and_its_parts_are_continued(
 ):
     server.slow_s, place = 0.05, place_of(index, tmp_path)
     arguments = [server.url, str(index.folder), str(place)]
-    monitored = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=monitored) as copier:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment) as copier:
         while sum(server.sent.values()) < 100_000 or not list(place.glob("*.part")):
             assert copier.poll() is None
             time.sleep(0.01)
         os.kill(copier.pid, signal.SIGKILL)
-    server.slow_s = 0
+    kept = sum(path.stat().st_size for path in place.glob("*.tar*"))
+    assert 0 < kept < TOTAL
+    time.sleep(0.5)  # the dead one's requests end
+    server.slow_s, before = 0, sum(server.sent.values())
     copy_all(index, place)
+    assert sum(server.sent.values()) - before == TOTAL - kept
     assert_complete(Index(index.folder, [place / s.name for s in index.shards]), folder)
     assert len(read_jsonl(place / "DONE")) == 4

@@ -7,7 +7,7 @@ import gzip
 import os
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ def make_idx(folder: Path, n: int = 40, split: str = "train", labels: int | None
     return f"idx:{folder}/{split}"
 
 
+def make_jpegs(folder: Path) -> str:
+    return str(make_image_folder(folder, n=30, format="jpg"))
+
+
 def images(index: Index) -> Iterator[Tensor]:
     for shard, offset, size in zip(*index.locate(np.arange(len(index))), strict=True):
         yield decode(index.shards[shard].read_bytes()[offset : offset + size])
@@ -63,15 +67,17 @@ def test_an_image_folder_keeps_its_bytes_labels_and_names(tmp_path: Path) -> Non
         assert index.keys[i].startswith(f"class-{index.labels[i]}/")  # type: ignore[index]
 
 
-@pytest.mark.parametrize("resize_short", [None, 16])
+@pytest.mark.parametrize("resize_short", [None, 6])
+@pytest.mark.parametrize("make", [make_jpegs, make_idx])
 def test_any_number_of_workers_gives_the_same_bytes(
-    tmp_path: Path, resize_short: int | None
+    tmp_path: Path, make: Callable[[Path], str], resize_short: int | None
 ) -> None:
-    source = make_image_folder(tmp_path / "in", n=30, format="jpg")
-    for workers in (1, 3):
+    source = make(tmp_path / "in")
+    for workers in (1, 2, 4):
         pack(source, tmp_path / f"{workers}", workers=workers, resize_short=resize_short)
-    assert tree(tmp_path / "1") == tree(tmp_path / "3")
-    assert len(tree(tmp_path / "1")) == 16 + 1 + 5  # shards, dataset.json, index
+    alone = tree(tmp_path / "1")
+    assert len(alone) == 16 + 1 + 5  # shards, dataset.json, index
+    assert alone == tree(tmp_path / "2") == tree(tmp_path / "4")
 
 
 def test_another_seed_gives_another_order_of_the_same_images(tmp_path: Path) -> None:

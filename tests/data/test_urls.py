@@ -10,7 +10,13 @@ from deepclust.errors import DataError
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("s3://b/x", True), ("https://h/x", True), ("C:/x", False), ("a:b/c", False), ("/x//y", False)],
+    [
+        ("s3://b/x", True),
+        ("https://h/x", True),
+        ("C:/x", False),
+        ("a:b/c", False),
+        ("/x//y", False),
+    ],
 )
 def test_urls_are_told_from_paths(text, expected):
     assert is_url(text) is expected

@@ -1,0 +1,104 @@
+"""A shard in object storage, as a value: its URL, name, folder, and how it may be shown.
+
+Credentials may stand in a URL (user:password@, a signed ?query). They are used to read with, and
+never shown: `str` leaves them out. Nothing here opens anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import unquote, urlsplit
+
+from deepclust.errors import DataError
+
+_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+_USER = re.compile(r"(://)[^\s/@'\"]*@")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\")]*")
+_HTTP = ("http", "https")
+
+
+def is_url(text: str | Path) -> bool:
+    """Whether this names something behind a URL, not a path."""
+    return _URL.match(os.fspath(text)) is not None
+
+
+def shown(text: str) -> str:
+    """The text with user, password and query taken out of every URL in it."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file or folder behind a URL; `size` in bytes, -1 where nobody has asked yet.
+
+    Like a `Path` it has a name, a parent and `/`, and it can be put into a message; unlike one it
+    cannot be opened by accident.
+    """
+
+    text: str
+    size: int = -1
+
+    def __str__(self) -> str:
+        """The URL without its secrets."""
+        return shown(self.text)
+
+    __repr__ = __str__
+
+    def __truediv__(self, name: str) -> Url:
+        """A file of this folder; a signed query goes with it."""
+        place, query = self._split()
+        return Url(f"{place.rstrip('/')}/{name}{query}")
+
+    @property
+    def protocol(self) -> str:
+        """What stands before ://, in small letters."""
+        return self.text.partition("://")[0].lower()
+
+    @property
+    def over_http(self) -> bool:
+        """Whether a plain web server answers, where "?" begins a query and "%20" is a space."""
+        return self.protocol in _HTTP
+
+    @property
+    def name(self) -> str:
+        """The base name, as the file would have it on a disk."""
+        last = self._split()[0].rstrip("/").rpartition("/")[2]
+        name = unquote(last) if self.over_http else last
+        if "/" in name or "\0" in name:
+            raise DataError(f"{self}: {name!r} is no name for a shard. Rename it.")
+        return name
+
+    @property
+    def parent(self) -> Url:
+        """Its folder."""
+        place, query = self._split()
+        return Url(place.rstrip("/").rpartition("/")[0] + query)
+
+    @property
+    def has_parent(self) -> bool:
+        """Whether this is below the root of its host or bucket."""
+        return self._split()[0].rstrip("/").count("/") > 2
+
+    def _split(self) -> tuple[str, str]:
+        """The URL up to its query, and the query with its "?"."""
+        query = urlsplit(self.text).query if self.over_http else ""
+        return (self.text.partition("?")[0], f"?{query}") if query else (self.text, "")
+
+
+Source: TypeAlias = Path | Url
+
+
+def common_folder(shards: Sequence[Source]) -> Source:
+    """The deepest folder that holds all shards; dataset.json and the index stand there."""
+    first = shards[0].parent
+    if isinstance(first, Path):
+        return Path(os.path.commonpath([str(shard.parent) for shard in shards]))
+    folder = first
+    while any(not f"{shard}".startswith(f"{folder}/") for shard in shards) and folder.has_parent:
+        folder = folder.parent
+    return folder
