@@ -65,7 +65,7 @@ def pack(
         str, typer.Argument(help="image folder, idx:DIR/train, torchvision:NAME@DIR")
     ],
     out: Annotated[Path, typer.Argument(help="folder for the shards")],
-    workers: Annotated[int, typer.Option(help="threads; the bytes are the same for any number")] = 1,
+    workers: Annotated[int, typer.Option(help="threads; they change no byte")] = 1,
     seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
     resize_short: Annotated[Optional[int], typer.Option(help="short side, pixels")] = None,  # noqa: UP045
     shard_size: Annotated[Optional[int], typer.Option(help="samples a shard")] = None,  # noqa: UP045
