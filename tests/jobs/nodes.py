@@ -38,6 +38,26 @@ class Nodes:
     def add(self, cpus: int = 1) -> Any:
         return self.cluster.add_node(num_cpus=cpus, **_own())
 
+    def add_process(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """A node that is started by `ray start`, and stands when it is counted."""
+        before, mine = self.count(), _own()
+        started = subprocess.Popen(
+            [*command, f"--address={self.address}", "--disable-usage-stats",
+             f"--object-store-memory={STORE}",
+             f"--dashboard-agent-listen-port={mine['dashboard_agent_listen_port']}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + PATIENCE_S
+        while self.count() == before:
+            assert started.poll() is None, "the node ended"
+            assert time.monotonic() < deadline, "the node never came up"
+            time.sleep(0.2)
+        return started
+
+    def count(self) -> int:
+        """How many nodes stand, the head too."""
+        return len(self.cluster.global_state._live_node_ids())
+
     def remove(self, node_id: str) -> None:
         """Kill a node's raylet, as a power cut would."""
         nodes = self.cluster.list_all_nodes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -256,3 +257,20 @@ def test_without_an_address_a_run_gets_a_ray_of_its_own_on_loopback(
     assert Run(run).rounds() == list(range(12))
     assert len(events(run, "started")) == 2
     assert stages_done_twice(run) == []
+
+
+def test_a_node_that_does_not_see_the_run_directory_is_named(shards: Path, tmp_path: Path) -> None:
+    """The node is real: its raylet lives where another file system hides the folder of the runs."""
+    hidden = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {tmp_path} && exec "$@"', "sh"]
+    if subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount (root)")
+    nodes = Nodes(2)
+    try:
+        blind = nodes.add_process([*hidden, "ray", "start", "--num-cpus=1", "--block"])
+        told = end(begin(nodes, recipe(shards), tmp_path / "run"), code=4)
+    finally:
+        blind.terminate()
+        blind.wait()
+        nodes.close()
+    assert f"it cannot use {tmp_path / 'run'}: No such file or directory" in told
+    assert "Every node must see the run directory" in told
