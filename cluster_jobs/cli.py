@@ -188,6 +188,7 @@ def resume(
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
+    from cluster_jobs import job
     from cluster_jobs.display import Display
     from cluster_jobs.executors import executor
     from deepclust.launch import resume as start
@@ -196,6 +197,7 @@ def resume(
         executor(on).resume(run, overrides or [])
         _say(f"resuming {run}\n  deepclust logs {run} -f")
         return
+    job.is_local_now(run)
     with Display() as display:
         start(run, *(overrides or []), show=display)
     _finished(run)
@@ -323,9 +325,11 @@ def _follow(run: Path) -> None:
 
 
 def _stage(run: Path, stage: str) -> None:
+    from cluster_jobs import job
     from cluster_jobs.display import Display
     from deepclust.launch import run_stage
 
+    job.is_local_now(run)
     with Display() as display:
         run_stage(run, stage, show=display)
     _say(f"{stage} is done: {run}")

@@ -20,8 +20,9 @@ from typing import Any
 
 from cluster_jobs import job
 from cluster_jobs.gang.cluster import connected
-from cluster_jobs.gang.gang import Ending, Gang
+from cluster_jobs.gang.gang import Gang
 from cluster_jobs.gang.placement import Shape, alive, has_gpus, has_room, reserve, shape_of
+from cluster_jobs.gang.verdict import Ending
 from cluster_jobs.spec import RaySpec, ray_spec, sizes
 from deepclust import rundir
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError

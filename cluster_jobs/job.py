@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deepclust import lock
 from deepclust.files import disk_errors, read_json, write_json
 
 LOCAL = {"on": "local"}
@@ -24,6 +25,12 @@ def read(run: Path) -> dict[str, Any]:
     """Where the run was submitted; local if nobody said."""
     file = run / "job.json"
     return dict(read_json(file)) if file.exists() else dict(LOCAL)
+
+
+def is_local_now(run: Path) -> None:
+    """A run that was elsewhere before goes on in this process, unless someone else has it."""
+    if (run / "job.json").exists() and lock.owner(run) is None:
+        record(run, **LOCAL)
 
 
 def ask_to_cancel(run: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray._private import ray_constants
@@ -21,6 +22,7 @@ from deepclust.recipe import Recipe
 
 STORE_BYTES = 100 * 2**20  # nothing of size goes through Ray's object store
 NAMESPACE = "deepclust"
+TEMPORARY, PREFIX = Path("/tmp"), "dc-ray-"  # short: a socket's path has 107 letters at most
 # Else Ray on Linux takes the machine's outer address even for itself, and listens on all of them.
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
 
@@ -57,7 +59,8 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
     os.environ.update(ALONE)
     ray_constants.ENABLE_RAY_CLUSTER = False  # the same, for this process, which has read it
     needed = max(sizes(recipe, spec)) * spec.cpus + spec.worker_cpus
-    folder = tempfile.mkdtemp(prefix="dc-ray-", dir="/tmp")  # a socket's path has 107 letters
+    _remove_orphans()
+    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=TEMPORARY)
     try:
         ray.init(
             "local", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING,
@@ -68,3 +71,11 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_orphans() -> None:
+    """Delete the folders that killed controllers of this machine left behind."""
+    for folder in TEMPORARY.glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)

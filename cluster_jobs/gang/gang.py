@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
@@ -20,8 +19,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster_jobs.gang.member import ClusterWorker, News, Place, Trainer
 from cluster_jobs.gang.placement import Shape
+from cluster_jobs.gang.verdict import (
+    AFTERMATH_S,
+    Ending,
+    Seated,
+    all_stopped,
+    first_line,
+    hang,
+    is_bad,
+    why,
+    worker_left,
+)
 from cluster_jobs.spec import RaySpec
-from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
+from deepclust.errors import ResourceError
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER, Seat
 
@@ -29,47 +39,8 @@ RETRY_S = 0.2
 NEWS_S = 0.5  # how long a member with nothing to tell keeps a question
 STOP_S = 120.0  # from the wish to stop to the next step that all agree on
 LOSS_S = 30.0  # until Ray calls a node dead whose machine says nothing any more
-AFTERMATH_S = 2.0  # for the others to say why they end, when one has
-GRACE = 1.5  # a hang stops the others too; who does not even answer is named first
 MORE_THREADS = 3  # of an actor: two questions and the wish to stop
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-ALONE = "worker process has died"  # how Ray tells the death of a process whose node lives
-UNEXPECTED = 1  # exit code of an error that is none of ours
-# what another try may mend: a process group that broke, a reader that died; not bad data or NaN
-MAY_PASS = (UNEXPECTED, ResourceError.exit_code)
-Cause = Literal["death", "node", "preemption", "hang", "start", "error"]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a life of the gang ended."""
-
-    kind: Literal["finished", "stopped", "failed", "fault"]
-    who: str = ""
-    cause: Cause = "death"  # of a fault
-    text: str = ""
-    error: DeepclustError | None = None  # of a failure, which no restart would mend
-
-
-@dataclass
-class _Seated:
-    """A member, what it was asked, and what is known of it."""
-
-    name: str
-    rank: int
-    actor: Any
-    place: Place | None = None
-    question: Any = None  # its next news
-    have: int = 0  # records of it that were taken in
-    result: dict[str, Any] | None = None
-    death: str = ""
-    unreachable: bool = False
-    answered: float = field(default_factory=time.monotonic)
-    idle_s: float | None = None
-
-    @property
-    def over(self) -> bool:
-        return self.result is not None or bool(self.death)
 
 
 class Gang:
@@ -82,7 +53,6 @@ class Gang:
         self.members = [self._seat(bundle, rank) for bundle, rank in enumerate(seats)]
         self.trainers = [m for m in self.members if m.rank != CLUSTER_WORKER]
         self.asked_to_stop: float | None = None  # when
-        self.begun = time.monotonic()
 
     def close(self) -> None:
         """Kill what still runs and give the devices back; every stage is atomic."""
@@ -103,13 +73,13 @@ class Gang:
             ending = self._ended(take) or self._overdue()
         return ending
 
-    def _seat(self, bundle: int, rank: int) -> _Seated:
+    def _seat(self, bundle: int, rank: int) -> Seated:
         kind, name = (Trainer, f"rank {rank}") if rank >= 0 else (ClusterWorker, "cluster worker")
-        wants = self.shape.bundles[bundle]
+        wants, mark = self.shape.bundles[bundle], self.run.token[:4]  # a name is taken only once
         actor = (
             ray.remote(kind)
             .options(
-                name=f"deepclust {self.run.path.name} {self.run.token} {name}",
+                name=f"{self.run.path.name}: {name} (life {self.run.incarnation}, {mark})",
                 num_cpus=wants["CPU"], num_gpus=wants.get("GPU", 0),
                 max_restarts=0, max_concurrency=MORE_THREADS,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle),
@@ -118,7 +88,7 @@ class Gang:
             )
             .remote(str(self.run.path))
         )  # fmt: skip
-        return _Seated(name, rank, actor)
+        return Seated(name, rank, actor)
 
     def _begin(self, take: Callable[[dict[str, Any]], None]) -> Ending | None:
         """See that all are up, on devices of their own, with the run in sight; then start them."""
@@ -135,7 +105,7 @@ class Gang:
             text = f"{', '.join(silent)} did not come up within ray.start={self.spec.start:g} s"
             return Ending("fault", silent[0] if silent else "", "start", text)
         except RayActorError as error:
-            return Ending("fault", self._dead_name(error), "death", _first_line(error))
+            return Ending("fault", self._dead_name(error), "death", first_line(error))
         for member in self.members:
             gpu = member.place.gpus[0] if member.place and member.place.gpus else None
             seat = Seat(member.rank, self.shape.ranks, meeting, gpu=gpu)
@@ -163,17 +133,13 @@ class Gang:
                     "file system, under the same path."
                 )
         taken: dict[tuple[str, int], str] = {}
-        for member in self.members:
-            for gpu in member.place.gpus if member.place else ():
-                other = taken.setdefault(
-                    (member.place.node if member.place else "", gpu), member.name
-                )
-                if other != member.name:
-                    raise ResourceError(
-                        f"{other} and {member.name} were given one device, GPU {gpu}"
-                    )
+        for name, place in ((m.name, m.place) for m in self.members if m.place):
+            for gpu in place.gpus:
+                other = taken.setdefault((place.node, gpu), name)
+                if other != name:
+                    raise ResourceError(f"{other} and {name} were given one device, GPU {gpu}")
 
-    def _ask(self, member: _Seated) -> None:
+    def _ask(self, member: Seated) -> None:
         member.question = member.actor.news.remote(member.have, NEWS_S)
 
     def _listen(self, take: Callable[[dict[str, Any]], None]) -> None:
@@ -187,7 +153,7 @@ class Gang:
         for question in ready:
             self._hear(asked[question], take)
 
-    def _hear(self, member: _Seated, take: Callable[[dict[str, Any]], None]) -> None:
+    def _hear(self, member: Seated, take: Callable[[dict[str, Any]], None]) -> None:
         try:
             news: News = ray.get(member.question)
         except ActorUnavailableError:  # perhaps only the network; time will tell
@@ -195,7 +161,7 @@ class Gang:
             time.sleep(RETRY_S)
             return self._ask(member)
         except RayError as error:
-            member.death = _first_line(error)
+            member.death = first_line(error)
             return
         member.answered, member.idle_s, member.unreachable = time.monotonic(), news.idle_s, False
         for record in news.records:
@@ -220,16 +186,12 @@ class Gang:
         results = [m.result for m in self.trainers]
         if all(result == {} for result in results):
             return Ending("finished")
-        if all(r is not None and r.get("kind") == RequeueWanted.__name__ for r in results):
-            return Ending("stopped", text=str(results[0] and results[0]["failed"]))
-        if any(m.death or _bad(m.result) for m in self.members) or self._worker_left():
+        if all_stopped(self.trainers):
+            return Ending("stopped", text=str((results[0] or {})["failed"]))
+        if any(m.death or is_bad(m.result) for m in self.members) or worker_left(self.members):
             self._aftermath(take)
-            return self._why()
-        return self._hang()
-
-    def _worker_left(self) -> bool:
-        """Nobody tells the cluster worker to leave before the trainers do."""
-        return any(m.rank == CLUSTER_WORKER and m.result == {} for m in self.members)
+            return why(self.members)
+        return hang(self.members, self.spec.hang)
 
     def _aftermath(self, take: Callable[[dict[str, Any]], None]) -> None:
         """Hear the others out: who dies with its node is called dead later than who notices it."""
@@ -240,49 +202,6 @@ class Gang:
                 return
             self._listen(take)
 
-    def _why(self) -> Ending:
-        """The death, or the reason that was told first; not that of those who only followed."""
-        told = [m for m in self.members if _bad(m.result)]
-        own = [m for m in told if m.result and m.result["exit_code"] not in MAY_PASS]
-        if own:
-            return Ending("failed", own[0].name, error=_error_of(own[0].result or {}))
-        for member in sorted(self.members, key=lambda m: not m.death):
-            if member.death or member.unreachable:
-                return self._lost(member)
-        if self._worker_left():
-            return Ending("fault", "cluster worker", "error", "it left before the trainers")
-        told.sort(key=lambda m: (m.result or {}).get("kind") == "FollowedError")
-        first = told[0]
-        return Ending("fault", first.name, "error", str((first.result or {})["failed"]))
-
-    def _lost(self, member: _Seated) -> Ending:
-        """A dead member: it alone, or its node, or its node taken away on purpose."""
-        node = member.place.node if member.place and ALONE not in member.death else ""
-        facts = next((n for n in _nodes_soon(node) if n["NodeID"] == node), None)
-        if facts is None or facts["Alive"]:
-            return Ending("fault", member.name, "death", member.death or "it cannot be reached")
-        why = f"{facts.get('DeathReason', '')} {facts.get('DeathReasonMessage', '')}".strip()
-        cause: Cause = "preemption" if "PREEMPT" in why.upper() else "node"
-        host = member.place.host if member.place else "?"
-        return Ending("fault", member.name, cause, f"node {node[:8]} on {host} is gone ({why})")
-
-    def _hang(self) -> Ending | None:
-        """Who does not answer; else a rank that answers and gets nowhere."""
-        now, limit = time.monotonic(), self.spec.hang
-        for member in self.members:
-            silence = now - member.answered
-            if not member.over and silence > limit:
-                return Ending("fault", member.name, "hang", f"no answer for {silence:.0f} s")
-        for member in (m for m in self.trainers if not m.over):
-            if member.idle_s is None:
-                if now - self.begun > self.spec.start:
-                    text = f"it did not begin within ray.start={self.spec.start:g} s"
-                    return Ending("fault", member.name, "start", text)
-            elif (idle := member.idle_s + now - member.answered) > GRACE * limit:
-                text = f"no step for {idle:.0f} s; ray.hang={limit:g}"
-                return Ending("fault", member.name, "hang", text)
-        return None
-
     def _dead_name(self, error: RayActorError) -> str:
         dead = [m.name for m in self.members if m.actor._ray_actor_id.hex() in str(error)]
         return dead[0] if dead else "a member"
@@ -290,30 +209,3 @@ class Gang:
 
 def _ready(ref: Any) -> bool:
     return bool(ray.wait([ref], timeout=0)[0])
-
-
-def _bad(result: dict[str, Any] | None) -> bool:
-    """Whether it ended with an error, and not because it was asked to stop."""
-    return bool(result) and (result or {})["kind"] != RequeueWanted.__name__
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    dead = [line for line in lines if "dead because" in line or "died" in line]
-    return (dead or lines or [type(error).__name__])[-1][:300]
-
-
-def _nodes_soon(node: str) -> list[dict[str, Any]]:
-    """The cluster's nodes; a dead process is told a moment before its dead node is."""
-    deadline = time.monotonic() + AFTERMATH_S
-    while node and time.monotonic() < deadline:
-        nodes: list[dict[str, Any]] = ray.nodes()
-        if any(n["NodeID"] == node and not n["Alive"] for n in nodes):
-            return nodes
-        time.sleep(0.1)
-    return ray.nodes()  # type: ignore[no-any-return]
-
-
-def _error_of(result: dict[str, Any]) -> DeepclustError:
-    kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
-    return kinds[result["exit_code"]](result["failed"])
