@@ -126,12 +126,13 @@ def _lost(member: Seated) -> Ending:
 def _nodes_soon(node: str) -> list[dict[str, Any]]:
     """The cluster's nodes; a dead process is told a moment before its dead node is."""
     deadline = time.monotonic() + AFTERMATH_S
+    nodes: list[dict[str, Any]] = []
     while node and time.monotonic() < deadline:
-        nodes: list[dict[str, Any]] = ray.nodes()
+        nodes = list(ray.nodes())
         if any(n["NodeID"] == node and not n["Alive"] for n in nodes):
-            return nodes
+            break
         time.sleep(0.1)
-    return list(ray.nodes())
+    return nodes
 
 
 def _error_of(result: Result) -> DeepclustError:
