@@ -77,9 +77,13 @@ def _own() -> dict[str, int]:
         }
 
 
-def controller(nodes: Nodes, run: Path) -> subprocess.Popen[str]:
-    """A controller for a run that has been prepared, as its Ray job would start it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": nodes.address}
+def controller(nodes: Nodes | None, run: Path) -> subprocess.Popen[str]:
+    """A controller for a run that has been prepared, as its Ray job would start it.
+
+    Without nodes it starts a Ray for itself.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_ADDRESS": nodes.address} if nodes else {}
     return subprocess.Popen(
         [sys.executable, "-m", "cluster_jobs.controller", str(run)], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """What does Ray cost? The same job on two local ranks and on Ray, pair by pair.
 
-    python tools/bench/gang/overhead.py [--pairs 5] [--steps 150] [--out FILE] [a.b=c ...]
+    python tools/bench/gang/overhead.py [--pairs 5] [--steps 150] [--nodes 3] [a.b=c ...]
 
-Recipe demo-fashion on Fashion-MNIST, two trainers and the cluster worker; on Ray each on a node
-(a raylet) of its own, on this machine. In the steady state, from step FIRST on for so many steps:
-the wall time (paired ratio local / Ray with its bootstrap interval of 95 %; above 1 Ray is faster)
-and the CPU seconds of a step, of the launcher or controller, the ranks, the worker, and on Ray of
-its daemons too. Start-up: from the command to the first unit of extraction, the cluster standing.
+Recipe demo-fashion on Fashion-MNIST, two trainers and the cluster worker. On Ray each is on a node
+(a raylet) of its own, all on this machine, whose cores their daemons share; with --nodes 0 it is
+the Ray of one machine that a run without an address starts for itself. In the steady state, from
+step FIRST on for so many steps: the wall time (paired ratio local / Ray with its bootstrap interval
+of 95 %; above 1 Ray is faster) and the CPU time of a step, of all processes, and of those that are
+no rank and no worker ("beside": launcher, controller, Ray's daemons). Start-up: from the command to
+the first unit of extraction; and of it, until the gang is placed.
+
 Also compared: the assignments of round 0, the epoch's global batches, the final weights; and where
 the cluster worker's time goes, and how long the gang waits for it, without and with overlap.
 """
@@ -46,7 +49,7 @@ def main() -> None:
     """Run pairs, print the tables, write the facts."""
     args = arguments()
     shutil.rmtree(args.work, ignore_errors=True)
-    nodes = Nodes(3)
+    nodes = Nodes(args.nodes) if args.nodes else None
     try:
         pairs = [
             {where: one(args, nodes, where, number) for where in order(number)}
@@ -58,7 +61,8 @@ def main() -> None:
             for mode, setting in (("off", "cluster.overlap=false"), ("on", "cluster.overlap=true"))
         }
     finally:
-        nodes.close()
+        if nodes:
+            nodes.close()
     facts = {"pairs": pairs, "same": same, "cluster worker": worker, "load": os.getloadavg()}
     args.out.write_text(json.dumps(facts, indent=1))
     print(table(pairs), same, worker_table(worker), sep="\n\n")
@@ -69,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="of the runs for the cluster worker")
     parser.add_argument("--shards", type=Path, default=Path("/tmp/deepclust-quality/fashion/train"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-ray-overhead"))
@@ -89,29 +94,34 @@ def recipe(args: argparse.Namespace, *more: str) -> Recipe:
     )
 
 
-def one(args: argparse.Namespace, nodes: Nodes, where: str, number: int) -> dict[str, Any]:
+def one(args: argparse.Namespace, nodes: Nodes | None, where: str, number: int) -> dict[str, Any]:
     """One run: seconds and CPU seconds of a step, seconds of the start."""
     run = args.work / f"{where}-{number}"
     prepare_run(recipe(args), run)
     began = time.time()
     process: Any = killing.start("resume", run) if where == "local" else controller(nodes, run)
     raylets = [pid for pid in killing.family(os.getpid()) if pid != os.getpid()]
-    roots = [process.pid] if where == "local" else raylets
+    roots = [process.pid] if where == "local" or nodes is None else raylets
     (first, cpu_first), (last, cpu_last) = (
         reached(run, process, step, roots) for step in (FIRST, FIRST + args.steps)
     )
     process.communicate(timeout=PATIENCE_S)
     steps = last["step"] - first["step"]
     unit = events(run, "unit")[0]
+    used = {name: (cpu_last[name] - cpu_first[name]) / steps for name in cpu_last}
+    placed = events(run, "placed" if where == "ray" else "started")[0]
     facts = {
-        "step_s": (last["time"] - first["time"]) / steps, "cpu_s": (cpu_last - cpu_first) / steps,
-        "start_s": unit["time"] - began,
+        "step_s": (last["time"] - first["time"]) / steps, "cpu_s": sum(used.values()),
+        "beside_s": used["beside"], "start_s": unit["time"] - began,
+        "placed_s": placed["time"] - began,
     }  # fmt: skip
     print(where, number, json.dumps(facts), flush=True)
     return facts
 
 
-def reached(run: Path, process: Any, step: int, roots: list[int]) -> tuple[dict[str, Any], float]:
+def reached(
+    run: Path, process: Any, step: int, roots: list[int]
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The first record at or after a step, and the CPU seconds that were used by then."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -123,17 +133,18 @@ def reached(run: Path, process: Any, step: int, roots: list[int]) -> tuple[dict[
         time.sleep(0.01)
 
 
-def cpu(roots: list[int]) -> float:
-    """CPU seconds of these processes and all that descend from them, the waited-for too."""
-    pids = {pid for root in roots for pid in killing.family(root)}
-    total = 0
-    for pid in pids:
+def cpu(roots: list[int]) -> dict[str, float]:
+    """CPU seconds of these processes and all that descend from them: the gang's, and the rest's."""
+    used = {"gang": 0.0, "beside": 0.0}
+    for pid in {pid for root in roots for pid in killing.family(root)}:
         try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        total += sum(int(field) for field in fields[11:15])
-    return total / TICK
+        mine = any(name in words for name in (b"deepclust.rank", b"ray::Trainer", b"ray::Cluster"))
+        used["gang" if mine else "beside"] += sum(map(int, fields[11:13])) / TICK
+    return used
 
 
 def compared(local: Path, ray: Path) -> str:
@@ -150,7 +161,7 @@ def compared(local: Path, ray: Path) -> str:
     )
 
 
-def waits(args: argparse.Namespace, nodes: Nodes, mode: str, setting: str) -> dict[str, Any]:
+def waits(args: argparse.Namespace, nodes: Nodes | None, mode: str, setting: str) -> dict[str, Any]:
     """Where the cluster worker's time goes, and how long the gang waits, a round."""
     run = args.work / f"overlap-{mode}"
     prepare_run(recipe(args, f"train.epochs={args.epochs}", "cluster.k=1000", setting), run)
@@ -171,13 +182,17 @@ def waits(args: argparse.Namespace, nodes: Nodes, mode: str, setting: str) -> di
 
 def table(pairs: list[dict[str, dict[str, float]]]) -> str:
     """Medians, and the paired ratio with its interval."""
-    lines = ["| | ms a step | CPU ms a step | start, s |", "|---|---|---|---|"]
+    lines = [
+        "| | ms a step | CPU ms a step | of it beside | start, s | placed, s |",
+        "|---" * 6 + "|",
+    ]
     for where in ("local", "ray"):
-        step, used, start = (
+        step, used, beside, start, placed = (
             statistics.median(pair[where][name] for pair in pairs)
-            for name in ("step_s", "cpu_s", "start_s")
+            for name in ("step_s", "cpu_s", "beside_s", "start_s", "placed_s")
         )
-        lines.append(f"| {where} | {1e3 * step:.1f} | {1e3 * used:.1f} | {start:.1f} |")
+        milliseconds = " | ".join(f"{1e3 * value:.1f}" for value in (step, used, beside))
+        lines.append(f"| {where} | {milliseconds} | {start:.1f} | {placed:.1f} |")
     ratios = np.array([pair["local"]["step_s"] / pair["ray"]["step_s"] for pair in pairs])
     draws = generator(0, "bench", "overhead").choice(ratios, (10_000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
