@@ -176,7 +176,7 @@ def waits(args: argparse.Namespace, nodes: Nodes | None, mode: str, setting: str
     whitened = [e["seconds"] for e in events(run, "whitening") if e["round"] > 0]
     return {
         **{part: statistics.mean(e[part] for e in done) for part in parts},
-        "whiten": statistics.mean(whitened), "gang waited": statistics.mean(waited),
+        "whiten": statistics.mean(whitened), "gang waited": sum(waited) / len(done),
     }  # fmt: skip
 
 
