@@ -24,7 +24,12 @@ STORE_BYTES = 100 * 2**20  # nothing of size goes through Ray's object store
 NAMESPACE = "deepclust"
 TEMPORARY, PREFIX = Path("/tmp"), "dc-ray-"  # short: a socket's path has 107 letters at most
 # Else Ray on Linux takes the machine's outer address even for itself, and listens on all of them.
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+# And it makes its workers nice (15): whatever else runs on the machine would come before a rank.
+ALONE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_worker_niceness": "0",
+}
 
 
 @contextlib.contextmanager
