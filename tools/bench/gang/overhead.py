@@ -49,7 +49,7 @@ def main() -> None:
     """Run pairs, print the tables, write the facts."""
     args = arguments()
     shutil.rmtree(args.work, ignore_errors=True)
-    os.environ["RAY_worker_niceness"] = "0"  # 15 by default: local ranks would come first
+    os.environ.update({"RAY_worker_niceness": "0"})  # 15 by default: others would come first
     nodes = Nodes(args.nodes) if args.nodes else None
     try:
         pairs = [
