@@ -29,6 +29,7 @@ ALONE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_worker_niceness": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "30000",  # of the dashboard; looking costs a few percent
 }
 
 
