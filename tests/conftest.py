@@ -1,7 +1,7 @@
 """What all tests share: one thread (repeatable, and kind to each other), and no skipping in CI.
 
 With DEEPCLUST_TEST_INSTALL=1 everything that tests need can be installed, so a skipped test is a
-hole that nobody sees: it fails. Only tests marked `gpu` may be skipped there.
+hole that nobody sees: it fails. Only tests marked `gpu` or `mount` may be skipped there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from tests.tiny import tiny_shards
 
+NOT_FOR_ALL = ("gpu", "mount")  # what no package gives: a device, the right to mount
 NO_SKIPPING = os.environ.get("DEEPCLUST_TEST_INSTALL") == "1"
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
     report = yield
-    if item.get_closest_marker("gpu") is None:
+    if not any(item.get_closest_marker(name) for name in NOT_FOR_ALL):
         _refuse_skip(report)
     return report
 

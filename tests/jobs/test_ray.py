@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -32,6 +33,7 @@ from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe, tin
 pytestmark = pytest.mark.slow
 
 Moment = Callable[[Path], bool]
+RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +261,7 @@ def test_without_an_address_a_run_gets_a_ray_of_its_own_on_loopback(
     assert stages_done_twice(run) == []
 
 
+@pytest.mark.mount
 def test_a_node_that_does_not_see_the_run_directory_is_named(shards: Path, tmp_path: Path) -> None:
     """The node is real: its raylet lives where another file system hides the folder of the runs."""
     hidden = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {tmp_path} && exec "$@"', "sh"]
@@ -266,7 +269,7 @@ def test_a_node_that_does_not_see_the_run_directory_is_named(shards: Path, tmp_p
         pytest.skip("needs the right to mount (root)")
     nodes = Nodes(2)
     try:
-        blind = nodes.add_process([*hidden, "ray", "start", "--num-cpus=1", "--block"])
+        blind = nodes.add_process([*hidden, RAY, "start", "--num-cpus=1", "--block"])
         told = end(begin(nodes, recipe(shards), tmp_path / "run"), code=4)
     finally:
         blind.terminate()
