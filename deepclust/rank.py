@@ -146,6 +146,8 @@ def main() -> int:
     asked: list[int] = []
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))
+    if sys.platform == "linux":  # a local gang needs no other interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
