@@ -80,7 +80,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-ray-overhead"))
     parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-ray-overhead.json"))
     parser.add_argument("overrides", nargs="*", help="recipe values, for both")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.epochs < 3:
+        parser.error("--epochs 3 or more: with overlap the last round begins no other one")
+    return args
 
 
 def order(number: int) -> tuple[str, str]:
