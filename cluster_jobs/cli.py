@@ -313,10 +313,12 @@ def report(run: RunPath, out: Out) -> None:
 
 def _follow(run: Path) -> None:
     """Print the log until the run has ended, and end as it did; Ctrl-C detaches."""
+    from cluster_jobs.executors import executor_of
     from cluster_jobs.store import follow
 
+    where = executor_of(run)
     try:
-        ending = follow(run, typer.echo)
+        ending = follow(run, typer.echo, lambda: bool(where.is_pending(run)))
     except KeyboardInterrupt:
         _say(f"detached; {run} goes on")
         return

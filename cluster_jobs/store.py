@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster_jobs import job
 from deepclust import lock, rundir
-from deepclust.errors import DeepclustError, RecipeError
+from deepclust.errors import DeepclustError, RecipeError, ResourceError, exit_code_of
 from deepclust.launch import is_finished
 from deepclust.rundir import Run
 
@@ -88,8 +88,7 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
     last = events[-1]
     if last["event"] != "stopped":
         return "DIED", f"ended without a word; deepclust resume {run.path}", 1
-    kinds = {kind.__name__: kind.exit_code for kind in DeepclustError.__subclasses__()}
-    code = kinds.get(last["kind"], 1)
+    code = exit_code_of(last["kind"])
     if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
         return "STOPPED", last["text"], code
     return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}", code
@@ -125,10 +124,16 @@ def _phase(events: list[dict[str, Any]]) -> str:
     return following[told[-1]] if told else ""
 
 
-def follow(run: Path, echo: Callable[[str], None]) -> Status:
-    """Echo the log from its beginning until the run has ended; how it ended."""
+def follow(run: Path, echo: Callable[[str], None], pending: Callable[[], bool]) -> Status:
+    """Echo the log from its beginning until the run has ended; how it ended.
+
+    `pending` tells whether a controller that is not there yet may still come. Raises
+    `ResourceError` when it will not.
+    """
     found = rundir.open_run(run)
     while (now := status(found)).state == "PENDING" and now.owner is None:
+        if not pending() and status(found).state == "PENDING" and lock.owner(run) is None:
+            raise ResourceError(f"{run} ended before its controller began: {now.reason}")
         time.sleep(POLL_S)
     for line in tail(run, 0, follow=True):
         echo(line)

@@ -62,3 +62,17 @@ class RequeueWanted(DeepclustError):
     """The run stopped at a step boundary because it was asked to; `resume` continues it."""
 
     exit_code = 75
+
+
+def error_of(exit_code: int, text: str) -> DeepclustError:
+    """The error that another process ended with, by its exit code."""
+    kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
+    return kinds.get(exit_code, DeepclustError)(text)
+
+
+def exit_code_of(name: str) -> int:
+    """The exit code of an error that an event names; 1 for one that is none of ours."""
+    kinds = [*DeepclustError.__subclasses__()]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind.exit_code for kind in kinds if kind.__name__ == name), 1)

@@ -351,8 +351,7 @@ def _culprit(children: list[_Child], dead: list[_Child]) -> _Child:
 def _error_of(child: _Child) -> DeepclustError:
     """The child's own error where it told one, else what its log ends with."""
     if child.failure and child.failure["exit_code"] != 1:
-        kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
-        return kinds[child.failure["exit_code"]](child.failure["failed"])
+        return errors.error_of(child.failure["exit_code"], child.failure["failed"])
     tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-15:])
     code = child.process.returncode
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

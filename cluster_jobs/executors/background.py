@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from deepclust import lock
-from deepclust.errors import DeepclustError, ResourceError, RunHeldError
+from deepclust.errors import RunHeldError, error_of
 
 CANCEL_PATIENCE_S = 60.0
 START_PATIENCE_S = 30.0
@@ -34,9 +34,8 @@ def start(run: Path, command: list[str], output: str = "controller.log") -> None
             break
         time.sleep(0.05)
     if process.poll():
-        kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
-        kind = kinds.get(process.returncode, ResourceError)
-        raise kind(f"{run} ended with exit code {process.returncode}; see {file}")
+        text = f"{run} ended with exit code {process.returncode}; see {file}"
+        raise error_of(process.returncode, text)
 
 
 def refuse_held(run: Path) -> None:

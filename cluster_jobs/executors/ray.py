@@ -79,7 +79,8 @@ def resume(run: Path, overrides: list[str]) -> None:
     plan = prepare(recipe, run)
     client = _client(plan.spec.address) if plan.spec.address else None
     if recipe != found.recipe:
-        recipe.save(run / "recipe.yaml")
+        with lock.hold(run):
+            recipe.save(run / "recipe.yaml")
     _start(plan, client)
 
 
@@ -87,11 +88,11 @@ def cancel(run: Path) -> str:
     """Leave word for the controller, wherever it is, and wait for it to go."""
     owner, facts = lock.owner(run), job.read(run)
     job.ask_to_cancel(run)
-    if owner is None and not _pending(facts):
+    if owner is None and not is_pending(run):
         job.forget_cancel(run)
         return f"{run} is not running"
     deadline = time.monotonic() + background.CANCEL_PATIENCE_S
-    while lock.owner(run) is not None or _pending(facts):
+    while lock.owner(run) is not None or is_pending(run):
         if time.monotonic() > deadline:
             return _end(run, facts)
         time.sleep(0.2)
@@ -139,8 +140,9 @@ def _client(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def _pending(facts: dict[str, Any]) -> bool:
-    """Whether the Ray job has not ended, or not begun."""
+def is_pending(run: Path) -> bool:
+    """Whether its Ray job has not ended, or not begun."""
+    facts = job.read(run)
     if not facts.get("submission"):
         return False
     status = _client(facts["address"]).get_job_status(facts["submission"])

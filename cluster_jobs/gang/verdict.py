@@ -14,7 +14,13 @@ from typing import Any, Literal, TypeAlias
 import ray
 
 from cluster_jobs.gang.member import Place
-from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, ResourceError
+from deepclust.errors import (
+    DeepclustError,
+    FollowedError,
+    RequeueWanted,
+    ResourceError,
+    error_of,
+)
 from deepclust.seat import CLUSTER_WORKER
 
 AFTERMATH_S = 2.0  # for the others to say why they end, when one has
@@ -80,7 +86,7 @@ def why(members: list[Seated]) -> Ending:
     told = [(m.name, m.result or {}) for m in members if is_bad(m.result)]
     for name, result in told:
         if result["exit_code"] not in MAY_PASS:
-            return Ending("failed", name, error=_error_of(result))
+            return Ending("failed", name, error=error_of(result["exit_code"], result["failed"]))
     for member in sorted(members, key=lambda m: not m.death):
         if member.death or member.unreachable:
             return _lost(member)
@@ -133,8 +139,3 @@ def _nodes_soon(node: str) -> list[dict[str, Any]]:
             break
         time.sleep(0.1)
     return nodes
-
-
-def _error_of(result: Result) -> DeepclustError:
-    kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
-    return kinds[result["exit_code"]](result["failed"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
+from ray.job_submission import JobSubmissionClient
 
 from deepclust import Recipe
 from deepclust.launch import prepare_run
@@ -30,6 +31,19 @@ class Nodes:
         self.cluster = Cluster(initialize_head=True, head_node_args={**head, **_own()})
         for _ in range(count):
             self.add()
+        if dashboard:
+            self._await_dashboard()
+
+    def _await_dashboard(self) -> None:
+        """Ray Jobs are taken a while after the nodes stand."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                JobSubmissionClient(self.address).list_jobs()
+                return
+            except (ConnectionError, RuntimeError):
+                assert time.monotonic() < deadline, "the dashboard never came up"
+                time.sleep(0.2)
 
     @property
     def address(self) -> str:

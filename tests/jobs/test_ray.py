@@ -100,6 +100,13 @@ def test_two_trainers_and_a_cluster_worker_on_three_nodes_do_what_local_ranks_do
         assert (tmp_path / "run" / "logs" / log).exists()
 
 
+def in_training(nodes: Nodes, shards: Path, run: Path) -> subprocess.Popen[str]:
+    """A run on Ray in the middle of its second round."""
+    process = begin(nodes, recipe(shards), run)
+    until(process, lambda: training(run))
+    return process
+
+
 FAULTS: list[tuple[str, int, Moment, str]] = [
     ("rank 0", signal.SIGKILL, training, "death"),
     ("rank 1", signal.SIGKILL, extracting, "death"),
@@ -176,8 +183,7 @@ def test_a_dead_controllers_lock_is_taken_over_and_its_gang_is_gone(
     nodes: Nodes, shards: Path, local: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = begin(nodes, recipe(shards), run)
-    until(first, lambda: training(run))
+    first = in_training(nodes, shards, run)
     first.kill()
     first.communicate()
     end(controller(nodes, run))
@@ -189,8 +195,7 @@ def test_word_to_cancel_stops_at_a_step_and_resume_goes_on(
     nodes: Nodes, shards: Path, local: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = begin(nodes, recipe(shards), run)
-    until(process, lambda: training(run))
+    process = in_training(nodes, shards, run)
     job.ask_to_cancel(run)
     end(process, code=75)
     state = store.status(Run(run))
