@@ -10,6 +10,7 @@ brought nothing. It computes nothing and keeps nothing: whatever it knows stands
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -133,8 +134,11 @@ class Controller:
         log.info("%s %s", name, fields)
 
 
-def control(path: Path) -> None:
-    """Bring the run to its end. Raises the errors of `deepclust.errors`."""
+def control(path: Path, asked: list[int] | None = None) -> None:
+    """Bring the run to its end. Raises the errors of `deepclust.errors`.
+
+    `asked` are the signals of a caller who collects them already.
+    """
     found = rundir.open_run(path)
     spec = ray_spec(found.recipe)
     with hold(path) as token:
@@ -142,7 +146,8 @@ def control(path: Path) -> None:
         if is_finished(run):
             return
         try:
-            with connected(spec, found.recipe), collected_signals() as signals:
+            collected = collected_signals() if asked is None else contextlib.nullcontext(asked)
+            with connected(spec, found.recipe), collected as signals:
                 Controller(run, spec, signals).control()
         except BaseException as error:
             run = replace(run, incarnation=_lives(run))
@@ -163,12 +168,17 @@ def _fruit(run: Run) -> tuple[int, int]:
     return max(steps, default=0), 1000 * stages + units
 
 
-def main() -> int:
-    """Control the run that is named, and end with the exit code of what ended it."""
-    path = Path(sys.argv[1])
+def log_to(path: Path) -> None:
+    """Log to the run's controller.log and to stderr."""
     where = logging.FileHandler(path / "logs" / "controller.log")
     handlers: list[logging.Handler] = [where, logging.StreamHandler()]
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)
+
+
+def main() -> int:
+    """Control the run that is named, and end with the exit code of what ended it."""
+    path = Path(sys.argv[1])
+    log_to(path)
     try:
         control(path)
     except DeepclustError as error:
