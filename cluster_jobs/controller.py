@@ -168,17 +168,10 @@ def _fruit(run: Run) -> tuple[int, int]:
     return max(steps, default=0), 1000 * stages + units
 
 
-def log_to(path: Path) -> None:
-    """Log to the run's controller.log and to stderr."""
-    where = logging.FileHandler(path / "logs" / "controller.log")
-    handlers: list[logging.Handler] = [where, logging.StreamHandler()]
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)
-
-
 def main() -> int:
     """Control the run that is named, and end with the exit code of what ended it."""
     path = Path(sys.argv[1])
-    log_to(path)
+    job.log_to(path)
     try:
         control(path)
     except DeepclustError as error:

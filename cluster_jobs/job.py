@@ -6,6 +6,7 @@ the run can read them.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,10 @@ def cancel_asked(run: Path) -> bool:
 def forget_cancel(run: Path) -> None:
     """The wish was granted, or is old."""
     (run / "cancel").unlink(missing_ok=True)
+
+
+def log_to(run: Path) -> None:
+    """A controller's log: in the run, and on stderr."""
+    where = logging.FileHandler(run / "logs" / "controller.log")
+    handlers: list[logging.Handler] = [where, logging.StreamHandler()]
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)

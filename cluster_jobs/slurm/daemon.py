@@ -52,7 +52,8 @@ class Daemon:
             "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0",
             "--include-log-monitor=false",
         ]  # fmt: skip
-        environment_ = {**os.environ, **QUIET, **private(notes), **alone(address)}
+        kept = {k: v for k, v in os.environ.items() if k not in alone("127.")}
+        environment_ = {**kept, **QUIET, **private(notes)}
         with open(self.log, "ab") as out:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment_,
@@ -93,7 +94,7 @@ def private(notes: Path) -> dict[str, str]:
 
 
 def alone(address: str) -> dict[str, str]:
-    """Nodes of one machine: else Ray takes its outer address, and listens on all of them."""
+    """For the driver on a loopback Ray: else it goes to the machine's outer address instead."""
     return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if address.startswith("127.") else {}
 
 

@@ -15,18 +15,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from cluster_jobs import controller, job, queue
+from cluster_jobs import job, queue
 from cluster_jobs.slurm import member, ranks
 from cluster_jobs.slurm.allocation import Allocation, allocation, own_address
 from cluster_jobs.slurm.daemon import Daemon, alone, private
-from cluster_jobs.slurm.meeting import folder, hosting, join
+from cluster_jobs.slurm.meeting import Head, folder, hosting, join
 from cluster_jobs.spec import SlurmSpec, slurm_spec
 from deepclust import rundir
 from deepclust.errors import DeepclustError, RequeueWanted
 from deepclust.files import write_json
 from deepclust.launch import HELD_BACK, collected_signals
+from deepclust.lock import hold
+from deepclust.rundir import Run
 
 END_S = 90.0  # from our wish to end or requeue until Slurm ends us
 AGAIN = 3  # times that a node's Ray is started again while the head lives
@@ -44,7 +48,7 @@ def main() -> int:
                 return member.main(path, found, spec.start)
             if found.task:
                 return follow(path, found, spec)
-            controller.log_to(path)
+            job.log_to(path)
             return lead(path, found, spec, asked)
         except DeepclustError as error:
             sys.stderr.write(f"error: {error}\n")
@@ -71,24 +75,46 @@ def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> in
 def control_by_ray(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> None:
     """Bring up a Ray of the job's own on all nodes, and run the controller on it."""
     address, notes = own_address(found), folder(path, found)
-    clock = [time.time()]
     with hosting(path, found, address) as head:
         os.environ.update(private(notes) | alone(address))
         daemon = Daemon(found, address, notes, None)
         try:
-            head.gather(dict(list(enumerate(found.nodes))[1:]), spec.start, lambda: bool(asked))
-            clock.append(time.time())
-            daemon.wait(spec.start)
-            for guest in head.guests.values():
-                guest.line.send(ray=daemon.address)
-            head.hear_all("up", spec.start, lambda: bool(asked))
-            clock.append(time.time())
-            parts = {"nodes_s": clock[1] - clock[0], "ray_s": clock[2] - clock[1]}
-            write_json(notes / "bring-up.json", {"began": clock[0], **parts})
+            with _told(path):
+                _bring_up(found, head, daemon, notes, spec.start, lambda: bool(asked))
             os.environ["RAY_ADDRESS"] = daemon.address
-            controller.control(path, asked)
+            from cluster_jobs.controller import control  # Ray reads its variables when imported
+
+            control(path, asked)
         finally:
             daemon.stop()
+
+
+def _bring_up(
+    found: Allocation, head: Head, daemon: Daemon, notes: Path, patience: float,
+    stopping: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Until every node has come and is part of the Ray; how long that took is written down."""
+    clock = [time.time()]
+    head.gather(dict(list(enumerate(found.nodes))[1:]), patience, stopping)
+    clock.append(time.time())
+    daemon.wait(patience)
+    for guest in head.guests.values():
+        guest.line.send(ray=daemon.address)
+    head.hear_all("up", patience, stopping)
+    clock.append(time.time())
+    parts = {"nodes_s": clock[1] - clock[0], "ray_s": clock[2] - clock[1]}
+    write_json(notes / "bring-up.json", {"began": clock[0], **parts})
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What ends us before the controller holds the run stands in its events all the same."""
+    try:
+        yield
+    except DeepclustError as error:
+        with hold(path) as token:
+            Run(path, token).event("stopped", kind=type(error).__name__, text=str(error))
+        raise
 
 
 def follow(path: Path, found: Allocation, spec: SlurmSpec) -> int:
