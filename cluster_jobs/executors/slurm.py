@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import submitit
 
 PROGRAM = "cluster_jobs.slurm.task"
+UNASKED: dict[str, Any] = {"time": None, "wckey": None}  # submitit has 5 minutes, and a key
 PACKAGES = ("deepclust", "cluster_jobs")
 
 
@@ -93,7 +94,7 @@ class Plan:
             "signal_delay_s": spec.signal,
         }  # fmt: skip
         given = {name: value for name, value in wanted.items() if value is not None}
-        return {**given, "wckey": None}  # submitit's own would be refused where keys are checked
+        return {**UNASKED, **given}
 
     def script(self) -> str:
         """The text that sbatch gets."""

@@ -24,7 +24,7 @@ from deepclust.errors import ResourceError
 STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
 STARTED = "Ray runtime started"
 POLL_S = 0.2
-LEAVE_S = 10.0
+LEAVE_S = 2.0  # a raylet drains for up to 30 s; by then we want nothing of it any more
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from cluster_jobs import job
 from deepclust import Recipe, pretrain
-from tests.jobs.nodes import events
+from tests.jobs.nodes import events, seated
 from tests.jobs.slurm_here import SlurmHere
 from tests.killing import stages_done_twice, training
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
@@ -127,3 +129,74 @@ def test_scancel_ends_a_job_and_leaves_nothing_running(
     until_gone(slurm, number)
     assert state(run)["state"] == "STOPPED"
     assert len(events(run, "started")) == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_cancel_stops_at_a_step_and_resume_queues_a_new_job_that_finishes(
+    slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path,
+    launcher: str,
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    first = begin(run, f"slurm.launcher={launcher}", f"train.epochs={LONG}")
+    until(lambda: training(run))
+    assert "was stopped" in deepclust("cancel", run).stderr
+    assert slurm.wait(first) == "CANCELLED"
+    assert state(run)["state"] == "STOPPED"
+    deepclust("resume", run, "--on", "slurm", "slurm.nodes=1")
+    second = str(job.read(run)["job"])
+    assert second != first
+    assert slurm.wait(second) == "COMPLETED"
+    assert_same_run(run, local(LONG))
+
+
+def test_a_waiting_job_says_why_and_is_cancelled_before_it_starts(
+    slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    number = begin(run, "slurm.sbatch={begin: now+1hour}")
+    until(lambda: state(run)["state"] == "PENDING")
+    assert "BeginTime" in state(run)["reason"]
+    deepclust("resume", run, "--on", "slurm", code=4)
+    assert "was stopped" in deepclust("cancel", run).stderr
+    assert slurm.wait(number) == "CANCELLED"
+    assert state(run)["state"] == "STOPPED"
+
+
+def test_a_job_that_a_higher_partition_preempts_is_queued_again_and_resumes(
+    slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    number = begin(run, "slurm.launcher=srun", f"train.epochs={LONG}", "slurm.exclusive=true")
+    until(lambda: training(run))
+    words = ("-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 8")
+    other = slurm.call("sbatch", "--parsable", *words).strip()
+    assert slurm.wait(other) == "COMPLETED"
+    assert slurm.wait(number) == "COMPLETED"
+    assert len(events(run, "started")) == 2
+    assert_same_run(run, local(LONG))
+
+
+def test_a_rank_that_is_killed_ends_the_job_with_its_name(
+    slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    number = begin(run, "slurm.launcher=srun", "train.epochs=100")
+    until(lambda: training(run))
+    os.kill(seated(run, "rank 1")["pid"], signal.SIGKILL)
+    assert slurm.wait(number) == "FAILED"
+    found = state(run)
+    assert found["state"] == "FAILED"
+    assert "rank 1 on n2 was lost" in found["reason"]
+    until_gone(slurm, number)
+
+
+def test_a_head_that_is_killed_takes_all_with_it(
+    slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    number = begin(run, "slurm.launcher=ray", "train.epochs=100")
+    until(lambda: training(run))
+    os.kill(events(run, "started")[0]["pid"], signal.SIGKILL)
+    assert slurm.wait(number) == "FAILED"
+    until_gone(slurm, number)
+    assert state(run)["state"] == "FAILED"
