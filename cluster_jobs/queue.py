@@ -49,11 +49,11 @@ def look(job: str) -> Seen | None:
     if queued:
         state, reason, nodes = queued.splitlines()[0].split("|")
         seen = Seen(state, "" if reason == "None" else reason, nodes)
-        if seen.waits or seen.lives:
+        if seen.waits or (seen.lives and seen.state != "COMPLETING"):
             return seen
     kept = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
     if kept:
-        state, nodes, ended = kept.splitlines()[-1].split("|")
+        state, nodes, ended = kept.splitlines()[-1].split("|")  # known while it is COMPLETING
         return Seen(state.split()[0], "", "" if nodes == "None assigned" else nodes, ended)
     return seen if queued else None
 

@@ -77,20 +77,29 @@ class Plan:
         """On the nodes."""
         return self.spec.python or sys.executable
 
+    @property
+    def tasks(self) -> int:
+        """Of a node: Ray's one, or one a process."""
+        return 1 if self.spec.launcher == "ray" else self.layout.tasks
+
+    @property
+    def task_cpus(self) -> int:
+        """CPUs of a task."""
+        return max(1, self.layout.cpus // self.tasks)
+
     def parameters(self) -> dict[str, Any]:
         """For submitit."""
-        spec, by_ray = self.spec, self.spec.launcher == "ray"
+        spec = self.spec
         gpus = f"{spec.gpu_type}:{spec.gpus_per_node}" if spec.gpu_type else spec.gpus_per_node
-        tasks = 1 if by_ray else self.layout.tasks
-        cpus = self.layout.cpus if by_ray else max(1, self.layout.cpus // tasks)
         wanted = {
-            "job_name": self.run.absolute().name, "nodes": spec.nodes, "ntasks_per_node": tasks,
-            "cpus_per_task": cpus, "gpus_per_node": gpus or None, "mem": spec.mem,
+            "job_name": self.run.absolute().name, "nodes": spec.nodes, "mem": spec.mem,
+            "ntasks_per_node": self.tasks, "cpus_per_task": self.task_cpus,
+            "gpus_per_node": gpus or None,
             "time": None if spec.time is None else minutes(spec.time),
             "partition": spec.partition, "qos": spec.qos, "account": spec.account,
             "constraint": spec.constraint, "exclusive": spec.exclusive or None,
             "additional_parameters": {**_options(spec), "requeue": True},
-            "setup": self._setup(), "srun_args": self._srun(cpus), "stderr_to_stdout": True,
+            "setup": self._setup(), "srun_args": self.srun(), "stderr_to_stdout": True,
             "signal_delay_s": spec.signal,
         }  # fmt: skip
         given = {name: value for name, value in wanted.items() if value is not None}
@@ -103,22 +112,15 @@ class Plan:
         words = [self.python, "-u", "-m", "submitit.core._submit", str(self.folder)]
         return _make_sbatch_string(shlex.join(words), self.folder, **self.parameters())
 
-    def plain_script(self) -> str:
-        """The same without submitit, for `sbatch FILE` by hand."""
-        from submitit.slurm.slurm import _make_sbatch_string
-
-        words = [self.python, "-u", "-P", "-m", PROGRAM, str(self.run)]
-        text = _make_sbatch_string(shlex.join(words), self.folder, **self.parameters())
-        return text.replace("export SUBMITIT_EXECUTOR=slurm\n", "")
-
     def _setup(self) -> list[str]:
         source = shlex.quote(str(self.folder / "source"))
         pinned = [f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
         return [*self.spec.setup, *(pinned if self.spec.snapshot else [])] or [":"]
 
-    def _srun(self, cpus: int) -> list[str]:
+    def srun(self) -> list[str]:
         """CPUs, which srun does not take from sbatch (22.05), and that task 0 ends the others."""
-        spec, given = self.spec, [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", "--wait=0"]
+        spec = self.spec
+        given = [f"--cpus-per-task={self.task_cpus}", "--kill-on-bad-exit=0", "--wait=0"]
         if spec.container_image:
             given.append(f"--container-image={spec.container_image}")
         if spec.container_mounts:

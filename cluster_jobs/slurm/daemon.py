@@ -26,6 +26,7 @@ STARTED = "Ray runtime started"
 POLL_S = 0.2
 LEAVE_S = 2.0  # a raylet drains for up to 30 s; by then we want nothing of it any more
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+PREFIX = "dc-job-"
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -34,9 +35,8 @@ class Daemon:
 
     def __init__(self, found: Allocation, address: str, notes: Path, head: str | None) -> None:
         """Start it; `head` is where the head's Ray listens, None on the head itself."""
-        mark = f"dc-{found.job}-{found.number}-"
-        for left in Path("/tmp").glob(f"{mark}*"):  # by an earlier start of this job here
-            shutil.rmtree(left, ignore_errors=True)
+        sweep()
+        mark = f"{PREFIX}{found.job}-{found.number}-{os.getpid()}-"
         self.temp = Path(tempfile.mkdtemp(prefix=mark, dir="/tmp"))  # a socket's path: 107 letters
         self.notes, self.log = notes, notes / f"ray-{found.number}.log"
         port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)
@@ -88,6 +88,14 @@ class Daemon:
         shutil.rmtree(self.temp, ignore_errors=True)
 
 
+def sweep() -> None:
+    """Delete the folders of tasks on this node that were killed before they could."""
+    for left in Path("/tmp").glob(f"{PREFIX}*-*-*-*"):
+        pid = left.name.split("-")[4]
+        if left.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def private(notes: Path) -> dict[str, str]:
     """The variables by which a process may use this Ray."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(notes / "token")}
@@ -116,4 +124,4 @@ def _deaf() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # which Ray's children hear of, too

@@ -95,7 +95,7 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     assert name == run.name.replace('"', "`")  # as Slurm's accounting writes a quote
     assert_same_run(run, local(3))
     until_gone(slurm, number)
-    assert not list(Path("/tmp").glob(f"dc-{number}-*"))
+    assert not list(Path("/tmp").glob(f"dc-job-{number}-*"))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

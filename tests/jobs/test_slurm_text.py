@@ -15,6 +15,7 @@ import pytest
 
 from cluster_jobs.executors import slurm as executor
 from cluster_jobs.layout import Layout, Place, layout
+from cluster_jobs.slurm.plain import scripts
 from cluster_jobs.spec import minutes, slurm_spec
 from deepclust import Recipe
 from deepclust.errors import RecipeError
@@ -63,6 +64,14 @@ def test_the_sbatch_text_is_the_one_that_was_reviewed(shape: str) -> None:
         file.write_text(text)
     assert text == file.read_text()
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_the_plain_scripts_are_what_the_executor_makes() -> None:
+    folder = Path(__file__).parents[2] / "slurm"
+    made = scripts()
+    assert {file.name: file.read_text() for file in folder.glob("*.sbatch")} == made
+    for text in made.values():
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
 def test_the_cluster_worker_has_the_last_gpu_of_the_first_node() -> None:
