@@ -10,7 +10,6 @@ brought nothing. It computes nothing and keeps nothing: whatever it knows stands
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -49,7 +48,7 @@ class Controller:
     def control(self) -> None:
         """Live until the run is finished. Raises what ended it otherwise."""
         while True:
-            before = _fruit(self.run)
+            before = job.fruit(self.run)
             ending = self._live()
             if ending.kind == "finished":
                 return self._event("finished", epochs=self.run.recipe.train.epochs)
@@ -61,7 +60,7 @@ class Controller:
                     raise RequeueWanted(ending.text)
                 self.wants_more = False
                 continue
-            self._forgive(ending, _fruit(self.run) != before)
+            self._forgive(ending, job.fruit(self.run) != before)
 
     def _live(self) -> Ending:
         """One life of the gang, from a reservation to its end."""
@@ -146,8 +145,8 @@ def control(path: Path, asked: list[int] | None = None) -> None:
         if is_finished(run):
             return
         try:
-            collected = collected_signals() if asked is None else contextlib.nullcontext(asked)
-            with connected(spec, found.recipe), collected as signals:
+            # after Ray has come, which has a way of its own to take TERM
+            with connected(spec, found.recipe), collected_signals(asked) as signals:
                 Controller(run, spec, signals).control()
         except BaseException as error:
             run = replace(run, incarnation=_lives(run))
@@ -158,14 +157,6 @@ def control(path: Path, asked: list[int] | None = None) -> None:
 
 def _lives(run: Run) -> int:
     return sum(event["event"] == "started" for event in run.events())
-
-
-def _fruit(run: Run) -> tuple[int, int]:
-    """What is on disk, counted: it grows with every commit of a run that gets anywhere."""
-    steps = [int(folder.name) for folder in run.checkpoints()]
-    stages = len(list(run.path.glob("rounds/*/*/DONE")))
-    units = len(list(run.path.glob("rounds/*/raw/unit-*")))
-    return max(steps, default=0), 1000 * stages + units
 
 
 def main() -> int:

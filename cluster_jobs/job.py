@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.files import disk_errors, read_json, write_json
+from deepclust.rundir import Run
 
 LOCAL = {"on": "local"}
 
@@ -41,6 +42,14 @@ def cancel_asked(run: Path) -> bool:
 def forget_cancel(run: Path) -> None:
     """The wish was granted, or is old."""
     (run / "cancel").unlink(missing_ok=True)
+
+
+def fruit(run: Run) -> tuple[int, int]:
+    """What is on disk, counted: it grows with every commit of a run that gets anywhere."""
+    steps = [int(folder.name) for folder in run.checkpoints()]
+    stages = len(list(run.path.glob("rounds/*/*/DONE")))
+    units = len(list(run.path.glob("rounds/*/raw/unit-*")))
+    return max(steps, default=0), 1000 * stages + units
 
 
 def log_to(run: Path) -> None:

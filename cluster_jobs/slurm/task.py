@@ -27,12 +27,13 @@ from cluster_jobs.slurm.meeting import Head, folder, hosting, join
 from cluster_jobs.spec import SlurmSpec, slurm_spec
 from deepclust import rundir
 from deepclust.errors import DeepclustError, RequeueWanted
-from deepclust.files import write_json
+from deepclust.files import read_json, write_json
 from deepclust.launch import HELD_BACK, collected_signals
 from deepclust.lock import hold
 from deepclust.rundir import Run
 
 END_S = 90.0  # from our wish to end or requeue until Slurm ends us
+FRUITLESS = 3  # starts in a row that bring nothing, and then no more
 AGAIN = 3  # times that a node's Ray is started again while the head lives
 log = logging.getLogger("cluster_jobs")
 
@@ -156,12 +157,24 @@ def after_stop(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int])
     if seen is not None and seen.state != "RUNNING":  # cancelled meanwhile, or queued by Slurm
         log.info("job %s is %s: it is not queued again by us", found.job, seen)
         return RequeueWanted.exit_code
+    if _fruitless(path):
+        log.error("%d starts of job %s in a row brought nothing: it ends", FRUITLESS, found.job)
+        return RequeueWanted.exit_code
     if problem := queue.requeue(found.job):
         log.error("job %s cannot be queued again: %s", found.job, problem)
         return RequeueWanted.exit_code
     log.info("job %s is queued again", found.job)
     _wait_for_the_end(asked)
     return RequeueWanted.exit_code
+
+
+def _fruitless(path: Path) -> bool:
+    """Whether the last starts ended with nothing more on disk than the one before them."""
+    file = path / "slurm" / "fruit.json"
+    before = read_json(file) if file.exists() else []
+    counted = [*before, list(job.fruit(Run(path)))][-1 - FRUITLESS :]
+    write_json(file, counted)
+    return len(counted) > FRUITLESS and counted.count(counted[-1]) == len(counted)
 
 
 def _wait_for_the_end(asked: list[int]) -> None:

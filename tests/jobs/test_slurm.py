@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,3 +201,15 @@ def test_a_head_that_is_killed_takes_all_with_it(
     assert slurm.wait(number) == "FAILED"
     until_gone(slurm, number)
     assert state(run)["state"] == "FAILED"
+
+
+def test_the_plain_script_does_the_same_without_submitit(
+    slurm: SlurmHere, shards: Path, local: Callable[[int], Path], tmp_path: Path
+) -> None:
+    run, script = tmp_path / "run", Path(__file__).parents[2] / "slurm" / "srun-cpu.sbatch"
+    recipe(shards, "train.ranks=1").save(tmp_path / "tiny.yaml")
+    words = ["--cpus-per-task=1", "-o", tmp_path / "out", f"--export=ALL,PYTHON={sys.executable}"]
+    number = slurm.call("sbatch", "--parsable", *words, script, tmp_path / "tiny.yaml", run).strip()
+    assert slurm.wait(number) == "COMPLETED", (tmp_path / "out").read_text()
+    assert_same_run(run, local(3))
+    assert state(run)["state"] == "SUCCEEDED"
