@@ -99,7 +99,7 @@ class Plan:
             "partition": spec.partition, "qos": spec.qos, "account": spec.account,
             "constraint": spec.constraint, "exclusive": spec.exclusive or None,
             "additional_parameters": {**_options(spec), "requeue": True},
-            "setup": self._setup(), "srun_args": self.srun(), "stderr_to_stdout": True,
+            "setup": self._setup() or None, "srun_args": self.srun(), "stderr_to_stdout": True,
             "signal_delay_s": spec.signal,
         }  # fmt: skip
         given = {name: value for name, value in wanted.items() if value is not None}
@@ -115,7 +115,7 @@ class Plan:
     def _setup(self) -> list[str]:
         source = shlex.quote(str(self.folder / "source"))
         pinned = [f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-        return [*self.spec.setup, *(pinned if self.spec.snapshot else [])] or [":"]
+        return [*self.spec.setup, *(pinned if self.spec.snapshot else [])]
 
     def srun(self) -> list[str]:
         """CPUs, which srun does not take from sbatch (22.05), and that task 0 ends the others."""

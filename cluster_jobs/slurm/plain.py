@@ -30,13 +30,16 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "srun-cpu": (
         "Two nodes without GPUs, one rank on each: a first try on any cluster.",
-        ("slurm.launcher=srun", "slurm.nodes=2", "slurm.ranks=2", "train.device=cpu"),
+        ("slurm.launcher=srun", "slurm.nodes=2", "slurm.ranks=2", "slurm.cpus_per_node=14",
+         "train.device=cpu"),
     ),
 }  # fmt: skip
 BATCH = {"ray": "train.batch=256", "srun": "train.batch=256", "srun-cpu": "train.batch=256"}
 LIMIT = ("slurm.time=24h",)
 FROM_SLURM = {
     "slurm.nodes": '"$SLURM_JOB_NUM_NODES"', "slurm.gpus_per_node": '"${SLURM_GPUS_ON_NODE:-0}"',
+    "slurm.ranks": '"$SLURM_JOB_NUM_NODES"',
+    "slurm.cpus_per_node": "$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE))",
 }  # fmt: skip
 BODY = """
 # What your cluster needs comes here: module load ..., source ENVIRONMENT/bin/activate
@@ -62,7 +65,8 @@ def _script(name: str, what: str, overrides: tuple[str, ...]) -> str:
     recipe = Recipe.load(RECIPES, *LIMIT, *batch, *overrides)
     plan = prepare(recipe, Path("/run"))
     head = f"#!/bin/bash\n# {what}\n# Made by tools/slurm-scripts; see README.md.\n"
-    options = " ".join(shlex.quote(word) for word in plan.srun())
+    kept = [word for word in plan.srun() if not word.startswith("--cpus-per-task")]
+    options = " ".join(['--cpus-per-task="$SLURM_CPUS_PER_TASK"', *map(shlex.quote, kept)])
     given = [_given(*override.partition("=")[::2]) for override in overrides]
     body = BODY.format(name=name, overrides=" ".join(given), options=options, program=PROGRAM)
     return head + "\n".join(_directives(plan)) + "\n" + body

@@ -86,12 +86,13 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     launcher: str,
 ) -> None:  # fmt: skip
     run = tmp_path / "a run; echo 'no' \"more\""
-    number = begin(run, f"slurm.launcher={launcher}")
+    number = begin(run, f"slurm.launcher={launcher}", "slurm.snapshot=true")
     assert state(run)["state"] in ("PENDING", "RUNNING")
     told = deepclust("logs", run, "-f").stdout
     assert "finished" in told
     assert slurm.wait(number) == "COMPLETED"
     assert state(run)["state"] == "SUCCEEDED"
+    assert (run / "slurm" / "source" / "deepclust" / "launch.py").exists()
     name = slurm.call("sacct", "-X", "-n", "-P", "-j", number, "-o", "JobName").strip()
     assert name == run.name.replace('"', "`")  # as Slurm's accounting writes a quote
     assert_same_run(run, local(3))

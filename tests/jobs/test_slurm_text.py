@@ -109,8 +109,8 @@ def test_hostile_names_stay_data() -> None:
     command = shlex.split(lines[-1])
     assert command[-1] == str(path / "slurm")
     assert [line for line in lines if line and not line.startswith("#")][:-1] == [
-        ":", "export SUBMITIT_EXECUTOR=slurm",
-    ]  # fmt: skip
+        "export SUBMITIT_EXECUTOR=slurm"
+    ]
 
 
 @pytest.mark.parametrize(
