@@ -28,6 +28,10 @@ PREFIX = "dc-slurm-"
 NODES = ("n1", "n2")
 CPUS = 6
 GRACE_S = 30
+KILL_S = 10
+# until a job that is queued again may start; before KILL_S is over, slurmd would kill the new start
+# of the job with the old one: it knows them by the job's number alone
+AGAIN_S = KILL_S + 2
 START_S = 60.0
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
@@ -38,7 +42,7 @@ SlurmctldPort={ctld}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={folder}/munge/socket,cred_expire={again}
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -59,7 +63,7 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait={kill}
 InactiveLimit=0
 SlurmdTimeout=20
 SlurmctldTimeout=20
@@ -148,7 +152,7 @@ class SlurmHere:
     def _write(self) -> None:
         facts = {
             **self.ports, "folder": self.folder, "host": platform.node(), "cpus": CPUS,
-            "grace": GRACE_S,
+            "grace": GRACE_S, "kill": KILL_S, "again": AGAIN_S,
         }  # fmt: skip
         for name in ("munge", "state", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)

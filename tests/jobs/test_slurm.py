@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 LAUNCHERS = ("srun", "ray")
 LONG = 8  # epochs, so that something comes in between
+LONGER = 40  # until Slurm's scheduler has looked again
 NODES = ("slurm.nodes=2", "slurm.start=60")
 PATIENCE_S = 120.0
 
@@ -168,14 +169,14 @@ def test_a_job_that_a_higher_partition_preempts_is_queued_again_and_resumes(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    number = begin(run, "slurm.launcher=srun", f"train.epochs={LONG}", "slurm.exclusive=true")
+    number = begin(run, "slurm.launcher=srun", f"train.epochs={LONGER}", "slurm.exclusive=true")
     until(lambda: training(run))
     words = ("-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 8")
     other = slurm.call("sbatch", "--parsable", *words).strip()
     assert slurm.wait(other) == "COMPLETED"
     assert slurm.wait(number) == "COMPLETED"
     assert len(events(run, "started")) == 2
-    assert_same_run(run, local(LONG))
+    assert_same_run(run, local(LONGER))
 
 
 def test_a_rank_that_is_killed_ends_the_job_with_its_name(
