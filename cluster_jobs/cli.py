@@ -113,7 +113,7 @@ def pretrain(
 def submit(
     recipe: Annotated[str, typer.Argument(help="a path or a shipped name")],
     run: Annotated[Path, typer.Option("--run", help="run directory")],
-    on: Annotated[str, typer.Option("--on", help="local or ray")] = "local",
+    on: Annotated[str, typer.Option("--on", help="local, ray or slurm")] = "local",
     address: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="of a standing Ray cluster; same as ray.address=..."),
@@ -184,7 +184,9 @@ def cancel(run: RunPath) -> None:
 @app.command()
 def resume(
     run: RunPath,
-    on: Annotated[str | None, typer.Option("--on", help="local or ray: in the background")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="local, ray or slurm: in the background")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""

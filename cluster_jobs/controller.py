@@ -49,7 +49,7 @@ class Controller:
     def control(self) -> None:
         """Live until the run is finished. Raises what ended it otherwise."""
         while True:
-            before = _fruit(self.run)
+            before = job.fruit(self.run)
             ending = self._live()
             if ending.kind == "finished":
                 return self._event("finished", epochs=self.run.recipe.train.epochs)
@@ -61,7 +61,7 @@ class Controller:
                     raise RequeueWanted(ending.text)
                 self.wants_more = False
                 continue
-            self._forgive(ending, _fruit(self.run) != before)
+            self._forgive(ending, job.fruit(self.run) != before)
 
     def _live(self) -> Ending:
         """One life of the gang, from a reservation to its end."""
@@ -134,8 +134,11 @@ class Controller:
         log.info("%s %s", name, fields)
 
 
-def control(path: Path) -> None:
-    """Bring the run to its end. Raises the errors of `deepclust.errors`."""
+def control(path: Path, asked: list[int] | None = None) -> None:
+    """Bring the run to its end. Raises the errors of `deepclust.errors`.
+
+    `asked` are the signals of a caller who collects them already.
+    """
     found = rundir.open_run(path)
     spec = ray_spec(found.recipe)
     with hold(path) as token:
@@ -143,7 +146,8 @@ def control(path: Path) -> None:
         if is_finished(run):
             return
         try:
-            with connected(spec, found.recipe), collected_signals() as signals:
+            # after Ray has come, which has a way of its own to take TERM
+            with connected(spec, found.recipe), collected_signals(asked) as signals:
                 Controller(run, spec, signals).control()
         except BaseException as error:
             run = replace(run, incarnation=_lives(run))
@@ -156,20 +160,10 @@ def _lives(run: Run) -> int:
     return sum(event["event"] == "started" for event in run.events())
 
 
-def _fruit(run: Run) -> tuple[int, int, int]:
-    """What is on disk, counted: it changes with every commit of a run that gets anywhere."""
-    steps = [int(folder.name) for folder in run.checkpoints()]
-    stages = len(list(run.path.glob("rounds/*/*/DONE")))
-    units = len(list(run.path.glob("rounds/*/raw/unit-*")))
-    return max(steps, default=0), stages, units
-
-
 def main() -> int:
     """Control the run that is named, and end with the exit code of what ended it."""
     path = Path(sys.argv[1])
-    where = logging.FileHandler(path / "logs" / "controller.log")
-    handlers: list[logging.Handler] = [where, logging.StreamHandler()]
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)
+    job.log_to(path)
     try:
         control(path)
     except DeepclustError as error:

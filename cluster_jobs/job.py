@@ -6,11 +6,13 @@ the run can read them.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from deepclust import lock
 from deepclust.files import disk_errors, read_json, write_json
+from deepclust.rundir import Run
 
 LOCAL = {"on": "local"}
 
@@ -47,3 +49,18 @@ def cancel_asked(run: Path) -> bool:
 def forget_cancel(run: Path) -> None:
     """The wish was granted, or is old."""
     (run / "cancel").unlink(missing_ok=True)
+
+
+def fruit(run: Run) -> tuple[int, int, int]:
+    """What is on disk, counted: it changes with every commit of a run that gets anywhere."""
+    steps = [int(folder.name) for folder in run.checkpoints()]
+    stages = len(list(run.path.glob("rounds/*/*/DONE")))
+    units = len(list(run.path.glob("rounds/*/raw/unit-*")))
+    return max(steps, default=0), stages, units
+
+
+def log_to(run: Path) -> None:
+    """A controller's log: in the run, and on stderr."""
+    where = logging.FileHandler(run / "logs" / "controller.log")
+    handlers: list[logging.Handler] = [where, logging.StreamHandler()]
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)

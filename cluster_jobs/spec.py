@@ -1,10 +1,11 @@
-"""What a recipe says about where it runs: `ray.*`, which is opaque in `deepclust`, checked here."""
+"""What a recipe says about where it runs: `ray.*` and `slurm.*`; `deepclust` looks at neither."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, checked
@@ -64,3 +65,96 @@ def sizes(recipe: Recipe, spec: RaySpec) -> list[int]:
     wanted = range(spec.ranks.max, spec.ranks.min - 1, -1)
     parts = recipe.train.accumulate
     return [size for size in wanted if recipe.train.batch % (size * parts) == 0]
+
+
+def one_line(text: str) -> str:
+    """The text, if a line of an sbatch script can hold it; that syntax has no way to end a line."""
+    if not text or not text.isprintable():
+        raise ValueError(f"{text!r} is empty or has a character that no sbatch line can hold")
+    return text
+
+
+Line = Annotated[str, AfterValidator(one_line)]
+TIMES = ((r"(\d+)m", 1), (r"(\d+)h", 60), (r"(\d+)d", 24 * 60))
+CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))(?::(\d\d))?")
+OURS = {
+    "array", "chdir", "error", "job-name", "ntasks", "ntasks-per-node", "open-mode", "output",
+    "requeue", "no-requeue",
+}  # fmt: skip
+
+
+def minutes(text: str) -> int:
+    """A time limit in whole minutes, rounded up: 90m, 24h, 2d, D-HH:MM[:SS] or HH:MM:SS."""
+    for pattern, factor in TIMES:
+        if match := re.fullmatch(pattern, text):
+            return int(match[1]) * factor
+    match = CLOCK.fullmatch(text)
+    if match is None or (match[1] is None and match[4] is None):
+        raise ValueError(f"{text!r} is no time limit; write 90m, 24h, 2d or 1-12:00:00")
+    days, hours, rest, seconds = (int(part or 0) for part in match.groups())
+    return (days * 24 + hours) * 60 + rest + (seconds > 0)
+
+
+class SlurmSpec(Section):
+    """A run on Slurm: what it asks for, and how its processes are started there."""
+
+    partition: Line | None = None
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(0, ge=0)
+    gpu_type: Line | None = Field(None, description="as the cluster names it, e.g. a100")
+    cpus_per_node: int | None = Field(None, ge=1, description="default: what the processes need")
+    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description='of a node; "0": all of it')
+    time: str | None = Field(None, description="limit, e.g. 90m, 24h, 2d, 1-12:00:00")
+    qos: Line | None = None
+    account: Line | None = None
+    constraint: Line | None = None
+    exclusive: bool = False
+    sbatch: dict[str, Line | int | bool] = Field(
+        {}, description="more options of sbatch, e.g. {reservation: spring, mail-type: END}"
+    )
+    setup: list[Line] = Field([], description="shell lines before the start, e.g. module load")
+    container_image: Line | None = Field(None, description="for srun --container-image (pyxis)")
+    container_mounts: list[Line] = []
+    launcher: Literal["ray", "srun"] = Field(
+        "ray", description="who starts the ranks: a Ray of the job's own, or srun alone"
+    )
+    ranks: int | None = Field(None, ge=1, description="default: a rank a GPU, or train.ranks")
+    cpus_per_rank: int | None = Field(None, ge=1, description="default: data.workers + 1, or more")
+    worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker")
+    signal: int = Field(120, ge=1, description="seconds before the limit that USR2 comes")
+    requeues: int = Field(1000, ge=0, description="times that the job is queued again")
+    start: float = Field(300.0, gt=0, description="seconds for all nodes to come up")
+    snapshot: bool = Field(False, description="run a copy of the code as it was at submit")
+    python: Line | None = Field(None, description="Python on the nodes; default: that of submit")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _written_as_text(cls, value: object) -> object:
+        if isinstance(value, int):  # YAML reads 24:00:00 as a number of base 60
+            raise ValueError("write 90m, 24h, 2d or 1-12:00:00: a plain number has no unit")
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _a_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            minutes(value)
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        given = {name.replace("-", "_"): name for name in value}
+        known = set(cls.model_fields) | {name.replace("-", "_") for name in OURS}
+        for option, name in given.items():
+            if not re.fullmatch(r"[a-z][a-z-]*", name):
+                raise ValueError(f"{name!r} is no long option of sbatch; write it without dashes")
+            if option in known:
+                place = f"slurm.{option}" if option in cls.model_fields else "nothing: we set it"
+                raise ValueError(f"{name}: use {place}")
+        return value
+
+
+def slurm_spec(recipe: Recipe) -> SlurmSpec:
+    """The `slurm` section, checked; a `RecipeError` names every key that is wrong."""
+    return checked(SlurmSpec, recipe.slurm, "recipe", within="slurm.")

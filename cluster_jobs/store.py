@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster_jobs import job
+from cluster_jobs import job, queue
 from deepclust import lock, rundir
 from deepclust.errors import DeepclustError, RecipeError, ResourceError, exit_code_of
 from deepclust.launch import is_finished
 from deepclust.rundir import Run
 
 POLL_S = 0.5
+QUEUE_POLL_S = 3.0  # Slurm's controller is shared
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,13 @@ def _status(run: Run) -> Status:
 
 def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str, int]:
     """State, reason and exit code, by the lock and the newest event that says something."""
-    if owner:
+    seen = _seen(run)
+    if owner and (seen is None or seen.lives or lock.owner_pid(run.path) is not None):
         return _living(events)
     if is_finished(run):
         return "SUCCEEDED", "", 0
+    if seen is not None and (found := _by_slurm(run, seen, events)):
+        return found
     if not events:
         return "PENDING", _submitted(run), 0
     last = events[-1]
@@ -92,6 +96,31 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
     if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
         return "STOPPED", last["text"], code
     return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}", code
+
+
+def _seen(run: Run) -> queue.Seen | None:
+    """The run's job in Slurm's eyes; None where this machine sees the controller itself."""
+    facts = job.read(run.path)
+    if facts["on"] != "slurm" or "job" not in facts or lock.owner_pid(run.path) is not None:
+        return None
+    return None if is_finished(run) else queue.look(str(facts["job"]))
+
+
+def _by_slurm(
+    run: Run, seen: queue.Seen, events: list[dict[str, Any]]
+) -> tuple[str, str, int] | None:
+    """State, reason and exit code of a run that nobody holds; None when its own word says more."""
+    told = f"job {job.read(run.path)['job']}: {seen}"
+    if seen.waits:
+        return "PENDING", told, 0
+    if seen.lives:
+        return "RUNNING", f"{told}: coming up, or leaving", 0
+    if seen.state in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
+        return "STOPPED", f"{told}; deepclust resume {run.path} --on slurm", 75
+    if events and events[-1]["event"] == "stopped" and events[-1]["kind"] != "RequeueWanted":
+        return None  # in its own words
+    output = f"; see {run.path / 'slurm'}"
+    return "FAILED", f"{told}, exit code {seen.ended.partition(':')[0]}{output}", 4
 
 
 def _living(events: list[dict[str, Any]]) -> tuple[str, str, int]:
@@ -134,7 +163,7 @@ def follow(run: Path, echo: Callable[[str], None], pending: Callable[[], bool]) 
     while (now := status(found)).state == "PENDING" and now.owner is None:
         if not pending() and status(found).state == "PENDING" and lock.owner(run) is None:
             raise ResourceError(f"{run} ended before its controller began: {now.reason}")
-        time.sleep(POLL_S)
+        time.sleep(QUEUE_POLL_S if "job" in job.read(run) else POLL_S)
     for line in tail(run, 0, follow=True):
         echo(line)
     return status(found)
@@ -146,12 +175,19 @@ def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
     names = ("controller.log", f"rank-{rank:05d}.log", f"rank-{rank}.out", "cluster-worker.out")
     files = dict.fromkeys(names, 0)
     while True:
-        alive = lock.owner(run) is not None
+        held = lock.owner(run) is not None
+        alive = held or (follow and _queued(run))
         for name in files:
             yield from _new_lines(folder / name, files)
         if not follow or not alive:
             return
-        time.sleep(POLL_S)
+        time.sleep(POLL_S if held else QUEUE_POLL_S)
+
+
+def _queued(run: Path) -> bool:
+    """Whether Slurm will start the run's job, or is about to."""
+    seen = _seen(Run(run))
+    return seen is not None and (seen.waits or seen.lives)
 
 
 def _new_lines(file: Path, seen: dict[str, int]) -> list[str]:

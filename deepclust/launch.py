@@ -188,9 +188,12 @@ def _in_process(run: Run, show: Show, stage: str | None, asked: list[int]) -> No
 
 
 @contextlib.contextmanager
-def collected_signals() -> Iterator[list[int]]:
-    """Collect USR2, TERM and INT instead of dying of them; a second INT interrupts at once."""
-    asked: list[int] = []
+def collected_signals(earlier: list[int] | None = None) -> Iterator[list[int]]:
+    """Collect USR2, TERM and INT instead of dying of them; a second INT interrupts at once.
+
+    They are added to those that came earlier, in the same list.
+    """
+    asked: list[int] = [] if earlier is None else earlier
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

@@ -118,9 +118,18 @@ def _me() -> dict[str, Any]:
 
 
 def _is_stale(run: Path, lock: dict[str, Any]) -> bool:
+    if _is_earlier_start(lock):
+        return True
     if _is_here(lock):
         return bool(_start_time(int(lock["pid"])) != lock["started"])
     return _age(run / "lock.json") > STALE_AFTER_S
+
+
+def _is_earlier_start(lock: dict[str, Any]) -> bool:
+    """Whether an earlier start of our own Slurm job has it: Slurm ended that one before ours."""
+    me = _me()
+    same = lock.get("slurm_job") is not None and lock["slurm_job"] == me["slurm_job"]
+    return same and lock.get("slurm_restart") != me["slurm_restart"]
 
 
 def _is_here(lock: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from types import ModuleType
 from cluster_jobs import job
 from deepclust.errors import RecipeError
 
-EXECUTORS = ("local", "ray")
+EXECUTORS = ("local", "ray", "slurm")
 
 
 def executor(name: str) -> ModuleType:

@@ -1,0 +1,242 @@
+"""The Slurm executor: a run as a job that Slurm starts, preempts and queues again, by submitit.
+
+What is submitted names the run directory and nothing else, so it may be started any number of
+times: every start continues from the last commit. Its program is `cluster_jobs.slurm.task`, one
+task a node (or, with `slurm.launcher: srun`, one a process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster_jobs import job, queue
+from cluster_jobs.executors import background
+from cluster_jobs.layout import Layout, layout
+from cluster_jobs.spec import SlurmSpec, minutes, one_line, slurm_spec
+from deepclust import lock, rundir
+from deepclust.errors import RecipeError, ResourceError
+from deepclust.launch import HELD_BACK, check_changes, prepare_run
+from deepclust.recipe import Recipe
+
+if TYPE_CHECKING:
+    import submitit
+
+PROGRAM = "cluster_jobs.slurm.task"
+UNASKED: dict[str, Any] = {"time": None, "wckey": None}  # submitit has 5 minutes, and a key
+PACKAGES = ("deepclust", "cluster_jobs")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What submitit starts on every node: our program in its place, with its signals held back."""
+
+    run: str
+
+    def __call__(self) -> None:
+        """Become the program of the task; it lets the signals in when it can handle them."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        os.execv(sys.executable, [sys.executable, "-u", "-P", "-m", PROGRAM, self.run])
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """When a signal comes before that: the same again."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be submitted; printing it is a dry run."""
+
+    recipe: Recipe
+    run: Path
+    layout: Layout
+
+    @property
+    def spec(self) -> SlurmSpec:
+        """The `slurm` section, checked."""
+        return slurm_spec(self.recipe)
+
+    @property
+    def folder(self) -> Path:
+        """Where scripts and output of its jobs lie."""
+        return self.run.absolute() / "slurm"
+
+    @property
+    def python(self) -> str:
+        """On the nodes."""
+        return self.spec.python or sys.executable
+
+    @property
+    def tasks(self) -> int:
+        """Of a node: Ray's one, or one a process."""
+        return 1 if self.spec.launcher == "ray" else self.layout.tasks
+
+    @property
+    def task_cpus(self) -> int:
+        """CPUs of a task."""
+        return max(1, self.layout.cpus // self.tasks)
+
+    def parameters(self) -> dict[str, Any]:
+        """For submitit."""
+        spec = self.spec
+        gpus = f"{spec.gpu_type}:{spec.gpus_per_node}" if spec.gpu_type else spec.gpus_per_node
+        wanted = {
+            "job_name": self.run.absolute().name, "nodes": spec.nodes, "mem": spec.mem,
+            "ntasks_per_node": self.tasks, "cpus_per_task": self.task_cpus,
+            "gpus_per_node": gpus or None,
+            "time": None if spec.time is None else minutes(spec.time),
+            "partition": spec.partition, "qos": spec.qos, "account": spec.account,
+            "constraint": spec.constraint, "exclusive": spec.exclusive or None,
+            "additional_parameters": {**_options(spec), "requeue": True},
+            "setup": self._setup() or None, "srun_args": self.srun(), "stderr_to_stdout": True,
+            "signal_delay_s": spec.signal,
+        }  # fmt: skip
+        given = {name: value for name, value in wanted.items() if value is not None}
+        return {**UNASKED, **given}
+
+    def script(self) -> str:
+        """The text that sbatch gets."""
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        words = [self.python, "-u", "-m", "submitit.core._submit", str(self.folder)]
+        return _make_sbatch_string(shlex.join(words), self.folder, **self.parameters())
+
+    def _setup(self) -> list[str]:
+        source = shlex.quote(str(self.folder / "source"))
+        pinned = [f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+        return [*self.spec.setup, *(pinned if self.spec.snapshot else [])]
+
+    def srun(self) -> list[str]:
+        """CPUs, which srun does not take from sbatch (22.05), and that task 0 ends the others."""
+        spec = self.spec
+        given = [f"--cpus-per-task={self.task_cpus}", "--kill-on-bad-exit=0", "--wait=0"]
+        if spec.container_image:
+            given.append(f"--container-image={spec.container_image}")
+        if spec.container_mounts:
+            given.append(f"--container-mounts={','.join(spec.container_mounts)}")
+        return given
+
+    def __str__(self) -> str:
+        return f"{self.layout}\n\n{self.script()}\n{self.recipe.dump()}"
+
+
+def prepare(recipe: Recipe, run: Path) -> Plan:
+    """The job for a recipe; nothing is written or started."""
+    spec, found = slurm_spec(recipe), layout(recipe)
+    path = str(run.absolute())
+    try:
+        one_line(path)
+    except ValueError as error:
+        raise RecipeError(f"--run: {error}") from None
+    if "%" in path or "\\" in path:
+        raise RecipeError(f"--run {path}: Slurm gives % and \\ in a path a meaning of its own")
+    threads = recipe.train.threads or max(1, found.rank_cpus - recipe.data.workers)
+    overrides = [f"train.ranks={found.ranks}", f"train.threads={threads}"]
+    if spec.launcher == "ray":
+        overrides += [f"ray.cpus={found.rank_cpus}", f"ray.worker_cpus={found.worker_cpus}"]
+    return Plan(recipe.replace(*overrides), run, found)
+
+
+def submit(plan: Plan) -> None:
+    """Create the run and queue its job."""
+    _need_slurm()
+    prepare_run(plan.recipe, plan.run)
+    _queue(plan)
+
+
+def resume(run: Path, overrides: list[str]) -> None:
+    """Queue a job for a run that exists, wherever it ran before."""
+    _need_slurm()
+    found = rundir.open_run(run)
+    recipe = found.recipe.replace(*overrides)
+    check_changes(found, recipe)
+    background.refuse_held(run)
+    seen = _seen(run)
+    if seen is not None and (seen.waits or seen.lives):
+        raise ResourceError(f"{run} has a job already: {seen}; deepclust cancel {run} ends it")
+    plan = prepare(recipe, run)
+    if plan.recipe != found.recipe:
+        plan.recipe.save(run / "recipe.yaml")
+    _queue(plan)
+
+
+def cancel(run: Path) -> str:
+    """Stop it at the next step where it runs, then take its job out of Slurm."""
+    seen, number = _seen(run), job.read(run).get("job")
+    if lock.owner(run) is None and (seen is None or not (seen.waits or seen.lives)):
+        return f"{run} is not running"
+    job.ask_to_cancel(run)
+    deadline = time.monotonic() + background.CANCEL_PATIENCE_S
+    while lock.owner(run) is not None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if number:
+        queue.scancel(str(number))
+    if lock.owner(run) is None:
+        job.forget_cancel(run)
+    return f"{run} was stopped, job {number}; deepclust resume {run} --on slurm continues it"
+
+
+def _queue(plan: Plan) -> None:
+    import submitit
+
+    if plan.spec.snapshot:
+        _snapshot(plan.folder / "source")
+    executor = submitit.SlurmExecutor(plan.folder, python=shlex.quote(plan.python))
+    executor.update_parameters(**plan.parameters())
+    job.record(plan.run, on="slurm")
+    try:
+        with _outside_of_a_job():
+            number = executor.submit(Entry(str(plan.run.absolute()))).job_id
+    except submitit.core.utils.FailedJobError as error:
+        raise ResourceError(f"Slurm did not take the job: {error}") from error
+    job.record(plan.run, on="slurm", job=number, launcher=plan.spec.launcher)
+
+
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Inside of another job its variables would win; SLURM_CONF says where Slurm is, and stays."""
+    names = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_"))]
+    inside = "SLURM_JOB_ID" in os.environ
+    hidden = {n: os.environ.pop(n) for n in names if inside and n != "SLURM_CONF"}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _snapshot(source: Path) -> None:
+    """A copy of our two packages as they are now."""
+    here = Path(rundir.__file__).parent.parent
+    for package in PACKAGES:
+        shutil.copytree(
+            here / package, source / package, dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )  # fmt: skip
+
+
+def _seen(run: Path) -> queue.Seen | None:
+    number = job.read(run).get("job")
+    return queue.look(str(number)) if number else None
+
+
+def _options(spec: SlurmSpec) -> dict[str, str | int | bool]:
+    return {name: value for name, value in spec.sbatch.items() if value is not False}
+
+
+def _need_slurm() -> None:
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise ResourceError(
+            "no sbatch and srun here: submit from a login node of the cluster (--dry-run works "
+            "anywhere)"
+        )

@@ -1,0 +1,85 @@
+"""What Slurm says of a job, in its words: `squeue` while it is known there, `sacct` afterwards.
+
+Slurm forgets a job some minutes after its end (MinJobAge), and not every cluster keeps accounts, so
+either may know nothing. Whoever asks adds what the run directory says.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+PATIENCE_S = 20.0
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+LIVING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+WHY = {
+    "Priority": "others come first", "Resources": "waiting for nodes",
+    "BeginTime": "queued again, begins in a moment", "Dependency": "waiting for another job",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A job's state by Slurm, why it waits, where it runs, and how it ended (exit:signal)."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    ended: str = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue and will run."""
+        return self.state in WAITING
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has nodes."""
+        return self.state in LIVING
+
+    def __str__(self) -> str:
+        told = WHY.get(self.reason, "")
+        reason = f" ({self.reason}{': ' if told else ''}{told})" if self.reason else ""
+        return f"{self.state}{reason}{f' on {self.nodes}' if self.nodes else ''}"
+
+
+def look(job: str) -> Seen | None:
+    """The job as Slurm sees it now; None when no Slurm command answers or knows it."""
+    queued = _ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N")
+    if queued:
+        state, reason, nodes = queued.splitlines()[0].split("|")
+        seen = Seen(state, "" if reason == "None" else reason, nodes)
+        if seen.waits or (seen.lives and seen.state != "COMPLETING"):
+            return seen
+    kept = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
+    if kept:
+        state, nodes, ended = kept.splitlines()[-1].split("|")  # known while it is COMPLETING
+        return Seen(state.split()[0], "", "" if nodes == "None assigned" else nodes, ended)
+    return seen if queued else None
+
+
+def scancel(job: str) -> None:
+    """Take the job out of the queue, or end it."""
+    _ask("scancel", job)
+
+
+def requeue(job: str) -> str:
+    """Queue a running job again; what Slurm has against it, empty when it does so."""
+    try:
+        done = _run("scontrol", "requeue", job)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stderr.strip() if done.returncode else ""
+
+
+def _ask(*words: str) -> str:
+    """What a command prints; nothing when it is not there, fails or does not answer."""
+    try:
+        done = _run(*words)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if done.returncode else done.stdout.strip()
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)

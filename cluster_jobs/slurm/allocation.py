@@ -1,0 +1,100 @@
+"""What Slurm has given this task: the variables of the job step, read in one place.
+
+A node is known by Slurm's name for it (SLURMD_NODENAME), never by its host name or address: several
+may share those.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from dataclasses import dataclass
+
+from deepclust.errors import ResourceError
+
+ASK_S = 20.0
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The job, this task's place in it, and what its node gives to it."""
+
+    job: str
+    restart: int  # how often the job was queued again
+    nodes: list[str]
+    number: int  # of this node among them
+    task: int  # among all tasks
+    local: int  # among this node's tasks
+    cpus: int
+    gpus: int
+
+    @property
+    def name(self) -> str:
+        """Of this node."""
+        return self.nodes[self.number]
+
+    @property
+    def life(self) -> str:
+        """A name for this start of the job; a file of an older one has another."""
+        return f"{self.job}-{self.restart}"
+
+
+def allocation() -> Allocation:
+    """This task's. Raises `ResourceError` outside of a job step."""
+    given = os.environ
+    try:
+        listed, number = given["SLURM_JOB_NODELIST"], int(given["SLURM_NODEID"])
+        nodes = _ask("scontrol", "show", "hostnames", listed).split()
+        return Allocation(
+            job=given["SLURM_JOB_ID"], restart=int(given.get("SLURM_RESTART_COUNT", 0)),
+            nodes=nodes, number=number, task=int(given["SLURM_PROCID"]),
+            local=int(given["SLURM_LOCALID"]), cpus=int(given.get("SLURM_CPUS_PER_TASK", 1)),
+            gpus=_gpus(),
+        )  # fmt: skip
+    except KeyError as error:
+        raise ResourceError(
+            f"{error} is not set: start this by srun in a Slurm job, as `deepclust submit --on "
+            "slurm` does"
+        ) from error
+
+
+def own_address(found: Allocation) -> str:
+    """This node's address as the others can reach it: that of the way to one of them."""
+    others = [name for name in found.nodes if name != found.name]
+    if not others:
+        return "127.0.0.1"
+    told = re.search(r"NodeAddr=(\S+)", _ask("scontrol", "show", "node", others[0]))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect((told[1] if told else others[0], 9))  # of UDP: nothing is sent
+        except OSError as error:
+            raise ResourceError(f"{found.name} knows no way to {others[0]}: {error}") from error
+        return str(way.getsockname()[0])
+
+
+def free_ports(address: str, count: int) -> list[int]:
+    """Ports of that address that nobody has at this moment."""
+    servers = [socket.create_server((address, 0)) for _ in range(count)]
+    try:
+        return [int(server.getsockname()[1]) for server in servers]
+    finally:
+        for server in servers:
+            server.close()
+
+
+def _gpus() -> int:
+    """The GPUs that this task sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name and name != "NoDevFiles"])
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+
+
+def _ask(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ResourceError(f"Slurm does not answer {' '.join(words)}: {error}") from error
+    return done.stdout

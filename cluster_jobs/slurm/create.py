@@ -1,0 +1,47 @@
+"""Make or take up the run of a plain sbatch script: `... create RECIPE RUN [a.b=c ...]`.
+
+The scripts in `slurm/` call it on the first node, before `srun`. A run that is there already is
+continued with this job's nodes, so a job that was queued again needs nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from cluster_jobs import job
+from cluster_jobs.executors import slurm as executor
+from deepclust import rundir
+from deepclust.errors import DeepclustError
+from deepclust.launch import check_changes, prepare_run
+from deepclust.recipe import Recipe
+
+
+def create(source: str, run: Path, overrides: list[str]) -> None:
+    """Write the run of a recipe, or what this job changes in it. Raises `deepclust.errors`."""
+    if rundir.exists(run):
+        found = rundir.open_run(run)
+        recipe = found.recipe.replace(*(o for o in overrides if o.startswith("slurm.")))
+        check_changes(found, recipe)
+        executor.prepare(recipe, run).recipe.save(run / "recipe.yaml")
+    else:
+        plan = executor.prepare(Recipe.load(source, *overrides), run)
+        prepare_run(plan.recipe, run)
+    (run / "slurm").mkdir(exist_ok=True)
+    job.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"])
+
+
+def main() -> int:
+    """For the scripts."""
+    source, run, *overrides = sys.argv[1:]
+    try:
+        create(source, Path(run).absolute(), overrides)
+    except DeepclustError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""How the tasks of a job find each other: the head listens, and a file in the run says where.
+
+The file is keyed by job and restart, so none of an older start is taken for it, and only its owner
+can read it: it holds the word that a guest must say. Every guest then keeps its connection, JSON
+lines both ways; whoever loses it knows that the other side is gone.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster_jobs.slurm.allocation import Allocation
+from deepclust.errors import RequeueWanted, ResourceError
+from deepclust.files import disk_errors, read_json
+
+POLL_S = 0.2
+HELLO_S = 10.0
+SILENCE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
+
+
+@dataclass
+class Line:
+    """A connection that carries JSON lines."""
+
+    socket: socket.socket
+    rest: bytes = b""
+    open: bool = True
+    heard: list[dict[str, Any]] = field(default_factory=list)  # and not taken yet
+
+    def __post_init__(self) -> None:
+        """A machine that falls silent is noticed within half a minute."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in SILENCE:
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self.socket.fileno()
+
+    def send(self, **record: Any) -> None:
+        """One line; nothing happens when the other side is gone: whoever listens will notice."""
+        with suppress(OSError):
+            self.socket.sendall(json.dumps(record).encode() + b"\n")
+
+    def hear(self, patience: float | None = 0.0) -> list[dict[str, Any]]:
+        """What has come; waits that long (None: without end) for more. `open` tells of the end."""
+        if self.heard:
+            taken, self.heard = self.heard, []
+            return taken
+        self.socket.settimeout(patience)
+        try:
+            data = self.socket.recv(1 << 16)
+        except (TimeoutError, BlockingIOError):
+            return []
+        except OSError:
+            data = b""
+        finally:
+            self.socket.settimeout(None)
+        self.open = bool(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def first(self, patience: float | None) -> dict[str, Any] | None:
+        """The next line alone; None when the other side goes, or says nothing for so long."""
+        deadline = None if patience is None else time.monotonic() + patience
+        while self.open and (deadline is None or time.monotonic() < deadline):
+            self.heard = self.hear(None if deadline is None else POLL_S)
+            if self.heard:
+                return self.heard.pop(0)
+        return None
+
+    def close(self) -> None:
+        """Let the other side know."""
+        self.socket.close()
+
+
+@dataclass
+class Guest:
+    """A task that has come: its line, its number, the node it is on, and what it said."""
+
+    line: Line
+    task: int
+    node: str
+    said: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Head:
+    """The listening side, in task 0."""
+
+    server: socket.socket
+    secret: str
+    guests: dict[int, Guest] = field(default_factory=dict)
+
+    def gather(
+        self, expected: dict[int, str], patience: float, stopping: Callable[[], bool]
+    ) -> list[Guest]:
+        """Wait for those tasks (number: node), in their order.
+
+        Raises `ResourceError` with the names of the nodes that are missing, `RequeueWanted` when
+        we are asked to stop meanwhile.
+        """
+        deadline = time.monotonic() + patience
+        while missing := {t: node for t, node in expected.items() if t not in self.guests}:
+            if stopping():
+                raise RequeueWanted("asked to stop before all nodes had come")
+            if time.monotonic() > deadline:
+                tasks = ", ".join(f"task {task} on {node}" for task, node in missing.items())
+                raise ResourceError(
+                    f"{tasks} did not come within slurm.start={patience:g} s; their output is in "
+                    "the run's folder slurm/, JOB_TASK_log.out"
+                )
+            self._accept()
+        return [self.guests[task] for task in expected]
+
+    def hear_all(self, word: str, patience: float, stopping: Callable[[], bool]) -> None:
+        """Wait until every guest has said a word. Raises `ResourceError` with who has not."""
+        deadline = time.monotonic() + patience
+        while silent := [g for g in self.guests.values() if word not in g.said]:
+            if stopping():
+                raise RequeueWanted(f"asked to stop before all nodes were {word}")
+            for record in silent[0].line.hear(POLL_S):
+                silent[0].said |= record
+            failed = [g for g in silent if "failed" in g.said or not g.line.open]
+            if failed or time.monotonic() > deadline:
+                late = f"it is not {word} after {patience:g} s"
+                raise ResourceError(
+                    "; ".join(f"{g.node}: {g.said.get('failed', late)}" for g in failed or silent)
+                )
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self.server.accept()
+        except TimeoutError:
+            return
+        line = Line(connection)
+        said = line.first(HELLO_S) or {}
+        if hmac.compare_digest(str(said.pop("secret", "")), self.secret):
+            self.guests[int(said["task"])] = Guest(line, said["task"], said["node"], said)
+        else:
+            line.close()
+
+    def close(self) -> None:
+        """Everyone may go."""
+        for guest in self.guests.values():
+            guest.line.close()
+        self.server.close()
+
+
+def folder(run: Path, found: Allocation) -> Path:
+    """Where this start of the job leaves its notes."""
+    return run / "slurm" / found.life
+
+
+@contextmanager
+def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
+    """Listen, and say where; whoever has come is let go at the end."""
+    notes = folder(run, found)
+    head = Head(socket.create_server((address, 0)), secrets.token_hex(32))
+    head.server.settimeout(POLL_S)
+    try:
+        with disk_errors(run):
+            notes.mkdir(parents=True, exist_ok=True)
+            _, port = head.server.getsockname()
+            write_private(notes / "token", head.secret)
+            told = {"address": address, "port": port, "secret": head.secret}
+            write_private(notes / "head.json", json.dumps(told))
+        yield head
+    finally:
+        head.close()
+        (notes / "head.json").unlink(missing_ok=True)
+        (notes / "token").unlink(missing_ok=True)
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that nobody else can read, and let it appear whole."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        out.write(text)
+    partial.rename(file)
+
+
+def join(run: Path, found: Allocation, patience: float) -> Line:
+    """Go to the head and say who we are. Raises `ResourceError` when it is not to be found."""
+    file, deadline = folder(run, found) / "head.json", time.monotonic() + patience
+    while True:
+        try:
+            told = read_json(file)
+            line = Line(socket.create_connection((told["address"], told["port"]), HELLO_S))
+            break
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"{found.name} found no head for {patience:g} s: {error}; {file} must be on a "
+                    "file system that all nodes share"
+                ) from error
+        time.sleep(POLL_S)
+    own = line.socket.getsockname()[0]
+    line.send(secret=told["secret"], task=found.task, node=found.name, address=own, pid=os.getpid())
+    return line

@@ -1,0 +1,83 @@
+"""The sbatch scripts in `slurm/`, for people who want no submitit: made from the executor's plans.
+
+`tools/slurm-scripts` writes them, and a test compares them with what is made here. They differ
+from what `deepclust submit --on slurm` queues in two things: recipe and run are arguments, and what
+the job has is read from Slurm's variables, so that nodes can be changed on sbatch's command line.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from cluster_jobs.executors.slurm import PROGRAM, Plan, prepare
+from deepclust.recipe import Recipe
+
+RECIPES = "deepcluster-resnet50-imagenet"  # any: only its batch decides whether a shape fits
+SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ray": (
+        "Two nodes of eight GPUs, every GPU trains; a Ray of the job's own starts the processes.",
+        ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "cluster.gpus=0"),
+    ),
+    "ray-spare-gpu": (
+        "The same, and the last GPU of the first node clusters: 15 ranks, so choose train.batch.",
+        ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "train.batch=240"),
+    ),
+    "srun": (
+        "Two nodes of eight GPUs without Ray: srun starts a task a process.",
+        ("slurm.launcher=srun", "slurm.nodes=2", "slurm.gpus_per_node=8",
+         "slurm.cpus_per_node=96", "cluster.device=cpu"),
+    ),
+    "srun-cpu": (
+        "Two nodes without GPUs, one rank on each: a first try on any cluster.",
+        ("slurm.launcher=srun", "slurm.nodes=2", "slurm.ranks=2", "slurm.cpus_per_node=14",
+         "train.device=cpu"),
+    ),
+}  # fmt: skip
+BATCH = {"ray": "train.batch=256", "srun": "train.batch=256", "srun-cpu": "train.batch=256"}
+LIMIT = ("slurm.time=24h",)
+FROM_SLURM = {
+    "slurm.nodes": '"$SLURM_JOB_NUM_NODES"', "slurm.gpus_per_node": '"${SLURM_GPUS_ON_NODE:-0}"',
+    "slurm.ranks": '"$SLURM_JOB_NUM_NODES"',
+    "slurm.cpus_per_node": "$((SLURM_CPUS_PER_TASK * SLURM_NTASKS_PER_NODE))",
+}  # fmt: skip
+BODY = """
+# What your cluster needs comes here: module load ..., source ENVIRONMENT/bin/activate
+
+set -euo pipefail
+usage="usage: sbatch {name}.sbatch RECIPE RUN [a.b=c ...]"
+recipe=${{1:?$usage}} run=$(realpath -m -- "${{2:?$usage}}")
+shift 2
+python=${{PYTHON:-python}}
+"$python" -P -m cluster_jobs.slurm.create "$recipe" "$run" {overrides} "$@"
+srun --unbuffered --output "$run/slurm/%j_%t_log.out" {options} \\
+  "$python" -u -P -m {program} "$run"
+"""
+
+
+def scripts() -> dict[str, str]:
+    """The text of every script, by its name."""
+    return {f"{name}.sbatch": _script(name, *shape) for name, shape in SHAPES.items()}
+
+
+def _script(name: str, what: str, overrides: tuple[str, ...]) -> str:
+    batch = (BATCH[name],) if name in BATCH else ()
+    recipe = Recipe.load(RECIPES, *LIMIT, *batch, *overrides)
+    plan = prepare(recipe, Path("/run"))
+    head = f"#!/bin/bash\n# {what}\n# Made by tools/slurm-scripts; see README.md.\n"
+    kept = [word for word in plan.srun() if not word.startswith("--cpus-per-task")]
+    options = " ".join(['--cpus-per-task="$SLURM_CPUS_PER_TASK"', *map(shlex.quote, kept)])
+    given = [_given(*override.partition("=")[::2]) for override in overrides]
+    body = BODY.format(name=name, overrides=" ".join(given), options=options, program=PROGRAM)
+    return head + "\n".join(_directives(plan)) + "\n" + body
+
+
+def _directives(plan: Plan) -> list[str]:
+    """The executor's own, without what names a run; output goes where sbatch was called."""
+    ours = [line for line in plan.script().splitlines() if line.startswith("#SBATCH")]
+    named = ("#SBATCH --job-name", "#SBATCH --output")
+    return [line for line in ours if not line.startswith(named)] + ["#SBATCH --job-name=deepclust"]
+
+
+def _given(key: str, value: str) -> str:
+    return f"{key}={FROM_SLURM[key]}" if key in FROM_SLURM else shlex.quote(f"{key}={value}")

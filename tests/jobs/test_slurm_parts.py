@@ -1,0 +1,141 @@
+"""The parts of a Slurm job that need no Slurm: tasks that meet, words of squeue, decisions."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster_jobs import job, queue, store
+from cluster_jobs.slurm import task
+from cluster_jobs.slurm.allocation import Allocation, allocation
+from cluster_jobs.slurm.meeting import Line, folder, hosting, join
+from deepclust.errors import RequeueWanted, ResourceError, RunHeldError
+from deepclust.launch import prepare_run
+from deepclust.lock import hold
+from deepclust.rundir import Run
+from tests.tiny import tiny_recipe
+
+HEAD = Allocation("7", 0, ["n1", "n2"], 0, 0, 0, 2, 0)
+OTHER = Allocation("7", 0, ["n1", "n2"], 1, 1, 0, 2, 0)
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_guest_that_knows_the_word_is_let_in_and_hears_the_end(tmp_path: Path) -> None:
+    lines: list[Line] = []
+    guest = threading.Thread(target=lambda: lines.append(join(tmp_path, OTHER, 10)))
+    with hosting(tmp_path, HEAD, "127.0.0.1") as head:
+        guest.start()
+        (found,) = head.gather({1: "n2"}, 10, never)
+        guest.join()
+        assert (found.task, found.node) == (1, "n2")
+        found.line.send(hello=1)
+        found.line.send(hello=2)
+        assert [lines[0].first(5), lines[0].first(5)] == [{"hello": 1}, {"hello": 2}]
+    assert lines[0].first(5) is None
+    assert not lines[0].open
+    lines[0].close()
+
+
+def test_where_the_head_is_only_its_owner_can_read_and_only_while_it_is_there(
+    tmp_path: Path,
+) -> None:
+    with hosting(tmp_path, HEAD, "127.0.0.1"):
+        for name in ("head.json", "token"):
+            mode = (folder(tmp_path, HEAD) / name).stat().st_mode
+            assert stat.S_IMODE(mode) == 0o600
+    assert list(folder(tmp_path, HEAD).iterdir()) == []
+
+
+def test_who_does_not_know_the_word_is_not_let_in_and_the_missing_are_named(tmp_path: Path) -> None:
+    with hosting(tmp_path, HEAD, "127.0.0.1") as head:
+        told = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
+        with socket.create_connection((told["address"], told["port"])) as stranger:
+            stranger.sendall(b'{"secret": "guess", "task": 1, "node": "n2"}\n')
+            with pytest.raises(ResourceError, match="task 1 on n2 did not come within"):
+                head.gather({1: "n2"}, 0.5, never)
+
+
+def test_a_head_that_is_asked_to_stop_waits_for_nobody(tmp_path: Path) -> None:
+    with hosting(tmp_path, HEAD, "127.0.0.1") as head, pytest.raises(RequeueWanted):
+        head.gather({1: "n2"}, 60, lambda: True)
+
+
+def test_an_older_start_of_the_job_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    again = Allocation("7", 1, ["n1", "n2"], 1, 1, 0, 2, 0)
+    with (
+        hosting(tmp_path, HEAD, "127.0.0.1"),
+        pytest.raises(ResourceError, match="n2 found no head"),
+    ):
+        join(tmp_path, again, 0.3)
+
+
+def test_outside_of_a_job_there_is_no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(ResourceError, match="start this by srun in a Slurm job"):
+        allocation()
+
+
+def test_a_lock_of_an_earlier_start_of_the_same_job_is_free_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with hold(tmp_path):
+        with pytest.raises(RunHeldError), hold(tmp_path):
+            pass
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with hold(tmp_path):
+            pass
+
+
+def scripts(folder: Path, monkeypatch: pytest.MonkeyPatch, **told: str) -> None:
+    """Programs of these names on PATH, which print that."""
+    for name, text in told.items():
+        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "state", "reason"),
+    [
+        ("PENDING|Priority|", "PENDING||0:0", "PENDING", "others come first"),
+        ("RUNNING|None|n[1-2]", "RUNNING|n[1-2]|0:0", "RUNNING", "on n[1-2]"),
+        ("COMPLETING|None|n1", "CANCELLED by 0|n1|0:15", "STOPPED", "CANCELLED on n1"),
+        ("", "TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
+        ("", "FAILED|n1|3:0", "FAILED", "exit code 3"),
+        ("", "", "PENDING", "not started yet"),
+    ],
+)
+def test_a_run_that_nobody_holds_is_in_the_state_that_slurm_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str, state: str,
+    reason: str,
+) -> None:  # fmt: skip
+    scripts(tmp_path, monkeypatch, squeue=squeue, sacct=sacct)
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
+    job.record(tmp_path / "run", on="slurm", job="7")
+    found = store.status(Run(tmp_path / "run"))
+    assert found.state == state
+    assert reason in found.reason
+
+
+def test_without_any_slurm_command_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert queue.look("7") is None
+    assert "scontrol" in queue.requeue("7")
+
+
+def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path)
+    (tmp_path / "slurm").mkdir()
+    assert [task._fruitless(tmp_path) for _ in range(4)] == [False, False, False, True]
+    (tmp_path / "rounds" / "0000" / "raw" / "unit-0").mkdir(parents=True)
+    assert not task._fruitless(tmp_path)
