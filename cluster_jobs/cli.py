@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from deepclust.errors import DeepclustError
+from deepclust.errors import DeepclustError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,6 +121,10 @@ def submit(
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="print what would be done, do nothing")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="follow the log until the end")] = False,
+    sweep: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="cluster.k=1000,3000: a run for each in the folder --run"),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Start a run in the background, on this machine or on a cluster."""
@@ -128,6 +133,11 @@ def submit(
 
     where = executor(on)
     given = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
+    if sweep and wait:
+        raise RecipeError("--wait follows one run: deepclust logs RUN -f, for a run of the sweep")
+    if sweep:
+        _submit_sweep(where, recipe, run, given, sweep, dry_run)
+        return
     plan = where.prepare(Recipe.load(recipe, *given), run)
     if dry_run:
         typer.echo(str(plan))
@@ -172,13 +182,16 @@ def logs(
 
 
 @app.command()
-def cancel(run: RunPath) -> None:
+def cancel(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run, or a folder of runs")],
+) -> None:
     """Stop a run at its next step; it can be resumed."""
     from cluster_jobs.executors import executor_of
+    from cluster_jobs.store import find_runs
     from deepclust.rundir import open_run
 
-    open_run(run)
-    _say(executor_of(run).cancel(run))
+    for found in find_runs(folder) or [open_run(folder)]:
+        _say(executor_of(found.path).cancel(found.path))
 
 
 @app.command()
@@ -326,6 +339,27 @@ def _follow(run: Path) -> None:
         return
     _say(f"{run}: {ending.state} {ending.reason}".rstrip())
     sys.exit(ending.exit_code)
+
+
+def _submit_sweep(
+    where: ModuleType, recipe: str, folder: Path, given: list[str], sweep: list[str], dry_run: bool
+) -> None:
+    """Every point of the sweep as a run of its own, in that folder."""
+    from cluster_jobs.sweep import place, points
+    from deepclust import rundir
+    from deepclust.recipe import Recipe
+
+    plans = [
+        where.prepare(Recipe.load(recipe, *given, *point), place(folder, point))
+        for point in points(sweep)
+    ]
+    if dry_run:
+        typer.echo("\n".join(f"# {plan.run}\n{plan}" for plan in plans))
+        return
+    if rundir.exists(folder):
+        raise RecipeError(f"{folder} is a run, not a folder for runs: choose another --run")
+    where.submit_sweep(plans, folder)
+    _say(f"submitted {len(plans)} runs\n  deepclust status {folder}")
 
 
 def _stage(run: Path, stage: str) -> None:

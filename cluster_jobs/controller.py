@@ -124,7 +124,7 @@ class Controller:
 
     def _asked(self) -> bool:
         """Whether a signal or a file asks us to stop."""
-        return bool(self.signals) or job.cancel_asked(self.run.path)
+        return job.stopping(self.run.path, self.signals)
 
     def _wait(self, reason: str) -> None:
         self._event("waiting", text=reason)
@@ -142,16 +142,16 @@ def control(path: Path, asked: list[int] | None = None) -> None:
     found = rundir.open_run(path)
     spec = ray_spec(found.recipe)
     with hold(path) as token:
-        run = Run(path, token, _lives(found))
-        if is_finished(run):
+        controller = Controller(Run(path, token, _lives(found)), spec, [])
+        if is_finished(controller.run):
             return
         try:
             # after Ray has come, which has a way of its own to take TERM
-            with connected(spec, found.recipe), collected_signals(asked) as signals:
-                Controller(run, spec, signals).control()
+            with connected(spec, found.recipe), collected_signals(asked) as controller.signals:
+                controller.control()
         except BaseException as error:
-            run = replace(run, incarnation=_lives(run))
-            run.event("stopped", kind=type(error).__name__, text=str(error) or "interrupted")
+            told = str(error) or "interrupted"
+            controller.run.event("stopped", kind=type(error).__name__, text=told)
             job.forget_cancel(path)
             raise
 

@@ -117,13 +117,19 @@ def round_table(statistics: list[dict[str, Any]]) -> Table:
 
 def status_table(found: list[Status]) -> Table:
     """One line a run."""
-    table = Table("run", "state", "phase", "round", "epoch", "loss", "images/s", "what to know")
+    table = Table(
+        "run", "state", "phase", "round", "epoch", "loss", "images/s", "clusters", "moved",
+        "NMI of labels", "what to know",
+    )  # fmt: skip
     for one in found:
         epoch = "" if one.epoch is None else f"{one.epoch:.1f} of {one.epochs}"
         cells = (
             "" if one.round is None else str(one.round), epoch,
             "" if one.loss is None else f"{one.loss:.3f}",
             "" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
+            "" if one.clusters is None else f"{one.clusters} of {one.k}",
+            "" if one.reassigned is None else f"{one.reassigned:.1%}",
+            "" if one.nmi_labels is None else f"{one.nmi_labels:.3f}",
         )  # fmt: skip
         table.add_row(
             escape(one.name), one.state, one.phase, *cells, escape(one.owner or one.reason)

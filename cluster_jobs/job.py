@@ -7,6 +7,7 @@ the run can read them.
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,22 @@ def is_local_now(run: Path) -> None:
         record(run, **LOCAL)
 
 
+def output(run: Path) -> Path:
+    """Where Slurm puts what the run's tasks print."""
+    return Path(read(run).get("output", run / "slurm"))
+
+
 def ask_to_cancel(run: Path) -> None:
     """Leave word for the controller."""
     with disk_errors(run):
         (run / "cancel").touch()
 
 
-def cancel_asked(run: Path) -> bool:
-    """Whether there is word to cancel."""
-    return (run / "cancel").exists()
+def stopping(run: Path, signals: list[int]) -> bool:
+    """Whether a signal asks us to stop, or word to cancel: which counts as an INT from afar."""
+    if (run / "cancel").exists() and signal.SIGINT not in signals:
+        signals.append(signal.SIGINT)
+    return bool(signals)
 
 
 def forget_cancel(run: Path) -> None:

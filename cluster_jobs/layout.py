@@ -1,7 +1,8 @@
 """Which process of a Slurm job sits where: ranks and cluster worker on nodes, with CPUs and GPUs.
 
-Nodes are alike, as Slurm's are; what differs is the first, where the cluster worker has the last
-GPU, or a place without one. All is derived from `slurm.*`, so that nobody counts.
+Nodes are alike, as Slurm's mostly are; what differs is the first, where the cluster worker has the
+last GPU, or a place without one. All is derived from `slurm.*`, so that nobody counts. With
+`slurm.gpus` nodes have what Slurm gives them, and Ray seats the processes when it knows.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class Place:
 class Layout:
     """The processes of every node, in the order of `srun`'s tasks; None: a task without work."""
 
-    nodes: list[list[Place | None]]
+    nodes: list[list[Place | None]]  # empty: as Ray seats them
     ranks: int
     rank_cpus: int
     worker_cpus: int
     cpus: int  # of a node
-    gpus: int  # of a node
+    gpus: int  # of a node, or of all
 
     @property
     def tasks(self) -> int:
@@ -41,14 +42,15 @@ class Layout:
     @property
     def worker(self) -> Place | None:
         """The cluster worker's place, if there is one."""
-        return next((p for p in self.nodes[0] if p and p.rank == CLUSTER_WORKER), None)
+        return next((p for n in self.nodes for p in n if p and p.rank == CLUSTER_WORKER), None)
 
     def __str__(self) -> str:
         lines = []
         for number, node in enumerate(self.nodes):
             seated = [_told(place) for place in node if place is not None]
             lines.append(f"# node {number}: {', '.join(seated) or 'nothing'}")
-        each = f"{self.cpus} CPU, {self.gpus} GPU a node; {self.rank_cpus} CPU a rank"
+        place = "a node" if self.nodes else "on all nodes"
+        each = f"{self.cpus} CPU a node, {self.gpus} GPU {place}; {self.rank_cpus} CPU a rank"
         worker = f", {self.worker_cpus} the cluster worker" if self.worker else ""
         return "\n".join([f"# {self.ranks} ranks: {each}{worker}", *lines])
 
@@ -56,13 +58,17 @@ class Layout:
 def layout(recipe: Recipe) -> Layout:
     """The layout for a recipe's `slurm` section. Raises `RecipeError` when it does not work out."""
     spec = slurm_spec(recipe)
-    on_gpus = spec.gpus_per_node > 0 and recipe.train.device != "cpu"
+    gpus = spec.gpus or spec.nodes * spec.gpus_per_node
+    on_gpus = gpus > 0 and recipe.train.device != "cpu"
     if recipe.train.device.startswith("cuda") and not on_gpus:
         raise RecipeError("train.device=cuda needs GPUs: set slurm.gpus_per_node")
     ranks = _ranks(recipe, spec, on_gpus)
     worker = _has_worker(recipe, ranks)
     own_gpu = on_gpus and _wants_gpu(recipe)
-    _check(recipe, spec, ranks, worker and own_gpu, on_gpus)
+    _check(recipe, ranks, worker and own_gpu, gpus if on_gpus else None)
+    if spec.gpus:
+        cpus = spec.cpus_per_rank or recipe.data.workers + 1
+        return Layout([], ranks, cpus, spec.worker_cpus, spec.cpus_per_node or 1, spec.gpus)
     slots = spec.gpus_per_node if on_gpus else -(-(ranks + worker) // spec.nodes)
     nodes = _seat(spec.nodes, slots, ranks, worker, on_gpus, own_gpu)
     rank_cpus = _rank_cpus(recipe, spec, nodes)
@@ -82,7 +88,7 @@ def _ranks(recipe: Recipe, spec: SlurmSpec, on_gpus: bool) -> int:
         return spec.ranks
     if not on_gpus:
         return recipe.train.ranks
-    gpus = spec.nodes * spec.gpus_per_node
+    gpus = spec.gpus or spec.nodes * spec.gpus_per_node
     return gpus - (_has_worker(recipe, gpus) and _wants_gpu(recipe))
 
 
@@ -97,12 +103,12 @@ def _wants_gpu(recipe: Recipe) -> bool:
     return cluster is not None and cluster.gpus > 0 and cluster.device != "cpu"
 
 
-def _check(recipe: Recipe, spec: SlurmSpec, ranks: int, spare: bool, on_gpus: bool) -> None:
-    parts, gpus = recipe.train.accumulate, spec.nodes * spec.gpus_per_node
-    if on_gpus and ranks + spare > gpus:
+def _check(recipe: Recipe, ranks: int, spare: bool, gpus: int | None) -> None:
+    parts = recipe.train.accumulate
+    if gpus is not None and ranks + spare > gpus:
         raise RecipeError(
             f"slurm.ranks={ranks}{' and the cluster worker' if spare else ''} need more GPUs than "
-            f"slurm.nodes={spec.nodes} x slurm.gpus_per_node={spec.gpus_per_node}: lower "
+            f"the job's {gpus} (slurm.nodes x slurm.gpus_per_node, or slurm.gpus): lower "
             "slurm.ranks, or set cluster.gpus=0, so that the cluster worker uses its CPUs"
         )
     if recipe.train.batch % (ranks * parts):
@@ -111,7 +117,7 @@ def _check(recipe: Recipe, spec: SlurmSpec, ranks: int, spare: bool, on_gpus: bo
             f"{gpus} GPUs leave {ranks} ranks{worker}, and train.batch={recipe.train.batch} is no "
             f"multiple of {ranks * parts}: set train.batch or slurm.ranks, or cluster.gpus=0 (then "
             "the cluster worker uses CPUs and every GPU trains)"
-            if on_gpus
+            if gpus is not None
             else f"train.batch={recipe.train.batch} is no multiple of {ranks} ranks x {parts} "
             "(train.accumulate): set slurm.ranks or train.batch"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, checked
@@ -74,6 +74,10 @@ def one_line(text: str) -> str:
     return text
 
 
+def _as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
 Line = Annotated[str, AfterValidator(one_line)]
 TIMES = ((r"(\d+)m", 1), (r"(\d+)h", 60), (r"(\d+)d", 24 * 60))
 CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))(?::(\d\d))?")
@@ -101,9 +105,14 @@ class SlurmSpec(Section):
     partition: Line | None = None
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
+    gpus: int | None = Field(
+        None, ge=1, description="of all nodes, where they have different numbers; launcher ray"
+    )
     gpu_type: Line | None = Field(None, description="as the cluster names it, e.g. a100")
     cpus_per_node: int | None = Field(None, ge=1, description="default: what the processes need")
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description='of a node; "0": all of it')
+    mem: Annotated[str | None, BeforeValidator(_as_text)] = Field(
+        None, pattern=r"^\d+[KMGT]?$", description="of a node, e.g. 900G; 0: all of it"
+    )
     time: str | None = Field(None, description="limit, e.g. 90m, 24h, 2d, 1-12:00:00")
     qos: Line | None = None
     account: Line | None = None
@@ -140,6 +149,17 @@ class SlurmSpec(Section):
         if value is not None:
             minutes(value)
         return value
+
+    @model_validator(mode="after")
+    def _one_count_of_gpus(self) -> Self:
+        if self.gpus is None:
+            return self
+        if self.gpus_per_node or self.launcher != "ray" or self.cpus_per_node is None:
+            raise ValueError(
+                f"gpus={self.gpus} of all nodes needs cpus_per_node, no gpus_per_node, and "
+                "launcher=ray: srun has as many tasks on every node"
+            )
+        return self
 
     @field_validator("sbatch")
     @classmethod

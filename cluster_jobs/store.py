@@ -35,6 +35,10 @@ class Status:
     step: int | None = None
     loss: float | None = None
     images_per_s: float | None = None
+    clusters: int | None = None  # of the newest round that have images
+    k: int | None = None
+    reassigned: float | None = None  # share of the images that are elsewhere than a round before
+    nmi_labels: float | None = None  # where the shards have labels
     owner: str | None = None
     reason: str = ""
     exit_code: int = 0  # of whoever brought it to this end
@@ -69,12 +73,16 @@ def _status(run: Run) -> Status:
     trained = run.metrics("train")
     last = trained[-1] if trained else {}
     rounds = run.rounds()
+    rounds_told = [event for event in events if event["event"] == "clustered"]
+    clustered: dict[str, Any] = rounds_told[-1] if rounds_told else {}
     return Status(
         name=run.path.resolve().name, state=state, phase=_phase(events),
         epochs=run.recipe.train.epochs,
         round=rounds[-1] if rounds else None, epoch=last.get("epoch"), step=last.get("step"),
-        loss=last.get("loss"), images_per_s=last.get("images_per_s"), owner=owner, reason=reason,
-        exit_code=code,
+        loss=last.get("loss"), images_per_s=last.get("images_per_s"), k=clustered.get("k"),
+        clusters=clustered["k"] - clustered["empty"] if clustered else None,
+        reassigned=clustered.get("reassigned"), nmi_labels=clustered.get("nmi_labels"),
+        owner=owner, reason=reason, exit_code=code,
     )  # fmt: skip
 
 

@@ -126,10 +126,13 @@ def _is_stale(run: Path, lock: dict[str, Any]) -> bool:
 
 
 def _is_earlier_start(lock: dict[str, Any]) -> bool:
-    """Whether an earlier start of our own Slurm job has it: Slurm ended that one before ours."""
+    """Whether an earlier start of our own Slurm job has it: that one is over for Slurm.
+
+    Its processes may still live, where a node's slurmd has died; the token fences them off.
+    """
     me = _me()
     same = lock.get("slurm_job") is not None and lock["slurm_job"] == me["slurm_job"]
-    return same and lock.get("slurm_restart") != me["slurm_restart"]
+    return same and int(lock.get("slurm_restart") or 0) < int(me["slurm_restart"] or 0)
 
 
 def _is_here(lock: dict[str, Any]) -> bool:

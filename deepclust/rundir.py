@@ -85,7 +85,9 @@ class Run:
         atomic_folder(stage, complete, replace_unfinished)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append to events.jsonl. Only the controller does this."""
+        """Append to events.jsonl. Only the controller does this, as long as it holds the run."""
+        if self.token:
+            self.fence()
         record = {"time": time.time(), "incarnation": self.incarnation, "event": name, **fields}
         append_json(self.path / "events.jsonl", record)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster_jobs import job
 from cluster_jobs.executors import background
 from deepclust import lock, rundir
-from deepclust.errors import ResourceError
+from deepclust.errors import RecipeError, ResourceError
 from deepclust.launch import check_changes, prepare_run
 from deepclust.recipe import Recipe
 
@@ -41,6 +41,14 @@ def submit(plan: Plan) -> None:
     """Create the run and start its controller."""
     prepare_run(plan.recipe, plan.run)
     background.start(plan.run, plan.command)
+
+
+def submit_sweep(plans: list[Plan], folder: Path) -> None:
+    """Refused: all would run at once on this machine."""
+    raise RecipeError(
+        "a sweep needs a queue: --on slurm, or --on ray with --address; on this machine all would "
+        "run at once"
+    )
 
 
 def resume(run: Path, overrides: list[str]) -> None:

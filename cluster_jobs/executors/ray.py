@@ -20,7 +20,7 @@ from cluster_jobs import job
 from cluster_jobs.executors import background
 from cluster_jobs.spec import RaySpec, ray_spec, sizes
 from deepclust import lock, rundir
-from deepclust.errors import ResourceError
+from deepclust.errors import RecipeError, ResourceError
 from deepclust.launch import check_changes, prepare_run
 from deepclust.recipe import Recipe
 
@@ -68,6 +68,17 @@ def submit(plan: Plan) -> None:
     client = _client(plan.spec.address) if plan.spec.address else None
     prepare_run(plan.recipe, plan.run)
     _start(plan, client)
+
+
+def submit_sweep(plans: list[Plan], folder: Path) -> None:
+    """Every run as a job of the cluster, which starts those that it has room for."""
+    if not plans[0].spec.address:
+        raise RecipeError(
+            "a sweep needs a queue: --on slurm, or --on ray with the --address of a standing "
+            "cluster; on a Ray of this machine alone all would run at once"
+        )
+    for plan in plans:
+        submit(plan)
 
 
 def resume(run: Path, overrides: list[str]) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,22 @@ if TYPE_CHECKING:
 PROGRAM = "cluster_jobs.slurm.task"
 UNASKED: dict[str, Any] = {"time": None, "wckey": None}  # submitit has 5 minutes, and a key
 PACKAGES = ("deepclust", "cluster_jobs")
+BEGAN = "export DEEPCLUST_BEGAN=$(date +%s.%N)"
+NODES = 'export DEEPCLUST_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr "\\n" " ")'
+# of the job script, after srun: what becomes of the job, if nobody else has decided that
+ENDED = """\
+code=$?  # the worst of all tasks; 75: stopped at a step, 130: cancelled, above 128: killed
+this=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+this=${{this:-$SLURM_JOB_ID}} restart=${{SLURM_RESTART_COUNT:-0}}
+if [ "$(squeue -h -j "$this" -O State:20,RestartCnt:20 | xargs)" = "RUNNING $restart" ]; then
+  if [ "$code" = 130 ]; then
+    scancel "$this" && sleep 90
+  elif [ "$code" = 75 ] || [ "$code" -gt 128 ] && [ "$restart" -lt {requeues} ]; then
+    scontrol requeue "$this" && sleep 90
+  fi
+fi
+exit "$code"
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class Plan:
     recipe: Recipe
     run: Path
     layout: Layout
+    sweep: Path | None = None  # the folder of the runs that one array has
 
     @property
     def spec(self) -> SlurmSpec:
@@ -70,7 +87,7 @@ class Plan:
     @property
     def folder(self) -> Path:
         """Where scripts and output of its jobs lie."""
-        return self.run.absolute() / "slurm"
+        return (self.sweep or self.run).absolute() / "slurm"
 
     @property
     def python(self) -> str:
@@ -90,17 +107,19 @@ class Plan:
     def parameters(self) -> dict[str, Any]:
         """For submitit."""
         spec = self.spec
-        gpus = f"{spec.gpu_type}:{spec.gpus_per_node}" if spec.gpu_type else spec.gpus_per_node
+        count = spec.gpus or spec.gpus_per_node
+        gpus = f"{spec.gpu_type}:{count}" if spec.gpu_type else count
+        total = {"gpus": gpus} if spec.gpus else {}
         wanted = {
-            "job_name": self.run.absolute().name, "nodes": spec.nodes, "mem": spec.mem,
+            "job_name": self.folder.parent.name, "nodes": spec.nodes, "mem": spec.mem,
             "ntasks_per_node": self.tasks, "cpus_per_task": self.task_cpus,
-            "gpus_per_node": gpus or None,
+            "gpus_per_node": gpus if spec.gpus_per_node else None,
             "time": None if spec.time is None else minutes(spec.time),
             "partition": spec.partition, "qos": spec.qos, "account": spec.account,
             "constraint": spec.constraint, "exclusive": spec.exclusive or None,
-            "additional_parameters": {**_options(spec), "requeue": True},
-            "setup": self._setup() or None, "srun_args": self.srun(), "stderr_to_stdout": True,
-            "signal_delay_s": spec.signal,
+            "additional_parameters": {**_options(spec), **total, "requeue": True},
+            "setup": self.setup(), "teardown": self.teardown(), "srun_args": self.srun(),
+            "stderr_to_stdout": True, "signal_delay_s": spec.signal,
         }  # fmt: skip
         given = {name: value for name, value in wanted.items() if value is not None}
         return {**UNASKED, **given}
@@ -112,10 +131,15 @@ class Plan:
         words = [self.python, "-u", "-m", "submitit.core._submit", str(self.folder)]
         return _make_sbatch_string(shlex.join(words), self.folder, **self.parameters())
 
-    def _setup(self) -> list[str]:
+    def setup(self) -> list[str]:
+        """Lines before srun."""
         source = shlex.quote(str(self.folder / "source"))
         pinned = [f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-        return [*self.spec.setup, *(pinned if self.spec.snapshot else [])]
+        return [BEGAN, *self.spec.setup, *(pinned if self.spec.snapshot else []), NODES]
+
+    def teardown(self) -> list[str]:
+        """Lines after srun."""
+        return ENDED.format(requeues=self.spec.requeues).splitlines()
 
     def srun(self) -> list[str]:
         """CPUs, which srun does not take from sbatch (22.05), and that task 0 ends the others."""
@@ -152,7 +176,27 @@ def submit(plan: Plan) -> None:
     """Create the run and queue its job."""
     _need_slurm()
     prepare_run(plan.recipe, plan.run)
-    _queue(plan)
+    _queue([plan])
+
+
+def submit_sweep(plans: list[Plan], folder: Path) -> None:
+    """Create the runs, queue them as one array. Raises `RecipeError` when they do not fit one."""
+    _need_slurm()
+    plans = [replace(plan, sweep=folder) for plan in plans]
+    check_alike(plans)
+    for plan in plans:
+        prepare_run(plan.recipe, plan.run)
+    _queue(plans)
+
+
+def check_alike(plans: list[Plan]) -> None:
+    """Raise `RecipeError` when one array cannot have them all."""
+    for plan in plans[1:]:
+        if {**plan.parameters(), "job_name": ""} != {**plans[0].parameters(), "job_name": ""}:
+            raise RecipeError(
+                f"{plan.run.name} needs other resources than {plans[0].run.name}, and one array "
+                "has the same for all: submit them apart, or set slurm.* so that they are equal"
+            )
 
 
 def resume(run: Path, overrides: list[str]) -> None:
@@ -162,19 +206,25 @@ def resume(run: Path, overrides: list[str]) -> None:
     recipe = found.recipe.replace(*overrides)
     check_changes(found, recipe)
     background.refuse_held(run)
-    seen = _seen(run)
-    if seen is not None and (seen.waits or seen.lives):
-        raise ResourceError(f"{run} has a job already: {seen}; deepclust cancel {run} ends it")
+    if is_pending(run):
+        raise ResourceError(f"{run} has a job: {_seen(run)}; deepclust cancel {run} ends it")
     plan = prepare(recipe, run)
     if plan.recipe != found.recipe:
-        plan.recipe.save(run / "recipe.yaml")
-    _queue(plan)
+        with lock.hold(run):
+            plan.recipe.save(run / "recipe.yaml")
+    _queue([plan])
+
+
+def is_pending(run: Path) -> bool:
+    """Whether its job is in the queue, or has nodes."""
+    seen = _seen(run)
+    return seen is not None and (seen.waits or seen.lives)
 
 
 def cancel(run: Path) -> str:
     """Stop it at the next step where it runs, then take its job out of Slurm."""
-    seen, number = _seen(run), job.read(run).get("job")
-    if lock.owner(run) is None and (seen is None or not (seen.waits or seen.lives)):
+    number = job.read(run).get("job")
+    if lock.owner(run) is None and not is_pending(run):
         return f"{run} is not running"
     job.ask_to_cancel(run)
     deadline = time.monotonic() + background.CANCEL_PATIENCE_S
@@ -187,20 +237,24 @@ def cancel(run: Path) -> str:
     return f"{run} was stopped, job {number}; deepclust resume {run} --on slurm continues it"
 
 
-def _queue(plan: Plan) -> None:
+def _queue(plans: list[Plan]) -> None:
+    """One job, or an array of as many as there are plans; they differ in nothing but the run."""
     import submitit
 
-    if plan.spec.snapshot:
-        _snapshot(plan.folder / "source")
-    executor = submitit.SlurmExecutor(plan.folder, python=shlex.quote(plan.python))
-    executor.update_parameters(**plan.parameters())
-    job.record(plan.run, on="slurm")
+    first = plans[0]
+    if first.spec.snapshot:
+        _snapshot(first.folder / "source")
+    executor = submitit.SlurmExecutor(first.folder, python=shlex.quote(first.python))
+    executor.update_parameters(**first.parameters())
+    for plan in plans:
+        job.record(plan.run, on="slurm")
     try:
-        with _outside_of_a_job():
-            number = executor.submit(Entry(str(plan.run.absolute()))).job_id
+        with _outside_of_a_job(), executor.batch():
+            jobs = [executor.submit(Entry(str(plan.run.absolute()))) for plan in plans]
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
-    job.record(plan.run, on="slurm", job=number, launcher=plan.spec.launcher)
+    for plan, queued in zip(plans, jobs, strict=True):
+        job.record(plan.run, on="slurm", job=queued.job_id, output=str(plan.folder))
 
 
 @contextlib.contextmanager

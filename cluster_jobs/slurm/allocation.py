@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from deepclust.errors import ResourceError
 
 ASK_S = 20.0
+NODES = "DEEPCLUST_NODES"  # the job's, which the job script asks of Slurm
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ def allocation() -> Allocation:
     """This task's. Raises `ResourceError` outside of a job step."""
     given = os.environ
     try:
-        listed, number = given["SLURM_JOB_NODELIST"], int(given["SLURM_NODEID"])
-        nodes = _ask("scontrol", "show", "hostnames", listed).split()
+        nodes, number = given[NODES].split(), int(given["SLURM_NODEID"])
         return Allocation(
             job=given["SLURM_JOB_ID"], restart=int(given.get("SLURM_RESTART_COUNT", 0)),
             nodes=nodes, number=number, task=int(given["SLURM_PROCID"]),
@@ -55,13 +55,16 @@ def allocation() -> Allocation:
         )  # fmt: skip
     except KeyError as error:
         raise ResourceError(
-            f"{error} is not set: start this by srun in a Slurm job, as `deepclust submit --on "
-            "slurm` does"
+            f"{error} is not set: start this by srun in a Slurm job, as slurm/*.sbatch and "
+            "`deepclust submit --on slurm` do"
         ) from error
 
 
 def own_address(found: Allocation) -> str:
-    """This node's address as the others can reach it: that of the way to one of them."""
+    """This node's address as the others can reach it: that of the way to one of them.
+
+    Where a container has no `scontrol`, a node's name must lead to it.
+    """
     others = [name for name in found.nodes if name != found.name]
     if not others:
         return "127.0.0.1"
@@ -95,6 +98,8 @@ def _gpus() -> int:
 def _ask(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, check=True)
+    except FileNotFoundError:
+        return ""
     except (OSError, subprocess.SubprocessError) as error:
         raise ResourceError(f"Slurm does not answer {' '.join(words)}: {error}") from error
     return done.stdout

@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster_jobs.slurm.allocation import Allocation
 from deepclust.errors import RequeueWanted, ResourceError
-from deepclust.files import disk_errors, read_json
+from deepclust.files import append_json, disk_errors, read_json
 
 POLL_S = 0.2
 HELLO_S = 10.0
@@ -100,7 +100,17 @@ class Head:
 
     server: socket.socket
     secret: str
+    notes: Path  # the folder of this start
     guests: dict[int, Guest] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return str(self.server.getsockname()[0])
+
+    def note(self, moment: str, when: float | None = None) -> None:
+        """Write down when the bring-up came to a moment, in seconds since the epoch."""
+        append_json(self.notes / "bring-up.jsonl", {"moment": moment, "time": when or time.time()})
 
     def gather(
         self, expected: dict[int, str], patience: float, stopping: Callable[[], bool]
@@ -166,11 +176,14 @@ def folder(run: Path, found: Allocation) -> Path:
 def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
     """Listen, and say where; whoever has come is let go at the end."""
     notes = folder(run, found)
-    head = Head(socket.create_server((address, 0)), secrets.token_hex(32))
+    head = Head(socket.create_server((address, 0)), secrets.token_hex(32), notes)
     head.server.settimeout(POLL_S)
     try:
         with disk_errors(run):
             notes.mkdir(parents=True, exist_ok=True)
+            if began := os.environ.get("DEEPCLUST_BEGAN"):
+                head.note("job script", float(began))
+            head.note("head")
             _, port = head.server.getsockname()
             write_private(notes / "token", head.secret)
             told = {"address": address, "port": port, "secret": head.secret}
@@ -178,6 +191,7 @@ def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
         yield head
     finally:
         head.close()
+        (notes / "ended").touch()
         (notes / "head.json").unlink(missing_ok=True)
         (notes / "token").unlink(missing_ok=True)
 
@@ -190,21 +204,26 @@ def write_private(file: Path, text: str) -> None:
     partial.rename(file)
 
 
-def join(run: Path, found: Allocation, patience: float) -> Line:
-    """Go to the head and say who we are. Raises `ResourceError` when it is not to be found."""
+def join(run: Path, found: Allocation, patience: float) -> Line | None:
+    """Go to the head and say who we are; None when it has been there and is gone.
+
+    Raises `ResourceError` when it is not to be found.
+    """
     file, deadline = folder(run, found) / "head.json", time.monotonic() + patience
-    while True:
+    while not (file.parent / "ended").exists():
         try:
             told = read_json(file)
             line = Line(socket.create_connection((told["address"], told["port"]), HELLO_S))
-            break
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise ResourceError(
                     f"{found.name} found no head for {patience:g} s: {error}; {file} must be on a "
                     "file system that all nodes share"
                 ) from error
-        time.sleep(POLL_S)
-    own = line.socket.getsockname()[0]
-    line.send(secret=told["secret"], task=found.task, node=found.name, address=own, pid=os.getpid())
-    return line
+            time.sleep(POLL_S)
+            continue
+        own = line.socket.getsockname()[0]
+        us = {"task": found.task, "node": found.name, "address": own, "pid": os.getpid()}
+        line.send(secret=told["secret"], **us)
+        return line
+    return None

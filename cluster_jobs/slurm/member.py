@@ -28,6 +28,8 @@ def main(run: Path, found: Allocation, patience: float) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the head too, which decides for all
     line = join(run, found, patience)
+    if line is None:
+        return 0
     line.send(ready=free_ports(line.socket.getsockname()[0], 1)[0])
     order = line.first(None)
     if order is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from cluster_jobs.executors.slurm import PROGRAM, Plan, prepare
+from cluster_jobs.executors.slurm import BEGAN, NODES, PROGRAM, Plan, prepare
 from deepclust.recipe import Recipe
 
 RECIPES = "deepcluster-resnet50-imagenet"  # any: only its batch decides whether a shape fits
@@ -44,15 +44,18 @@ FROM_SLURM = {
 BODY = """
 # What your cluster needs comes here: module load ..., source ENVIRONMENT/bin/activate
 
-set -euo pipefail
+set -eu
+{began}
 usage="usage: sbatch {name}.sbatch RECIPE RUN [a.b=c ...]"
 recipe=${{1:?$usage}} run=$(realpath -m -- "${{2:?$usage}}")
 shift 2
 python=${{PYTHON:-python}}
 "$python" -P -m cluster_jobs.slurm.create "$recipe" "$run" {overrides} "$@"
+{nodes}
+set +e
 srun --unbuffered --output "$run/slurm/%j_%t_log.out" {options} \\
   "$python" -u -P -m {program} "$run"
-"""
+{ended}"""
 
 
 def scripts() -> dict[str, str]:
@@ -68,7 +71,10 @@ def _script(name: str, what: str, overrides: tuple[str, ...]) -> str:
     kept = [word for word in plan.srun() if not word.startswith("--cpus-per-task")]
     options = " ".join(['--cpus-per-task="$SLURM_CPUS_PER_TASK"', *map(shlex.quote, kept)])
     given = [_given(*override.partition("=")[::2]) for override in overrides]
-    body = BODY.format(name=name, overrides=" ".join(given), options=options, program=PROGRAM)
+    body = BODY.format(
+        name=name, overrides=" ".join(given), options=options, program=PROGRAM, began=BEGAN,
+        nodes=NODES, ended="\n".join(plan.teardown()) + "\n",
+    )  # fmt: skip
     return head + "\n".join(_directives(plan)) + "\n" + body
 
 

@@ -1,8 +1,8 @@
 """The launcher `srun`: ranks and cluster worker as tasks of the step, without Ray.
 
 Task 0 holds the run and controls; its own place is a child, the other tasks take theirs themselves.
-Each has a line to it, down which its news comes. One that is lost ends all: the error says which,
-and `resume`, or Slurm's requeue when it was a node, continues from the last commit.
+Each has a line to it, down which its news comes. One that is lost stops all, and the job is queued
+again: it continues from the last commit.
 """
 
 from __future__ import annotations
@@ -19,36 +19,34 @@ from typing import Any
 
 from cluster_jobs import job
 from cluster_jobs.layout import Layout, Place, layout
-from cluster_jobs.slurm.allocation import Allocation, own_address
-from cluster_jobs.slurm.meeting import Guest, Head, hosting
+from cluster_jobs.slurm.allocation import Allocation
+from cluster_jobs.slurm.meeting import Guest, Head
 from cluster_jobs.spec import SlurmSpec
 from deepclust import rundir
-from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
-from deepclust.launch import HELD_BACK, is_finished
+from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, error_of
+from deepclust.launch import HELD_BACK
 from deepclust.lock import hold
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER
 
 NEWS_S = 0.5
+UNEXPECTED = 1  # exit code of an error that is none of ours
 STOP_S = 120.0  # from the wish to stop to the next step that all agree on
 AFTERMATH_S = 2.0  # for the others to say why they end, when one has
 log = logging.getLogger("cluster_jobs")
 
 
-def control(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> None:
+def control(path: Path, found: Allocation, spec: SlurmSpec, head: Head, asked: list[int]) -> None:
     """Bring the run to its end. Raises the errors of `deepclust.errors`."""
     with hold(path) as token:
         run = Run(path)
         lives = sum(event["event"] == "started" for event in run.events())
         run = Run(path, token, lives + 1)
-        if is_finished(run):
-            return
         rundir.sweep(path)
         seats = layout(run.recipe)
         _event(run, "started", pid=os.getpid(), ranks=seats.ranks, job=found.job)
         try:
-            with hosting(path, found, own_address(found)) as head:
-                Gang(run, found, seats, head, asked).live(spec)
+            Gang(run, found, seats, head, asked).live(spec)
         except BaseException as error:
             _event(run, "stopped", kind=type(error).__name__, text=str(error) or "interrupted")
             job.forget_cancel(path)
@@ -85,6 +83,7 @@ class Gang:
             everyone = {task: nodes[task // tasks] for task in range(len(nodes) * tasks)}
             self.head.gather(everyone, spec.start, self._stopping)
             self.head.hear_all("ready", spec.start, self._stopping)
+            self.head.note("all here")
             self._order()
             self._watch()
         finally:
@@ -149,7 +148,7 @@ class Gang:
             raise RequeueWanted(f"it did not stop within {STOP_S:.0f} s and was killed")
 
     def _stopping(self) -> bool:
-        return bool(self.asked) or job.cancel_asked(self.run.path)
+        return job.stopping(self.run.path, self.asked)
 
     def _aftermath(self, selector: selectors.BaseSelector) -> None:
         """Hear the others out: who breaks a process group is not always heard first."""
@@ -163,20 +162,19 @@ class Gang:
         return failed or (not guest.line.open and "done" not in guest.said)
 
     def _why(self) -> DeepclustError:
-        """The reason that was told, else who was lost; not those who only followed."""
+        """The error that was told, if no other start would mend it; else that all begin again."""
         bad = [guest for guest in self.head.guests.values() if self._bad(guest)]
-        told = [g for g in bad if g.said.get("exit_code", 1) != 1]
-        told.sort(key=lambda guest: guest.said["kind"] == "FollowedError")
+        told = [g for g in bad if g.said.get("exit_code", UNEXPECTED) != UNEXPECTED]
+        meant = [g for g in told if g.said["kind"] != FollowedError.__name__]
+        if meant:
+            return error_of(meant[0].said["exit_code"], meant[0].said["failed"])
         lost = [guest for guest in bad if not guest.line.open]
-        if told and told[0].said["kind"] != "FollowedError":
-            kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
-            return kinds[told[0].said["exit_code"]](told[0].said["failed"])
         guest = (lost or bad)[0]
         how = f"failed: {guest.said['failed']}" if "failed" in guest.said else "was lost"
-        return ResourceError(
-            f"{self._name(guest)} on {guest.node} {how}; the others were stopped. Its output is "
-            f"in {self.run.path / 'slurm'}/{self.found.job}_{guest.task}_log.out"
-        )
+        output = f"{job.output(self.run.path)}/*_{guest.task}_log.out"
+        text = f"{self._name(guest)} on {guest.node} {how}; its output: {output}"
+        _event(self.run, "fault", who=self._name(guest), cause="death", text=text)
+        return RequeueWanted(text)
 
     def _name(self, guest: Guest) -> str:
         rank = self.places[guest.task].rank

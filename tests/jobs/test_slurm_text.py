@@ -39,6 +39,10 @@ SHAPES: dict[str, tuple[str, ...]] = {
         "slurm.gpu_type=a100", "slurm.cpus_per_node=64", "slurm.qos=long", "slurm.account=vision",
         "slurm.constraint=a100&nvlink", "slurm.time=1-12:00:00", "slurm.signal=300",
     ),
+    "nodes-with-different-numbers-of-gpus": (
+        "train.batch=264", "slurm.nodes=2", "slurm.gpus=12", "slurm.cpus_per_node=96",
+        "slurm.cpus_per_rank=11", "slurm.mem=0",
+    ),
     "container-and-setup": (
         "train.batch=256", "cluster.device=cpu", "slurm.gpus_per_node=4",
         "slurm.container_image=/images/torch 2.sqsh", "slurm.container_mounts=[/data:/data, /runs]",
@@ -84,6 +88,14 @@ def test_the_cluster_worker_has_the_last_gpu_of_the_first_node() -> None:
     assert found.rank_cpus * 8 <= 96
 
 
+def test_where_nodes_differ_in_gpus_ray_seats_one_rank_less_than_there_are_gpus() -> None:
+    plan = executor.prepare(recipe(*SHAPES["nodes-with-different-numbers-of-gpus"]), Path("/r/a"))
+    assert plan.layout.nodes == []
+    assert plan.recipe.train.ranks == 11
+    assert plan.recipe.ray == {"cpus": 11, "worker_cpus": 1}
+    assert "#SBATCH --gpus=12" in plan.script()
+
+
 @pytest.mark.parametrize("setting", ["cluster.gpus=0", "cluster.device=cpu"])
 def test_a_cluster_worker_without_a_gpu_sits_beside_the_ranks(setting: str) -> None:
     found = layout(recipe("slurm.nodes=2", "slurm.gpus_per_node=2", setting))
@@ -106,11 +118,11 @@ def test_hostile_names_stay_data() -> None:
     lines = executor.prepare(hostile, path).script().splitlines()
     flags = dict(line.split("=", 1) for line in lines if line.startswith("#SBATCH --p"))
     assert shlex.split(flags["#SBATCH --partition"]) == [partition]
-    command = shlex.split(lines[-1])
-    assert command[-1] == str(path / "slurm")
-    assert [line for line in lines if line and not line.startswith("#")][:-1] == [
-        "export SUBMITIT_EXECUTOR=slurm"
-    ]
+    command = next(line for line in lines if line.startswith("srun"))
+    assert shlex.split(command)[-1] == str(path / "slurm")
+    tame = executor.prepare(recipe("train.ranks=2"), Path("/runs/a")).script().splitlines()
+    ours = [line for line in lines if not line.startswith(("#SBATCH", "srun"))]
+    assert ours == [line for line in tame if not line.startswith(("#SBATCH", "srun"))]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +152,8 @@ def test_a_wrong_key_is_named(override: str, told: str) -> None:
         (["slurm.gpus_per_node=2", "slurm.ranks=2"], "need more GPUs than"),
         (["slurm.cpus_per_node=2", "train.ranks=2"], "cpus_per_node=2 is too few"),
         (["train.device=cuda"], "set slurm.gpus_per_node"),
+        (["slurm.gpus=4"], "gpus=4 of all nodes needs cpus_per_node"),
+        (["slurm.gpus=4", "slurm.cpus_per_node=8", "slurm.ranks=4"], "the job's 4"),
     ],
 )
 def test_what_does_not_work_out_is_refused_with_the_fix(overrides: list[str], told: str) -> None:

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Faults of jobs on a real Slurm: what resumes by itself, what is lost, how long it takes.
+
+    python tools/bench/slurm/faults.py [--times 3] [--kinds USR2 ...] [--out FILE]
+
+A Slurm of two nodes on this machine (tests/jobs/slurm_here.py), a job of two ranks and the cluster
+worker. The fault strikes at an instant drawn from the first half of an undisturbed run's training.
+A job has resumed when Slurm has started it again and it COMPLETED with nobody's help. Bits: every
+round's assignments and the final weights against a local run that nobody disturbed. Twice: stages
+that were made again though they were there. Left: processes with the job's SLURM_JOB_ID after its
+end. Seconds: from the fault to the next start of the job script (`cred_expire`, here 12 s, is in
+it), and from there to its first step, with the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+import itertools
+
+from cluster_jobs import job  # noqa: E402
+from deepclust import pretrain  # noqa: E402
+from deepclust.files import read_jsonl  # noqa: E402
+from deepclust.rundir import Run  # noqa: E402
+from deepclust.world import generator  # noqa: E402
+from tests import tiny  # noqa: E402 - the harness of the tests
+from tests.jobs.nodes import events  # noqa: E402
+from tests.jobs.slurm_faults import FAULTS, Fault, starts, until, until_gone  # noqa: E402
+from tests.jobs.slurm_here import SlurmHere, why_not  # noqa: E402
+from tests.killing import stages_done_twice  # noqa: E402
+
+EPOCHS = 30
+SETTINGS = ("train.ranks=2", f"train.epochs={EPOCHS}", "train.log=1")
+MOMENTS = ("job script", "head", "all here", "Ray is up", "placed", "training", "first step")
+
+
+def main() -> None:
+    """Run all, print the table, write the facts."""
+    args = arguments()
+    shutil.rmtree(args.work, ignore_errors=True)
+    shards = tiny.tiny_shards(args.work / "shards", n=300)
+    recipe = tiny.tiny_recipe(shards, *SETTINGS)
+    recipe.save(args.work / "recipe.yaml")
+    pretrain(recipe, args.work / "whole")
+    if reason := why_not():
+        raise SystemExit(reason)
+    slurm = SlurmHere()
+    os.environ.update(SLURM_CONF=str(slurm.conf), PATH=slurm.environment["PATH"])
+    try:
+        records = [
+            one(slurm, args.work, launcher, kind, number)
+            for kind in args.kinds
+            for launcher in args.launchers
+            for number in range(args.times)
+        ]
+    finally:
+        slurm.stop()
+    args.out.write_text(json.dumps(records, indent=1))
+    print(table(records))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--launchers", nargs="+", choices=["ray", "srun"], default=["ray", "srun"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-slurm-faults"))
+    parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-slurm-faults.json"))
+    return parser.parse_args()
+
+
+def one(slurm: SlurmHere, work: Path, launcher: str, kind: str, number: int) -> dict[str, Any]:
+    """One job, one fault, and what became of it."""
+    run, fault = work / f"{kind.replace(' ', '-')}-{launcher}-{number}", FAULTS[kind]
+    name = submitted(work, run, launcher, fault)
+    until(lambda: events(run, "training"), "training")
+    time.sleep(generator(number, "bench", kind).uniform(0.0, 3.0))
+    struck = time.time()
+    fault.strike(slurm, run, name)
+    state = slurm.wait(name, patience=300)
+    until_gone(slurm, name)
+    record = {"kind": kind, "launcher": launcher, "state": state, "starts": starts(run, name)}
+    record |= judged(work, run) | timed(run, name, kind, struck)
+    print(json.dumps(record), flush=True)
+    return record
+
+
+def submitted(work: Path, run: Path, launcher: str, fault: Fault) -> str:
+    """The number of its job."""
+    words = ["submit", work / "recipe.yaml", "--on", "slurm", "--run", run]
+    tiny.deepclust(*words, f"slurm.launcher={launcher}", *fault.overrides)
+    return str(job.read(run)["job"])
+
+
+def judged(work: Path, run: Path) -> dict[str, Any]:
+    """Whether the result is the undisturbed run's, and what was made twice."""
+    try:
+        tiny.assert_same_run(run, work / "whole")
+        same = True
+    except AssertionError:
+        same = False
+    left = list(Path("/tmp").glob("dc-job-*"))
+    return {"same": same, "twice": len(stages_done_twice(run)), "left": len(left)}
+
+
+def timed(run: Path, name: str, kind: str, struck: float) -> dict[str, Any]:
+    """Seconds of the second start, from the fault on."""
+    if starts(run, name) < 2:
+        return {}
+    if kind == "time limit":
+        struck = events(run, "stopped")[0]["time"]
+    lived = moments(run, name, 1)
+    return {"to start": lived["job script"] - struck, "parts": steps(lived)}
+
+
+def moments(run: Path, name: str, start: int) -> dict[str, float]:
+    """When a start of the job came to its moments, in seconds since the epoch."""
+    told = read_jsonl(run / "slurm" / f"{name}-{start}" / "bring-up.jsonl")
+    found = {record["moment"]: record["time"] for record in told}
+    life = found["job script"]
+    following = [e for e in Run(run).events() if e["time"] > life]
+    for moment in ("placed", "training"):
+        found |= {e["event"]: e["time"] for e in following[::-1] if e["event"] == moment}
+    logged = [r["time"] for r in Run(run).metrics("train") if r["time"] > life]
+    return found | ({"first step": min(logged)} if logged else {})
+
+
+def steps(lived: dict[str, float]) -> dict[str, float]:
+    """Seconds from each moment to the next that there was."""
+    there = [m for m in MOMENTS if m in lived]
+    return {b: lived[b] - lived[a] for a, b in itertools.pairwise(there)}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: one line a fault and launcher."""
+    head = (
+        "| fault | launcher | resumed | same bits | twice | left | to start, s | to first step, s |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for kind, launcher in dict.fromkeys((r["kind"], r["launcher"]) for r in records):
+        mine = [r for r in records if (r["kind"], r["launcher"]) == (kind, launcher)]
+        resumed = sum(r["state"] == "COMPLETED" and r["starts"] > 1 for r in mine)
+        waits = [r["to start"] for r in mine if "to start" in r]
+        ups = [sum(r["parts"].values()) for r in mine if "first step" in r.get("parts", {})]
+        cells = [
+            kind, launcher, f"{resumed} of {len(mine)}", str(sum(r["same"] for r in mine)),
+            str(sum(r["twice"] for r in mine)), str(sum(r["left"] for r in mine)),
+            _spread(waits), _spread(ups),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{min(values):.1f}, {statistics.median(values):.1f}, {max(values):.1f}"
+
+
+if __name__ == "__main__":
+    main()
