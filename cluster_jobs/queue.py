@@ -63,23 +63,12 @@ def scancel(job: str) -> None:
     _ask("scancel", job)
 
 
-def requeue(job: str) -> str:
-    """Queue a running job again; what Slurm has against it, empty when it does so."""
-    try:
-        done = _run("scontrol", "requeue", job)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return done.stderr.strip() if done.returncode else ""
-
-
 def _ask(*words: str) -> str:
     """What a command prints; nothing when it is not there, fails or does not answer."""
     try:
-        done = _run(*words)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return "" if done.returncode else done.stdout.strip()
-
-
-def _run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)

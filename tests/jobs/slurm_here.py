@@ -72,9 +72,19 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=localhost
 AccountingStoragePort={dbd}
 AccountingStoragePass={folder}/munge/socket
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{n1},{n2}] CPUs={cpus} RealMemory=10000
+GresTypes=gpu
+NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=10000
+NodeName=n1 Port={n1} Gres=gpu:2
+NodeName=n2 Port={n2} Gres=gpu:1
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+
+# devices that are none: a job sees their numbers, and nothing else
+GRES_CONF = """
+NodeName=n1 Name=gpu File={folder}/gpu0
+NodeName=n1 Name=gpu File={folder}/gpu1
+NodeName=n2 Name=gpu File={folder}/gpu0
 """
 
 DBD_CONF = """
@@ -157,6 +167,9 @@ class SlurmHere:
         for name in ("munge", "state", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         self.conf.write_text(CONF.format(**facts))
+        (self.folder / "gres.conf").write_text(GRES_CONF.format(**facts))
+        for name in ("gpu0", "gpu1"):
+            (self.folder / name).touch()
         dbd = self.folder / "slurmdbd.conf"
         dbd.touch(mode=0o600)
         dbd.write_text(DBD_CONF.format(**facts))

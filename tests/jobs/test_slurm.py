@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from cluster_jobs import job
 from deepclust import Recipe, pretrain
 from tests.jobs.nodes import events, seated
+from tests.jobs.slurm_faults import FAULTS, starts, until, until_gone
 from tests.jobs.slurm_here import SlurmHere
 from tests.killing import stages_done_twice, training
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
@@ -23,10 +23,8 @@ from tests.tiny import assert_same_run, deepclust, tiny_recipe
 pytestmark = pytest.mark.slow
 
 LAUNCHERS = ("srun", "ray")
-LONG = 8  # epochs, so that something comes in between
-LONGER = 40  # until Slurm's scheduler has looked again
+LONG = 30  # epochs, so that something comes in between
 NODES = ("slurm.nodes=2", "slurm.start=60")
-PATIENCE_S = 120.0
 
 
 def recipe(shards: Path, *overrides: str) -> Recipe:
@@ -65,17 +63,6 @@ def begin(slurm: SlurmHere, shards: Path, tmp_path: Path) -> Iterator[Callable[.
         until_gone(slurm, number)
 
 
-def until(moment: Callable[[], Any], what: str = "the moment") -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not moment():
-        assert time.monotonic() < deadline, f"{what} never came"
-        time.sleep(0.05)
-
-
-def until_gone(slurm: SlurmHere, number: str) -> None:
-    until(lambda: not slurm.processes(number), "the end of every process of the job")
-
-
 def state(run: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = json.loads(deepclust("status", run, "--json").stdout)
     return found[0]
@@ -101,23 +88,29 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     assert not list(Path("/tmp").glob(f"dc-job-{number}-*"))
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_usr2_stops_at_a_step_and_the_job_is_queued_again_and_resumes(
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [
+        ("USR2", "ray"), ("TERM", "ray"), ("preempted", "srun"), ("time limit", "srun"),
+        ("kill -9 of the head", "ray"), ("slurmd alone", "srun"), ("slurmd alone", "ray"),
+        ("slurmd of one of two nodes", "srun"), ("slurmd and its tree", "ray"),
+    ],
+)  # fmt: skip
+def test_a_job_resumes_by_itself_to_the_undisturbed_result_after(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path,
-    launcher: str,
+    kind: str, launcher: str,
 ) -> None:  # fmt: skip
-    run = tmp_path / "run"
-    number = begin(run, f"slurm.launcher={launcher}", f"train.epochs={LONG}")
+    run, fault = tmp_path / "run", FAULTS[kind]
+    number = begin(run, f"slurm.launcher={launcher}", f"train.epochs={LONG}", *fault.overrides)
     until(lambda: training(run))
-    slurm.call("scancel", "--signal=USR2", number)
-    until(lambda: events(run, "stopped"))
-    assert events(run, "stopped")[0]["kind"] == "RequeueWanted"
-    until(lambda: len(events(run, "started")) == 2, "the second start")
-    assert slurm.wait(number) == "COMPLETED"
+    fault.strike(slurm, run, number)
+    assert slurm.wait(number, patience=240) == "COMPLETED"
+    assert starts(run, number) > 1
     assert state(run)["state"] == "SUCCEEDED"
     assert_same_run(run, local(LONG))
     assert stages_done_twice(run) == []
     until_gone(slurm, number)
+    assert not list(Path("/tmp").glob(f"dc-job-{number}-*"))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -165,44 +158,59 @@ def test_a_waiting_job_says_why_and_is_cancelled_before_it_starts(
     assert state(run)["state"] == "STOPPED"
 
 
-def test_a_job_that_a_higher_partition_preempts_is_queued_again_and_resumes(
+def test_a_rank_that_is_killed_is_named_and_the_job_is_queued_again(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    number = begin(run, "slurm.launcher=srun", f"train.epochs={LONGER}", "slurm.exclusive=true")
-    until(lambda: training(run))
-    words = ("-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 8")
-    other = slurm.call("sbatch", "--parsable", *words).strip()
-    assert slurm.wait(other) == "COMPLETED"
-    assert slurm.wait(number) == "COMPLETED"
-    assert len(events(run, "started")) == 2
-    assert_same_run(run, local(LONGER))
-
-
-def test_a_rank_that_is_killed_ends_the_job_with_its_name(
-    slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    number = begin(run, "slurm.launcher=srun", "train.epochs=100")
+    number = begin(run, "slurm.launcher=srun", f"train.epochs={LONG}")
     until(lambda: training(run))
     os.kill(seated(run, "rank 1")["pid"], signal.SIGKILL)
+    assert slurm.wait(number) == "COMPLETED"
+    assert "rank 1 on n2 was lost" in events(run, "stopped")[0]["text"]
+    assert_same_run(run, local(LONG))
+
+
+def test_bad_data_ends_the_job_once_with_the_reason(
+    slurm: SlurmHere, shards: Path, tmp_path: Path
+) -> None:
+    tiny_recipe(tmp_path / "nothing", "train.ranks=2").save(tmp_path / "bad.yaml")
+    run = tmp_path / "run"
+    deepclust("submit", tmp_path / "bad.yaml", "--on", "slurm", "--run", run, *NODES)
+    number = str(job.read(run)["job"])
     assert slurm.wait(number) == "FAILED"
     found = state(run)
-    assert found["state"] == "FAILED"
-    assert "rank 1 on n2 was lost" in found["reason"]
-    until_gone(slurm, number)
+    assert (found["state"], found["exit_code"]) == ("FAILED", 3)
+    assert "no shards" in found["reason"]
+    assert starts(run, number) == 1
 
 
-def test_a_head_that_is_killed_takes_all_with_it(
+def test_a_sweep_is_one_array_whose_runs_stand_side_by_side(
+    slurm: SlurmHere, shards: Path, tmp_path: Path
+) -> None:
+    recipe(shards, "train.ranks=1").save(tmp_path / "tiny.yaml")
+    words = ["submit", tmp_path / "tiny.yaml", "--on", "slurm", "--run", tmp_path / "runs"]
+    deepclust(*words, "--sweep", "cluster.k=4,6,8", "slurm.launcher=srun")
+    runs = [tmp_path / "runs" / f"cluster.k={k}" for k in (4, 6, 8)]
+    numbers = [str(job.read(run)["job"]) for run in runs]
+    array = numbers[0].partition("_")[0]
+    assert numbers == [f"{array}_{n}" for n in range(3)]
+    assert [slurm.wait(number) for number in numbers] == ["COMPLETED"] * 3
+    found = json.loads(deepclust("status", tmp_path / "runs", "--json").stdout)
+    assert [one["name"] for one in found] == [run.name for run in runs]
+    assert [one["k"] for one in found] == [4, 6, 8]
+    assert {one["state"] for one in found} == {"SUCCEEDED"}
+
+
+def test_nodes_with_different_numbers_of_gpus_have_a_rank_for_each_but_the_workers(
     slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    number = begin(run, "slurm.launcher=ray", "train.epochs=100")
-    until(lambda: training(run))
-    os.kill(events(run, "started")[0]["pid"], signal.SIGKILL)
-    assert slurm.wait(number) == "FAILED"
-    until_gone(slurm, number)
-    assert state(run)["state"] == "FAILED"
+    number = begin(
+        run, "slurm.gpus=3", "slurm.cpus_per_node=3", "train.device=auto", "train.epochs=1"
+    )
+    assert slurm.wait(number) == "COMPLETED"
+    members = events(run, "placed")[0]["members"]
+    assert sorted(member["who"] for member in members) == ["cluster worker", "rank 0", "rank 1"]
 
 
 def test_the_plain_script_does_the_same_without_submitit(

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
+import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster_jobs import job, queue, store
+from cluster_jobs.executors.slurm import ENDED
 from cluster_jobs.slurm import task
 from cluster_jobs.slurm.allocation import Allocation, allocation
 from cluster_jobs.slurm.meeting import Line, folder, hosting, join
 from deepclust.errors import RequeueWanted, ResourceError, RunHeldError
 from deepclust.launch import prepare_run
-from deepclust.lock import hold
+from deepclust.lock import hold, renew
 from deepclust.rundir import Run
 from tests.tiny import tiny_recipe
 
@@ -30,7 +34,7 @@ def never() -> bool:
 
 
 def test_a_guest_that_knows_the_word_is_let_in_and_hears_the_end(tmp_path: Path) -> None:
-    lines: list[Line] = []
+    lines: list[Line | None] = []
     guest = threading.Thread(target=lambda: lines.append(join(tmp_path, OTHER, 10)))
     with hosting(tmp_path, HEAD, "127.0.0.1") as head:
         guest.start()
@@ -39,10 +43,12 @@ def test_a_guest_that_knows_the_word_is_let_in_and_hears_the_end(tmp_path: Path)
         assert (found.task, found.node) == (1, "n2")
         found.line.send(hello=1)
         found.line.send(hello=2)
-        assert [lines[0].first(5), lines[0].first(5)] == [{"hello": 1}, {"hello": 2}]
-    assert lines[0].first(5) is None
-    assert not lines[0].open
-    lines[0].close()
+        line = lines[0]
+        assert line is not None
+        assert [line.first(5), line.first(5)] == [{"hello": 1}, {"hello": 2}]
+    assert line.first(5) is None
+    assert not line.open
+    line.close()
 
 
 def test_where_the_head_is_only_its_owner_can_read_and_only_while_it_is_there(
@@ -52,7 +58,14 @@ def test_where_the_head_is_only_its_owner_can_read_and_only_while_it_is_there(
         for name in ("head.json", "token"):
             mode = (folder(tmp_path, HEAD) / name).stat().st_mode
             assert stat.S_IMODE(mode) == 0o600
-    assert list(folder(tmp_path, HEAD).iterdir()) == []
+    left = {file.name for file in folder(tmp_path, HEAD).iterdir()}
+    assert left == {"bring-up.jsonl", "ended"}
+
+
+def test_who_comes_when_the_head_has_been_there_and_is_gone_does_not_wait(tmp_path: Path) -> None:
+    with hosting(tmp_path, HEAD, "127.0.0.1"):
+        pass
+    assert join(tmp_path, OTHER, 60) is None
 
 
 def test_who_does_not_know_the_word_is_not_let_in_and_the_missing_are_named(tmp_path: Path) -> None:
@@ -79,7 +92,7 @@ def test_an_older_start_of_the_job_is_not_taken_for_this_one(tmp_path: Path) -> 
 
 
 def test_outside_of_a_job_there_is_no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    monkeypatch.delenv("DEEPCLUST_NODES", raising=False)
     with pytest.raises(ResourceError, match="start this by srun in a Slurm job"):
         allocation()
 
@@ -93,7 +106,20 @@ def test_a_lock_of_an_earlier_start_of_the_same_job_is_free_at_once(
             pass
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         with hold(tmp_path):
-            pass
+            monkeypatch.delenv("SLURM_RESTART_COUNT")
+            with pytest.raises(RunHeldError), hold(tmp_path):  # the old one does not come back
+                pass
+
+
+def test_a_controller_that_was_taken_over_writes_no_event(tmp_path: Path) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path)
+    with hold(tmp_path) as token:
+        run = Run(tmp_path, token)
+        run.event("started")
+        renew(tmp_path, token)
+        with pytest.raises(RunHeldError, match="taken over"):
+            run.event("stopped")
+    assert [event["event"] for event in run.events()] == ["started"]
 
 
 def scripts(folder: Path, monkeypatch: pytest.MonkeyPatch, **told: str) -> None:
@@ -130,12 +156,72 @@ def test_a_run_that_nobody_holds_is_in_the_state_that_slurm_says(
 def test_without_any_slurm_command_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert queue.look("7") is None
-    assert "scontrol" in queue.requeue("7")
 
 
 def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> None:
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
-    assert [task._fruitless(tmp_path) for _ in range(4)] == [False, False, False, True]
-    (tmp_path / "rounds" / "0000" / "raw" / "unit-0").mkdir(parents=True)
-    assert not task._fruitless(tmp_path)
+    for _ in range(3):
+        task.refuse_fruitless(tmp_path, HEAD)
+    with pytest.raises(ResourceError, match="3 starts of job 7 in a row brought nothing"):
+        task.refuse_fruitless(tmp_path, HEAD)
+    task.refuse_fruitless(tmp_path, replace(HEAD, job="8"))  # a new job has its own chances
+
+
+def test_a_start_that_brings_something_or_was_asked_to_stop_is_forgiven(tmp_path: Path) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path)
+    (tmp_path / "slurm").mkdir()
+    for number in range(6):
+        task.refuse_fruitless(tmp_path, HEAD)
+        (tmp_path / "rounds" / "0000" / "raw" / f"unit-{number}").mkdir(parents=True)
+    for _ in range(6):
+        task.refuse_fruitless(tmp_path, HEAD)
+        assert task.after_stop(tmp_path, [signal.SIGTERM]) == 75
+
+
+def test_word_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) -> None:
+    asked: list[int] = []
+    assert not job.stopping(tmp_path, asked)
+    job.ask_to_cancel(tmp_path)
+    assert job.stopping(tmp_path, asked)
+    assert asked == [signal.SIGINT]
+    assert task.after_stop(tmp_path, asked) == 130
+    assert not job.stopping(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "then"),
+    [
+        (75, "RUNNING", 0, "requeue 7"),
+        (137, "RUNNING", 0, "requeue 7"),
+        (130, "RUNNING", 0, "scancel 7"),
+        (0, "RUNNING", 0, ""),
+        (3, "RUNNING", 0, ""),
+        (75, "COMPLETING", 0, ""),  # scancel, or Slurm itself, was first
+        (75, "RUNNING", 1, ""),  # this start is over for Slurm, which has made another
+    ],
+)
+def test_the_job_script_does_what_the_exit_code_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str, restarts: int, then: str
+) -> None:
+    scripts(tmp_path, monkeypatch, squeue=f"{state} {restarts}", sleep="")
+    for name in ("scontrol", "scancel"):
+        said = "scancel " if name == "scancel" else ""
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{said}$@"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    text = f"(exit {code})\n{ENDED.format(requeues=5)}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.strip() == then
+
+
+def test_a_job_is_queued_again_only_so_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts(tmp_path, monkeypatch, squeue="RUNNING 5", scontrol="called")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
+    text = f"(exit 75)\n{ENDED.format(requeues=5)}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    assert done.stdout == ""

@@ -15,6 +15,7 @@ it), and from there to its first step, with the parts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -26,8 +27,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
-
-import itertools
 
 from cluster_jobs import job  # noqa: E402
 from deepclust import pretrain  # noqa: E402
