@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from deepclust.errors import ResourceError
 STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
 STARTED = "Ray runtime started"
 POLL_S = 0.2
+ANSWER_S = 10.0
 LEAVE_S = 2.0  # a raylet drains for up to 30 s; by then we want nothing of it any more
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
 PREFIX = "dc-job-"
@@ -64,6 +66,14 @@ class Daemon:
     def alive(self) -> bool:
         """Whether it runs."""
         return self.process.poll() is None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the head's Ray can be reached."""
+        host, _, port = self.address.rpartition(":")
+        with socket.socket() as probe:
+            probe.settimeout(ANSWER_S)
+            return probe.connect_ex((host, int(port))) == 0
 
     def wait(self, patience: float) -> None:
         """Until it is up. Raises `ResourceError` with its last words when it does not come up."""

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 from cluster_jobs import job
 from cluster_jobs.slurm import member, ranks
@@ -35,6 +35,8 @@ from deepclust.rundir import Run
 
 CANCELLED = 130  # exit code, after `deepclust cancel`
 FRUITLESS = 3  # starts in a row that bring nothing, and then no more
+WATCH_S = 1.0
+LEAVE_S = 5.0  # for a controller that ends by itself
 AGAIN = 3  # times that a node's Ray is started again while the head lives
 log = logging.getLogger("cluster_jobs")
 
@@ -86,25 +88,35 @@ def control_by_ray(
     """Bring up a Ray of the job's own on all nodes, and run the controller on it."""
     address, notes = head.address, folder(path, found)
     os.environ.update(private(notes) | alone(address))
-    daemon = Daemon(found, address, notes, None)
+    daemon, over = Daemon(found, address, notes, None), Event()
     try:
         with _told(path):
             _bring_up(found, head, daemon, spec.start, lambda: job.stopping(path, asked))
-        Thread(target=_watch, args=(head, asked), daemon=True).start()
+        Thread(target=_watch, args=(head, daemon, asked, over), daemon=True).start()
         os.environ["RAY_ADDRESS"] = daemon.address
         from cluster_jobs.controller import control  # Ray reads its variables when imported
 
         control(path, asked)
     finally:
+        over.set()
         daemon.stop()
 
 
-def _watch(head: Head, asked: list[int]) -> None:
-    """A node that leaves the job does not come back to it: stop, and let it be queued again."""
-    while all(guest.line.open for guest in head.guests.values()):
+def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
+    """A node that leaves the job does not come back to it: stop, and let it be queued again.
+
+    Nor does Ray's head, and whoever uses it hangs for a minute, and is then ended by Ray.
+    """
+    while not over.wait(WATCH_S) and daemon.listens:
         for guest in head.guests.values():
-            guest.line.hear(1.0)
-    asked.append(signal.SIGUSR2)
+            guest.line.hear()
+        if not all(guest.line.open for guest in head.guests.values()):
+            asked.append(signal.SIGUSR2)
+            return
+    if not over.wait(LEAVE_S):
+        log.error("Ray's head is gone")
+        daemon.stop()
+        os._exit(RequeueWanted.exit_code)
 
 
 def _bring_up(

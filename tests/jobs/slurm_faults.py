@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster_jobs import store
+from deepclust.rundir import Run
 from tests.jobs.nodes import events
 from tests.jobs.slurm_here import SlurmHere
 
 PATIENCE_S = 240.0
+AGREE_S = 10.0
+LONG = 150  # epochs, until Slurm misses a node
 Strike = Callable[[SlurmHere, Path, str], None]
 
 
@@ -26,6 +32,8 @@ class Fault:
 
     strike: Strike
     overrides: tuple[str, ...] = ("slurm.nodes=2",)
+    launchers: tuple[str, ...] = ("ray", "srun")
+    epochs: int = 30  # that it may strike before the end
 
 
 def until(moment: Callable[[], object], what: str = "the moment") -> None:
@@ -44,6 +52,44 @@ def until_gone(slurm: SlurmHere, number: str) -> None:
 def starts(run: Path, number: str) -> int:
     """How often the job has been started."""
     return len(list((run / "slurm").glob(f"{number}-[0-9]*")))
+
+
+CLASSES = {
+    "waiting": ("PENDING", "REQUEUED", "CONFIGURING"),
+    "running": ("RUNNING", "RECOVERING", "COMPLETING", "SUSPENDED"),
+    "done": ("COMPLETED", "SUCCEEDED"),
+    "ended": ("CANCELLED", "TIMEOUT", "STOPPED"),
+    "failed": ("FAILED", "NODE_FAIL", "DIED"),
+}
+
+
+@contextmanager
+def watched(slurm: SlurmHere, run: Path, number: str) -> Iterator[list[str]]:
+    """While the block lasts, what Slurm and our status say differently for more than 10 s."""
+    wrong: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        since = time.monotonic()
+        while not over.wait(0.5):
+            slurms, ours = slurm.state(number), store.status(Run(run)).state
+            if class_of(slurms) == class_of(ours):
+                since = time.monotonic()
+            elif time.monotonic() - since > AGREE_S:
+                wrong.append(f"Slurm says {slurms}, status says {ours}")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield wrong
+    finally:
+        over.set()
+        watcher.join()
+
+
+def class_of(state: str) -> str:
+    """Of a state by Slurm or by us."""
+    return next(name for name, states in CLASSES.items() if state in states)
 
 
 def usr2(slurm: SlurmHere, run: Path, number: str) -> None:
@@ -73,6 +119,17 @@ def kill_head(slurm: SlurmHere, run: Path, number: str) -> None:
     os.kill(events(run, "started")[-1]["pid"], signal.SIGKILL)
 
 
+def kill_gcs(slurm: SlurmHere, run: Path, number: str) -> None:
+    """Kill -9 of what makes a node the head of a Ray."""
+    (pid,) = [pid for pid in slurm.processes(number) if title(pid).endswith("gcs_server")]
+    os.kill(pid, signal.SIGKILL)
+
+
+def title(pid: int) -> str:
+    """The program that a process runs."""
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").partition("\0")[0]
+
+
 def slurmd_alone(slurm: SlurmHere, run: Path, number: str) -> None:
     """A node that Slurm has lost, where the job's processes live on and write."""
     slurm.kill_node("n1", tree=False)
@@ -98,9 +155,10 @@ FAULTS = {
     "USR2": Fault(usr2),
     "TERM": Fault(term),
     "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true")),
-    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=25")),
+    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=25"), epochs=LONG),
     "kill -9 of the head": Fault(kill_head),
-    "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",)),
-    "slurmd of one of two nodes": Fault(slurmd_of_a_part),
+    "kill -9 of Ray's head": Fault(kill_gcs, launchers=("ray",)),
+    "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",), epochs=LONG),
+    "slurmd of one of two nodes": Fault(slurmd_of_a_part, epochs=LONG),
     "slurmd and its tree": Fault(node),
 }

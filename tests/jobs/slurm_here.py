@@ -65,7 +65,7 @@ ReturnToService=2
 JobRequeue=1
 KillWait={kill}
 InactiveLimit=0
-SlurmdTimeout=20
+SlurmdTimeout=10
 SlurmctldTimeout=20
 JobAcctGatherType=jobacct_gather/linux
 AccountingStorageType=accounting_storage/slurmdbd
@@ -73,9 +73,9 @@ AccountingStorageHost=localhost
 AccountingStoragePort={dbd}
 AccountingStoragePass={folder}/munge/socket
 GresTypes=gpu
-NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=10000
-NodeName=n1 Port={n1} Gres=gpu:2
-NodeName=n2 Port={n2} Gres=gpu:1
+NodeName=DEFAULT CPUs={cpus} RealMemory=10000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} Gres=gpu:1
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """

@@ -15,7 +15,7 @@ import pytest
 from cluster_jobs import job
 from deepclust import Recipe, pretrain
 from tests.jobs.nodes import events, seated
-from tests.jobs.slurm_faults import FAULTS, starts, until, until_gone
+from tests.jobs.slurm_faults import FAULTS, starts, until, until_gone, watched
 from tests.jobs.slurm_here import SlurmHere
 from tests.killing import stages_done_twice, training
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
@@ -76,7 +76,9 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     run = tmp_path / "a run; echo 'no' \"more\""
     number = begin(run, f"slurm.launcher={launcher}", "slurm.snapshot=true")
     assert state(run)["state"] in ("PENDING", "RUNNING")
-    told = deepclust("logs", run, "-f").stdout
+    with watched(slurm, run, number) as disagreements:
+        told = deepclust("logs", run, "-f").stdout
+    assert disagreements == []
     assert "finished" in told
     assert slurm.wait(number) == "COMPLETED"
     assert state(run)["state"] == "SUCCEEDED"
@@ -92,7 +94,8 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     ("kind", "launcher"),
     [
         ("USR2", "ray"), ("TERM", "ray"), ("preempted", "srun"), ("time limit", "srun"),
-        ("kill -9 of the head", "ray"), ("slurmd alone", "srun"), ("slurmd alone", "ray"),
+        ("kill -9 of the head", "ray"), ("kill -9 of Ray's head", "ray"),
+        ("slurmd alone", "srun"), ("slurmd alone", "ray"),
         ("slurmd of one of two nodes", "srun"), ("slurmd and its tree", "ray"),
     ],
 )  # fmt: skip
@@ -101,13 +104,17 @@ def test_a_job_resumes_by_itself_to_the_undisturbed_result_after(
     kind: str, launcher: str,
 ) -> None:  # fmt: skip
     run, fault = tmp_path / "run", FAULTS[kind]
-    number = begin(run, f"slurm.launcher={launcher}", f"train.epochs={LONG}", *fault.overrides)
-    until(lambda: training(run))
-    fault.strike(slurm, run, number)
-    assert slurm.wait(number, patience=240) == "COMPLETED"
+    number = begin(
+        run, f"slurm.launcher={launcher}", f"train.epochs={fault.epochs}", *fault.overrides
+    )
+    with watched(slurm, run, number) as disagreements:
+        until(lambda: training(run))
+        fault.strike(slurm, run, number)
+        assert slurm.wait(number, patience=240) == "COMPLETED"
+    assert disagreements == []
     assert starts(run, number) > 1
     assert state(run)["state"] == "SUCCEEDED"
-    assert_same_run(run, local(LONG))
+    assert_same_run(run, local(fault.epochs))
     assert stages_done_twice(run) == []
     until_gone(slurm, number)
     assert not list(Path("/tmp").glob(f"dc-job-{number}-*"))

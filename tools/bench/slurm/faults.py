@@ -15,7 +15,6 @@ it), and from there to its first step, with the parts.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -28,10 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
+from moments import moments, parts  # noqa: E402 - beside this file
+
 from cluster_jobs import job  # noqa: E402
 from deepclust import pretrain  # noqa: E402
-from deepclust.files import read_jsonl  # noqa: E402
-from deepclust.rundir import Run  # noqa: E402
 from deepclust.world import generator  # noqa: E402
 from tests import tiny  # noqa: E402 - the harness of the tests
 from tests.jobs.nodes import events  # noqa: E402
@@ -39,9 +38,7 @@ from tests.jobs.slurm_faults import FAULTS, Fault, starts, until, until_gone  # 
 from tests.jobs.slurm_here import SlurmHere, why_not  # noqa: E402
 from tests.killing import stages_done_twice  # noqa: E402
 
-EPOCHS = 30
-SETTINGS = ("train.ranks=2", f"train.epochs={EPOCHS}", "train.log=1")
-MOMENTS = ("job script", "head", "all here", "Ray is up", "placed", "training", "first step")
+SETTINGS = ("train.ranks=2", "train.log=1")
 
 
 def main() -> None:
@@ -51,7 +48,8 @@ def main() -> None:
     shards = tiny.tiny_shards(args.work / "shards", n=300)
     recipe = tiny.tiny_recipe(shards, *SETTINGS)
     recipe.save(args.work / "recipe.yaml")
-    pretrain(recipe, args.work / "whole")
+    for epochs in {FAULTS[kind].epochs for kind in args.kinds}:
+        pretrain(recipe.replace(f"train.epochs={epochs}"), whole(args.work, epochs))
     if reason := why_not():
         raise SystemExit(reason)
     slurm = SlurmHere()
@@ -61,6 +59,7 @@ def main() -> None:
             one(slurm, args.work, launcher, kind, number)
             for kind in args.kinds
             for launcher in args.launchers
+            if launcher in FAULTS[kind].launchers
             for number in range(args.times)
         ]
     finally:
@@ -91,7 +90,7 @@ def one(slurm: SlurmHere, work: Path, launcher: str, kind: str, number: int) -> 
     state = slurm.wait(name, patience=300)
     until_gone(slurm, name)
     record = {"kind": kind, "launcher": launcher, "state": state, "starts": starts(run, name)}
-    record |= judged(work, run) | timed(run, name, kind, struck)
+    record |= judged(run, whole(work, fault.epochs)) | timed(run, name, kind, struck)
     print(json.dumps(record), flush=True)
     return record
 
@@ -99,14 +98,20 @@ def one(slurm: SlurmHere, work: Path, launcher: str, kind: str, number: int) -> 
 def submitted(work: Path, run: Path, launcher: str, fault: Fault) -> str:
     """The number of its job."""
     words = ["submit", work / "recipe.yaml", "--on", "slurm", "--run", run]
-    tiny.deepclust(*words, f"slurm.launcher={launcher}", *fault.overrides)
+    settings = (f"slurm.launcher={launcher}", f"train.epochs={fault.epochs}", *fault.overrides)
+    tiny.deepclust(*words, *settings)
     return str(job.read(run)["job"])
 
 
-def judged(work: Path, run: Path) -> dict[str, Any]:
+def whole(work: Path, epochs: int) -> Path:
+    """The local run that nobody disturbs."""
+    return work / f"whole-{epochs}"
+
+
+def judged(run: Path, undisturbed: Path) -> dict[str, Any]:
     """Whether the result is the undisturbed run's, and what was made twice."""
     try:
-        tiny.assert_same_run(run, work / "whole")
+        tiny.assert_same_run(run, undisturbed)
         same = True
     except AssertionError:
         same = False
@@ -121,25 +126,7 @@ def timed(run: Path, name: str, kind: str, struck: float) -> dict[str, Any]:
     if kind == "time limit":
         struck = events(run, "stopped")[0]["time"]
     lived = moments(run, name, 1)
-    return {"to start": lived["job script"] - struck, "parts": steps(lived)}
-
-
-def moments(run: Path, name: str, start: int) -> dict[str, float]:
-    """When a start of the job came to its moments, in seconds since the epoch."""
-    told = read_jsonl(run / "slurm" / f"{name}-{start}" / "bring-up.jsonl")
-    found = {record["moment"]: record["time"] for record in told}
-    life = found["job script"]
-    following = [e for e in Run(run).events() if e["time"] > life]
-    for moment in ("placed", "training"):
-        found |= {e["event"]: e["time"] for e in following[::-1] if e["event"] == moment}
-    logged = [r["time"] for r in Run(run).metrics("train") if r["time"] > life]
-    return found | ({"first step": min(logged)} if logged else {})
-
-
-def steps(lived: dict[str, float]) -> dict[str, float]:
-    """Seconds from each moment to the next that there was."""
-    there = [m for m in MOMENTS if m in lived]
-    return {b: lived[b] - lived[a] for a, b in itertools.pairwise(there)}
+    return {"to start": lived["job script"] - struck, "parts": parts(lived)}
 
 
 def table(records: list[dict[str, Any]]) -> str:

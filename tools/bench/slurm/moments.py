@@ -1,0 +1,34 @@
+"""When a start of a job came to its moments: from the notes in the run, for the benches here."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from deepclust.files import read_jsonl
+from deepclust.rundir import Run
+
+MOMENTS = (
+    "allocated", "job script", "head", "all here", "Ray is up", "placed", "unit", "clustered",
+    "training", "first step",
+)  # fmt: skip
+
+
+def moments(run: Path, name: str, start: int) -> dict[str, float]:
+    """Seconds since the epoch; the first step is the first that is logged (`train.log=1`)."""
+    told = read_jsonl(run / "slurm" / f"{name}-{start}" / "bring-up.jsonl")
+    found = {record["moment"]: record["time"] for record in told}
+    life = found["job script"]
+    following = [e for e in Run(run).events() if e["time"] > life]
+    for moment in ("placed", "unit", "clustered", "training"):
+        found |= {e["event"]: e["time"] for e in following[::-1] if e["event"] == moment}
+    early = {m: when for m, when in found.items() if when <= found.get("training", when)}
+    trained = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+    logged = [r["time"] for r in trained if r["time"] > life]
+    return early | ({"first step": min(logged)} if logged else {})
+
+
+def parts(lived: dict[str, float]) -> dict[str, float]:
+    """Seconds from each moment to the next that there was."""
+    there = [m for m in MOMENTS if m in lived]
+    return {b: lived[b] - lived[a] for a, b in itertools.pairwise(there)}
