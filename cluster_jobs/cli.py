@@ -353,12 +353,13 @@ def _submit_sweep(
         where.prepare(Recipe.load(recipe, *given, *point), place(folder, point))
         for point in points(sweep)
     ]
+    whole = where.prepare_sweep(plans, folder)
     if dry_run:
-        typer.echo("\n".join(f"# {plan.run}\n{plan}" for plan in plans))
+        typer.echo(str(whole))
         return
     if rundir.exists(folder):
         raise RecipeError(f"{folder} is a run, not a folder for runs: choose another --run")
-    where.submit_sweep(plans, folder)
+    where.submit_sweep(whole)
     _say(f"submitted {len(plans)} runs\n  deepclust status {folder}")
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from cluster_jobs import job
 from cluster_jobs.executors import background
@@ -43,7 +44,7 @@ def submit(plan: Plan) -> None:
     background.start(plan.run, plan.command)
 
 
-def submit_sweep(plans: list[Plan], folder: Path) -> None:
+def prepare_sweep(plans: list[Plan], folder: Path) -> NoReturn:
     """Refused: all would run at once on this machine."""
     raise RecipeError(
         "a sweep needs a queue: --on slurm, or --on ray with --address; on this machine all would "

@@ -70,14 +70,29 @@ def submit(plan: Plan) -> None:
     _start(plan, client)
 
 
-def submit_sweep(plans: list[Plan], folder: Path) -> None:
-    """Every run as a job of the cluster, which starts those that it has room for."""
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that are a job of the cluster each, which starts those that it has room for."""
+
+    plans: list[Plan]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.plans))
+
+
+def prepare_sweep(plans: list[Plan], folder: Path) -> Sweep:
+    """The runs, which lie in the folder. Raises `RecipeError` when there is no standing cluster."""
     if not plans[0].spec.address:
         raise RecipeError(
             "a sweep needs a queue: --on slurm, or --on ray with the --address of a standing "
             "cluster; on a Ray of this machine alone all would run at once"
         )
-    for plan in plans:
+    return Sweep(plans)
+
+
+def submit_sweep(sweep: Sweep) -> None:
+    """Create the runs and start their controllers."""
+    for plan in sweep.plans:
         submit(plan)
 
 

@@ -124,12 +124,13 @@ class Plan:
         given = {name: value for name, value in wanted.items() if value is not None}
         return {**UNASKED, **given}
 
-    def script(self) -> str:
-        """The text that sbatch gets."""
+    def script(self, runs: int = 1) -> str:
+        """The text that sbatch gets, for an array if there are several runs."""
         from submitit.slurm.slurm import _make_sbatch_string
 
         words = [self.python, "-u", "-m", "submitit.core._submit", str(self.folder)]
-        return _make_sbatch_string(shlex.join(words), self.folder, **self.parameters())
+        given = {**self.parameters(), **({"map_count": runs} if runs > 1 else {})}
+        return _make_sbatch_string(shlex.join(words), self.folder, **given)
 
     def setup(self) -> list[str]:
         """Lines before srun."""
@@ -153,6 +154,18 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.layout}\n\n{self.script()}\n{self.recipe.dump()}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that one array has; they differ in nothing but the run."""
+
+    plans: list[Plan]
+
+    def __str__(self) -> str:
+        first, runs = self.plans[0], "\n".join(f"# {plan.run}" for plan in self.plans)
+        recipes = "\n".join(f"# {plan.run}\n{plan.recipe.dump()}" for plan in self.plans)
+        return f"{runs}\n{first.layout}\n\n{first.script(len(self.plans))}\n{recipes}"
 
 
 def prepare(recipe: Recipe, run: Path) -> Plan:
@@ -179,24 +192,24 @@ def submit(plan: Plan) -> None:
     _queue([plan])
 
 
-def submit_sweep(plans: list[Plan], folder: Path) -> None:
-    """Create the runs, queue them as one array. Raises `RecipeError` when they do not fit one."""
-    _need_slurm()
+def prepare_sweep(plans: list[Plan], folder: Path) -> Sweep:
+    """One array for the plans. Raises `RecipeError` when it cannot have them all."""
     plans = [replace(plan, sweep=folder) for plan in plans]
-    check_alike(plans)
-    for plan in plans:
-        prepare_run(plan.recipe, plan.run)
-    _queue(plans)
-
-
-def check_alike(plans: list[Plan]) -> None:
-    """Raise `RecipeError` when one array cannot have them all."""
     for plan in plans[1:]:
-        if {**plan.parameters(), "job_name": ""} != {**plans[0].parameters(), "job_name": ""}:
+        if plan.parameters() != plans[0].parameters():
             raise RecipeError(
                 f"{plan.run.name} needs other resources than {plans[0].run.name}, and one array "
                 "has the same for all: submit them apart, or set slurm.* so that they are equal"
             )
+    return Sweep(plans)
+
+
+def submit_sweep(sweep: Sweep) -> None:
+    """Create the runs and queue them."""
+    _need_slurm()
+    for plan in sweep.plans:
+        prepare_run(plan.recipe, plan.run)
+    _queue(sweep.plans)
 
 
 def resume(run: Path, overrides: list[str]) -> None:

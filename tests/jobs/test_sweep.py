@@ -54,12 +54,13 @@ def test_a_dry_run_of_a_sweep_shows_every_run(tmp_path: Path) -> None:
     tiny_recipe(tmp_path / "shards").save(tmp_path / "tiny.yaml")
     words = ["submit", tmp_path / "tiny.yaml", "--run", tmp_path / "runs", "--dry-run"]
     told = deepclust(*words, "--on", "slurm", "--sweep", "cluster.k=4,8").stdout
-    assert f"# {tmp_path}/runs/cluster.k=4\n" in told
-    assert told.count("#SBATCH --nodes=1") == 2
+    assert f"# {tmp_path}/runs/cluster.k=4\n# {tmp_path}/runs/cluster.k=8\n" in told
+    assert "#SBATCH --array=0-1%2" in told
+    assert f"#SBATCH --output={tmp_path}/runs/slurm/%A_%a_0_log.out" in told
 
 
 def test_runs_that_need_different_resources_are_no_array(tmp_path: Path) -> None:
     shapes = [tiny_recipe(tmp_path, f"slurm.nodes={n}", "train.ranks=2") for n in (1, 2)]
     plans = [slurm.prepare(r, tmp_path / str(n)) for n, r in enumerate(shapes)]
     with pytest.raises(RecipeError, match="1 needs other resources than 0"):
-        slurm.check_alike(plans)
+        slurm.prepare_sweep(plans, tmp_path)
