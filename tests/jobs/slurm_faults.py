@@ -55,7 +55,7 @@ def starts(run: Path, number: str) -> int:
 
 
 CLASSES = {
-    "waiting": ("PENDING", "REQUEUED", "CONFIGURING"),
+    "waiting": ("", "PENDING", "REQUEUED", "CONFIGURING"),  # "": not in the accounts yet
     "running": ("RUNNING", "RECOVERING", "COMPLETING", "SUSPENDED"),
     "done": ("COMPLETED", "SUCCEEDED"),
     "ended": ("CANCELLED", "TIMEOUT", "STOPPED"),
@@ -155,7 +155,7 @@ FAULTS = {
     "USR2": Fault(usr2),
     "TERM": Fault(term),
     "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true")),
-    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=25"), epochs=LONG),
+    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=1"), epochs=LONG),
     "kill -9 of the head": Fault(kill_head),
     "kill -9 of Ray's head": Fault(kill_gcs, launchers=("ray",)),
     "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",), epochs=LONG),

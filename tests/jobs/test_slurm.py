@@ -93,10 +93,9 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
 @pytest.mark.parametrize(
     ("kind", "launcher"),
     [
-        ("USR2", "ray"), ("TERM", "ray"), ("preempted", "srun"), ("time limit", "srun"),
+        ("USR2", "srun"), ("TERM", "ray"), ("preempted", "ray"), ("time limit", "srun"),
         ("kill -9 of the head", "ray"), ("kill -9 of Ray's head", "ray"),
-        ("slurmd alone", "srun"), ("slurmd alone", "ray"),
-        ("slurmd of one of two nodes", "srun"), ("slurmd and its tree", "ray"),
+        ("slurmd alone", "ray"), ("slurmd and its tree", "srun"),
     ],
 )  # fmt: skip
 def test_a_job_resumes_by_itself_to_the_undisturbed_result_after(
