@@ -128,7 +128,7 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Start a run in the background, on this machine or on a cluster."""
-    from cluster_jobs.executors import executor
+    from cluster_jobs.executors import executor, refuse_queued
     from deepclust.recipe import Recipe
 
     where = executor(on)
@@ -142,6 +142,7 @@ def submit(
     if dry_run:
         typer.echo(str(plan))
         return
+    refuse_queued(run)
     where.submit(plan)
     _say(f"submitted {run}\n  deepclust logs {run} -f\n  deepclust status {run}")
     if wait:
@@ -205,13 +206,14 @@ def resume(
     """Continue a run from what is on disk; a finished one is left as it is."""
     from cluster_jobs import job
     from cluster_jobs.display import Display
-    from cluster_jobs.executors import executor
+    from cluster_jobs.executors import executor, refuse_queued
     from deepclust.launch import resume as start
 
     if on is not None:
         executor(on).resume(run, overrides or [])
         _say(f"resuming {run}\n  deepclust logs {run} -f")
         return
+    refuse_queued(run)
     job.is_local_now(run)
     with Display() as display:
         start(run, *(overrides or []), show=display)
@@ -345,13 +347,14 @@ def _submit_sweep(
     where: ModuleType, recipe: str, folder: Path, given: list[str], sweep: list[str], dry_run: bool
 ) -> None:
     """Every point of the sweep as a run of its own, in that folder."""
-    from cluster_jobs.sweep import place, points
+    from cluster_jobs.executors import refuse_queued
+    from cluster_jobs.sweep import places
     from deepclust import rundir
     from deepclust.recipe import Recipe
 
     plans = [
-        where.prepare(Recipe.load(recipe, *given, *point), place(folder, point))
-        for point in points(sweep)
+        where.prepare(Recipe.load(recipe, *given, *point), run)
+        for run, point in places(folder, sweep).items()
     ]
     whole = where.prepare_sweep(plans, folder)
     if dry_run:
@@ -359,6 +362,8 @@ def _submit_sweep(
         return
     if rundir.exists(folder):
         raise RecipeError(f"{folder} is a run, not a folder for runs: choose another --run")
+    for plan in plans:
+        refuse_queued(plan.run)
     where.submit_sweep(whole)
     _say(f"submitted {len(plans)} runs\n  deepclust status {folder}")
 
@@ -366,8 +371,10 @@ def _submit_sweep(
 def _stage(run: Path, stage: str) -> None:
     from cluster_jobs import job
     from cluster_jobs.display import Display
+    from cluster_jobs.executors import refuse_queued
     from deepclust.launch import run_stage
 
+    refuse_queued(run)
     job.is_local_now(run)
     with Display() as display:
         run_stage(run, stage, show=display)

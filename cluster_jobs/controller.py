@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs import job
+from cluster_jobs.forgiven import FRUITLESS
 from cluster_jobs.gang.cluster import connected
 from cluster_jobs.gang.gang import Gang
 from cluster_jobs.gang.placement import Shape, alive, has_gpus, has_room, reserve, shape_of
@@ -30,7 +31,6 @@ from deepclust.launch import collected_signals, is_finished
 from deepclust.lock import hold, renew
 from deepclust.rundir import Run
 
-FRUITLESS = 3  # lives in a row that bring nothing, and then no more
 log = logging.getLogger("cluster_jobs")
 
 
@@ -134,13 +134,16 @@ class Controller:
         log.info("%s %s", name, fields)
 
 
-def control(path: Path, asked: list[int] | None = None) -> None:
+def control(
+    path: Path, asked: list[int] | None = None, changed: dict[str, Any] | None = None
+) -> None:
     """Bring the run to its end. Raises the errors of `deepclust.errors`.
 
-    `asked` are the signals of a caller who collects them already.
+    `asked` are the signals of a caller who collects them already, `changed` what is different in
+    its `ray` section where the caller has started that Ray.
     """
     found = rundir.open_run(path)
-    spec = ray_spec(found.recipe)
+    spec = ray_spec(found.recipe).model_copy(update=changed or {})
     with hold(path) as token:
         controller = Controller(Run(path, token, _lives(found)), spec, [])
         if is_finished(controller.run):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ LOCAL = {"on": "local"}
 def record(run: Path, **facts: Any) -> None:
     """Write down where the run was submitted, and forget an old wish to cancel it."""
     forget_cancel(run)
-    write_json(run / "job.json", facts)
+    write_json(run / "job.json", {**facts, "time": time.time()})
 
 
 def read(run: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Nodes are alike, as Slurm's mostly are; what differs is the first, where the cluster worker has the
 last GPU, or a place without one. All is derived from `slurm.*`, so that nobody counts. With
-`slurm.gpus` nodes have what Slurm gives them, and Ray seats the processes when it knows.
+the launcher ray the seats are Ray's to give; what counts then is how many there are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from cluster_jobs.spec import SlurmSpec, slurm_spec
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe
 from deepclust.seat import CLUSTER_WORKER
+
+FIRST_NODE = "first_node"  # the resource that its Ray has, and the cluster worker asks for
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Place:
 class Layout:
     """The processes of every node, in the order of `srun`'s tasks; None: a task without work."""
 
-    nodes: list[list[Place | None]]  # empty: as Ray seats them
+    nodes: list[list[Place | None]]  # empty: nodes differ, and Ray seats all
     ranks: int
     rank_cpus: int
     worker_cpus: int
     cpus: int  # of a node
     gpus: int  # of a node, or of all
+    by_ray: bool  # who sits where is its to say
 
     @property
     def tasks(self) -> int:
@@ -45,14 +48,21 @@ class Layout:
         return next((p for n in self.nodes for p in n if p and p.rank == CLUSTER_WORKER), None)
 
     def __str__(self) -> str:
-        lines = []
+        lines: list[str] = []
+        if self.by_ray:
+            own = "" if self.worker and self.worker.gpu is None else ", with a GPU of its own"
+            lines = [f"# the cluster worker is on the first node{own}"] if self.worker else []
+            return "\n".join([self._head(), *lines])
         for number, node in enumerate(self.nodes):
             seated = [_told(place) for place in node if place is not None]
             lines.append(f"# node {number}: {', '.join(seated) or 'nothing'}")
+        return "\n".join([self._head(), *lines])
+
+    def _head(self) -> str:
         place = "a node" if self.nodes else "on all nodes"
         each = f"{self.cpus} CPU a node, {self.gpus} GPU {place}; {self.rank_cpus} CPU a rank"
         worker = f", {self.worker_cpus} the cluster worker" if self.worker else ""
-        return "\n".join([f"# {self.ranks} ranks: {each}{worker}", *lines])
+        return f"# {self.ranks} ranks: {each}{worker}"
 
 
 def layout(recipe: Recipe) -> Layout:
@@ -68,9 +78,11 @@ def layout(recipe: Recipe) -> Layout:
     _check(recipe, ranks, worker and own_gpu, gpus if on_gpus else None)
     if spec.gpus:
         cpus = spec.cpus_per_rank or recipe.data.workers + 1
-        return Layout([], ranks, cpus, spec.worker_cpus, spec.cpus_per_node or 1, spec.gpus)
-    slots = spec.gpus_per_node if on_gpus else -(-(ranks + worker) // spec.nodes)
-    nodes = _seat(spec.nodes, slots, ranks, worker, on_gpus, own_gpu)
+        return Layout([], ranks, cpus, spec.worker_cpus, spec.cpus_per_node or 1, spec.gpus, True)
+    if on_gpus:
+        nodes = _seat_on_gpus(spec, ranks, worker, own_gpu)
+    else:
+        nodes = _seat_on_cpus(spec.nodes, ranks, worker)
     rank_cpus = _rank_cpus(recipe, spec, nodes)
     needed = max(_needs(node, rank_cpus, spec.worker_cpus) for node in nodes)
     cpus = spec.cpus_per_node or needed
@@ -79,7 +91,8 @@ def layout(recipe: Recipe) -> Layout:
             f"slurm.cpus_per_node={cpus} is too few: the processes of a node need {needed}. Raise "
             "it, or lower slurm.cpus_per_rank or slurm.worker_cpus"
         )
-    return Layout(nodes, ranks, rank_cpus, spec.worker_cpus, cpus, spec.gpus_per_node)
+    by_ray = spec.launcher == "ray"
+    return Layout(nodes, ranks, rank_cpus, spec.worker_cpus, cpus, spec.gpus_per_node, by_ray)
 
 
 def _ranks(recipe: Recipe, spec: SlurmSpec, on_gpus: bool) -> int:
@@ -123,27 +136,38 @@ def _check(recipe: Recipe, ranks: int, spare: bool, gpus: int | None) -> None:
         )
 
 
-def _seat(
-    nodes: int, slots: int, ranks: int, worker: bool, on_gpus: bool, own_gpu: bool
+def _seat_on_gpus(
+    spec: SlurmSpec, ranks: int, worker: bool, own_gpu: bool
 ) -> list[list[Place | None]]:
-    """Ranks in order, `slots` a node; the worker on the first, in a slot or beside them."""
-    beside = worker and on_gpus and not own_gpu
+    """Ranks in order, one a GPU; the worker has the first node's last GPU, or none, beside them."""
+    gpus, following = spec.gpus_per_node, 0
     seated: list[list[Place | None]] = []
-    following = 0
-    for node in range(nodes):
+    for node in range(spec.nodes):
         places: list[Place | None] = []
-        for slot in range(slots):
-            gpu = slot if on_gpus else None
-            if node == 0 and slot == slots - 1 and worker and not beside:
+        for gpu in range(gpus):
+            if node == 0 and gpu == gpus - 1 and worker and own_gpu:
                 places.append(Place(CLUSTER_WORKER, gpu))
-            elif following < ranks:
-                places.append(Place(following, gpu))
-                following += 1
-            else:
-                places.append(None)
-        if beside:
+                continue
+            places.append(Place(following, gpu) if following < ranks else None)
+            following += 1
+        if worker and not own_gpu:
             places.append(Place(CLUSTER_WORKER, None) if node == 0 else None)
         seated.append(places)
+    return seated
+
+
+def _seat_on_cpus(nodes: int, ranks: int, worker: bool) -> list[list[Place | None]]:
+    """As evenly as they go, ranks in order, the worker last on the first node."""
+    count, following = ranks + worker, 0
+    seated: list[list[Place | None]] = []
+    for node in range(nodes):
+        size = count // nodes + (node < count % nodes)
+        own = size - (worker and node == 0)
+        places: list[Place | None] = [Place(following + n, None) for n in range(own)]
+        following += own
+        if worker and node == 0:
+            places.append(Place(CLUSTER_WORKER, None))
+        seated.append(places + [None] * (-(-count // nodes) - size))
     return seated
 
 

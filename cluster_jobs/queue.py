@@ -9,7 +9,10 @@ from __future__ import annotations
 import subprocess
 from dataclasses import dataclass
 
+from deepclust.errors import ResourceError
+
 PATIENCE_S = 20.0
+UNKNOWN = "Invalid job id"
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 LIVING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 WHY = {
@@ -29,7 +32,7 @@ class Seen:
 
     @property
     def waits(self) -> bool:
-        """Whether it is in the queue and will run."""
+        """Whether it is in the queue."""
         return self.state in WAITING
 
     @property
@@ -44,31 +47,39 @@ class Seen:
 
 
 def look(job: str) -> Seen | None:
-    """The job as Slurm sees it now; None when no Slurm command answers or knows it."""
-    queued = _ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N")
+    """The job as Slurm sees it now; None when it knows no such job.
+
+    Raises `ResourceError` when Slurm does not answer.
+    """
+    queued, problem = _ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N")
     if queued:
         state, reason, nodes = queued.splitlines()[0].split("|")
         seen = Seen(state, "" if reason == "None" else reason, nodes)
         if seen.waits or (seen.lives and seen.state != "COMPLETING"):
             return seen
-    kept = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
+    kept, _ = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
     if kept:
         state, nodes, ended = kept.splitlines()[-1].split("|")  # known while it is COMPLETING
         return Seen(state.split()[0], "", "" if nodes == "None assigned" else nodes, ended)
+    if problem and UNKNOWN not in problem:
+        raise ResourceError(f"Slurm does not answer: {problem}")
     return seen if queued else None
 
 
 def scancel(job: str) -> None:
-    """Take the job out of the queue, or end it."""
-    _ask("scancel", job)
+    """Take the job out of the queue, or end it. Raises `ResourceError` when Slurm does not."""
+    _, problem = _ask("scancel", job)
+    if problem and UNKNOWN not in problem:
+        raise ResourceError(f"job {job} could not be cancelled: {problem}")
 
 
-def _ask(*words: str) -> str:
-    """What a command prints; nothing when it is not there, fails or does not answer."""
+def _ask(*words: str) -> tuple[str, str]:
+    """What a command prints, and what is wrong when it is not there, fails or does not answer."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "" if done.returncode else done.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    problem = done.stderr.strip() or f"{words[0]} ended with exit code {done.returncode}"
+    return ("", problem) if done.returncode else (done.stdout.strip(), "")

@@ -43,6 +43,14 @@ class RaySpec(Section):
     settle: float = Field(15.0, ge=0, description="seconds before fewer ranks are good enough")
     start: float = Field(300.0, gt=0, description="seconds for all processes to come up")
     hang: float = Field(600.0, gt=0, description="seconds without progress that are a hang")
+    stop: float = Field(
+        120.0,
+        gt=0,
+        description="seconds for all ranks to stop at a step; then the last commit counts",
+    )
+    worker_resources: dict[str, float] = Field(
+        {}, description="of the cluster worker's node, as it was given to `ray start --resources`"
+    )
     max_failures: int = Field(10, ge=0, description="deaths and hangs before the run gives up")
     max_preemptions: int = Field(100, ge=0, description="nodes taken away before it gives up")
 
@@ -69,7 +77,7 @@ def sizes(recipe: Recipe, spec: RaySpec) -> list[int]:
 
 def one_line(text: str) -> str:
     """The text, if a line of an sbatch script can hold it; that syntax has no way to end a line."""
-    if not text or not text.isprintable():
+    if not text or not text.isprintable() or "\\" in text:
         raise ValueError(f"{text!r} is empty or has a character that no sbatch line can hold")
     return text
 
@@ -131,9 +139,19 @@ class SlurmSpec(Section):
     cpus_per_rank: int | None = Field(None, ge=1, description="default: data.workers + 1, or more")
     worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker")
     signal: int = Field(120, ge=1, description="seconds before the limit that USR2 comes")
-    requeues: int = Field(1000, ge=0, description="times that the job is queued again")
+
+    @property
+    def stop(self) -> float:
+        """Seconds for all ranks to stop: half of those between the signal and the end."""
+        return self.signal / 2
+
+    requeues: int = Field(
+        1000, ge=0, description="times that the job is queued again, by us or by Slurm"
+    )
     start: float = Field(300.0, gt=0, description="seconds for all nodes to come up")
-    snapshot: bool = Field(False, description="run a copy of the code as it was at submit")
+    snapshot: bool = Field(
+        False, description="run a copy of deepclust and cluster_jobs as they were at submit"
+    )
     python: Line | None = Field(None, description="Python on the nodes; default: that of submit")
 
     @field_validator("time", mode="before")
@@ -149,6 +167,20 @@ class SlurmSpec(Section):
         if value is not None:
             minutes(value)
         return value
+
+    @model_validator(mode="after")
+    def _time_to_stop(self) -> Self:
+        if self.time is not None and minutes(self.time) * 60 <= self.signal:
+            raise ValueError(
+                f"time={self.time} is no more than signal={self.signal} s, in which the run stops"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_python_of_the_container(self) -> Self:
+        if self.container_image and self.python is None:
+            raise ValueError("container_image needs python, the path of the image's")
+        return self
 
     @model_validator(mode="after")
     def _one_count_of_gpus(self) -> Self:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -107,7 +109,16 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
 
 
 def _seen(run: Run) -> queue.Seen | None:
-    """The run's job in Slurm's eyes; None where this machine sees the controller itself."""
+    """The run's job in Slurm's eyes; None where this machine sees the controller itself.
+
+    Also None when Slurm does not answer: then the run speaks for itself.
+    """
+    with contextlib.suppress(ResourceError):
+        return _looked(run)
+    return None
+
+
+def _looked(run: Run) -> queue.Seen | None:
     facts = job.read(run.path)
     if facts["on"] != "slurm" or "job" not in facts or lock.owner_pid(run.path) is not None:
         return None
@@ -118,17 +129,21 @@ def _by_slurm(
     run: Run, seen: queue.Seen, events: list[dict[str, Any]]
 ) -> tuple[str, str, int] | None:
     """State, reason and exit code of a run that nobody holds; None when its own word says more."""
-    told = f"job {job.read(run.path)['job']}: {seen}"
+    facts = job.read(run.path)
+    told = f"job {facts['job']}: {seen}"
+    own = [event for event in events if event["time"] >= facts.get("time", 0)]
     if seen.waits:
         return "PENDING", told, 0
     if seen.lives:
-        return "RUNNING", f"{told}: coming up, or leaving", 0
+        moving = "" if seen.state == "SUSPENDED" else ": coming up, or leaving"
+        return "RUNNING", f"{told}{moving}", 0
     if seen.state in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
         return "STOPPED", f"{told}; deepclust resume {run.path} --on slurm", 75
-    if events and events[-1]["event"] == "stopped" and events[-1]["kind"] != "RequeueWanted":
+    if own and own[-1]["event"] == "stopped" and own[-1]["kind"] != "RequeueWanted":
         return None  # in its own words
-    output = f"; see {run.path / 'slurm'}"
-    return "FAILED", f"{told}, exit code {seen.ended.partition(':')[0]}{output}", 4
+    number = seen.ended.partition(":")[0]
+    code = f", exit code {number}" if number not in ("", "0") else ""
+    return "FAILED", f"{told}{code}; see {job.output(run.path)}", 4
 
 
 def _living(events: list[dict[str, Any]]) -> tuple[str, str, int]:
@@ -194,7 +209,10 @@ def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
 
 def _queued(run: Path) -> bool:
     """Whether Slurm will start the run's job, or is about to."""
-    seen = _seen(Run(run))
+    try:
+        seen = _looked(Run(run))
+    except ResourceError:
+        return shutil.which("squeue") is not None  # it may answer again
     return seen is not None and (seen.waits or seen.lives)
 
 

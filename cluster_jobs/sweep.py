@@ -20,6 +20,14 @@ def points(sweep: list[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*axes)]
 
 
+def places(folder: Path, sweep: list[str]) -> dict[Path, list[str]]:
+    """The run directory of every point. Raises `RecipeError` when two would be one."""
+    found = {place(folder, point): point for point in points(sweep)}
+    if len(found) < len(points(sweep)):
+        raise RecipeError(f"--sweep {' '.join(sweep)}: two runs would have the same name")
+    return found
+
+
 def place(folder: Path, point: list[str]) -> Path:
     """The run directory of a point, named as it is written: `cluster.k=1000,train.lr=0.1`."""
     return folder / ",".join(point).replace("/", "_")

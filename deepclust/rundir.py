@@ -96,13 +96,14 @@ class Run:
         return read_jsonl(self.path / "events.jsonl")
 
     def metric(self, kind: str, **fields: Any) -> None:
-        """Append to metrics.jsonl; of two of one kind and step the later one counts."""
+        """Append to metrics.jsonl; of two of one kind and step that of the later life counts."""
         record = {"kind": kind, "incarnation": self.incarnation, **fields, "time": time.time()}
         append_json(self.path / "metrics.jsonl", record)
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """The records of a kind, the last one for every step, in order."""
         records = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["kind"] == kind]
+        records.sort(key=lambda record: int(record["incarnation"]))  # an older one may write last
         latest: dict[int, dict[str, Any]] = {int(record["step"]): record for record in records}
         return [latest[key] for key in sorted(latest)]
 

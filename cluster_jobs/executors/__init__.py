@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 from types import ModuleType
 
 from cluster_jobs import job
-from deepclust.errors import RecipeError
+from deepclust import lock, rundir
+from deepclust.errors import RecipeError, ResourceError, RunHeldError
 
 EXECUTORS = ("local", "ray", "slurm")
 
@@ -17,6 +19,17 @@ def executor(name: str) -> ModuleType:
     if name not in EXECUTORS:
         raise RecipeError(f"--on {name!r}: choose from {', '.join(EXECUTORS)}")
     return importlib.import_module(f"cluster_jobs.executors.{name}")  # ray is imported when asked
+
+
+def refuse_queued(run: Path) -> None:
+    """Raise `ResourceError` when a job of the run waits or is coming up somewhere.
+
+    Nobody is asked who does not answer: then the lock alone decides.
+    """
+    with contextlib.suppress(ResourceError):
+        if not rundir.exists(run) or lock.owner(run) or not executor_of(run).is_pending(run):
+            return  # who is held says so with the holder's name
+        raise RunHeldError(f"{run} has a job already: deepclust cancel {run} ends it")
 
 
 def executor_of(run: Path) -> ModuleType:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +37,29 @@ UNASKED: dict[str, Any] = {"time": None, "wckey": None}  # submitit has 5 minute
 PACKAGES = ("deepclust", "cluster_jobs")
 BEGAN = "export DEEPCLUST_BEGAN=$(date +%s.%N)"
 NODES = 'export DEEPCLUST_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr "\\n" " ")'
-# of the job script, after srun: what becomes of the job, if nobody else has decided that
+# of the job script, after srun: what becomes of the job, if nobody else has decided that; Slurm is
+# asked again when it does not answer
 ENDED = """\
 code=$?  # the worst of all tasks; 75: stopped at a step, 130: cancelled, above 128: killed
 this=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 this=${{this:-$SLURM_JOB_ID}} restart=${{SLURM_RESTART_COUNT:-0}}
-if [ "$(squeue -h -j "$this" -O State:20,RestartCnt:20 | xargs)" = "RUNNING $restart" ]; then
-  if [ "$code" = 130 ]; then
-    scancel "$this" && sleep 90
-  elif [ "$code" = 75 ] || [ "$code" -gt 128 ] && [ "$restart" -lt {requeues} ]; then
-    scontrol requeue "$this" && sleep 90
+case $code in
+  0) ending= ;;
+  130) ending="scancel" ;;
+  75|129|13[1-9]|1[4-9]?|2??) ending="scontrol requeue" ;;
+  *) ending= ;;
+esac
+[ "$ending" != "scontrol requeue" ] || [ "$restart" -lt {requeues} ] || ending=
+for pause in 10 20 40 80 0; do
+  [ -n "$ending" ] || break
+  seen=$(squeue -h -j "$this" -O State:20,RestartCnt:20 | xargs)
+  if [ "$seen" = "RUNNING $restart" ]; then
+    $ending "$this" && sleep 90 && break
+  elif [ -n "$seen" ]; then
+    break
   fi
-fi
+  sleep "$pause"
+done
 exit "$code"
 """
 
@@ -90,6 +102,11 @@ class Plan:
         return (self.sweep or self.run).absolute() / "slurm"
 
     @property
+    def source(self) -> Path:
+        """Where the next snapshot of the code goes; those of jobs that wait are left alone."""
+        return self.folder / f"source-{len(list(self.folder.glob('source-*')))}"
+
+    @property
     def python(self) -> str:
         """On the nodes."""
         return self.spec.python or sys.executable
@@ -101,8 +118,9 @@ class Plan:
 
     @property
     def task_cpus(self) -> int:
-        """CPUs of a task."""
-        return max(1, self.layout.cpus // self.tasks)
+        """CPUs of a task; its step has those of all together (`--cpu-bind=none`)."""
+        share = self.layout.cpus / self.tasks
+        return max(1, ceil(share) if self.spec.cpus_per_node is None else floor(share))
 
     def parameters(self) -> dict[str, Any]:
         """For submitit."""
@@ -110,14 +128,15 @@ class Plan:
         count = spec.gpus or spec.gpus_per_node
         gpus = f"{spec.gpu_type}:{count}" if spec.gpu_type else count
         total = {"gpus": gpus} if spec.gpus else {}
+        again = "requeue" if spec.requeues else "no-requeue"
         wanted = {
             "job_name": self.folder.parent.name, "nodes": spec.nodes, "mem": spec.mem,
             "ntasks_per_node": self.tasks, "cpus_per_task": self.task_cpus,
-            "gpus_per_node": gpus if spec.gpus_per_node else None,
+            "gpus_per_node": gpus if spec.gpus_per_node and "gres" not in spec.sbatch else None,
             "time": None if spec.time is None else minutes(spec.time),
             "partition": spec.partition, "qos": spec.qos, "account": spec.account,
             "constraint": spec.constraint, "exclusive": spec.exclusive or None,
-            "additional_parameters": {**_options(spec), **total, "requeue": True},
+            "additional_parameters": {**_options(spec), **total, again: True},
             "setup": self.setup(), "teardown": self.teardown(), "srun_args": self.srun(),
             "stderr_to_stdout": True, "signal_delay_s": spec.signal,
         }  # fmt: skip
@@ -128,29 +147,42 @@ class Plan:
         """The text that sbatch gets, for an array if there are several runs."""
         from submitit.slurm.slurm import _make_sbatch_string
 
-        words = [self.python, "-u", "-m", "submitit.core._submit", str(self.folder)]
+        words = [self.python, "-P", "-u", "-m", "submitit.core._submit", str(self.folder)]
         given = {**self.parameters(), **({"map_count": runs} if runs > 1 else {})}
         return _make_sbatch_string(shlex.join(words), self.folder, **given)
 
     def setup(self) -> list[str]:
         """Lines before srun."""
-        source = shlex.quote(str(self.folder / "source"))
+        source = shlex.quote(str(self.source))
         pinned = [f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
-        return [BEGAN, *self.spec.setup, *(pinned if self.spec.snapshot else []), NODES]
+        own = [*self.spec.setup, "set +e"]  # what follows srun must run
+        return [BEGAN, *own, *(pinned if self.spec.snapshot else []), NODES]
 
     def teardown(self) -> list[str]:
         """Lines after srun."""
         return ENDED.format(requeues=self.spec.requeues).splitlines()
 
     def srun(self) -> list[str]:
-        """CPUs, which srun does not take from sbatch (22.05), and that task 0 ends the others."""
-        spec = self.spec
-        given = [f"--cpus-per-task={self.task_cpus}", "--kill-on-bad-exit=0", "--wait=0"]
-        if spec.container_image:
-            given.append(f"--container-image={spec.container_image}")
-        if spec.container_mounts:
-            given.append(f"--container-mounts={','.join(spec.container_mounts)}")
-        return given
+        """CPUs, which srun does not take from sbatch (22.05), and that task 0 ends the others.
+
+        The rest is said lest the submitter's environment says otherwise.
+        """
+        return [
+            f"--cpus-per-task={self.task_cpus}", "--cpu-bind=none", "--distribution=block",
+            "--export=ALL", "--kill-on-bad-exit=0", "--wait=0", *self._container(),
+        ]  # fmt: skip
+
+    def _container(self) -> list[str]:
+        spec, own = self.spec, str(self.folder.parent)
+        if not spec.container_image:
+            return []
+        mounts = ",".join([*spec.container_mounts, f"{own}:{own}"])
+        pinned = ["--container-env=PYTHONPATH"] if spec.snapshot else []  # over the image's own
+        return [
+            f"--container-image={spec.container_image}",
+            f"--container-mounts={mounts}",
+            *pinned,
+        ]
 
     def __str__(self) -> str:
         return f"{self.layout}\n\n{self.script()}\n{self.recipe.dump()}"
@@ -255,10 +287,11 @@ def _queue(plans: list[Plan]) -> None:
     import submitit
 
     first = plans[0]
-    if first.spec.snapshot:
-        _snapshot(first.folder / "source")
-    executor = submitit.SlurmExecutor(first.folder, python=shlex.quote(first.python))
+    executor = submitit.SlurmExecutor(first.folder, python=f"{shlex.quote(first.python)} -P")
     executor.update_parameters(**first.parameters())
+    if first.spec.snapshot:
+        _snapshot(first.source)
+    commit = rundir.environment()["git"]
     for plan in plans:
         job.record(plan.run, on="slurm")
     try:
@@ -267,7 +300,8 @@ def _queue(plans: list[Plan]) -> None:
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
     for plan, queued in zip(plans, jobs, strict=True):
-        job.record(plan.run, on="slurm", job=queued.job_id, output=str(plan.folder))
+        facts = {"job": queued.job_id, "output": str(plan.folder), "git": commit}
+        job.record(plan.run, on="slurm", **facts)
 
 
 @contextlib.contextmanager

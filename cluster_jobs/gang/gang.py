@@ -17,10 +17,10 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster_jobs.forgiven import AFTERMATH_S
 from cluster_jobs.gang.member import ClusterWorker, News, Place, Trainer
 from cluster_jobs.gang.placement import Shape
 from cluster_jobs.gang.verdict import (
-    AFTERMATH_S,
     Ending,
     Seated,
     all_stopped,
@@ -37,7 +37,6 @@ from deepclust.seat import CLUSTER_WORKER, Seat
 
 RETRY_S = 0.2
 NEWS_S = 0.5  # how long a member with nothing to tell keeps a question
-STOP_S = 120.0  # from the wish to stop to the next step that all agree on
 LOSS_S = 30.0  # until Ray calls a node dead whose machine says nothing any more
 MORE_THREADS = 3  # of an actor: two questions and the wish to stop
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -177,9 +176,9 @@ class Gang:
 
     def _overdue(self) -> Ending | None:
         """Who was asked to stop and does not is not waited for: the last commit counts."""
-        if self.asked_to_stop is None or time.monotonic() - self.asked_to_stop < STOP_S:
+        if self.asked_to_stop is None or time.monotonic() - self.asked_to_stop < self.spec.stop:
             return None
-        return Ending("stopped", text=f"it did not stop within {STOP_S:.0f} s and was killed")
+        return Ending("stopped", text=f"it did not stop within {self.spec.stop:g} s and was killed")
 
     def _ended(self, take: Callable[[dict[str, Any]], None]) -> Ending | None:
         """How it ended, if it has."""

@@ -53,6 +53,7 @@ def shape_of(recipe: Recipe, spec: RaySpec, ranks: int, with_gpus: bool) -> Shap
         return Shape(ranks, rank, None)
     own_gpu = on_gpus and sized.clustering.gpus > 0 and sized.clustering.device != "cpu"
     worker = {"CPU": float(spec.worker_cpus), **({"GPU": 1.0} if own_gpu else {})}
+    worker |= spec.worker_resources
     return Shape(ranks, rank, worker)
 
 
@@ -69,12 +70,13 @@ def alive() -> list[Resources]:
 def missing(shape: Shape, nodes: list[Resources]) -> str:
     """What the cluster lacks for the shape, in words; empty when it could hold it.
 
-    First fit, the largest bundles first: exact for the few kinds of bundle that a gang has, unless
-    nodes differ wildly. Then the placement group, not this, has the last word.
+    First fit, the most particular bundles first, then the largest: exact for the few kinds of
+    bundle that a gang has, unless nodes differ wildly. Then the placement group, not this, has the
+    last word.
     """
     free = [dict(node) for node in nodes]
     lacking: Counter[str] = Counter()
-    for bundle in sorted(shape.bundles, key=lambda b: (-b.get("GPU", 0), -b["CPU"])):
+    for bundle in sorted(shape.bundles, key=lambda b: (-len(b), -b.get("GPU", 0), -b["CPU"])):
         home = next((n for n in free if all(n.get(k, 0) >= v for k, v in bundle.items())), None)
         if home is None:
             lacking.update({name: int(amount) for name, amount in bundle.items()})

@@ -13,22 +13,18 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 
+from cluster_jobs.forgiven import AFTERMATH_S, MAY_PASS
 from cluster_jobs.gang.member import Place
 from deepclust.errors import (
     DeepclustError,
     FollowedError,
     RequeueWanted,
-    ResourceError,
     error_of,
 )
 from deepclust.seat import CLUSTER_WORKER
 
-AFTERMATH_S = 2.0  # for the others to say why they end, when one has
 GRACE = 1.5  # a hang stops the others too; who does not even answer is named first
 ALONE = "worker process has died"  # how Ray tells the death of a process whose node lives
-UNEXPECTED = 1  # exit code of an error that is none of ours
-# what another try may mend: a process group that broke, a reader that died; not bad data or NaN
-MAY_PASS = (UNEXPECTED, ResourceError.exit_code)
 Cause: TypeAlias = Literal["death", "node", "preemption", "hang", "start", "error"]
 Result: TypeAlias = dict[str, Any]  # of a member's work: {} or failed, kind, exit_code
 

@@ -1,7 +1,6 @@
 """What Slurm has given this task: the variables of the job step, read in one place.
 
-A node is known by Slurm's name for it (SLURMD_NODENAME), never by its host name or address: several
-may share those.
+A node is known by Slurm's name for it, never by its host name or address: several may share those.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ class Allocation:
     nodes: list[str]
     number: int  # of this node among them
     task: int  # among all tasks
-    local: int  # among this node's tasks
     cpus: int
     gpus: int
 
@@ -50,7 +48,7 @@ def allocation() -> Allocation:
         return Allocation(
             job=given["SLURM_JOB_ID"], restart=int(given.get("SLURM_RESTART_COUNT", 0)),
             nodes=nodes, number=number, task=int(given["SLURM_PROCID"]),
-            local=int(given["SLURM_LOCALID"]), cpus=int(given.get("SLURM_CPUS_PER_TASK", 1)),
+            cpus=int(given.get("SLURM_CPUS_PER_TASK", 1)),
             gpus=_gpus(),
         )  # fmt: skip
     except KeyError as error:
@@ -63,7 +61,7 @@ def allocation() -> Allocation:
 def own_address(found: Allocation) -> str:
     """This node's address as the others can reach it: that of the way to one of them.
 
-    Where a container has no `scontrol`, a node's name must lead to it.
+    Where `scontrol` does not say, as in a container, a node's name must lead to it.
     """
     others = [name for name in found.nodes if name != found.name]
     if not others:
@@ -98,8 +96,6 @@ def _gpus() -> int:
 def _ask(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, check=True)
-    except FileNotFoundError:
+    except (OSError, subprocess.SubprocessError):
         return ""
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ResourceError(f"Slurm does not answer {' '.join(words)}: {error}") from error
     return done.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster_jobs import job
 from cluster_jobs.executors import slurm as executor
-from deepclust import rundir
+from deepclust import lock, rundir
 from deepclust.errors import DeepclustError
 from deepclust.launch import check_changes, prepare_run
 from deepclust.recipe import Recipe
@@ -21,10 +21,11 @@ from deepclust.recipe import Recipe
 def create(source: str, run: Path, overrides: list[str]) -> None:
     """Write the run of a recipe, or what this job changes in it. Raises `deepclust.errors`."""
     if rundir.exists(run):
-        found = rundir.open_run(run)
-        recipe = found.recipe.replace(*(o for o in overrides if o.startswith("slurm.")))
-        check_changes(found, recipe)
-        executor.prepare(recipe, run).recipe.save(run / "recipe.yaml")
+        with lock.hold(run):
+            found = rundir.open_run(run)
+            recipe = found.recipe.replace(*overrides)
+            check_changes(found, recipe)
+            executor.prepare(recipe, run).recipe.save(run / "recipe.yaml")
     else:
         plan = executor.prepare(Recipe.load(source, *overrides), run)
         prepare_run(plan.recipe, run)

@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from cluster_jobs.layout import FIRST_NODE
 from cluster_jobs.slurm.allocation import Allocation, free_ports
 from deepclust.errors import ResourceError
 
@@ -44,7 +45,9 @@ class Daemon:
         port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)
         self.address = head or f"{address}:{port}"
         where = [f"--address={head}"] if head else ["--head", f"--port={port}"]
-        where += [] if head else [f"--ray-client-server-port={client}", "--include-dashboard=false"]
+        if head is None:
+            where += [f"--ray-client-server-port={client}", "--include-dashboard=false"]
+            where.append(f'--resources={{"{FIRST_NODE}": 1}}')
         self.command = [
             sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where, "--block",
             f"--node-ip-address={address}", f"--num-cpus={found.cpus}", f"--num-gpus={found.gpus}",
@@ -71,9 +74,11 @@ class Daemon:
     def listens(self) -> bool:
         """Whether the head's Ray can be reached."""
         host, _, port = self.address.rpartition(":")
-        with socket.socket() as probe:
-            probe.settimeout(ANSWER_S)
-            return probe.connect_ex((host, int(port))) == 0
+        try:
+            socket.create_connection((host, int(port)), ANSWER_S).close()
+        except OSError:
+            return False
+        return True
 
     def wait(self, patience: float) -> None:
         """Until it is up. Raises `ResourceError` with its last words when it does not come up."""
@@ -102,8 +107,9 @@ def sweep() -> None:
     """Delete the folders of tasks on this node that were killed before they could."""
     for left in Path("/tmp").glob(f"{PREFIX}*-*-*-*"):
         pid = left.name.split("-")[4]
-        if left.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its owner was first
+            if left.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def private(notes: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import random
 import secrets
 import socket
 import time
@@ -24,7 +25,10 @@ from deepclust.errors import RequeueWanted, ResourceError
 from deepclust.files import append_json, disk_errors, read_json
 
 POLL_S = 0.2
-HELLO_S = 10.0
+LOOK_S = 2.0  # a thousand tasks look for one file
+HELLO_S = 2.0
+PATIENCE_S = 10.0
+BACKLOG = 4096
 SILENCE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 
@@ -154,11 +158,14 @@ class Head:
         except TimeoutError:
             return
         line = Line(connection)
-        said = line.first(HELLO_S) or {}
-        if hmac.compare_digest(str(said.pop("secret", "")), self.secret):
-            self.guests[int(said["task"])] = Guest(line, said["task"], said["node"], said)
-        else:
-            line.close()
+        try:
+            said = line.first(HELLO_S) or {}
+            if hmac.compare_digest(str(said.pop("secret", "")).encode(), self.secret.encode()):
+                self.guests[int(said["task"])] = Guest(line, said["task"], said["node"], said)
+                return
+        except (ValueError, TypeError, AttributeError, KeyError):
+            pass  # somebody else's words
+        line.close()
 
     def close(self) -> None:
         """Everyone may go."""
@@ -176,7 +183,7 @@ def folder(run: Path, found: Allocation) -> Path:
 def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
     """Listen, and say where; whoever has come is let go at the end."""
     notes = folder(run, found)
-    head = Head(socket.create_server((address, 0)), secrets.token_hex(32), notes)
+    head = Head(socket.create_server((address, 0), backlog=BACKLOG), secrets.token_hex(32), notes)
     head.server.settimeout(POLL_S)
     try:
         with disk_errors(run):
@@ -191,9 +198,16 @@ def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
         yield head
     finally:
         head.close()
-        (notes / "ended").touch()
-        (notes / "head.json").unlink(missing_ok=True)
-        (notes / "token").unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk must not hide why we end
+            (notes / "head.json").unlink(missing_ok=True)
+            (notes / "token").unlink(missing_ok=True)
+
+
+def leave(run: Path, found: Allocation) -> None:
+    """Say that this start has no head any more, to whoever comes late."""
+    with suppress(OSError):
+        folder(run, found).mkdir(parents=True, exist_ok=True)
+        (folder(run, found) / "ended").touch()
 
 
 def write_private(file: Path, text: str) -> None:
@@ -210,17 +224,19 @@ def join(run: Path, found: Allocation, patience: float) -> Line | None:
     Raises `ResourceError` when it is not to be found.
     """
     file, deadline = folder(run, found) / "head.json", time.monotonic() + patience
+    pause = POLL_S
     while not (file.parent / "ended").exists():
         try:
             told = read_json(file)
-            line = Line(socket.create_connection((told["address"], told["port"]), HELLO_S))
+            line = Line(socket.create_connection((told["address"], told["port"]), PATIENCE_S))
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise ResourceError(
                     f"{found.name} found no head for {patience:g} s: {error}; {file} must be on a "
                     "file system that all nodes share"
                 ) from error
-            time.sleep(POLL_S)
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LOOK_S)
             continue
         own = line.socket.getsockname()[0]
         us = {"task": found.task, "node": found.name, "address": own, "pid": os.getpid()}

@@ -20,8 +20,9 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "cluster.gpus=0"),
     ),
     "ray-spare-gpu": (
-        "The same, and the last GPU of the first node clusters: 15 ranks, so choose train.batch.",
-        ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "train.batch=240"),
+        "Two nodes of eight GPUs; one of the first node's clusters: 15 ranks train, so choose a "
+        "train.batch.",
+        ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "cluster.gpus=1"),
     ),
     "srun": (
         "Two nodes of eight GPUs without Ray: srun starts a task a process.",
@@ -34,7 +35,12 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
          "train.device=cpu"),
     ),
 }  # fmt: skip
-BATCH = {"ray": "train.batch=256", "srun": "train.batch=256", "srun-cpu": "train.batch=256"}
+BATCH = {
+    "ray": "train.batch=256",
+    "ray-spare-gpu": "train.batch=240",
+    "srun": "train.batch=256",
+    "srun-cpu": "train.batch=256",
+}
 LIMIT = ("slurm.time=24h",)
 FROM_SLURM = {
     "slurm.nodes": '"$SLURM_JOB_NUM_NODES"', "slurm.gpus_per_node": '"${SLURM_GPUS_ON_NODE:-0}"',

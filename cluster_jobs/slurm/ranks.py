@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs import job
+from cluster_jobs.forgiven import AFTERMATH_S, MAY_PASS, UNEXPECTED
 from cluster_jobs.layout import Layout, Place, layout
 from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.meeting import Guest, Head
-from cluster_jobs.spec import SlurmSpec
+from cluster_jobs.spec import SlurmSpec, slurm_spec
 from deepclust import rundir
-from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, error_of
+from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, ResourceError, error_of
 from deepclust.launch import HELD_BACK
 from deepclust.lock import hold
 from deepclust.rundir import Run
 from deepclust.seat import CLUSTER_WORKER
 
 NEWS_S = 0.5
-UNEXPECTED = 1  # exit code of an error that is none of ours
-STOP_S = 120.0  # from the wish to stop to the next step that all agree on
-AFTERMATH_S = 2.0  # for the others to say why they end, when one has
 log = logging.getLogger("cluster_jobs")
 
 
@@ -68,6 +66,7 @@ class Gang:
             if place is not None
         }
         self.stop_asked: float | None = None
+        self.stop_s = slurm_spec(run.recipe).stop
 
     def live(self, spec: SlurmSpec) -> None:
         """Start our own place, see all come, give the orders, and watch."""
@@ -81,18 +80,27 @@ class Gang:
         try:
             nodes, tasks = self.found.nodes, self.seats.tasks
             everyone = {task: nodes[task // tasks] for task in range(len(nodes) * tasks)}
-            self.head.gather(everyone, spec.start, self._stopping)
-            self.head.hear_all("ready", spec.start, self._stopping)
+            try:
+                self.head.gather(everyone, spec.start, self._stopping)
+                self.head.hear_all("ready", spec.start, self._stopping)
+            except ResourceError as error:  # may be here the next time
+                raise RequeueWanted(str(error)) from error
             self.head.note("all here")
-            self._order()
+            self._order(everyone)
             self._watch()
         finally:
             self.head.close()
             _leave(child)
 
-    def _order(self) -> None:
+    def _order(self, everyone: dict[int, str]) -> None:
         """Tell every task who it is; one without a place is let go."""
         guests = self.head.guests
+        for task, node in everyone.items():
+            if guests[task].node != node:
+                raise ResourceError(
+                    f"task {task} is on {guests[task].node}, and not on {node}: srun must fill a "
+                    "node before the next (--distribution=block)"
+                )
         first = next(task for task, place in self.places.items() if place.rank == 0)
         said = guests[first].said
         meeting = f"tcp://{said['address']}:{said['ready']}"
@@ -144,8 +152,8 @@ class Gang:
             self.stop_asked = time.monotonic()
             for guest in ranks:
                 guest.line.send(stop=True)
-        if self.stop_asked is not None and time.monotonic() - self.stop_asked > STOP_S:
-            raise RequeueWanted(f"it did not stop within {STOP_S:.0f} s and was killed")
+        if self.stop_asked is not None and time.monotonic() - self.stop_asked > self.stop_s:
+            raise RequeueWanted(f"it did not stop within {self.stop_s:g} s and was killed")
 
     def _stopping(self) -> bool:
         return job.stopping(self.run.path, self.asked)
@@ -164,12 +172,12 @@ class Gang:
     def _why(self) -> DeepclustError:
         """The error that was told, if no other start would mend it; else that all begin again."""
         bad = [guest for guest in self.head.guests.values() if self._bad(guest)]
-        told = [g for g in bad if g.said.get("exit_code", UNEXPECTED) != UNEXPECTED]
-        meant = [g for g in told if g.said["kind"] != FollowedError.__name__]
+        meant = [g for g in bad if g.said.get("exit_code", UNEXPECTED) not in MAY_PASS]
         if meant:
             return error_of(meant[0].said["exit_code"], meant[0].said["failed"])
         lost = [guest for guest in bad if not guest.line.open]
-        guest = (lost or bad)[0]
+        followed = FollowedError.__name__
+        guest = (lost or sorted(bad, key=lambda g: g.said.get("kind") == followed))[0]
         how = f"failed: {guest.said['failed']}" if "failed" in guest.said else "was lost"
         output = f"{job.output(self.run.path)}/*_{guest.task}_log.out"
         text = f"{self._name(guest)} on {guest.node} {how}; its output: {output}"

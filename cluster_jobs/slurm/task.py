@@ -13,29 +13,33 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 
 from cluster_jobs import job
+from cluster_jobs.forgiven import FRUITLESS
+from cluster_jobs.layout import FIRST_NODE
 from cluster_jobs.slurm import member, ranks
 from cluster_jobs.slurm.allocation import Allocation, allocation, own_address
 from cluster_jobs.slurm.daemon import Daemon, alone, private
-from cluster_jobs.slurm.meeting import Head, folder, hosting, join
+from cluster_jobs.slurm.meeting import Head, folder, hosting, join, leave
 from cluster_jobs.spec import SlurmSpec, slurm_spec
 from deepclust import rundir
-from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
+from deepclust.errors import DeepclustError, RequeueWanted, ResourceError, RunHeldError
 from deepclust.files import read_json, write_json
 from deepclust.launch import HELD_BACK, collected_signals, is_finished
 from deepclust.lock import hold
 from deepclust.rundir import Run
 
 CANCELLED = 130  # exit code, after `deepclust cancel`
-FRUITLESS = 3  # starts in a row that bring nothing, and then no more
+LOST = 0  # among the signals: a node has left
 WATCH_S = 1.0
+SILENT = 3  # times in a row that Ray's head cannot be reached
 LEAVE_S = 5.0  # for a controller that ends by itself
 AGAIN = 3  # times that a node's Ray is started again while the head lives
 log = logging.getLogger("cluster_jobs")
@@ -65,10 +69,14 @@ def main() -> int:
 def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
     """Task 0: the run from bring-up to its end, and the job's end."""
     log.info("job %s, start %d, on %s", found.job, found.restart, ", ".join(found.nodes))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection for every task
     try:
-        with hosting(path, found, own_address(found)) as head:
-            with _told(path):
-                refuse_fruitless(path, found)
+        with _told(path):
+            refuse_fruitless(path, found)
+            with another_try():
+                address = own_address(found)
+        with hosting(path, found, address) as head:
             if spec.launcher == "ray":
                 control_by_ray(path, found, spec, head, asked)
             else:
@@ -79,6 +87,8 @@ def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> in
     except DeepclustError as error:
         log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
+    finally:
+        leave(path, found)
     return 0
 
 
@@ -90,13 +100,13 @@ def control_by_ray(
     os.environ.update(private(notes) | alone(address))
     daemon, over = Daemon(found, address, notes, None), Event()
     try:
-        with _told(path):
+        with _told(path), another_try():
             _bring_up(found, head, daemon, spec.start, lambda: job.stopping(path, asked))
         Thread(target=_watch, args=(head, daemon, asked, over), daemon=True).start()
         os.environ["RAY_ADDRESS"] = daemon.address
         from cluster_jobs.controller import control  # Ray reads its variables when imported
 
-        control(path, asked)
+        control(path, asked, {"stop": spec.stop, "worker_resources": {FIRST_NODE: 1.0}})
     finally:
         over.set()
         daemon.stop()
@@ -107,12 +117,15 @@ def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
 
     Nor does Ray's head, and whoever uses it hangs for a minute, and is then ended by Ray.
     """
-    while not over.wait(WATCH_S) and daemon.listens:
+    silent = 0
+    while not over.wait(WATCH_S) and silent < SILENT and daemon.alive:
+        silent = 0 if daemon.listens else silent + 1
         for guest in head.guests.values():
             guest.line.hear()
-        if not all(guest.line.open for guest in head.guests.values()):
-            asked.append(signal.SIGUSR2)
-            return
+            if not guest.line.open:
+                log.error("%s has left the job", guest.node)
+                asked.append(LOST)
+                return
     if not over.wait(LEAVE_S):
         log.error("Ray's head is gone")
         daemon.stop()
@@ -133,12 +146,21 @@ def _bring_up(
 
 
 @contextmanager
+def another_try() -> Iterator[None]:
+    """What a bring-up lacked may be there the next time; `refuse_fruitless` bounds that."""
+    try:
+        yield
+    except ResourceError as error:
+        raise RequeueWanted(str(error)) from error
+
+
+@contextmanager
 def _told(path: Path) -> Iterator[None]:
     """What ends us before the controller holds the run stands in its events all the same."""
     try:
         yield
     except DeepclustError as error:
-        with hold(path) as token:
+        with suppress(RunHeldError), hold(path) as token:
             Run(path, token).event("stopped", kind=type(error).__name__, text=str(error))
         raise
 
@@ -150,7 +172,7 @@ def follow(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> 
     if line is None or told is None:
         return 0  # the head has gone before it came to that
     notes, address = folder(path, found), line.socket.getsockname()[0]
-    for _ in range(1 + AGAIN):
+    for tries in range(1 + AGAIN):
         daemon = Daemon(found, address, notes, told["ray"])
         try:
             daemon.wait(spec.start)
@@ -158,7 +180,8 @@ def follow(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> 
             while daemon.alive and line.open:
                 line.hear(1.0)
         except DeepclustError as error:
-            line.send(failed=str(error))
+            if tries == AGAIN:
+                line.send(failed=str(error))
         finally:
             daemon.stop()
         if asked or not line.open:
@@ -171,7 +194,7 @@ def after_stop(path: Path, asked: list[int]) -> int:
     if signal.SIGINT in asked:
         job.forget_cancel(path)
         return CANCELLED
-    if asked:  # nothing went wrong, so nothing is counted
+    if asked and LOST not in asked:  # nothing went wrong, so nothing is counted
         _counts(path).unlink(missing_ok=True)
     return RequeueWanted.exit_code
 
@@ -183,9 +206,10 @@ def refuse_fruitless(path: Path, found: Allocation) -> None:
     counted = [*(before["fruit"] if before.get("job") == found.job else []), now]
     write_json(file, {"job": found.job, "fruit": counted[-FRUITLESS - 1 :]})
     if len(counted) > FRUITLESS and all(one == now for one in counted[-FRUITLESS - 1 :]):
+        said = [event["text"] for event in Run(path).events() if event["event"] == "stopped"]
         raise ResourceError(
             f"{FRUITLESS} starts of job {found.job} in a row brought nothing; their output is in "
-            f"{job.output(path)}"
+            f"{job.output(path)}. The last said: {said[-1] if said else 'nothing'}"
         )
 
 

@@ -72,7 +72,7 @@ def watched(slurm: SlurmHere, run: Path, number: str) -> Iterator[list[str]]:
     def watch() -> None:
         since = time.monotonic()
         while not over.wait(0.5):
-            slurms, ours = slurm.state(number), store.status(Run(run)).state
+            slurms, ours = slurm.now(number), store.status(Run(run)).state
             if class_of(slurms) == class_of(ours):
                 since = time.monotonic()
             elif time.monotonic() - since > AGREE_S:

@@ -224,6 +224,14 @@ class SlurmHere:
         told = self.call("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
         return told[0] if told else ""
 
+    def now(self, job: str) -> str:
+        """The state of a job by squeue, which accounting follows with a delay; then by that."""
+        done = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%T"], env=self.environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        return done.stdout.strip() or self.state(job)
+
     def wait(self, job: str, *states: str, patience: float = 120.0) -> str:
         """Wait for a job to be in one of the states (default: any last one); which it is."""
         wanted = states or OVER

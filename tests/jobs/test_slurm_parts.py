@@ -18,15 +18,15 @@ from cluster_jobs import job, queue, store
 from cluster_jobs.executors.slurm import ENDED
 from cluster_jobs.slurm import task
 from cluster_jobs.slurm.allocation import Allocation, allocation
-from cluster_jobs.slurm.meeting import Line, folder, hosting, join
+from cluster_jobs.slurm.meeting import Line, folder, hosting, join, leave
 from deepclust.errors import RequeueWanted, ResourceError, RunHeldError
 from deepclust.launch import prepare_run
 from deepclust.lock import hold, renew
 from deepclust.rundir import Run
-from tests.tiny import tiny_recipe
+from tests.tiny import deepclust, tiny_recipe
 
-HEAD = Allocation("7", 0, ["n1", "n2"], 0, 0, 0, 2, 0)
-OTHER = Allocation("7", 0, ["n1", "n2"], 1, 1, 0, 2, 0)
+HEAD = Allocation("7", 0, ["n1", "n2"], 0, 0, 2, 0)
+OTHER = Allocation("7", 0, ["n1", "n2"], 1, 1, 2, 0)
 
 
 def never() -> bool:
@@ -59,12 +59,11 @@ def test_where_the_head_is_only_its_owner_can_read_and_only_while_it_is_there(
             mode = (folder(tmp_path, HEAD) / name).stat().st_mode
             assert stat.S_IMODE(mode) == 0o600
     left = {file.name for file in folder(tmp_path, HEAD).iterdir()}
-    assert left == {"bring-up.jsonl", "ended"}
+    assert left == {"bring-up.jsonl"}
 
 
 def test_who_comes_when_the_head_has_been_there_and_is_gone_does_not_wait(tmp_path: Path) -> None:
-    with hosting(tmp_path, HEAD, "127.0.0.1"):
-        pass
+    leave(tmp_path, HEAD)
     assert join(tmp_path, OTHER, 60) is None
 
 
@@ -83,7 +82,7 @@ def test_a_head_that_is_asked_to_stop_waits_for_nobody(tmp_path: Path) -> None:
 
 
 def test_an_older_start_of_the_job_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    again = Allocation("7", 1, ["n1", "n2"], 1, 1, 0, 2, 0)
+    again = Allocation("7", 1, ["n1", "n2"], 1, 1, 2, 0)
     with (
         hosting(tmp_path, HEAD, "127.0.0.1"),
         pytest.raises(ResourceError, match="n2 found no head"),
@@ -122,10 +121,10 @@ def test_a_controller_that_was_taken_over_writes_no_event(tmp_path: Path) -> Non
     assert [event["event"] for event in run.events()] == ["started"]
 
 
-def scripts(folder: Path, monkeypatch: pytest.MonkeyPatch, **told: str) -> None:
-    """Programs of these names on PATH, which print that."""
-    for name, text in told.items():
-        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
+    """Programs of these names on PATH, before all others."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
@@ -138,6 +137,9 @@ def scripts(folder: Path, monkeypatch: pytest.MonkeyPatch, **told: str) -> None:
         ("COMPLETING|None|n1", "CANCELLED by 0|n1|0:15", "STOPPED", "CANCELLED on n1"),
         ("", "TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
         ("", "FAILED|n1|3:0", "FAILED", "exit code 3"),
+        ("", "OUT_OF_MEMORY|n1|0:125", "FAILED", "OUT_OF_MEMORY on n1; see"),
+        ("SUSPENDED|None|n1", "", "RUNNING", "SUSPENDED on n1"),
+        ("REQUEUE_HOLD|JobHoldMaxRequeue|", "", "PENDING", "JobHoldMaxRequeue"),
         ("", "", "PENDING", "not started yet"),
     ],
 )
@@ -145,7 +147,7 @@ def test_a_run_that_nobody_holds_is_in_the_state_that_slurm_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str, state: str,
     reason: str,
 ) -> None:  # fmt: skip
-    scripts(tmp_path, monkeypatch, squeue=squeue, sacct=sacct)
+    programs(tmp_path, monkeypatch, squeue=f"echo '{squeue}'", sacct=f"echo '{sacct}'")
     prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
     job.record(tmp_path / "run", on="slurm", job="7")
     found = store.status(Run(tmp_path / "run"))
@@ -153,9 +155,54 @@ def test_a_run_that_nobody_holds_is_in_the_state_that_slurm_says(
     assert reason in found.reason
 
 
-def test_without_any_slurm_command_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
+def test_a_slurm_that_does_not_answer_is_no_slurm_that_knows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = "echo 'Unable to contact slurm controller' >&2; exit 1"
+    programs(tmp_path, monkeypatch, squeue=down, sacct=down, scancel=down)
+    for ask in (queue.look, queue.scancel):
+        with pytest.raises(ResourceError, match="Unable to contact"):
+            ask("7")
+    gone = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    programs(tmp_path, monkeypatch, squeue=gone, sacct=":", scancel=gone)
     assert queue.look("7") is None
+    queue.scancel("7")
+
+
+def test_where_slurm_does_not_answer_the_run_speaks_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
+    job.record(tmp_path / "run", on="slurm", job="7")
+    monkeypatch.setenv("PATH", "")
+    assert store.status(Run(tmp_path / "run")).state == "PENDING"
+
+
+def test_a_run_whose_job_waits_is_not_started_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_recipe(Path("/shards")).save(tmp_path / "tiny.yaml")
+    run = tmp_path / "run"
+    prepare_run(tiny_recipe(Path("/shards")), run)
+    job.record(run, on="slurm", job="7")
+    programs(tmp_path, monkeypatch, squeue="echo 'PENDING|Priority|'")
+    for words in (
+        ["resume", run],
+        ["train", run],
+        ["submit", tmp_path / "tiny.yaml", "--run", run],
+    ):
+        assert "has a job already" in deepclust(*words, code=7).stderr
+    assert job.read(run)["job"] == "7"
+
+
+@pytest.mark.parametrize("words", [b"GET / HTTP/1.0\r\n\r\n", b"1\n", '{"secret": "ä"}\n'.encode()])
+def test_whatever_a_stranger_says_the_head_goes_on(tmp_path: Path, words: bytes) -> None:
+    with hosting(tmp_path, HEAD, "127.0.0.1") as head:
+        told = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
+        with socket.create_connection((told["address"], told["port"])) as stranger:
+            stranger.sendall(words)
+            with pytest.raises(ResourceError, match="did not come"):
+                head.gather({1: "n2"}, 0.5, never)
 
 
 def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> None:
@@ -177,6 +224,16 @@ def test_a_start_that_brings_something_or_was_asked_to_stop_is_forgiven(tmp_path
     for _ in range(6):
         task.refuse_fruitless(tmp_path, HEAD)
         assert task.after_stop(tmp_path, [signal.SIGTERM]) == 75
+
+
+def test_a_node_that_leaves_at_every_start_is_not_forgiven_for_ever(tmp_path: Path) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path)
+    (tmp_path / "slurm").mkdir()
+    for _ in range(3):
+        task.refuse_fruitless(tmp_path, HEAD)
+        assert task.after_stop(tmp_path, [task.LOST]) == 75
+    with pytest.raises(ResourceError, match="in a row brought nothing"):
+        task.refuse_fruitless(tmp_path, HEAD)
 
 
 def test_word_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) -> None:
@@ -204,11 +261,10 @@ def test_word_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) 
 def test_the_job_script_does_what_the_exit_code_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str, restarts: int, then: str
 ) -> None:
-    scripts(tmp_path, monkeypatch, squeue=f"{state} {restarts}", sleep="")
-    for name in ("scontrol", "scancel"):
-        said = "scancel " if name == "scancel" else ""
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "{said}$@"\n')
-        (tmp_path / name).chmod(0o755)
+    programs(
+        tmp_path, monkeypatch, squeue=f"echo {state} {restarts}", sleep=":", scontrol='echo "$@"',
+        scancel='echo scancel "$@"',
+    )  # fmt: skip
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     text = f"(exit {code})\n{ENDED.format(requeues=5)}"
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
@@ -216,10 +272,22 @@ def test_the_job_script_does_what_the_exit_code_says(
     assert done.stdout.strip() == then
 
 
+def test_the_job_script_asks_again_when_slurm_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = f"test -e {tmp_path}/asked && echo RUNNING 0; touch {tmp_path}/asked"
+    refuses = f"test -e {tmp_path}/tried && echo again; ! mkdir {tmp_path}/tried"
+    programs(tmp_path, monkeypatch, squeue=once, sleep=":", scontrol=refuses)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    text = f"(exit 75)\n{ENDED.format(requeues=5)}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "again"
+
+
 def test_a_job_is_queued_again_only_so_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripts(tmp_path, monkeypatch, squeue="RUNNING 5", scontrol="called")
+    programs(tmp_path, monkeypatch, squeue="echo RUNNING 5", scontrol="echo called", sleep=":")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     text = f"(exit 75)\n{ENDED.format(requeues=5)}"

@@ -96,6 +96,20 @@ def test_where_nodes_differ_in_gpus_ray_seats_one_rank_less_than_there_are_gpus(
     assert "#SBATCH --gpus=12" in plan.script()
 
 
+def test_cpu_nodes_share_the_ranks_evenly_and_the_first_has_the_worker() -> None:
+    four = layout(recipe("slurm.nodes=4", "slurm.ranks=4", "slurm.launcher=srun"))
+    assert seats(four) == [[0, CLUSTER_WORKER], [1, None], [2, None], [3, None]]
+    three = layout(recipe("slurm.nodes=2", "slurm.ranks=4", "slurm.launcher=srun"))
+    assert seats(three) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
+
+
+def test_with_srun_every_process_has_the_cpus_that_it_needs() -> None:
+    shape = ("slurm.launcher=srun", "slurm.ranks=2", "data.workers=1")
+    plan = executor.prepare(recipe(*shape), Path("/runs/a"))
+    assert plan.task_cpus * plan.tasks >= 2 * 2 + 1
+    assert "--cpu-bind=none" in plan.script()
+
+
 @pytest.mark.parametrize("setting", ["cluster.gpus=0", "cluster.device=cpu"])
 def test_a_cluster_worker_without_a_gpu_sits_beside_the_ranks(setting: str) -> None:
     found = layout(recipe("slurm.nodes=2", "slurm.gpus_per_node=2", setting))
@@ -152,6 +166,8 @@ def test_a_wrong_key_is_named(override: str, told: str) -> None:
         (["slurm.gpus_per_node=2", "slurm.ranks=2"], "need more GPUs than"),
         (["slurm.cpus_per_node=2", "train.ranks=2"], "cpus_per_node=2 is too few"),
         (["train.device=cuda"], "set slurm.gpus_per_node"),
+        (["slurm.time=2m"], "is no more than signal=120 s"),
+        (["slurm.container_image=a", "slurm.python=null"], "container_image needs python"),
         (["slurm.gpus=4"], "gpus=4 of all nodes needs cpus_per_node"),
         (["slurm.gpus=4", "slurm.cpus_per_node=8", "slurm.ranks=4"], "the job's 4"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster_jobs.executors import slurm
-from cluster_jobs.sweep import place, points
+from cluster_jobs.sweep import place, places, points
 from deepclust.errors import RecipeError
 from tests.tiny import deepclust, tiny_recipe
 
@@ -33,6 +33,11 @@ def test_a_run_is_named_as_its_point_is_written() -> None:
 def test_what_is_no_sweep_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--sweep"):
         points([text])
+
+
+def test_two_runs_of_a_sweep_may_not_have_one_name() -> None:
+    with pytest.raises(RecipeError, match="the same name"):
+        places(Path("/runs"), ["data.shards=/x/y,_x_y"])
 
 
 def test_a_key_may_be_swept_once() -> None:
