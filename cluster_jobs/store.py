@@ -91,7 +91,7 @@ def _status(run: Run) -> Status:
 def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str, int]:
     """State, reason and exit code, by the lock and the newest event that says something."""
     seen = _seen(run)
-    if owner and (seen is None or seen.lives or lock.owner_pid(run.path) is not None):
+    if owner and (seen is None or seen.lives):  # what Slurm has lost may still hold the run
         return _living(events)
     if is_finished(run):
         return "SUCCEEDED", "", 0
@@ -109,10 +109,7 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
 
 
 def _seen(run: Run) -> queue.Seen | None:
-    """The run's job in Slurm's eyes; None where this machine sees the controller itself.
-
-    Also None when Slurm does not answer: then the run speaks for itself.
-    """
+    """The run's job in Slurm's eyes; None when it does not answer: then the run speaks for itself."""
     with contextlib.suppress(ResourceError):
         return _looked(run)
     return None
@@ -120,9 +117,9 @@ def _seen(run: Run) -> queue.Seen | None:
 
 def _looked(run: Run) -> queue.Seen | None:
     facts = job.read(run.path)
-    if facts["on"] != "slurm" or "job" not in facts or lock.owner_pid(run.path) is not None:
+    if facts["on"] != "slurm" or "job" not in facts or is_finished(run):
         return None
-    return None if is_finished(run) else queue.look(str(facts["job"]))
+    return queue.look(str(facts["job"]))
 
 
 def _by_slurm(

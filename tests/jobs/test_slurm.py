@@ -185,7 +185,7 @@ def test_bad_data_ends_the_job_once_with_the_reason(
     assert slurm.wait(number) == "FAILED"
     found = state(run)
     assert (found["state"], found["exit_code"]) == ("FAILED", 3)
-    assert "no shards" in found["reason"]
+    assert "no shard" in found["reason"]
     assert starts(run, number) == 1
 
 
