@@ -109,7 +109,7 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
 
 
 def _seen(run: Run) -> queue.Seen | None:
-    """The run's job in Slurm's eyes; None when it does not answer: then the run speaks for itself."""
+    """The run's job in Slurm's eyes; None when it does not answer: the run speaks for itself."""
     with contextlib.suppress(ResourceError):
         return _looked(run)
     return None
