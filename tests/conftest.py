@@ -1,7 +1,8 @@
 """What all tests share: one thread (repeatable, and kind to each other), and no skipping in CI.
 
 With DEEPCLUST_TEST_INSTALL=1 everything that tests need can be installed, so a skipped test is a
-hole that nobody sees: it fails. Only tests marked `gpu` or `mount` may be skipped there.
+hole that nobody sees: it fails. Only those marked `gpu` or `mount` may be, and
+`root` where that is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from tests.tiny import tiny_shards
 
 NOT_FOR_ALL = ("gpu", "mount")  # what no package gives: a device, the right to mount
+if os.geteuid():
+    NOT_FOR_ALL += ("root",)
 NO_SKIPPING = os.environ.get("DEEPCLUST_TEST_INSTALL") == "1"
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from tests.jobs.slurm_here import SlurmHere
 from tests.killing import stages_done_twice, training
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.root]
 
 LAUNCHERS = ("srun", "ray")
 LONG = 30  # epochs, so that something comes in between
