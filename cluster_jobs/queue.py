@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from deepclust.errors import ResourceError
 
 PATIENCE_S = 20.0
-UNKNOWN = "Invalid job id"
+GONE = ("Invalid job id", "already completing or completed")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 LIVING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 WHY = {
@@ -61,7 +61,7 @@ def look(job: str) -> Seen | None:
     if kept:
         state, nodes, ended = kept.splitlines()[-1].split("|")  # known while it is COMPLETING
         return Seen(state.split()[0], "", "" if nodes == "None assigned" else nodes, ended)
-    if problem and UNKNOWN not in problem:
+    if problem and not any(words in problem for words in GONE):
         raise ResourceError(f"Slurm does not answer: {problem}")
     return seen if queued else None
 
@@ -69,7 +69,7 @@ def look(job: str) -> Seen | None:
 def scancel(job: str) -> None:
     """Take the job out of the queue, or end it. Raises `ResourceError` when Slurm does not."""
     _, problem = _ask("scancel", job)
-    if problem and UNKNOWN not in problem:
+    if problem and not any(words in problem for words in GONE):
         raise ResourceError(f"job {job} could not be cancelled: {problem}")
 
 
