@@ -68,7 +68,8 @@ def main() -> int:
 
 def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
     """Task 0: the run from bring-up to its end, and the job's end."""
-    log.info("job %s, start %d, on %s", found.job, found.restart, ", ".join(found.nodes))
+    nodes, code = ", ".join(found.nodes), Path(__file__).parents[2]
+    log.info("job %s, start %d, on %s; code in %s", found.job, found.restart, nodes, code)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection for every task
     try:

@@ -82,7 +82,7 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     assert "finished" in told
     assert slurm.wait(number) == "COMPLETED"
     assert state(run)["state"] == "SUCCEEDED"
-    assert (run / "slurm" / "source" / "deepclust" / "launch.py").exists()
+    assert f"code in {run / 'slurm' / 'source-0'}" in told
     name = slurm.call("sacct", "-X", "-n", "-P", "-j", number, "-o", "JobName").strip()
     assert name == run.name.replace('"', "`")  # as Slurm's accounting writes a quote
     assert_same_run(run, local(3))
