@@ -43,6 +43,15 @@ def test_nothing_is_missing_where_every_bundle_finds_a_node() -> None:
     assert missing(shape, [{"CPU": 16, "GPU": 2}, {"CPU": 4, "GPU": 1}]) == ""
 
 
+def test_the_cluster_worker_has_its_gpu_where_its_own_resource_is() -> None:
+    spec = RaySpec(cpus=8, worker_cpus=4, worker_resources={"first_node": 1.0})
+    shape = shape_of(recipe("train.ranks=3"), spec, 3, with_gpus=True)
+    assert shape.worker == {**GPU_WORKER, "first_node": 1.0}
+    first, second = {"CPU": 16.0, "GPU": 2.0, "first_node": 1.0}, {"CPU": 16.0, "GPU": 2.0}
+    assert missing(shape, [first, second]) == ""
+    assert "needed" in missing(shape, [second, second])
+
+
 def test_what_is_missing_is_named_even_when_the_sum_would_do() -> None:
     shape = Shape(1, {"CPU": 4.0}, {"CPU": 1.0})
     assert missing(shape, [{"CPU": 3}, {"CPU": 3}]) == (
