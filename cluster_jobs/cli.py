@@ -101,10 +101,14 @@ def pretrain(
     overrides: Overrides = None,
 ) -> None:
     """Pretrain in the foreground, on this machine."""
+    from cluster_jobs import job
     from cluster_jobs.display import Display
+    from cluster_jobs.executors import refuse_queued
     from deepclust.launch import pretrain as start
     from deepclust.recipe import Recipe
 
+    refuse_queued(run)
+    job.is_local_now(run)
     with Display() as display:
         start(Recipe.load(recipe, *(overrides or [])), run, display)
     _finished(run)
@@ -209,11 +213,11 @@ def resume(
     from cluster_jobs.executors import executor, refuse_queued
     from deepclust.launch import resume as start
 
+    refuse_queued(run)
     if on is not None:
         executor(on).resume(run, overrides or [])
         _say(f"resuming {run}\n  deepclust logs {run} -f")
         return
-    refuse_queued(run)
     job.is_local_now(run)
     with Display() as display:
         start(run, *(overrides or []), show=display)

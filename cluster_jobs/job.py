@@ -22,7 +22,7 @@ LOCAL = {"on": "local"}
 def record(run: Path, **facts: Any) -> None:
     """Write down where the run was submitted, and forget an old wish to cancel it."""
     forget_cancel(run)
-    write_json(run / "job.json", {**facts, "time": time.time()})
+    write_json(run / "job.json", {"time": time.time(), **facts})
 
 
 def read(run: Path) -> dict[str, Any]:

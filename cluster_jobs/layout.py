@@ -102,7 +102,8 @@ def _ranks(recipe: Recipe, spec: SlurmSpec, on_gpus: bool) -> int:
     if not on_gpus:
         return recipe.train.ranks
     gpus = spec.gpus or spec.nodes * spec.gpus_per_node
-    return gpus - (_has_worker(recipe, gpus) and _wants_gpu(recipe))
+    spare = _has_worker(recipe, gpus - 1) and _wants_gpu(recipe)  # one rank clusters by itself
+    return gpus - spare if gpus > 1 else gpus
 
 
 def _has_worker(recipe: Recipe, ranks: int) -> bool:

@@ -142,8 +142,8 @@ class SlurmSpec(Section):
 
     @property
     def stop(self) -> float:
-        """Seconds for all ranks to stop: half of those between the signal and the end."""
-        return self.signal / 2
+        """Seconds for all ranks to stop: half of those between the signal and the end, or 30."""
+        return max(30.0, self.signal / 2)
 
     requeues: int = Field(
         1000, ge=0, description="times that the job is queued again, by us or by Slurm"

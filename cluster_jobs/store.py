@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from deepclust.launch import is_finished
 from deepclust.rundir import Run
 
 POLL_S = 0.5
+SILENT = "SILENT"  # for what Slurm does not say
 QUEUE_POLL_S = 3.0  # Slurm's controller is shared
 
 
@@ -91,7 +91,8 @@ def _status(run: Run) -> Status:
 def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str, int]:
     """State, reason and exit code, by the lock and the newest event that says something."""
     seen = _seen(run)
-    if owner and (seen is None or seen.lives):  # what Slurm has lost may still hold the run
+    here = lock.owner_job(run.path) is None  # what Slurm has lost may still hold the run
+    if owner and (here or seen is None or seen.lives or seen.state == SILENT):
         return _living(events)
     if is_finished(run):
         return "SUCCEEDED", "", 0
@@ -100,6 +101,8 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
     if not events:
         return "PENDING", _submitted(run), 0
     last = events[-1]
+    if last["event"] != "stopped" and seen is not None and seen.state == SILENT:
+        return "DIED", f"ended without a word, or is queued again; {seen.reason}", 1
     if last["event"] != "stopped":
         return "DIED", f"ended without a word; deepclust resume {run.path}", 1
     code = exit_code_of(last["kind"])
@@ -109,10 +112,11 @@ def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[s
 
 
 def _seen(run: Run) -> queue.Seen | None:
-    """The run's job in Slurm's eyes; None when it does not answer: the run speaks for itself."""
-    with contextlib.suppress(ResourceError):
+    """The run's job in Slurm's eyes, which may be closed."""
+    try:
         return _looked(run)
-    return None
+    except ResourceError as error:
+        return queue.Seen(SILENT, str(error).splitlines()[0])
 
 
 def _looked(run: Run) -> queue.Seen | None:
@@ -134,7 +138,9 @@ def _by_slurm(
     if seen.lives:
         moving = "" if seen.state == "SUSPENDED" else ": coming up, or leaving"
         return "RUNNING", f"{told}{moving}", 0
-    if seen.state in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
+    if seen.state == SILENT:
+        return None if own else ("PENDING", f"job {facts['job']}: {seen.reason}", 0)
+    if seen.ended.startswith("75:") or seen.state in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
         return "STOPPED", f"{told}; deepclust resume {run.path} --on slurm", 75
     if own and own[-1]["event"] == "stopped" and own[-1]["kind"] != "RequeueWanted":
         return None  # in its own words
@@ -181,12 +187,20 @@ def follow(run: Path, echo: Callable[[str], None], pending: Callable[[], bool]) 
     """
     found = rundir.open_run(run)
     while (now := status(found)).state == "PENDING" and now.owner is None:
-        if not pending() and status(found).state == "PENDING" and lock.owner(run) is None:
+        if not _may_come(pending) and status(found).state == "PENDING" and lock.owner(run) is None:
             raise ResourceError(f"{run} ended before its controller began: {now.reason}")
         time.sleep(QUEUE_POLL_S if "job" in job.read(run) else POLL_S)
     for line in tail(run, 0, follow=True):
         echo(line)
     return status(found)
+
+
+def _may_come(pending: Callable[[], bool]) -> bool:
+    """Who does not answer may answer again."""
+    try:
+        return pending()
+    except ResourceError:
+        return True
 
 
 def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:

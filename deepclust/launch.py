@@ -54,7 +54,7 @@ def prepare_run(recipe: Recipe, path: Path) -> None:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with hold(path):
-        rundir.create(path, _resolved(recipe))
+        rundir.create(path, resolved(recipe))
 
 
 def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
@@ -94,7 +94,7 @@ def is_finished(run: Run) -> bool:
     return bool(finished) and finished[-1]["epochs"] >= run.recipe.train.epochs
 
 
-def _resolved(recipe: Recipe) -> Recipe:
+def resolved(recipe: Recipe) -> Recipe:
     """Write down what this machine decides, so that the run can be resumed from anywhere.
 
     Paths become absolute. Results on a CPU depend on the threads per rank: its share of the cores,

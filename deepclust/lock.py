@@ -71,6 +71,12 @@ def owner(run: Path) -> str | None:
     return f"process {lock['pid']} on {lock['host']}{job}"
 
 
+def owner_job(run: Path) -> str | None:
+    """The Slurm job of whoever holds the run, if it is in one."""
+    lock = _read(run)
+    return None if lock is None or _is_stale(run, lock) else lock.get("slurm_job")
+
+
 def owner_pid(run: Path) -> int | None:
     """The pid of the living controller, when it is on this machine."""
     lock = _read(run)

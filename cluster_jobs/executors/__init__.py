@@ -22,7 +22,7 @@ def executor(name: str) -> ModuleType:
 
 
 def refuse_queued(run: Path) -> None:
-    """Raise `ResourceError` when a job of the run waits or is coming up somewhere.
+    """Raise `RunHeldError` when a job of the run waits or is coming up somewhere.
 
     Nobody is asked who does not answer: then the lock alone decides.
     """

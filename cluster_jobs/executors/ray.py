@@ -171,5 +171,8 @@ def is_pending(run: Path) -> bool:
     facts = job.read(run)
     if not facts.get("submission"):
         return False
-    status = _client(facts["address"]).get_job_status(facts["submission"])
-    return status.value not in OVER
+    client = _client(facts["address"])
+    try:
+        return client.get_job_status(facts["submission"]).value not in OVER
+    except RuntimeError:  # another Ray is there now, which knows no such job
+        return False

@@ -104,7 +104,8 @@ class Plan:
     @property
     def source(self) -> Path:
         """Where the next snapshot of the code goes; those of jobs that wait are left alone."""
-        return self.folder / f"source-{len(list(self.folder.glob('source-*')))}"
+        there = [int(path.name.partition("-")[2]) for path in self.folder.glob("source-*")]
+        return self.folder / f"source-{max(there, default=-1) + 1}"
 
     @property
     def python(self) -> str:
@@ -210,6 +211,8 @@ def prepare(recipe: Recipe, run: Path) -> Plan:
         raise RecipeError(f"--run: {error}") from None
     if "%" in path or "\\" in path:
         raise RecipeError(f"--run {path}: Slurm gives % and \\ in a path a meaning of its own")
+    if spec.container_image and set(",:") & set(path):
+        raise RecipeError(f"--run {path}: a container's mounts give , and : a meaning of their own")
     threads = recipe.train.threads or max(1, found.rank_cpus - recipe.data.workers)
     overrides = [f"train.ranks={found.ranks}", f"train.threads={threads}"]
     if spec.launcher == "ray":
@@ -251,8 +254,6 @@ def resume(run: Path, overrides: list[str]) -> None:
     recipe = found.recipe.replace(*overrides)
     check_changes(found, recipe)
     background.refuse_held(run)
-    if is_pending(run):
-        raise ResourceError(f"{run} has a job: {_seen(run)}; deepclust cancel {run} ends it")
     plan = prepare(recipe, run)
     if plan.recipe != found.recipe:
         with lock.hold(run):
@@ -292,6 +293,7 @@ def _queue(plans: list[Plan]) -> None:
     if first.spec.snapshot:
         _snapshot(first.source)
     commit = rundir.environment()["git"]
+    now = time.time()  # before the job's own clock can say anything
     for plan in plans:
         job.record(plan.run, on="slurm")
     try:
@@ -300,7 +302,7 @@ def _queue(plans: list[Plan]) -> None:
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
     for plan, queued in zip(plans, jobs, strict=True):
-        facts = {"job": queued.job_id, "output": str(plan.folder), "git": commit}
+        facts = {"job": queued.job_id, "output": str(plan.folder), "git": commit, "time": now}
         job.record(plan.run, on="slurm", **facts)
 
 

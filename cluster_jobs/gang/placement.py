@@ -76,7 +76,7 @@ def missing(shape: Shape, nodes: list[Resources]) -> str:
     """
     free = [dict(node) for node in nodes]
     lacking: Counter[str] = Counter()
-    for bundle in sorted(shape.bundles, key=lambda b: (-len(b), -b.get("GPU", 0), -b["CPU"])):
+    for bundle in sorted(shape.bundles, key=_particular):
         home = next((n for n in free if all(n.get(k, 0) >= v for k, v in bundle.items())), None)
         if home is None:
             lacking.update({name: int(amount) for name, amount in bundle.items()})
@@ -87,6 +87,11 @@ def missing(shape: Shape, nodes: list[Resources]) -> str:
         return ""
     there = "; ".join(_told(node) for node in nodes) or "no node"
     return f"{_told(lacking)} more than the cluster has ({there}) is needed for {shape}"
+
+
+def _particular(bundle: Resources) -> tuple[float, ...]:
+    """The most particular first."""
+    return -len(bundle.keys() - {"CPU", "GPU"}), -bundle.get("GPU", 0), -bundle["CPU"]
 
 
 def has_room(now: Shape, wanted: Shape) -> bool:

@@ -14,8 +14,10 @@ from cluster_jobs import job
 from cluster_jobs.executors import slurm as executor
 from deepclust import lock, rundir
 from deepclust.errors import DeepclustError
-from deepclust.launch import check_changes, prepare_run
+from deepclust.launch import check_changes, prepare_run, resolved
 from deepclust.recipe import Recipe
+
+RESTART = os.environ.get("SLURM_RESTART_COUNT", "0")  # then only what the job has may differ
 
 
 def create(source: str, run: Path, overrides: list[str]) -> None:
@@ -23,14 +25,18 @@ def create(source: str, run: Path, overrides: list[str]) -> None:
     if rundir.exists(run):
         with lock.hold(run):
             found = rundir.open_run(run)
-            recipe = found.recipe.replace(*overrides)
+            given = (
+                overrides if RESTART == "0" else [o for o in overrides if o.startswith("slurm.")]
+            )
+            recipe = resolved(found.recipe.replace(*given))
             check_changes(found, recipe)
             executor.prepare(recipe, run).recipe.save(run / "recipe.yaml")
     else:
         plan = executor.prepare(Recipe.load(source, *overrides), run)
         prepare_run(plan.recipe, run)
     (run / "slurm").mkdir(exist_ok=True)
-    job.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"])
+    commit = rundir.environment()["git"]
+    job.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"], git=commit)
 
 
 def main() -> int:

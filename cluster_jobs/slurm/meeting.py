@@ -163,7 +163,7 @@ class Head:
             if hmac.compare_digest(str(said.pop("secret", "")).encode(), self.secret.encode()):
                 self.guests[int(said["task"])] = Guest(line, said["task"], said["node"], said)
                 return
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             pass  # somebody else's words
         line.close()
 

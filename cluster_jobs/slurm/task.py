@@ -107,7 +107,8 @@ def control_by_ray(
         os.environ["RAY_ADDRESS"] = daemon.address
         from cluster_jobs.controller import control  # Ray reads its variables when imported
 
-        control(path, asked, {"stop": spec.stop, "worker_resources": {FIRST_NODE: 1.0}})
+        first = {} if spec.gpus else {FIRST_NODE: 1.0}  # where nodes differ, wherever there is room
+        control(path, asked, {"stop": spec.stop, "worker_resources": first})
     finally:
         over.set()
         daemon.stop()
@@ -181,6 +182,7 @@ def follow(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> 
             while daemon.alive and line.open:
                 line.hear(1.0)
         except DeepclustError as error:
+            sys.stderr.write(f"error: {error}\n")
             if tries == AGAIN:
                 line.send(failed=str(error))
         finally:
@@ -195,7 +197,7 @@ def after_stop(path: Path, asked: list[int]) -> int:
     if signal.SIGINT in asked:
         job.forget_cancel(path)
         return CANCELLED
-    if asked and LOST not in asked:  # nothing went wrong, so nothing is counted
+    if asked and asked[0] != LOST:  # nothing went wrong, so nothing is counted
         _counts(path).unlink(missing_ok=True)
     return RequeueWanted.exit_code
 

@@ -50,6 +50,9 @@ def test_the_cluster_worker_has_its_gpu_where_its_own_resource_is() -> None:
     first, second = {"CPU": 16.0, "GPU": 2.0, "first_node": 1.0}, {"CPU": 16.0, "GPU": 2.0}
     assert missing(shape, [first, second]) == ""
     assert "needed" in missing(shape, [second, second])
+    on_cpus = Shape(4, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 1.0, "first_node": 1.0})
+    first, second = {"CPU": 16.0, "GPU": 4.0, "first_node": 1.0}, {"CPU": 16.0, "GPU": 4.0}
+    assert missing(on_cpus, [first, second]) == ""
 
 
 def test_what_is_missing_is_named_even_when_the_sum_would_do() -> None:

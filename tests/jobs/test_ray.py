@@ -201,7 +201,7 @@ def test_word_to_cancel_stops_at_a_step_and_resume_goes_on(
     state = store.status(Run(run))
     assert state.state == "STOPPED"
     assert "as asked" in state.reason
-    assert not job.cancel_asked(run)
+    assert not job.stopping(run, [])
     end(controller(nodes, run))
     assert_same_run(run, local)
 

@@ -157,7 +157,7 @@ def test_a_waiting_job_says_why_and_is_cancelled_before_it_starts(
     number = begin(run, "slurm.sbatch={begin: now+1hour}")
     until(lambda: state(run)["state"] == "PENDING")
     assert "BeginTime" in state(run)["reason"]
-    deepclust("resume", run, "--on", "slurm", code=4)
+    deepclust("resume", run, "--on", "slurm", code=7)
     assert "was stopped" in deepclust("cancel", run).stderr
     assert slurm.wait(number) == "CANCELLED"
     assert state(run)["state"] == "STOPPED"

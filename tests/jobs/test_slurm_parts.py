@@ -16,7 +16,7 @@ import pytest
 
 from cluster_jobs import job, queue, store
 from cluster_jobs.executors.slurm import ENDED
-from cluster_jobs.slurm import task
+from cluster_jobs.slurm import create, task
 from cluster_jobs.slurm.allocation import Allocation, allocation
 from cluster_jobs.slurm.meeting import Line, folder, hosting, join, leave
 from deepclust.errors import RequeueWanted, ResourceError, RunHeldError
@@ -138,6 +138,7 @@ def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> No
         ("", "TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
         ("", "FAILED|n1|3:0", "FAILED", "exit code 3"),
         ("", "OUT_OF_MEMORY|n1|0:125", "FAILED", "OUT_OF_MEMORY on n1; see"),
+        ("", "FAILED|n1|75:0", "STOPPED", "deepclust resume"),
         ("SUSPENDED|None|n1", "", "RUNNING", "SUSPENDED on n1"),
         ("REQUEUE_HOLD|JobHoldMaxRequeue|", "", "PENDING", "JobHoldMaxRequeue"),
         ("", "", "PENDING", "not started yet"),
@@ -175,7 +176,21 @@ def test_where_slurm_does_not_answer_the_run_speaks_for_itself(
     prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
     job.record(tmp_path / "run", on="slurm", job="7")
     monkeypatch.setenv("PATH", "")
-    assert store.status(Run(tmp_path / "run")).state == "PENDING"
+    found = store.status(Run(tmp_path / "run"))
+    assert found.state == "PENDING"
+    assert "Slurm does not answer" in found.reason
+
+
+def test_a_run_that_goes_on_here_is_not_in_the_state_of_its_old_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(tmp_path, monkeypatch, squeue=":", sacct="echo 'CANCELLED|n1|0:15'")
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
+    job.record(tmp_path / "run", on="slurm", job="7")
+    assert store.status(Run(tmp_path / "run")).state == "STOPPED"
+    with hold(tmp_path / "run") as token:
+        Run(tmp_path / "run", token).event("started")
+        assert store.status(Run(tmp_path / "run")).state == "RUNNING"
 
 
 def test_a_run_whose_job_waits_is_not_started_a_second_time(
@@ -187,15 +202,17 @@ def test_a_run_whose_job_waits_is_not_started_a_second_time(
     job.record(run, on="slurm", job="7")
     programs(tmp_path, monkeypatch, squeue="echo 'PENDING|Priority|'")
     for words in (
-        ["resume", run],
-        ["train", run],
+        ["resume", run], ["resume", run, "--on", "local"], ["train", run],
         ["submit", tmp_path / "tiny.yaml", "--run", run],
-    ):
+        ["pretrain", tmp_path / "tiny.yaml", "--run", run],
+    ):  # fmt: skip
         assert "has a job already" in deepclust(*words, code=7).stderr
     assert job.read(run)["job"] == "7"
 
 
-@pytest.mark.parametrize("words", [b"GET / HTTP/1.0\r\n\r\n", b"1\n", '{"secret": "ä"}\n'.encode()])
+@pytest.mark.parametrize(
+    "words", [b"GET / HTTP/1.0\r\n\r\n", b"1\n", b"[" * 60000 + b"\n", '{"secret": "ä"}\n'.encode()]
+)
 def test_whatever_a_stranger_says_the_head_goes_on(tmp_path: Path, words: bytes) -> None:
     with hosting(tmp_path, HEAD, "127.0.0.1") as head:
         told = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
@@ -203,6 +220,20 @@ def test_whatever_a_stranger_says_the_head_goes_on(tmp_path: Path, words: bytes)
             stranger.sendall(words)
             with pytest.raises(ResourceError, match="did not come"):
                 head.gather({1: "n2"}, 0.5, never)
+
+
+def test_a_plain_job_that_is_queued_again_finds_its_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    tiny_recipe(Path("photos")).save(tmp_path / "tiny.yaml")
+    words = (str(tmp_path / "tiny.yaml"), tmp_path / "run", ["data.shards=photos"])
+    for restart in ("0", "0", "1"):
+        monkeypatch.setattr(create, "RESTART", restart)
+        create.create(*words)
+    assert Run(tmp_path / "run").recipe.data.shards == str(tmp_path / "photos")
+    assert job.read(tmp_path / "run")["job"] == "7"
 
 
 def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> None:
@@ -223,7 +254,7 @@ def test_a_start_that_brings_something_or_was_asked_to_stop_is_forgiven(tmp_path
         (tmp_path / "rounds" / "0000" / "raw" / f"unit-{number}").mkdir(parents=True)
     for _ in range(6):
         task.refuse_fruitless(tmp_path, HEAD)
-        assert task.after_stop(tmp_path, [signal.SIGTERM]) == 75
+        assert task.after_stop(tmp_path, [signal.SIGTERM, task.LOST]) == 75
 
 
 def test_a_node_that_leaves_at_every_start_is_not_forgiven_for_ever(tmp_path: Path) -> None:
@@ -231,7 +262,7 @@ def test_a_node_that_leaves_at_every_start_is_not_forgiven_for_ever(tmp_path: Pa
     (tmp_path / "slurm").mkdir()
     for _ in range(3):
         task.refuse_fruitless(tmp_path, HEAD)
-        assert task.after_stop(tmp_path, [task.LOST]) == 75
+        assert task.after_stop(tmp_path, [task.LOST, signal.SIGTERM]) == 75
     with pytest.raises(ResourceError, match="in a row brought nothing"):
         task.refuse_fruitless(tmp_path, HEAD)
 

@@ -166,6 +166,7 @@ def test_a_wrong_key_is_named(override: str, told: str) -> None:
         (["slurm.gpus_per_node=2", "slurm.ranks=2"], "need more GPUs than"),
         (["slurm.cpus_per_node=2", "train.ranks=2"], "cpus_per_node=2 is too few"),
         (["train.device=cuda"], "set slurm.gpus_per_node"),
+        (["slurm.gpus_per_node=2"], "set cluster.gpus=0|cluster.gpus=0"),
         (["slurm.time=2m"], "is no more than signal=120 s"),
         (["slurm.container_image=a", "slurm.python=null"], "container_image needs python"),
         (["slurm.gpus=4"], "gpus=4 of all nodes needs cpus_per_node"),
