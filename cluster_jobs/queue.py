@@ -18,6 +18,9 @@ LIVING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_O
 WHY = {
     "Priority": "others come first", "Resources": "waiting for nodes",
     "BeginTime": "queued again, begins in a moment", "Dependency": "waiting for another job",
+    "PartitionNodeLimit": "more nodes than the partition has",
+    "PartitionTimeLimit": "more time than the partition gives",
+    "ReqNodeNotAvail": "nodes are down or reserved", "BadConstraints": "no node is like that",
 }  # fmt: skip
 
 
