@@ -6,14 +6,17 @@ A node is known by Slurm's name for it, never by its host name or address: sever
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 
 from deepclust.errors import ResourceError
 
 ASK_S = 20.0
+PORTS = range(20000, 32768)  # Linux gives connections those above
 NODES = "DEEPCLUST_NODES"  # the job's, which the job script asks of Slurm
 
 
@@ -76,13 +79,18 @@ def own_address(found: Allocation) -> str:
 
 
 def free_ports(address: str, count: int) -> list[int]:
-    """Ports of that address that nobody has at this moment."""
-    servers = [socket.create_server((address, 0)) for _ in range(count)]
-    try:
-        return [int(server.getsockname()[1]) for server in servers]
-    finally:
-        for server in servers:
-            server.close()
+    """Ports of that address that nobody has at this moment. Raises `ResourceError`.
+
+    They are below those that the kernel gives to connections, and drawn, so that between now and
+    their use hardly anyone else comes by them.
+    """
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.create_server((address, port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise ResourceError(f"{address} has no {count} free ports from {PORTS[0]} to {PORTS[-1]}")
 
 
 def _gpus() -> int:

@@ -88,6 +88,9 @@ def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> in
     except DeepclustError as error:
         log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
+    except Exception:  # none of ours: another start may mend it, and `refuse_fruitless` bounds that
+        log.exception("unexpected")
+        return RequeueWanted.exit_code
     finally:
         leave(path, found)
     return 0

@@ -17,8 +17,9 @@ import pytest
 from cluster_jobs import job, queue, store
 from cluster_jobs.executors.slurm import ENDED
 from cluster_jobs.slurm import create, task
-from cluster_jobs.slurm.allocation import Allocation, allocation
+from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
 from cluster_jobs.slurm.meeting import Line, folder, hosting, join, leave
+from cluster_jobs.spec import slurm_spec
 from deepclust.errors import RequeueWanted, ResourceError, RunHeldError
 from deepclust.launch import prepare_run
 from deepclust.lock import hold, renew
@@ -234,6 +235,29 @@ def test_a_plain_job_that_is_queued_again_finds_its_run_as_it_is(
         create.create(*words)
     assert Run(tmp_path / "run").recipe.data.shards == str(tmp_path / "photos")
     assert job.read(tmp_path / "run")["job"] == "7"
+
+
+def test_free_ports_are_different_ones_that_can_be_had() -> None:
+    ports = free_ports("127.0.0.1", 6)
+    assert len(set(ports)) == 6
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_an_error_that_is_none_of_ours_asks_for_another_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path)
+    (tmp_path / "slurm").mkdir()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a port was taken")
+
+    monkeypatch.setattr(task, "control_by_ray", broken)
+    alone = replace(HEAD, nodes=["n1"])
+    spec = slurm_spec(tiny_recipe(Path("/shards")))
+    codes = [task.lead(tmp_path, alone, spec, []) for _ in range(4)]
+    assert codes == [75, 75, 75, 4]
 
 
 def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> None:
