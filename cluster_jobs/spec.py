@@ -140,11 +140,6 @@ class SlurmSpec(Section):
     worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker")
     signal: int = Field(120, ge=1, description="seconds before the limit that USR2 comes")
 
-    @property
-    def stop(self) -> float:
-        """Seconds for all ranks to stop: half of those between the signal and the end, or 30."""
-        return max(30.0, self.signal / 2)
-
     requeues: int = Field(
         1000, ge=0, description="times that the job is queued again, by us or by Slurm"
     )
@@ -153,6 +148,11 @@ class SlurmSpec(Section):
         False, description="run a copy of deepclust and cluster_jobs as they were at submit"
     )
     python: Line | None = Field(None, description="Python on the nodes; default: that of submit")
+
+    @property
+    def stop(self) -> float:
+        """Seconds for all ranks to stop: half of those between the signal and the end, or 30."""
+        return max(30.0, self.signal / 2)
 
     @field_validator("time", mode="before")
     @classmethod

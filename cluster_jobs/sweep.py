@@ -22,8 +22,9 @@ def points(sweep: list[str]) -> list[list[str]]:
 
 def places(folder: Path, sweep: list[str]) -> dict[Path, list[str]]:
     """The run directory of every point. Raises `RecipeError` when two would be one."""
-    found = {place(folder, point): point for point in points(sweep)}
-    if len(found) < len(points(sweep)):
+    wanted = points(sweep)
+    found = {place(folder, point): point for point in wanted}
+    if len(found) < len(wanted):
         raise RecipeError(f"--sweep {' '.join(sweep)}: two runs would have the same name")
     return found
 

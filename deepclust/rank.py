@@ -8,7 +8,6 @@ parent, logs to its own file, and hands events to the launcher.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -29,7 +28,7 @@ from deepclust.files import disk_errors, read_json, write_json
 from deepclust.metrics import PipeReport, Report, log_to
 from deepclust.recipe import Recipe
 from deepclust.rundir import Run
-from deepclust.seat import CLUSTER_WORKER, Seat
+from deepclust.seat import CLUSTER_WORKER, Seat, die_with
 from deepclust.world import World, join, leave
 
 
@@ -123,14 +122,6 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
             "Put the old shards back, or start a new run."
         )
     return index, str(began["read"])
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def main() -> int:

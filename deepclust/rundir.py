@@ -186,7 +186,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "packages": {name: _version(name) for name in packages if _version(name)},
-        "git": _git_commit(),
+        "git": git_commit(),
         "time": time.time(),
     }
 
@@ -205,7 +205,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """Of the code that runs, where it lies in a checkout."""
     here = Path(__file__).parent
     done = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False

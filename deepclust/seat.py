@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from dataclasses import dataclass
 
 CLUSTER_WORKER = -1
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def die_with(parent: int) -> None:
+    """The same, also when the parent has died already."""
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ code=$?  # the worst of all tasks; 75: stopped at a step, 130: cancelled, above 
 this=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 this=${{this:-$SLURM_JOB_ID}} restart=${{SLURM_RESTART_COUNT:-0}}
 case $code in
-  0) ending= ;;
   130) ending="scancel" ;;
   75|129|13[1-9]|1[4-9]?|2??) ending="scontrol requeue" ;;
   *) ending= ;;
@@ -292,18 +291,18 @@ def _queue(plans: list[Plan]) -> None:
     executor.update_parameters(**first.parameters())
     if first.spec.snapshot:
         _snapshot(first.source)
-    commit = rundir.environment()["git"]
-    now = time.time()  # before the job's own clock can say anything
+    facts: dict[str, Any] = {"on": "slurm", "output": str(first.folder)}
+    # of before it starts: what the run says later is about this job
+    facts |= {"git": rundir.git_commit(), "time": time.time()}
     for plan in plans:
-        job.record(plan.run, on="slurm")
+        job.record(plan.run, **facts)
     try:
         with _outside_of_a_job(), executor.batch():
             jobs = [executor.submit(Entry(str(plan.run.absolute()))) for plan in plans]
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
     for plan, queued in zip(plans, jobs, strict=True):
-        facts = {"job": queued.job_id, "output": str(plan.folder), "git": commit, "time": now}
-        job.record(plan.run, on="slurm", **facts)
+        job.record(plan.run, **facts, job=queued.job_id)
 
 
 @contextlib.contextmanager

@@ -17,26 +17,22 @@ from deepclust.errors import DeepclustError
 from deepclust.launch import check_changes, prepare_run, resolved
 from deepclust.recipe import Recipe
 
-RESTART = os.environ.get("SLURM_RESTART_COUNT", "0")  # then only what the job has may differ
-
 
 def create(source: str, run: Path, overrides: list[str]) -> None:
     """Write the run of a recipe, or what this job changes in it. Raises `deepclust.errors`."""
     if rundir.exists(run):
         with lock.hold(run):
             found = rundir.open_run(run)
-            given = (
-                overrides if RESTART == "0" else [o for o in overrides if o.startswith("slurm.")]
-            )
-            recipe = resolved(found.recipe.replace(*given))
+            if int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # then only what the job has differs
+                overrides = [o for o in overrides if o.startswith("slurm.")]
+            recipe = resolved(found.recipe.replace(*overrides))
             check_changes(found, recipe)
             executor.prepare(recipe, run).recipe.save(run / "recipe.yaml")
     else:
         plan = executor.prepare(Recipe.load(source, *overrides), run)
         prepare_run(plan.recipe, run)
     (run / "slurm").mkdir(exist_ok=True)
-    commit = rundir.environment()["git"]
-    job.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"], git=commit)
+    job.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"], git=rundir.git_commit())
 
 
 def main() -> int:

@@ -7,7 +7,6 @@ start inherits: under proctrack/linuxproc Slurm's signals reach the whole tree.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from cluster_jobs.layout import FIRST_NODE
 from cluster_jobs.slurm.allocation import Allocation, free_ports
 from deepclust.errors import ResourceError
+from deepclust.seat import die_with_parent
 
 STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
 STARTED = "Ray runtime started"
@@ -30,7 +30,6 @@ ANSWER_S = 10.0
 LEAVE_S = 2.0  # a raylet drains for up to 30 s; by then we want nothing of it any more
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
 PREFIX = "dc-job-"
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Daemon:
@@ -140,4 +139,4 @@ def _deaf() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # which Ray's children hear of, too
+    die_with_parent()  # which Ray's children hear of, too

@@ -6,7 +6,6 @@ What it tells goes down its line. It leaves when the head says so, or is gone.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -18,9 +17,7 @@ from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
 from cluster_jobs.slurm.meeting import Line, join
 from deepclust.errors import DeepclustError
 from deepclust.rundir import Run
-from deepclust.seat import Seat
-
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+from deepclust.seat import Seat, die_with
 
 
 def main(run: Path, found: Allocation, patience: float) -> int:
@@ -73,13 +70,6 @@ def _work(run: Path, order: dict[str, object], line: Line, stop: threading.Event
         line.send(done=True)
 
 
-def die_with(parent: int) -> None:
-    """As a child of the head: end with it, however it ends."""
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    die_with(int(sys.argv[2]))
+    die_with(int(sys.argv[2]))  # a child of the head ends with it
     sys.exit(main(Path(sys.argv[1]), allocation(), float(sys.argv[3])))

@@ -6,17 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.jobs.slurm_here import SlurmHere, why_not
+from tests.jobs.slurm_here import SlurmHere, running, why_not
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmHere]:
-    """A real Slurm; commands that this process starts find it by SLURM_CONF."""
+    """A real Slurm of two nodes."""
     if reason := why_not():
         pytest.skip(reason)
-    here = SlurmHere()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("SLURM_CONF", "PATH"):
-            patch.setenv(name, here.environment[name])
+    with running() as here:
         yield here
-    here.stop()

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
@@ -273,6 +274,25 @@ class SlurmHere:
     def _tails(self) -> str:
         files = [f for p in ("*.out", "*.log") for f in sorted(self.folder.glob(p))]
         return "\n".join(f"== {f.name}\n{f.read_text(errors='replace')[-600:]}" for f in files)
+
+
+@contextmanager
+def running() -> Iterator[SlurmHere]:
+    """A Slurm while the block lasts; commands that this process starts find it by SLURM_CONF.
+
+    Raises `RuntimeError` where none can be started.
+    """
+    if reason := why_not():
+        raise RuntimeError(reason)
+    here = SlurmHere()
+    before = {name: os.environ.get(name) for name in ("SLURM_CONF", "PATH")}
+    os.environ.update({name: here.environment[name] for name in before})
+    try:
+        yield here
+    finally:
+        here.stop()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def sweep() -> None:

@@ -231,7 +231,7 @@ def test_a_plain_job_that_is_queued_again_finds_its_run_as_it_is(
     tiny_recipe(Path("photos")).save(tmp_path / "tiny.yaml")
     words = (str(tmp_path / "tiny.yaml"), tmp_path / "run", ["data.shards=photos"])
     for restart in ("0", "0", "1"):
-        monkeypatch.setattr(create, "RESTART", restart)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
         create.create(*words)
     assert Run(tmp_path / "run").recipe.data.shards == str(tmp_path / "photos")
     assert job.read(tmp_path / "run")["job"] == "7"

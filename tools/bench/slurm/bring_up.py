@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -35,7 +34,7 @@ from deepclust.rundir import Run  # noqa: E402
 from tests import tiny  # noqa: E402 - the harness of the tests
 from tests.jobs.nodes import events  # noqa: E402
 from tests.jobs.slurm_faults import preempt, until, until_gone  # noqa: E402
-from tests.jobs.slurm_here import SlurmHere, why_not  # noqa: E402
+from tests.jobs.slurm_here import SlurmHere, running  # noqa: E402
 
 SETTINGS = (
     "slurm.nodes=2", "slurm.exclusive=true", "train.ranks=2", "train.epochs=2", "train.log=1",
@@ -47,20 +46,14 @@ LAUNCHERS = ("ray", "srun")
 def main() -> None:
     """Run all, print the table, write the facts."""
     args = arguments()
-    if reason := why_not():
-        raise SystemExit(reason)
     shutil.rmtree(args.work / "runs", ignore_errors=True)
     shards = packed(args.work)
-    slurm = SlurmHere()
-    os.environ.update(SLURM_CONF=str(slurm.conf), PATH=slurm.environment["PATH"])
-    try:
+    with running() as slurm:
         records = [
             one(slurm, args.work / "runs" / f"{launcher}-{number}", launcher, shards)
             for number in range(args.times)
             for launcher in LAUNCHERS
         ]
-    finally:
-        slurm.stop()
     args.out.write_text(json.dumps(records, indent=1))
     print(table(records))
 

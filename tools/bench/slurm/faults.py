@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -35,7 +34,7 @@ from deepclust.world import generator  # noqa: E402
 from tests import tiny  # noqa: E402 - the harness of the tests
 from tests.jobs.nodes import events  # noqa: E402
 from tests.jobs.slurm_faults import FAULTS, Fault, starts, until, until_gone  # noqa: E402
-from tests.jobs.slurm_here import SlurmHere, why_not  # noqa: E402
+from tests.jobs.slurm_here import SlurmHere, running  # noqa: E402
 from tests.killing import stages_done_twice  # noqa: E402
 
 SETTINGS = ("train.ranks=2", "train.log=1")
@@ -50,11 +49,7 @@ def main() -> None:
     recipe.save(args.work / "recipe.yaml")
     for epochs in {FAULTS[kind].epochs for kind in args.kinds}:
         pretrain(recipe.replace(f"train.epochs={epochs}"), whole(args.work, epochs))
-    if reason := why_not():
-        raise SystemExit(reason)
-    slurm = SlurmHere()
-    os.environ.update(SLURM_CONF=str(slurm.conf), PATH=slurm.environment["PATH"])
-    try:
+    with running() as slurm:
         records = [
             one(slurm, args.work, launcher, kind, number)
             for kind in args.kinds
@@ -62,8 +57,6 @@ def main() -> None:
             if launcher in FAULTS[kind].launchers
             for number in range(args.times)
         ]
-    finally:
-        slurm.stop()
     args.out.write_text(json.dumps(records, indent=1))
     print(table(records))
 
