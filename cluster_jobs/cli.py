@@ -55,7 +55,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Fashion-MNIST, a few minutes: run, table, report, export."""
-    from cluster_jobs.demo import run_demo
+    from cluster_jobs.demo.demo import run_demo
 
     run_demo(run, data, overrides or [])
 
@@ -72,7 +72,7 @@ def pack(
     shard_size: Annotated[Optional[int], typer.Option(help="samples a shard")] = None,  # noqa: UP045
 ) -> None:
     """Write images as shuffled tar shards, and index them."""
-    from deepclust.data.pack import pack as pack_images
+    from deepclust.data.pack.pack import pack as pack_images
 
     index = pack_images(
         source, out, workers=workers, seed=seed, resize_short=resize_short, shard_size=shard_size
@@ -87,7 +87,7 @@ def index(
     at: Annotated[Optional[Path], typer.Option("--index", help="where the index lies")] = None,  # noqa: UP045
 ) -> None:
     """Index anyone's WebDataset shards."""
-    from deepclust.data.index import build_index
+    from deepclust.data.shards.index import build_index
 
     built = build_index(shards, at, verify=verify)
     labels = "no labels" if built.labels is None else "labels"
@@ -101,14 +101,14 @@ def pretrain(
     overrides: Overrides = None,
 ) -> None:
     """Pretrain in the foreground, on this machine."""
-    from cluster_jobs import job
+    from cluster_jobs import job_file
     from cluster_jobs.display import Display
     from cluster_jobs.executors import refuse_queued
-    from deepclust.launch import pretrain as start
+    from deepclust.launch.start import pretrain as start
     from deepclust.recipe import Recipe
 
     refuse_queued(run)
-    job.is_local_now(run)
+    job_file.is_local_now(run)
     with Display() as display:
         start(Recipe.load(recipe, *(overrides or [])), run, display)
     _finished(run)
@@ -159,9 +159,9 @@ def status(
     as_json: Json = False,
 ) -> None:
     """How runs are doing."""
-    from cluster_jobs import store
+    from cluster_jobs import status
 
-    found = [store.status(run) for run in store.find_runs(folder)]
+    found = [status.status(run) for run in status.find_runs(folder)]
     if as_json:
         typer.echo(json.dumps([one.as_dict() for one in found]))
         return
@@ -177,7 +177,7 @@ def logs(
     rank: Annotated[int, typer.Option(help="whose log")] = 0,
 ) -> None:
     """Print the log of a run; Ctrl-C detaches and stops nothing."""
-    from cluster_jobs.store import tail
+    from cluster_jobs.status import tail
 
     try:
         for line in tail(run, rank, follow):
@@ -192,8 +192,8 @@ def cancel(
 ) -> None:
     """Stop a run at its next step; it can be resumed."""
     from cluster_jobs.executors import executor_of
-    from cluster_jobs.store import find_runs
-    from deepclust.rundir import open_run
+    from cluster_jobs.status import find_runs
+    from deepclust.run.directory import open_run
 
     for found in find_runs(folder) or [open_run(folder)]:
         _say(executor_of(found.path).cancel(found.path))
@@ -208,17 +208,17 @@ def resume(
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
-    from cluster_jobs import job
+    from cluster_jobs import job_file
     from cluster_jobs.display import Display
     from cluster_jobs.executors import executor, refuse_queued
-    from deepclust.launch import resume as start
+    from deepclust.launch.start import resume as start
 
     refuse_queued(run)
     if on is not None:
         executor(on).resume(run, overrides or [])
         _say(f"resuming {run}\n  deepclust logs {run} -f")
         return
-    job.is_local_now(run)
+    job_file.is_local_now(run)
     with Display() as display:
         start(run, *(overrides or []), show=display)
     _finished(run)
@@ -253,20 +253,20 @@ def cluster(
 
     The options are for a file of features; a run has them in its recipe.
     """
-    from cluster_jobs import features
+    from cluster_jobs.results import cluster_file
 
-    options = features.Options(
+    options = cluster_file.Options(
         k, whiten, iterations, seed, init, spherical, empty, min_size, backend, device, ids
     )
-    if not features.is_features(source):
-        features.refuse_options(source, options, out)
+    if not cluster_file.is_features(source):
+        cluster_file.refuse_options(source, options, out)
         _stage(source, "cluster")
         return
-    found = features.cluster_features(source, out, options)
+    found = cluster_file.cluster_features(source, out, options)
     if as_json:
         typer.echo(json.dumps(found))
         return
-    _print(features.summary(found))
+    _print(cluster_file.summary(found))
     _say(f"wrote {out}")
 
 
@@ -284,7 +284,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Weighted kNN, linear probe and clusters of the run's frozen backbone."""
-    from cluster_jobs.evaluation import evaluate_run
+    from cluster_jobs.results.evaluate import evaluate_run
 
     scores = evaluate_run(
         run, train_shards, test_shards, tell=lambda text: typer.echo(text, err=True)
@@ -303,7 +303,7 @@ def assignments(
     round_: Annotated[Optional[int], typer.Option("--round", help="default: the last")] = None,  # noqa: UP045
 ) -> None:
     """Which image is in which cluster, as Parquet or CSV."""
-    from cluster_jobs.assignments import export_assignments
+    from cluster_jobs.results.assignments import export_assignments
 
     export_assignments(run, out, round_)
     _say(f"wrote {out}")
@@ -318,7 +318,7 @@ def export(
     ] = "safetensors",
 ) -> None:
     """The backbone of the newest checkpoint, read back and compared before it counts."""
-    from cluster_jobs.evaluation import export_run
+    from cluster_jobs.results.evaluate import export_run
 
     done = export_run(run, out, format_)
     _say(f"wrote {done.path} ({done.hash})\n{done.usage}")
@@ -335,7 +335,7 @@ def report(run: RunPath, out: Out) -> None:
 def _follow(run: Path) -> None:
     """Print the log until the run has ended, and end as it did; Ctrl-C detaches."""
     from cluster_jobs.executors import executor_of
-    from cluster_jobs.store import follow
+    from cluster_jobs.status import follow
 
     where = executor_of(run)
     try:
@@ -353,8 +353,8 @@ def _submit_sweep(
     """Every point of the sweep as a run of its own, in that folder."""
     from cluster_jobs.executors import refuse_queued
     from cluster_jobs.sweep import places
-    from deepclust import rundir
     from deepclust.recipe import Recipe
+    from deepclust.run import directory
 
     plans = [
         where.prepare(Recipe.load(recipe, *given, *point), run)
@@ -364,7 +364,7 @@ def _submit_sweep(
     if dry_run:
         typer.echo(str(whole))
         return
-    if rundir.exists(folder):
+    if directory.exists(folder):
         raise RecipeError(f"{folder} is a run, not a folder for runs: choose another --run")
     for plan in plans:
         refuse_queued(plan.run)
@@ -373,13 +373,13 @@ def _submit_sweep(
 
 
 def _stage(run: Path, stage: str) -> None:
-    from cluster_jobs import job
+    from cluster_jobs import job_file
     from cluster_jobs.display import Display
     from cluster_jobs.executors import refuse_queued
-    from deepclust.launch import run_stage
+    from deepclust.launch.start import run_stage
 
     refuse_queued(run)
-    job.is_local_now(run)
+    job_file.is_local_now(run)
     with Display() as display:
         run_stage(run, stage, show=display)
     _say(f"{stage} is done: {run}")
@@ -387,7 +387,7 @@ def _stage(run: Path, stage: str) -> None:
 
 def _finished(run: Path) -> None:
     from cluster_jobs.display import typed
-    from deepclust.rundir import open_run
+    from deepclust.run.directory import open_run
 
     commands = [typed("report", run, "--out", run / "report.html")]
     if open_run(run).recipe.cluster is not None:

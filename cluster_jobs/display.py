@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster_jobs.store import Status
+from cluster_jobs.status import Status
 
 PLAIN_EVERY_S = 10.0
 

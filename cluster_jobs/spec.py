@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, checked
-from deepclust.sections import Section
+from deepclust.recipe.sections import Section
 
 
 class RankRange(Section):

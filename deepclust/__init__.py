@@ -14,20 +14,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from deepclust.clustering.kmeans import kmeans
     from deepclust.clustering.whiten import Whitening
-    from deepclust.data.index import open_index
     from deepclust.data.plan import EpochPlan
-    from deepclust.export import load_backbone
-    from deepclust.launch import pretrain
+    from deepclust.data.shards.index import open_index
+    from deepclust.launch.start import pretrain
     from deepclust.recipe import Recipe
+    from deepclust.stages.export import load_backbone
 
 _HOMES = {
     "Recipe": "deepclust.recipe",
-    "pretrain": "deepclust.launch",
-    "open_index": "deepclust.data.index",
+    "pretrain": "deepclust.launch.start",
+    "open_index": "deepclust.data.shards.index",
     "EpochPlan": "deepclust.data.plan",
     "Whitening": "deepclust.clustering.whiten",
     "kmeans": "deepclust.clustering.kmeans",
-    "load_backbone": "deepclust.export",
+    "load_backbone": "deepclust.stages.export",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the chain

@@ -18,16 +18,16 @@ from __future__ import annotations
 import shutil
 import time
 
-from deepclust import cluster, inherit
-from deepclust.assemble import Context, build_trainer, embedder, restore
 from deepclust.errors import RecipeError, RequeueWanted
-from deepclust.export import export_backbone
-from deepclust.extract import Pass, extract, project
 from deepclust.methods.base import Targets
-from deepclust.planning import plan_segment
-from deepclust.rundir import is_done, prune
-from deepclust.timeline import Timeline
-from deepclust.train import Trainer, train_segment
+from deepclust.run.directory import is_done, prune
+from deepclust.stages import cluster, warm_start
+from deepclust.stages.build import Context, build_trainer, embedder, restore
+from deepclust.stages.export import export_backbone
+from deepclust.stages.extract import Pass, extract, project
+from deepclust.stages.planning import plan_segment
+from deepclust.stages.schedule import Timeline
+from deepclust.stages.train import Trainer, train_segment
 
 
 def run(context: Context) -> None:
@@ -106,7 +106,7 @@ def make_round(context: Context, trainer: Trainer, number: int) -> None:
     """Extract, whiten, project, cluster. Each stage that is done is skipped."""
     if number == 0 and context.recipe.init.assignments:
         if context.world.is_first:
-            inherit.import_assignments(context.run, context.recipe, context.index)
+            warm_start.import_assignments(context.run, context.recipe, context.index)
     else:
         make_features(context, trainer, number)
     if context.stage != "extract":
@@ -152,7 +152,7 @@ def finish(context: Context, trainer: Trainer) -> None:
     if context.world.is_first:
         out = context.run.path / "export" / "backbone.safetensors"
         export_backbone(
-            trainer.method.backbone, out, "safetensors", meta=inherit.export_meta(context.run)
+            trainer.method.backbone, out, "safetensors", meta=warm_start.export_meta(context.run)
         )
         context.report.event("exported", file=str(out))
     context.world.barrier()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from deepclust.errors import ResourceError
 from deepclust.files import read_jsonl
-from deepclust.rundir import Run, is_done
-from deepclust.seat import CLUSTER_WORKER
+from deepclust.launch.role import CLUSTER_WORKER
+from deepclust.run.directory import Run, is_done
 from tests.tiny import command
 
 Moment = Callable[[Path], bool]
@@ -137,7 +137,7 @@ def seat(pid: int, controller: int) -> str:
     if pid == controller:
         return "controller"
     words = _words(pid)
-    if b"deepclust.rank" not in words:
+    if b"deepclust.launch.worker" not in words:
         return ""
     number = int(words[words.index(b"--rank") + 1])
     return "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"

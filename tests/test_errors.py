@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from deepclust.rundir import Run
+from deepclust.run.directory import Run
 from tests.images import draw, encode, make_shards, write_tar
 from tests.killing import MOMENTS, start
 from tests.tiny import assignments, deepclust, tiny_recipe, tiny_shards

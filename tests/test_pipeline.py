@@ -11,8 +11,8 @@ import torch
 
 from deepclust import EpochPlan, load_backbone, pretrain
 from deepclust.errors import DataError, RecipeError, RequeueWanted, RunDiffersError
-from deepclust.launch import resume, run_stage
-from deepclust.rundir import Run, is_done
+from deepclust.launch.start import resume, run_stage
+from deepclust.run.directory import Run, is_done
 from tests.images import draw
 from tests.tiny import (
     assert_resumes_undisturbed,

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from deepclust import Recipe, pretrain
 from deepclust.errors import RequeueWanted
-from deepclust.launch import resume
-from deepclust.rundir import Run
+from deepclust.launch.start import resume
+from deepclust.run.directory import Run
 from tests.images import make_shards
 
 TREE = {

@@ -7,9 +7,9 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from cluster_jobs import job
-from deepclust import lock, rundir
+from cluster_jobs import job_file
 from deepclust.errors import RecipeError, ResourceError, RunHeldError
+from deepclust.run import directory, lock
 
 EXECUTORS = ("local", "ray", "slurm")
 
@@ -27,11 +27,11 @@ def refuse_queued(run: Path) -> None:
     Nobody is asked who does not answer: then the lock alone decides.
     """
     with contextlib.suppress(ResourceError):
-        if not rundir.exists(run) or lock.owner(run) or not executor_of(run).is_pending(run):
+        if not directory.exists(run) or lock.owner(run) or not executor_of(run).is_pending(run):
             return  # who is held says so with the holder's name
         raise RunHeldError(f"{run} has a job already: deepclust cancel {run} ends it")
 
 
 def executor_of(run: Path) -> ModuleType:
     """The executor that a run was submitted to."""
-    return executor(job.read(run)["on"])
+    return executor(job_file.read(run)["on"])

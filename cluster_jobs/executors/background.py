@@ -11,8 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from deepclust import lock
 from deepclust.errors import RunHeldError, error_of
+from deepclust.run import lock
 
 CANCEL_PATIENCE_S = 60.0
 START_PATIENCE_S = 30.0

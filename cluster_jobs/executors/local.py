@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from cluster_jobs import job
+from cluster_jobs import job_file
 from cluster_jobs.executors import background
-from deepclust import lock, rundir
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch import check_changes, prepare_run
+from deepclust.launch.start import check_changes, prepare_run
 from deepclust.recipe import Recipe
+from deepclust.run import directory, lock
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def prepare_sweep(plans: list[Plan], folder: Path) -> NoReturn:
 
 def resume(run: Path, overrides: list[str]) -> None:
     """Start a controller for a run that exists; refuses what a foreground resume refuses."""
-    found = rundir.open_run(run)
+    found = directory.open_run(run)
     check_changes(found, found.recipe.replace(*overrides))
     background.refuse_held(run)
-    job.record(run, **job.LOCAL)
+    job_file.record(run, **job_file.LOCAL)
     background.start(run, [*prepare(found.recipe, run).command, *overrides])
 
 

@@ -2,8 +2,8 @@
 
 With `ray.address` the controller is a Ray job: it runs on the cluster and outlives whoever has
 submitted it. Without, it is a process in the background of this machine, which starts a Ray for
-itself and ends it. Either way it is `python -m cluster_jobs.controller RUN`, and whoever sees the
-run directory can watch, cancel and resume it.
+itself and ends it. Either way it is `python -m cluster_jobs.ray.controller RUN`, and whoever sees
+the run directory can watch, cancel and resume it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster_jobs import job
+from cluster_jobs import job_file
 from cluster_jobs.executors import background
 from cluster_jobs.spec import RaySpec, ray_spec, sizes
-from deepclust import lock, rundir
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch import check_changes, prepare_run
+from deepclust.launch.start import check_changes, prepare_run
 from deepclust.recipe import Recipe
+from deepclust.run import directory, lock
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -60,7 +60,9 @@ def prepare(recipe: Recipe, run: Path) -> Plan:
         recipe = recipe.replace(f"train.threads={threads}")
     recipe = recipe.replace(f"train.ranks={sizes(recipe, spec)[0]}")
     python = spec.python or sys.executable
-    return Plan(recipe, run, [python, "-P", "-m", "cluster_jobs.controller", str(run.absolute())])
+    return Plan(
+        recipe, run, [python, "-P", "-m", "cluster_jobs.ray.controller", str(run.absolute())]
+    )
 
 
 def submit(plan: Plan) -> None:
@@ -98,7 +100,7 @@ def submit_sweep(sweep: Sweep) -> None:
 
 def resume(run: Path, overrides: list[str]) -> None:
     """Start a controller for a run that exists, wherever it ran before."""
-    found = rundir.open_run(run)
+    found = directory.open_run(run)
     recipe = found.recipe.replace(*overrides)
     check_changes(found, recipe)
     background.refuse_held(run)
@@ -112,10 +114,10 @@ def resume(run: Path, overrides: list[str]) -> None:
 
 def cancel(run: Path) -> str:
     """Leave word for the controller, wherever it is, and wait for it to go."""
-    owner, facts = lock.owner(run), job.read(run)
-    job.ask_to_cancel(run)
+    owner, facts = lock.owner(run), job_file.read(run)
+    job_file.ask_to_cancel(run)
     if owner is None and not is_pending(run):
-        job.forget_cancel(run)
+        job_file.forget_cancel(run)
         return f"{run} is not running"
     deadline = time.monotonic() + background.CANCEL_PATIENCE_S
     while lock.owner(run) is not None or is_pending(run):
@@ -138,11 +140,11 @@ def _end(run: Path, facts: dict[str, Any]) -> str:
 
 def _start(plan: Plan, client: JobSubmissionClient | None) -> None:
     if client is None:
-        job.record(plan.run, on="ray")
+        job_file.record(plan.run, on="ray")
         background.start(plan.run, plan.command, "controller.out")
         return
     submission = f"deepclust-{plan.run.absolute().name}-{secrets.token_hex(4)}"
-    job.record(plan.run, on="ray", address=plan.spec.address, submission=submission)
+    job_file.record(plan.run, on="ray", address=plan.spec.address, submission=submission)
     try:
         client.submit_job(
             entrypoint=shlex.join(plan.command), submission_id=submission,
@@ -168,7 +170,7 @@ def _client(address: str) -> JobSubmissionClient:
 
 def is_pending(run: Path) -> bool:
     """Whether its Ray job has not ended, or not begun."""
-    facts = job.read(run)
+    facts = job_file.read(run)
     if not facts.get("submission"):
         return False
     client = _client(facts["address"])

@@ -20,14 +20,15 @@ from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster_jobs import job, queue
+from cluster_jobs import job_file
 from cluster_jobs.executors import background
-from cluster_jobs.layout import Layout, layout
+from cluster_jobs.slurm import queue
+from cluster_jobs.slurm.layout import Layout, layout
 from cluster_jobs.spec import SlurmSpec, minutes, one_line, slurm_spec
-from deepclust import lock, rundir
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch import HELD_BACK, check_changes, prepare_run
+from deepclust.launch.start import HELD_BACK, check_changes, prepare_run
 from deepclust.recipe import Recipe
+from deepclust.run import directory, lock
 
 if TYPE_CHECKING:
     import submitit
@@ -249,7 +250,7 @@ def submit_sweep(sweep: Sweep) -> None:
 def resume(run: Path, overrides: list[str]) -> None:
     """Queue a job for a run that exists, wherever it ran before."""
     _need_slurm()
-    found = rundir.open_run(run)
+    found = directory.open_run(run)
     recipe = found.recipe.replace(*overrides)
     check_changes(found, recipe)
     background.refuse_held(run)
@@ -268,17 +269,17 @@ def is_pending(run: Path) -> bool:
 
 def cancel(run: Path) -> str:
     """Stop it at the next step where it runs, then take its job out of Slurm."""
-    number = job.read(run).get("job")
+    number = job_file.read(run).get("job")
     if lock.owner(run) is None and not is_pending(run):
         return f"{run} is not running"
-    job.ask_to_cancel(run)
+    job_file.ask_to_cancel(run)
     deadline = time.monotonic() + background.CANCEL_PATIENCE_S
     while lock.owner(run) is not None and time.monotonic() < deadline:
         time.sleep(0.5)
     if number:
         queue.scancel(str(number))
     if lock.owner(run) is None:
-        job.forget_cancel(run)
+        job_file.forget_cancel(run)
     return f"{run} was stopped, job {number}; deepclust resume {run} --on slurm continues it"
 
 
@@ -293,16 +294,16 @@ def _queue(plans: list[Plan]) -> None:
         _snapshot(first.source)
     facts: dict[str, Any] = {"on": "slurm", "output": str(first.folder)}
     # of before it starts: what the run says later is about this job
-    facts |= {"git": rundir.git_commit(), "time": time.time()}
+    facts |= {"git": directory.git_commit(), "time": time.time()}
     for plan in plans:
-        job.record(plan.run, **facts)
+        job_file.record(plan.run, **facts)
     try:
         with _outside_of_a_job(), executor.batch():
             jobs = [executor.submit(Entry(str(plan.run.absolute()))) for plan in plans]
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
     for plan, queued in zip(plans, jobs, strict=True):
-        job.record(plan.run, **facts, job=queued.job_id)
+        job_file.record(plan.run, **facts, job=queued.job_id)
 
 
 @contextlib.contextmanager
@@ -319,7 +320,7 @@ def _outside_of_a_job() -> Iterator[None]:
 
 def _snapshot(source: Path) -> None:
     """A copy of our two packages as they are now."""
-    here = Path(rundir.__file__).parent.parent
+    here = Path(directory.__file__).parent.parent
     for package in PACKAGES:
         shutil.copytree(
             here / package, source / package, dirs_exist_ok=True,
@@ -328,7 +329,7 @@ def _snapshot(source: Path) -> None:
 
 
 def _seen(run: Path) -> queue.Seen | None:
-    number = job.read(run).get("job")
+    number = job_file.read(run).get("job")
     return queue.look(str(number)) if number else None
 
 

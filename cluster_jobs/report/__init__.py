@@ -16,7 +16,7 @@ from cluster_jobs.report.checks import checks
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import gallery
 from deepclust.files import write_text
-from deepclust.rundir import open_run
+from deepclust.run.directory import open_run
 
 
 def write_report(run: Path, out: Path) -> Path:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cluster_jobs.report.facts import Facts, Record
-from deepclust.rundir import Run
+from deepclust.run.directory import Run
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#c8701c", "#2b8a6b", "#8a94a3"
 STYLE: Any = {  # Any: matplotlib types the keys one by one, in new versions only

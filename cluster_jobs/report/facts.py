@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cluster_jobs import store
-from cluster_jobs.store import Status
-from deepclust.data.urls import shown
+from cluster_jobs.status import Status
+from cluster_jobs.status import status as status_of
+from deepclust.data.shards.url import shown
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
-from deepclust.rundir import Run
-from deepclust.sections import AnyMethod, ClusterSection
+from deepclust.recipe.sections import AnyMethod, ClusterSection
+from deepclust.run.directory import Run
 
 Record = dict[str, Any]
 UNKNOWN = "not known before the run starts"
@@ -68,7 +68,7 @@ class Facts:
 def gather(run: Run) -> Facts:
     """Everything but the images."""
     recipe, train = run.recipe, run.metrics("train")
-    status = store.status(run)
+    status = status_of(run)
     scores = _scores(run)
     rounds = [_round(run, number, train) for number in run.rounds()]
     return Facts(

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
 
-from cluster_jobs.assignments import open_clustered, seeded_classes
-from deepclust.data.decode import DecodeError, decode
-from deepclust.data.index import Index
-from deepclust.data.shard_files import ShardFiles
+from cluster_jobs.results.assignments import open_clustered, seeded_classes
+from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.read.shard_files import ShardFiles
+from deepclust.data.shards.index import Index
 from deepclust.errors import DeepclustError
-from deepclust.rundir import Run
+from deepclust.run.directory import Run
 from deepclust.world import generator
 
 PER_GROUP = 4  # clusters of each kind: the largest, median, random

@@ -10,19 +10,19 @@ import os
 import sys
 from pathlib import Path
 
-from cluster_jobs import job
+from cluster_jobs import job_file
 from cluster_jobs.executors import slurm as executor
-from deepclust import lock, rundir
 from deepclust.errors import DeepclustError
-from deepclust.launch import check_changes, prepare_run, resolved
+from deepclust.launch.start import check_changes, prepare_run, resolved
 from deepclust.recipe import Recipe
+from deepclust.run import directory, lock
 
 
 def create(source: str, run: Path, overrides: list[str]) -> None:
     """Write the run of a recipe, or what this job changes in it. Raises `deepclust.errors`."""
-    if rundir.exists(run):
+    if directory.exists(run):
         with lock.hold(run):
-            found = rundir.open_run(run)
+            found = directory.open_run(run)
             if int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # then only what the job has differs
                 overrides = [o for o in overrides if o.startswith("slurm.")]
             recipe = resolved(found.recipe.replace(*overrides))
@@ -32,7 +32,7 @@ def create(source: str, run: Path, overrides: list[str]) -> None:
         plan = executor.prepare(Recipe.load(source, *overrides), run)
         prepare_run(plan.recipe, run)
     (run / "slurm").mkdir(exist_ok=True)
-    job.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"], git=rundir.git_commit())
+    job_file.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"], git=directory.git_commit())
 
 
 def main() -> int:

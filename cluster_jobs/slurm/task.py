@@ -21,20 +21,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from cluster_jobs import job
-from cluster_jobs.forgiven import FRUITLESS
-from cluster_jobs.layout import FIRST_NODE
-from cluster_jobs.slurm import member, ranks
+from cluster_jobs import job_file
+from cluster_jobs.slurm import srun_transport, srun_worker
 from cluster_jobs.slurm.allocation import Allocation, allocation, own_address
-from cluster_jobs.slurm.daemon import Daemon, alone, private
-from cluster_jobs.slurm.meeting import Head, folder, hosting, join, leave
+from cluster_jobs.slurm.layout import FIRST_NODE
+from cluster_jobs.slurm.ray_daemon import Daemon, alone, private
+from cluster_jobs.slurm.rendezvous import Head, folder, hosting, join, leave
 from cluster_jobs.spec import SlurmSpec, slurm_spec
-from deepclust import rundir
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError, RunHeldError
 from deepclust.files import read_json, write_json
-from deepclust.launch import HELD_BACK, collected_signals, is_finished
-from deepclust.lock import hold
-from deepclust.rundir import Run
+from deepclust.launch.policy import FRUITLESS
+from deepclust.launch.start import HELD_BACK, collected_signals, is_finished
+from deepclust.run import directory
+from deepclust.run.directory import Run
+from deepclust.run.lock import hold
 
 CANCELLED = 130  # exit code, after `deepclust cancel`
 LOST = 0  # among the signals: a node has left
@@ -51,15 +51,15 @@ def main() -> int:
     with collected_signals() as asked:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         try:
-            run, found = rundir.open_run(path), allocation()
+            run, found = directory.open_run(path), allocation()
             spec = slurm_spec(run.recipe)
             if is_finished(run):  # and the job was queued again for what came after
                 return 0
             if spec.launcher == "srun" and found.task:
-                return member.main(path, found, spec.start)
+                return srun_worker.main(path, found, spec.start)
             if found.task:
                 return follow(path, found, spec, asked)
-            job.log_to(path)
+            job_file.log_to(path)
             return lead(path, found, spec, asked)
         except DeepclustError as error:
             sys.stderr.write(f"error: {error}\n")
@@ -81,7 +81,7 @@ def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> in
             if spec.launcher == "ray":
                 control_by_ray(path, found, spec, head, asked)
             else:
-                ranks.control(path, found, spec, head, asked)
+                srun_transport.control(path, found, spec, head, asked)
     except RequeueWanted as error:
         log.info("stopped: %s", error)
         return after_stop(path, asked)
@@ -105,10 +105,10 @@ def control_by_ray(
     daemon, over = Daemon(found, address, notes, None), Event()
     try:
         with _told(path), another_try():
-            _bring_up(found, head, daemon, spec.start, lambda: job.stopping(path, asked))
+            _bring_up(found, head, daemon, spec.start, lambda: job_file.stopping(path, asked))
         Thread(target=_watch, args=(head, daemon, asked, over), daemon=True).start()
         os.environ["RAY_ADDRESS"] = daemon.address
-        from cluster_jobs.controller import control  # Ray reads its variables when imported
+        from cluster_jobs.ray.controller import control  # Ray reads its variables when imported
 
         first = {} if spec.gpus else {FIRST_NODE: 1.0}  # where nodes differ, wherever there is room
         control(path, asked, {"stop": spec.stop, "worker_resources": first})
@@ -198,7 +198,7 @@ def follow(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> 
 def after_stop(path: Path, asked: list[int]) -> int:
     """What the job script is told of a run that has stopped at a step."""
     if signal.SIGINT in asked:
-        job.forget_cancel(path)
+        job_file.forget_cancel(path)
         return CANCELLED
     if asked and asked[0] != LOST:  # nothing went wrong, so nothing is counted
         _counts(path).unlink(missing_ok=True)
@@ -207,7 +207,7 @@ def after_stop(path: Path, asked: list[int]) -> int:
 
 def refuse_fruitless(path: Path, found: Allocation) -> None:
     """Raise `ResourceError` when this job's last starts have brought nothing to the disk."""
-    file, now = _counts(path), list(job.fruit(Run(path)))
+    file, now = _counts(path), list(job_file.fruit(Run(path)))
     before = read_json(file) if file.exists() else {}
     counted = [*(before["fruit"] if before.get("job") == found.job else []), now]
     write_json(file, {"job": found.job, "fruit": counted[-FRUITLESS - 1 :]})
@@ -215,7 +215,7 @@ def refuse_fruitless(path: Path, found: Allocation) -> None:
         said = [event["text"] for event in Run(path).events() if event["event"] == "stopped"]
         raise ResourceError(
             f"{FRUITLESS} starts of job {found.job} in a row brought nothing; their output is in "
-            f"{job.output(path)}. The last said: {said[-1] if said else 'nothing'}"
+            f"{job_file.output(path)}. The last said: {said[-1] if said else 'nothing'}"
         )
 
 

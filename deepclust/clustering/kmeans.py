@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.array_points import ArrayPoints
+from deepclust.clustering.init import start
 from deepclust.clustering.points import Pass, Points, Rows, as_tensor, unit_rows
 from deepclust.clustering.repair import REPAIRS, fill_empties, fill_small
 from deepclust.clustering.search import SEARCHES
-from deepclust.clustering.seeding import start
 from deepclust.clustering.tiles import one_thread
 from deepclust.errors import DataError, NumericalError, RecipeError
 from deepclust.world import generator

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from deepclust.clustering.init import too_few
 from deepclust.clustering.points import Pass, Points
-from deepclust.clustering.seeding import too_few
 from deepclust.errors import DataError
 
 Ids: TypeAlias = np.ndarray

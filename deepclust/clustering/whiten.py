@@ -20,7 +20,7 @@ from jaxtyping import Float32, Float64
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.moments import BLOCK, Moments
 from deepclust.clustering.points import Rows, unit_rows
 from deepclust.clustering.precision import full_precision

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from deepclust.clustering.arrays import ArrayPoints
-from deepclust.clustering.assignments import accuracy, ari, nmi
+from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.statistics import accuracy, ari, nmi
 from deepclust.clustering.whiten import Whitening
 from deepclust.world import derive
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deepclust.methods.base import Method, Setting
-from deepclust.methods.deepcluster import DeepCluster
-from deepclust.methods.deepercluster import DeeperCluster
-from deepclust.methods.simclr import SimCLR
+from deepclust.methods.deepcluster.method import DeepCluster
+from deepclust.methods.deepercluster.method import DeeperCluster
+from deepclust.methods.simclr.method import SimCLR
 from deepclust.models.backbone import Backbone
 
 METHODS: dict[str, Callable[[Backbone, Setting], Method]] = {

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from deepclust.clustering.whiten import Whitening
 from deepclust.models.backbone import Backbone
-from deepclust.sections import ClusterSection, MethodSection
+from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.world import Owned, World
 
 

@@ -1,7 +1,6 @@
-"""Backbones (images to features) and heads (features to logits); no data, no rounds in here."""
+"""Backbones: images to features."""
 
 from deepclust.models.backbone import Backbone
-from deepclust.models.build import BACKBONES, build_backbone
-from deepclust.models.heads import CentroidHead, LinearHead
+from deepclust.models.catalog import BACKBONES, build_backbone
 
-__all__ = ["BACKBONES", "Backbone", "CentroidHead", "LinearHead", "build_backbone"]
+__all__ = ["BACKBONES", "Backbone", "build_backbone"]

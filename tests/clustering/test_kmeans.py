@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
 from deepclust.errors import DataError, NumericalError, RecipeError
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.clustering import arrays
-from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering import array_points
+from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probed
 from deepclust.errors import DataError, NumericalError, ResourceError
@@ -178,9 +178,9 @@ def test_a_gpus_search_finds_the_nearest_too() -> None:
 def test_rows_for_a_device_are_copied_in_pieces(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(arrays, "MOST", 64)
+    monkeypatch.setattr(array_points, "MOST", 64)
     np.save(tmp_path / "x.npy", noise(500).astype(np.float16))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    copy = arrays._copied(mapped, torch.device("cpu"))
+    copy = array_points._copied(mapped, torch.device("cpu"))
     assert copy.dtype == torch.float16
     np.testing.assert_array_equal(copy, mapped)

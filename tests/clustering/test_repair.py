@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.clustering.arrays import ArrayPoints
+from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import KMeansResult, kmeans
 from deepclust.clustering.repair import draw_donors, fill_empties, relocate, split
 from deepclust.errors import DataError

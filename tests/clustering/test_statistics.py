@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from deepclust.clustering import matching
-from deepclust.clustering.assignments import (
+from deepclust.clustering import match_ids
+from deepclust.clustering.statistics import (
     accuracy,
     ari,
     describe,
@@ -75,7 +75,7 @@ def test_greedy_takes_the_largest_overlap_first(monkeypatch: pytest.MonkeyPatch)
         row, column = divmod(int(place), 30)
         if expected[row] < 0 and column not in expected:
             expected[row] = column
-    monkeypatch.setattr(matching, "EXACT_UP_TO", 10)
+    monkeypatch.setattr(match_ids, "EXACT_UP_TO", 10)
     np.testing.assert_array_equal(match(a, b, 30).new_ids, expected)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError
-from deepclust.evaluate.prototypes import prototypes
+from deepclust.evaluate.nearest_prototype import prototypes
 from tests.evaluate.blobs import splits
 
 

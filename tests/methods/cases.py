@@ -7,7 +7,7 @@ import torch
 from deepclust.methods import METHODS
 from deepclust.methods.base import Batch, Method, Setting
 from deepclust.models import build_backbone
-from deepclust.sections import (
+from deepclust.recipe.sections import (
     ClusterSection,
     DeepClusterSection,
     DeeperClusterSection,

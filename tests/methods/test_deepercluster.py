@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from deepclust import pretrain
 from deepclust.methods.base import Batch, Setting, Targets
-from deepclust.methods.deepcluster import DeepCluster
-from deepclust.methods.deepercluster import DeeperCluster
+from deepclust.methods.deepcluster.method import DeepCluster
+from deepclust.methods.deepercluster.method import DeeperCluster
 from deepclust.models import build_backbone
-from deepclust.sections import ClusterSection, DeepClusterSection, DeeperClusterSection
+from deepclust.recipe.sections import ClusterSection, DeepClusterSection, DeeperClusterSection
 from deepclust.world import ALONE
 from tests.methods.cases import SIZE, batch
 from tests.tiny import assert_same_run, tiny_recipe

@@ -13,11 +13,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cluster_jobs.evaluation import fresh_backbone, labelled_features, load_run
+from cluster_jobs.results.evaluate import fresh_backbone, labelled_features, load_run
 from deepclust import Recipe, open_index, pretrain
 from deepclust.evaluate import evaluate_features
 from deepclust.models import Backbone
-from deepclust.rundir import Run
+from deepclust.run.directory import Run
 from tests.images import encode, write_tar
 
 pytestmark = pytest.mark.slow

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.assemble import wrapped
 from deepclust.methods import METHODS
-from deepclust.optim import Optimizers
-from deepclust.rundir import Run
-from deepclust.sections import TrainSection
+from deepclust.optim.optimizers import Optimizers
+from deepclust.recipe.sections import TrainSection
+from deepclust.run.directory import Run
+from deepclust.stages.build import wrapped
 from deepclust.world import World
 from tests.methods.cases import CASES, NAMES, batch, method, share
 from tests.ranks import on_ranks

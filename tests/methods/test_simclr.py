@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.methods.simclr import nt_xent, projection
+from deepclust.methods.simclr.method import nt_xent, projection
 from deepclust.world import ALONE
 
 

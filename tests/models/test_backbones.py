@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from deepclust.errors import RecipeError
-from deepclust.models import BACKBONES, build_backbone, zoo
+from deepclust.models import BACKBONES, build_backbone, libraries
 
 WIDTHS = {
     "alexnet_bn": 4096, "vgg16_bn": 4096, "conv4": 384, "resnet10_small": 512,
@@ -98,7 +98,7 @@ def test_an_unknown_name_suggests_the_nearest(name: str) -> None:
 
 
 def test_without_timm_its_names_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "has_timm", lambda: False)
+    monkeypatch.setattr(libraries, "has_timm", lambda: False)
     with pytest.raises(RecipeError, match=r"pip install 'deepclust\[timm\]'"):
         build_backbone("timm/resnet10t")
 

@@ -75,7 +75,7 @@ def garments(folder: Path, count: int) -> Iterator[tuple]:
 
 def prepare(work: Path, options: argparse.Namespace) -> list[str]:
     """Write every data set as a folder and as shards; return the names of those there are."""
-    from deepclust.data.pack import pack
+    from deepclust.data.pack.pack import pack
 
     sources = {}
     if options.photos:
@@ -92,10 +92,10 @@ def prepare(work: Path, options: argparse.Namespace) -> list[str]:
 
 def ours(data: Path, size: int, workers: int) -> Iterator:
     """Batches of our loader: uniform over Zipf-sized clusters, by offset from shards."""
-    from deepclust.data.index import open_index
+    from deepclust.data.images.crops import RandomResizedCrop, to_float
     from deepclust.data.plan import EpochPlan
-    from deepclust.data.reader import Loader, Request
-    from deepclust.data.views import RandomResizedCrop, to_float
+    from deepclust.data.read.loader import Loader, Request
+    from deepclust.data.shards.index import open_index
 
     index = open_index(data / "shards")
     weights = 1 / np.arange(1, len(index) // 10)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from deepclust import Recipe  # noqa: E402
-from deepclust.rundir import Run  # noqa: E402
+from deepclust.run.directory import Run  # noqa: E402
 from tests.killing import family, seat, start  # noqa: E402 - the harness of the tests
 
 MODES = {"without": ("cluster.where=worker",), "with": ("cluster.overlap=true",)}
@@ -97,8 +97,8 @@ def train(args: argparse.Namespace, name: str, settings: tuple[str, ...]) -> Run
 def shards(args: argparse.Namespace) -> Path:
     """The packed training images."""
     if not args.shards.exists():
-        from cluster_jobs.fashion_mnist import fetch
-        from deepclust.data.pack import pack
+        from cluster_jobs.demo.fashion_mnist import fetch
+        from deepclust.data.pack.pack import pack
 
         pack(f"idx:{fetch(args.work / 'fashion-mnist')}/train", args.shards)
     return Path(args.shards)

@@ -135,11 +135,11 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
 
 def shards(args: argparse.Namespace) -> dict[str, Path]:
     """Labelled train and test shards, packed when first asked for."""
-    from deepclust.data.pack import pack
+    from deepclust.data.pack.pack import pack
 
     out = args.work / args.data
     if args.data == "fashion":
-        from cluster_jobs.fashion_mnist import fetch
+        from cluster_jobs.demo.fashion_mnist import fetch
 
         source = fetch(args.work / "fashion-mnist")
         sources = {"train": f"idx:{source}/train", "test": f"idx:{source}/t10k"}
@@ -181,7 +181,7 @@ def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]
     """Pixels as features: raw, or their 64 principal components (not whitened)."""
     from sklearn.decomposition import PCA
 
-    from cluster_jobs.evaluation import labelled_features
+    from cluster_jobs.results.evaluate import labelled_features
     from deepclust import open_index
 
     data = recipe(args, "pixels", 0).data.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
@@ -199,9 +199,9 @@ def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]
 
 def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, dict[str, Any]]:
     """Features of the recipe's backbone: at random initialisation, or trained."""
-    from cluster_jobs.evaluation import fresh_backbone, labelled_features, load_run
+    from cluster_jobs.results.evaluate import fresh_backbone, labelled_features, load_run
     from deepclust import open_index
-    from deepclust.rundir import Run
+    from deepclust.run.directory import Run
 
     wanted, facts = recipe(args, kind, seed), {}
     if kind == "random":
@@ -249,20 +249,22 @@ def working_seconds(events: list[dict[str, Any]]) -> float:
 def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
     """Pretrain, or go on where a stopped one is."""
     from cluster_jobs.display import Display
-    from deepclust import partition, pretrain, rundir
-    from deepclust.launch import resume
+    from deepclust import pretrain
+    from deepclust.launch.start import resume
+    from deepclust.run import directory
+    from deepclust.stages import round_kmeans
     from deepclust.world import generator
 
-    honest = partition.kmeans
+    honest = round_kmeans.kmeans
 
     def permuted(*arguments: Any, **options: Any) -> Any:
         found = honest(*arguments, **options)
         order = generator(options["seed"], "shuffle").permutation(len(found.assignments))
         return replace(found, assignments=found.assignments[order])
 
-    partition.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
+    round_kmeans.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
     with Display() as display:
-        if rundir.exists(run):
+        if directory.exists(run):
             resume(run, show=display)
         else:
             pretrain(wanted, run, display)

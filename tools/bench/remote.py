@@ -2,7 +2,7 @@
 
     python tools/bench/remote.py --out remote.json
 
-The server is a Python process on loopback (`tests/data/servers.py`), so the figures are the price
+The server is a Python process on loopback (`tests/data/shards/servers.py`): figures are the price
 of our client and of HTTP, not of a network. `copy` reads every shard once, as block reading and
 data.stage do; `images` are batches of the loader over a plan in lanes, decoded and cropped to 96
 pixels. Contenders take turns; a figure is the median. Photos are noise of 256 x 256, about 45 kB.
@@ -24,7 +24,7 @@ from statistics import median
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.data.servers import web
+from tests.data.shards.servers import web
 from tests.images import encode, write_tar
 
 BATCH = 64
@@ -65,8 +65,8 @@ def serve(folder: Path) -> None:
 
 def copy(shards: list) -> float:
     """MB/s of reading all shards from first to last byte."""
-    from deepclust.data import remote
-    from deepclust.data.urls import Url
+    from deepclust.data.shards import remote
+    from deepclust.data.shards.url import Url
 
     began, total = time.perf_counter(), 0
     for shard in shards:
@@ -81,9 +81,9 @@ def copy(shards: list) -> float:
 
 def images(index, read: str, workers: int, scratch: Path) -> float:
     """Images/s from the first batch to the last."""
+    from deepclust.data.images.crops import RandomResizedCrop
     from deepclust.data.plan import EpochPlan
-    from deepclust.data.reader import Loader, Request
-    from deepclust.data.views import RandomResizedCrop
+    from deepclust.data.read.loader import Loader, Request
 
     n = len(index)
     plan = EpochPlan.build(
@@ -102,7 +102,7 @@ def images(index, read: str, workers: int, scratch: Path) -> float:
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     """All contenders, turn by turn."""
-    from deepclust.data.index import open_index
+    from deepclust.data.shards.index import open_index
 
     make(folder / "shards", args.shards, args.per_shard)
     with served(folder / "shards") as url:

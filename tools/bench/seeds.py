@@ -5,7 +5,7 @@
     python tools/bench/seeds.py --labels 40 --rows seeded unseeded -- train.epochs=2
 
 Every row is the accuracy on the test split with the same labels: the nearest class prototype in the
-whitened features (deepclust/evaluate/prototypes.py), except for "supervised", whose own classifier
+whitened features (evaluate/nearest_prototype.py), except for "supervised", whose own classifier
 decides. Equal budget: the same recipe, steps and images. Rows: `seeded`; `unseeded` (one training
 a seed, labels only used afterwards); `shuffled` (seeded by permuted labels); `supervised` (trained
 on the labelled images alone); `random` (weights) and `pixels`. `leftout` is seeded without labels
@@ -116,7 +116,7 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     wanted, backbone, head = network(args, kind, int(count), seed, index, ids, classes)
     seconds = round(time.monotonic() - started, 1)
-    from cluster_jobs.evaluation import labelled_features
+    from cluster_jobs.results.evaluate import labelled_features
 
     folders = quality.shards(args)
     train, test = (
@@ -132,9 +132,9 @@ def network(
     args: argparse.Namespace, kind: str, count: int, seed: int, index: Any, ids: Any, classes: Any
 ) -> tuple[Any, Any, Any]:
     """The recipe, the backbone, and for "supervised" the classifier of features."""
-    from cluster_jobs.evaluation import fresh_backbone, load_run
-    from deepclust.checkpoint import load_latest
-    from deepclust.rundir import Run
+    from cluster_jobs.results.evaluate import fresh_backbone, load_run
+    from deepclust.run.checkpoint import load_latest
+    from deepclust.run.directory import Run
 
     wanted = recipe(args, seed)
     if kind == "pixels":
@@ -165,7 +165,7 @@ def network(
 def supervised(wanted: Any, run: Path, index: Any, ids: Any, classes: Any) -> list[str]:
     """Overrides for a run whose only round is the labels: no clustering, as many steps."""
     from deepclust.files import write_json
-    from deepclust.rundir import seal
+    from deepclust.run.directory import seal
 
     stage = run.with_name(run.name + "-labels") / "rounds" / "0000"
     labels = np.full((1, len(index)), -1, np.int32)
@@ -186,7 +186,7 @@ def judge(
     kind: str, seed: int, wanted: Any, train: Any, test: Any, ids: Any, classes: Any
 ) -> dict[str, Any]:
     """Nearest prototype, and for seeded ones what one more clustering does with the points."""
-    from deepclust.evaluate.prototypes import prototypes
+    from deepclust.evaluate.nearest_prototype import prototypes
 
     dim = wanted.cluster.dim
     near = partial(prototypes, train[0], ids, classes, *test, dim=dim)
@@ -204,8 +204,8 @@ def clustered(
     import torch
 
     from deepclust import Whitening, kmeans
-    from deepclust.clustering.arrays import ArrayPoints
-    from deepclust.clustering.prototypes import prototypes, refined
+    from deepclust.clustering.array_points import ArrayPoints
+    from deepclust.clustering.class_prototypes import prototypes, refined
 
     whiten = Whitening.fit(train[0], wanted.cluster.dim)
     rows = whiten(train[0])

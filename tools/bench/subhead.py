@@ -8,7 +8,7 @@ RssAnon above its value before the head was made: the peak in three steps of SGD
 what is left after them, gradients included, while malloc gives large blocks back at once (glibc's
 habit of keeping some adds 70 MB at one rank; MKL's scratch, 9 MB there, does count). Then come five
 timed steps, unwatched. The peer is the same loss by `weight[s]` of every super-class that is there,
-through plain autograd. At last the formula of `deepclust/models/subhead.py` for the paper's size.
+through plain autograd. At last the formula of `parts/sharded_head.py` for the paper's size.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import processes  # noqa: E402
 import report  # noqa: E402
 from memory import Peak, anonymous  # noqa: E402
 
-from deepclust.models.subhead import SubHead  # noqa: E402
+from deepclust.methods.parts.sharded_head import SubHead  # noqa: E402
 from deepclust.world import World, join, leave  # noqa: E402
 
 WATCHED, TIMED = 3, 5  # steps

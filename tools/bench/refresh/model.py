@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from stages import BATCH
 
-from deepclust.clustering.arrays import MOST, TILE
+from deepclust.clustering.array_points import MOST, TILE
 from deepclust.clustering.moments import PANELS
-from deepclust.extract import LARGEST_UNIT
+from deepclust.stages.extract import LARGEST_UNIT
 
 HALF, SINGLE, BANDWIDTH = 0.6, 0.75, 0.8  # shares of a GPU's peaks that we assume
 LAUNCH_S = 6e-6  # of one operation from Python

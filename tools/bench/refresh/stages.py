@@ -20,14 +20,14 @@ import torch
 from memory import Peak, anonymous
 from stream import BLOCK, Stream
 
-from deepclust.clustering import assignments
-from deepclust.clustering.arrays import ArrayPoints
-from deepclust.clustering.hierarchy import TwoLevel, two_level
+from deepclust.clustering import statistics
+from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.moments import Moments
 from deepclust.clustering.nearest import half_is_faster
+from deepclust.clustering.two_level import TwoLevel, two_level
 from deepclust.clustering.whiten import Whitening, solve
-from deepclust.extract import unit_ranges
 from deepclust.files import write_json
+from deepclust.stages.extract import unit_ranges
 
 BATCH = 256  # rows that moments get at once: the default of data.extract_batch
 LEVELS = ("level one", "level two")
@@ -115,7 +115,7 @@ def run(job: dict, laps: Laps) -> tuple[TwoLevel, dict]:
         )
     split_levels(laps, found)
     with laps.stage("assignments"):
-        described = assignments.describe(found.assignments, job["k"])
+        described = statistics.describe(found.assignments, job["k"])
         for name in ("assignments", "distances", "centroids"):
             np.save(folder / f"{name}.npy", getattr(found, name)[None])
         write_json(folder / "statistics.json", described)

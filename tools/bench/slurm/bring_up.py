@@ -29,12 +29,13 @@ sys.path.insert(0, str(ROOT))
 
 from moments import moments, parts  # noqa: E402 - beside this file
 
-from cluster_jobs import fashion_mnist, job, store  # noqa: E402
-from deepclust.rundir import Run  # noqa: E402
+from cluster_jobs import job_file, status  # noqa: E402
+from cluster_jobs.demo import fashion_mnist  # noqa: E402
+from deepclust.run.directory import Run  # noqa: E402
 from tests import tiny  # noqa: E402 - the harness of the tests
-from tests.jobs.nodes import events  # noqa: E402
-from tests.jobs.slurm_faults import preempt, until, until_gone  # noqa: E402
-from tests.jobs.slurm_here import SlurmHere, running  # noqa: E402
+from tests.cluster_jobs.ray.nodes import events  # noqa: E402
+from tests.cluster_jobs.slurm.slurm_faults import preempt, until, until_gone  # noqa: E402
+from tests.cluster_jobs.slurm.slurm_here import SlurmHere, running  # noqa: E402
 
 SETTINGS = (
     "slurm.nodes=2", "slurm.exclusive=true", "train.ranks=2", "train.epochs=2", "train.log=1",
@@ -80,19 +81,19 @@ def one(slurm: SlurmHere, run: Path, launcher: str, shards: Path) -> dict[str, A
     """A job from its submission to its end, preempted once."""
     words = ["submit", "demo-fashion", "--on", "slurm", "--run", run, f"data.shards={shards}"]
     tiny.deepclust(*words, f"slurm.launcher={launcher}", *SETTINGS)
-    name = str(job.read(run)["job"])
+    name = str(job_file.read(run)["job"])
     until(lambda: Run(run).metrics("train"), "the first step")
     allocated = time.mktime(time.strptime(began(slurm, name), "%Y-%m-%dT%H:%M:%S"))
     time.sleep(3)  # until it is well under way
     struck = time.time()
     preempt(slurm, run, name)
     ended = tiny.deepclust("logs", run, "-f").stdout
-    sacct, status = slurm.wait(name), store.status(Run(run)).state
+    sacct, state = slurm.wait(name), status.status(Run(run)).state
     until_gone(slurm, name)
     again = moments(run, name, 1)
     stopped = events(run, "stopped")[0]["time"]
     record = {
-        "launcher": launcher, "sacct": sacct, "status": status, "logs end": "finished" in ended,
+        "launcher": launcher, "sacct": sacct, "status": state, "logs end": "finished" in ended,
         "first": parts({"allocated": allocated, **moments(run, name, 0)}),
         "again": {"stopped": stopped - struck, "job script": again["job script"] - stopped}
         | parts(again),

@@ -3,7 +3,7 @@
 
     python tools/bench/slurm/faults.py [--times 3] [--kinds USR2 ...] [--out FILE]
 
-A Slurm of two nodes on this machine (tests/jobs/slurm_here.py), a job of two ranks and the cluster
+A Slurm of two nodes on this machine (see `slurm_here.py`), a job of two ranks and the cluster
 worker. The fault strikes at an instant drawn from the first half of an undisturbed run's training.
 A job has resumed when Slurm has started it again and it COMPLETED with nobody's help. Bits: every
 round's assignments and the final weights against a local run that nobody disturbed. Twice: stages
@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 from moments import moments, parts  # noqa: E402 - beside this file
 
-from cluster_jobs import job  # noqa: E402
+from cluster_jobs import job_file  # noqa: E402
 from deepclust import pretrain  # noqa: E402
 from deepclust.world import generator  # noqa: E402
 from tests import tiny  # noqa: E402 - the harness of the tests
-from tests.jobs.nodes import events  # noqa: E402
-from tests.jobs.slurm_faults import FAULTS, Fault, starts, until, until_gone  # noqa: E402
-from tests.jobs.slurm_here import SlurmHere, running  # noqa: E402
+from tests.cluster_jobs.ray.nodes import events  # noqa: E402
+from tests.cluster_jobs.slurm.slurm_faults import FAULTS, Fault, starts, until, until_gone  # noqa: E402
+from tests.cluster_jobs.slurm.slurm_here import SlurmHere, running  # noqa: E402
 from tests.killing import stages_done_twice  # noqa: E402
 
 SETTINGS = ("train.ranks=2", "train.log=1")
@@ -93,7 +93,7 @@ def submitted(work: Path, run: Path, launcher: str, fault: Fault) -> str:
     words = ["submit", work / "recipe.yaml", "--on", "slurm", "--run", run]
     settings = (f"slurm.launcher={launcher}", f"train.epochs={fault.epochs}", *fault.overrides)
     tiny.deepclust(*words, *settings)
-    return str(job.read(run)["job"])
+    return str(job_file.read(run)["job"])
 
 
 def whole(work: Path, epochs: int) -> Path:

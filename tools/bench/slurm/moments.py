@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from deepclust.files import read_jsonl
-from deepclust.rundir import Run
+from deepclust.run.directory import Run
 
 MOMENTS = (
     "allocated", "job script", "head", "all here", "Ray is up", "placed", "unit", "clustered",

@@ -1,0 +1,1 @@
+"""The demo: Fashion-MNIST from images to a report."""

@@ -1,0 +1,1 @@
+"""A run on Ray: connection, placement, actors, controller."""

@@ -1,0 +1,1 @@
+"""What users take from a finished run: assignments, scores, clusters of any features."""

@@ -1,0 +1,289 @@
+"""Cluster anyone's features: a .npy file in, a folder of centroids and assignments out.
+
+The engine of a run, without a run, for annotation and curation. Rows are read from the memory map
+tile by tile and are never in memory as a whole; whitened rows go through a scratch file. The folder
+appears in one rename when it is whole, so a kill or a full disk leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from pydantic import ValidationError
+from rich.markup import escape
+from rich.table import Table
+
+from cluster_jobs.results.npy_file import check_names, open_rows, read_names
+from deepclust import __version__
+from deepclust.clustering.array_points import ArrayPoints
+from deepclust.clustering.kmeans import KMeansResult, kmeans
+from deepclust.clustering.search import probed
+from deepclust.clustering.statistics import describe
+from deepclust.clustering.two_level import start_of
+from deepclust.clustering.whiten import Whitening
+from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
+from deepclust.files import atomic_folder, disk_errors, read_json, write_json
+from deepclust.recipe.sections import ClusterSection
+from deepclust.run.directory import environment
+
+BLOCK = 4096  # rows that are whitened at a time
+GROUP = 2**20  # rows of a Parquet row group: all that the table has in memory
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; the meanings are those of the recipe's `cluster` section."""
+
+    k: int | None = None
+    whiten: int | None = None  # PCA-whiten to so many dimensions, unit rows
+    iterations: int = 20
+    seed: int = 0
+    init: str = "random"
+    spherical: bool = False
+    empty: str = "split"
+    min_size: int = 1
+    backend: str = "auto"
+    device: str = "auto"
+    ids: Path | None = None  # names of the rows
+
+
+def is_features(source: Path) -> bool:
+    """Whether `deepclust cluster SOURCE` means a file of features rather than a run."""
+    return source.is_file() or source.suffix == ".npy"
+
+
+def refuse_options(run: Path, options: Options, out: Path | None) -> None:
+    """Raise `RecipeError` if options for a file of features were given with a run."""
+    if out is not None or options != Options():
+        raise RecipeError(
+            f"{run} is not a .npy file, and the options of `deepclust cluster` are for features. "
+            "A run has them in its recipe: deepclust cluster RUN"
+        )
+
+
+def cluster_features(source: Path, out: Path | None, options: Options) -> dict[str, Any]:
+    """Cluster the rows of a .npy file into the new folder `out`; returns its statistics.
+
+    Writes centroids.npy, assignments.npy, assignments.parquet (row, id if named, cluster, squared
+    distance to the own centroid), statistics.json, and whitening.safetensors if whitened.
+    """
+    if out is None or options.k is None:
+        raise RecipeError(
+            f"to cluster a file of features say into how many clusters and where they go: "
+            f"deepclust cluster {source} --k 1000 --out clusters"
+        )
+    _check_options(options)
+    device = _device(options.device)
+    rows = open_rows(source)
+    _check_count(source, rows, options.k, options.min_size)
+    if options.ids is not None:
+        check_names(options.ids, len(rows))
+    _check_target(out)
+    job = _Job(source, rows, options, device)
+    atomic_folder(out, job.fill, lambda: _check_target(out))
+    return dict(read_json(out / "statistics.json"))
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    rows: np.ndarray
+    options: Options
+    device: torch.device
+
+    def fill(self, folder: Path) -> None:
+        """Whiten, cluster and write, all inside `folder`."""
+        began = time.monotonic()
+        with _speaking_of(self.source):
+            rows = self._whitened(folder)
+            whitened = time.monotonic()
+            result = self._clustered(rows)
+        clustered = time.monotonic()
+        (folder / "whitened.npy").unlink(missing_ok=True)
+        _say("writing")
+        np.save(folder / "centroids.npy", result.centroids)
+        np.save(folder / "assignments.npy", result.assignments)
+        _write_table(folder / "assignments.parquet", result, self.options.ids)
+        seconds = {
+            "whitening": whitened - began,
+            "kmeans": clustered - whitened,
+            "all": time.monotonic() - began,
+        }
+        write_json(folder / "statistics.json", {**self._facts(result), "seconds": seconds})
+
+    def _whitened(self, folder: Path) -> np.ndarray:
+        """The rows to cluster: those given, or whitened ones from a scratch file in `folder`."""
+        n, width = self.rows.shape
+        dim = self.options.whiten
+        if dim is None:
+            return self.rows
+        _say(f"whitening {n:,} rows from {width} to {dim} dimensions")
+        whitening = Whitening.fit(self.rows, dim)
+        if whitening.warning:
+            _say(f"warning: {_in_options(whitening.warning)}")
+        whitening.save(folder / "whitening.safetensors")
+        _project(whitening, self.rows, folder / "whitened.npy")
+        return np.lib.format.open_memmap(folder / "whitened.npy", mode="r")
+
+    def _clustered(self, rows: np.ndarray) -> KMeansResult:
+        chosen = self.options
+        assert chosen.k is not None
+        _say(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
+        backend, device, notes = probed(chosen.backend, self.device)
+        for note in notes:
+            _say(f"warning: {note}; {backend} on {device} is used instead")
+        points = ArrayPoints(rows, device=device)
+        return kmeans(
+            points,
+            chosen.k,
+            iterations=chosen.iterations,
+            seed=chosen.seed,
+            init=start_of(points, chosen.init, chosen.k, chosen.seed),
+            empty=chosen.empty,
+            spherical=chosen.spherical,
+            min_size=chosen.min_size,
+            backend=backend,
+        )
+
+    def _facts(self, result: KMeansResult) -> dict[str, Any]:
+        """Everything that statistics.json says, save the times."""
+        chosen, n = self.options, len(self.rows)
+        known = describe(result.assignments, len(result.centroids))
+        history = [asdict(iteration) for iteration in result.history]
+        return {
+            **{key: value for key, value in known.items() if value is not None},
+            "inertia": result.inertia,
+            "inertia_per_row": result.inertia / n,
+            "empty_repairs": result.empty_repairs,
+            "loop_repairs": sum(iteration.empties for iteration in result.history),
+            "forced": len(result.forced),
+            "forced_rows": result.forced.tolist(),
+            "iterations": len(history),
+            "history": [{k: v for k, v in one.items() if k != "donors"} for one in history],
+            "input": {
+                "path": str(self.source.resolve()),
+                "shape": list(self.rows.shape),
+                "dtype": self.rows.dtype.name,
+            },
+            "arguments": {**asdict(chosen), "ids": chosen.ids and str(chosen.ids)},
+            "device": str(self.device),
+            "deepclust": __version__,
+            "environment": environment(),
+        }
+
+
+def _project(whitening: Whitening, rows: np.ndarray, path: Path) -> None:
+    """Write whitened rows block by block, in float16 if the file was, else in float32.
+
+    With plain writes: a full disk is then an error, where a memory map would kill the process.
+    """
+    dtype = np.dtype(np.float16 if rows.dtype == np.float16 else np.float32)
+    shape = (len(rows), len(whitening.eigenvalues))
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(rows), BLOCK):
+            file.write(whitening(rows[start : start + BLOCK]).astype(dtype).tobytes())
+
+
+def _write_table(path: Path, result: KMeansResult, ids: Path | None) -> None:
+    """Row, name if there are names, cluster and squared distance, a row group at a time."""
+    names = None if ids is None else read_names(ids)
+    named = [] if names is None else [pa.field("id", pa.string())]
+    numbers = [pa.field("cluster", pa.int32()), pa.field("distance", pa.float32())]
+    schema = pa.schema([pa.field("row", pa.int64()), *named, *numbers])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(result.assignments), GROUP):
+            part = slice(start, start + GROUP)
+            labels, distances = result.assignments[part], result.distances[part]
+            columns: list[Any] = [np.arange(start, start + len(labels)), labels, distances]
+            if names is not None:
+                columns.insert(1, list(islice(names, len(labels))))
+            writer.write_table(pa.table(list(map(pa.array, columns)), schema=schema))
+
+
+def _check_options(options: Options) -> None:
+    """The recipe knows what is allowed, so that a choice has one home."""
+    names = ("k", "iterations", "init", "empty", "min_size", "backend", "device")
+    chosen = {name: getattr(options, name) for name in names}
+    if options.whiten is not None:
+        chosen["dim"] = options.whiten
+    try:
+        ClusterSection(**chosen)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = "".join(map(str, item["loc"])).replace("dim", "whiten").replace("_", "-")
+            lines.append(f"--{name} {item['input']}: {item['msg']}")
+        raise RecipeError("; ".join(lines)) from None
+
+
+def _device(name: str) -> torch.device:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ResourceError(f"--device {name}: torch sees no GPU here. Use --device cpu or auto.")
+    return torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    )
+
+
+def _check_count(source: Path, rows: np.ndarray, k: int, min_size: int) -> None:
+    if k * min_size > len(rows):
+        each = f" of at least {min_size} rows" if min_size > 1 else ""
+        raise DataError(
+            f"{k} clusters{each} need {k * min_size} rows, but {source} has only {len(rows)}. "
+            f"Set --k to at most {len(rows) // min_size}."
+        )
+
+
+def _check_target(out: Path) -> None:
+    """Nothing that exists is ever overwritten."""
+    with disk_errors(out):
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken:
+        raise RecipeError(f"{out} exists and is not empty. Choose another --out, or delete it.")
+
+
+@contextlib.contextmanager
+def _speaking_of(source: Path) -> Iterator[None]:
+    """Let the errors of the engine name the file, and options instead of recipe keys."""
+    try:
+        yield
+    except (DataError, NumericalError, RecipeError) as error:
+        raise type(error)(f"{source}: {_in_options(str(error))}") from error
+
+
+def _in_options(text: str) -> str:
+    return text.replace("cluster.k", "--k").replace("cluster.dim=", "--whiten ")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def summary(statistics: dict[str, Any]) -> Table:
+    """What a person wants to see first."""
+    sizes, seconds = statistics["sizes"], statistics["seconds"]
+    table = Table(title=escape(statistics["input"]["path"]), show_header=False)
+    lines = {
+        "rows, clusters": f"{statistics['n']:,}, {statistics['k']:,}",
+        "mean squared distance": f"{statistics['inertia_per_row']:.5g}",
+        "cluster sizes": f"{sizes['min']:,} to {sizes['max']:,}, median {sizes['median']:,.0f}",
+        "evenness (entropy / ln k)": f"{statistics['entropy_ratio']:.3f}",
+        "largest cluster": f"{statistics['largest_share']:.2%}",
+        "rows moved to fill empties": f"{statistics['forced']:,}",
+        "iterations, seconds": f"{statistics['iterations']}, {seconds['all']:.1f}",
+    }
+    for name, value in lines.items():
+        table.add_row(name, value)
+    return table

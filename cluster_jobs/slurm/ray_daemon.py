@@ -1,0 +1,142 @@
+"""Ray's daemons on this node: started as our children, and ended as exactly those.
+
+`ray start --block` keeps them as children, so Slurm sees them and they die with us; never `ray
+stop`, which ends every Ray of the user. USR1 and USR2 are ignored from the start, which all they
+start inherits: under proctrack/linuxproc Slurm's signals reach the whole tree.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from cluster_jobs.slurm.allocation import Allocation, free_ports
+from cluster_jobs.slurm.layout import FIRST_NODE
+from deepclust.errors import ResourceError
+from deepclust.launch.role import die_with_parent
+
+STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
+STARTED = "Ray runtime started"
+POLL_S = 0.2
+ANSWER_S = 10.0
+LEAVE_S = 2.0  # a raylet drains for up to 30 s; by then we want nothing of it any more
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+PREFIX = "dc-job-"
+
+
+class Daemon:
+    """One node's Ray: the head's with the address where it will listen, a follower's with that."""
+
+    def __init__(self, found: Allocation, address: str, notes: Path, head: str | None) -> None:
+        """Start it; `head` is where the head's Ray listens, None on the head itself."""
+        sweep()
+        mark = f"{PREFIX}{found.job}-{found.number}-{os.getpid()}-"
+        self.temp = Path(tempfile.mkdtemp(prefix=mark, dir="/tmp"))  # a socket's path: 107 letters
+        self.notes, self.log = notes, notes / f"ray-{found.number}.log"
+        port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)
+        self.address = head or f"{address}:{port}"
+        where = [f"--address={head}"] if head else ["--head", f"--port={port}"]
+        if head is None:
+            where += [f"--ray-client-server-port={client}", "--include-dashboard=false"]
+            where.append(f'--resources={{"{FIRST_NODE}": 1}}')
+        self.command = [
+            sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where, "--block",
+            f"--node-ip-address={address}", f"--num-cpus={found.cpus}", f"--num-gpus={found.gpus}",
+            f"--temp-dir={self.temp}", f"--object-store-memory={STORE_BYTES}",
+            f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_rpc}",
+            f"--runtime-env-agent-port={environment}", f"--metrics-export-port={metrics}",
+            "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0",
+            "--include-log-monitor=false",
+        ]  # fmt: skip
+        kept = {k: v for k, v in os.environ.items() if k not in alone("127.")}
+        environment_ = {**kept, **QUIET, **private(notes)}
+        with open(self.log, "ab") as out:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment_,
+                start_new_session=True, preexec_fn=_deaf,
+            )  # fmt: skip
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process.poll() is None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the head's Ray can be reached."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), ANSWER_S).close()
+        except OSError:
+            return False
+        return True
+
+    def wait(self, patience: float) -> None:
+        """Until it is up. Raises `ResourceError` with its last words when it does not come up."""
+        deadline = time.monotonic() + patience
+        while STARTED not in (told := self.log.read_text(errors="replace")):
+            if not self.alive or time.monotonic() > deadline:
+                raise ResourceError(f"Ray did not start; {self.log} ends with:\n{told[-800:]}")
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """End it and all that it has started."""
+        group = self.process.pid
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in members(group):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            deadline = time.monotonic() + LEAVE_S
+            while members(group) and time.monotonic() < deadline:
+                self.process.poll()
+                time.sleep(POLL_S)
+        self.process.wait()
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Delete the folders of tasks on this node that were killed before they could."""
+    for left in Path("/tmp").glob(f"{PREFIX}*-*-*-*"):
+        pid = left.name.split("-")[4]
+        with suppress(FileNotFoundError):  # its owner was first
+            if left.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def private(notes: Path) -> dict[str, str]:
+    """The variables by which a process may use this Ray."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(notes / "token")}
+
+
+def alone(address: str) -> dict[str, str]:
+    """For the driver on a loopback Ray: else it goes to the machine's outer address instead."""
+    return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if address.startswith("127.") else {}
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session, zombies left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def _deaf() -> None:
+    """In the child: ignore what Slurm tells the task, hear the rest, and die with the task."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    die_with_parent()  # which Ray's children hear of, too

@@ -1,0 +1,32 @@
+"""Quarter turns: DeeperCluster's self-supervised labels (Caron et al., 2019, section 3.1).
+
+Whole uint8 batches are turned, in a worker or on the device; no pixel changes its value. Which
+turn a position gets is a hash of (key, position), as for all views.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from deepclust.data.images.crops import uniform
+
+
+def quarters(key: int, positions: Int64[np.ndarray, " b"], count: int) -> Int64[np.ndarray, " b"]:
+    """A number of quarter turns in [0, count) for every position; count 1: none is turned."""
+    return (uniform(key, positions, 1)[:, 0] * count).astype(np.int64)
+
+
+def rotate(
+    images: UInt8[Tensor, "b 3 s s"], quarters: Int64[Tensor, " b"]
+) -> UInt8[Tensor, "b 3 s s"]:
+    """Turn every image counter-clockwise by its quarters * 90 degrees; the result is a copy.
+
+    Quarters may lie on the CPU for images on a GPU: then the GPU is not waited for.
+    """
+    turned = images.clone()
+    for turns in (1, 2, 3):
+        rows = (quarters % 4 == turns).nonzero()[:, 0].to(images.device)
+        turned.index_copy_(0, rows, images.index_select(0, rows).rot90(turns, (2, 3)))
+    return turned

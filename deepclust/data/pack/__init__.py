@@ -1,0 +1,1 @@
+"""Images of any source to shuffled tar shards."""

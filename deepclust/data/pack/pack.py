@@ -1,0 +1,160 @@
+"""Pack images into WebDataset shards, shuffled once and for all, and index them.
+
+Shards are read in blocks from shared storage, so the shuffle at packing time is what makes blocks
+random. The same source, seed and arguments give the same bytes, whatever the number of workers:
+order and shard borders are fixed before anybody writes, times and owners are constants.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.pack.image_sources import Originals, open_originals, png
+from deepclust.data.shards.index import Index, build_index, open_index
+from deepclust.errors import DataError, RecipeError
+from deepclust.files import atomic_folder, write_json
+from deepclust.world import generator
+
+_JPEG_QUALITY = 92
+_FEWEST_SHARDS = 16  # so that a small data set still has blocks to shuffle and units to share out
+_LARGEST_SHARD = 10_000  # samples: about 1 GB of ImageNet
+_LOSSLESS = ("png", "ppm")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that decides the bytes of the shards."""
+
+    originals: Originals
+    order: Int64[np.ndarray, " n"]
+    resize_short: int | None
+
+
+def pack(
+    source: str | Path,
+    out: str | Path,
+    *,
+    shard_size: int | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    resize_short: int | None = None,
+    name: str = "shard",
+    class_names: Sequence[str] | None = None,
+) -> Index:
+    """Write `out`/NAME-000000.tar, ..., dataset.json and the index; `out` must not be there yet.
+
+    source        an image folder, "idx:DIR/train", "torchvision:NAME:SPLIT@ROOT" (`originals.py`)
+    shard_size    samples a shard at most; by default 10,000, or less to make 16 shards
+    workers       threads, worth it with resize_short; the result does not depend on them
+    resize_short  images whose shorter side is longer are reduced to it: JPEG and WebP become JPEG
+                  of quality 92, PNG and PPM become PNG; dataset.json records it
+    class_names   overrides the names that the source has
+
+    An image that cannot be decoded is packed as it is: extraction excludes it and says so. Images
+    keep their bytes otherwise. Raises DataError for a source without images, DiskError.
+    """
+    _check(shard_size, workers, resize_short)
+    out = Path(out).absolute()
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise DataError(f"{out} is there already. Choose another folder, or delete it first.")
+    originals = open_originals(source)
+    order = generator(seed, "pack").permutation(len(originals.labels)).astype(np.int64)
+    work = _Work(originals, order, resize_short)
+    about = {
+        "class_names": list(class_names) if class_names else originals.class_names,
+        "source": str(source),
+        "seed": seed,
+        "resize_short": resize_short,
+    }
+
+    def fill(folder: Path) -> None:
+        _write_shards(work, folder, name, _shard_count(len(order), shard_size), workers)
+        write_json(folder / "dataset.json", about)
+        build_index(folder)
+
+    atomic_folder(out, fill, before=lambda: None)
+    return open_index(out)
+
+
+def _check(shard_size: int | None, workers: int, resize_short: int | None) -> None:
+    for name, value in {
+        "shard_size": shard_size,
+        "workers": workers,
+        "resize_short": resize_short,
+    }.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"{name} must be at least 1, not {value}.")
+
+
+def _shard_count(n: int, shard_size: int | None) -> int:
+    if shard_size is not None:
+        return -(-n // shard_size)
+    return min(n, max(_FEWEST_SHARDS, -(-n // _LARGEST_SHARD)))
+
+
+def _write_shards(work: _Work, folder: Path, name: str, shards: int, workers: int) -> None:
+    """Cut the order into shards that differ by one sample at most, and write each."""
+    borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
+
+    def write(shard: int) -> None:
+        positions = range(borders[shard], borders[shard + 1])
+        _write_shard(work, positions, folder / f"{name}-{shard:06d}.tar")
+
+    if workers == 1:
+        for shard in range(shards):
+            write(shard)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(write, range(shards)):
+            pass
+
+
+def _write_shard(work: _Work, positions: range, path: Path) -> None:
+    with (
+        open(path, "wb") as file,
+        TarWriter(file, encoder=False, compress=False, mtime=0, format="PAX_FORMAT") as tar,
+    ):
+        for position in positions:
+            tar.write(_sample(work, position))
+
+
+def _sample(work: _Work, position: int) -> dict[str, str | bytes]:
+    i = int(work.order[position])
+    keys, label = work.originals.keys, int(work.originals.labels[i])
+    extension, data = work.originals.read(i)
+    if work.resize_short is not None:
+        extension, data = _reduce(extension, data, work.resize_short)
+    sample: dict[str, str | bytes] = {
+        "__key__": f"{position:09d}" if keys is None else keys[i],
+        extension: data,
+    }
+    return sample if label < 0 else sample | {"cls": str(label).encode()}
+
+
+def _reduce(extension: str, data: bytes, short: int) -> tuple[str, bytes]:
+    """The image with its shorter side reduced to `short` (bicubic, antialiased), encoded again."""
+    try:
+        image = decode(data)
+    except DecodeError:
+        return extension, data
+    height, width = image.shape[1:]
+    if min(height, width) <= short:
+        return extension, data
+    ratio = short / min(height, width)
+    size = (max(short, round(width * ratio)), max(short, round(height * ratio)))
+    small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    if extension in _LOSSLESS:
+        return "png", png(small)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return "jpg", buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Batches of crops from shards, by worker processes and caches."""

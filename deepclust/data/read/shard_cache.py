@@ -1,0 +1,212 @@
+"""Reading by block: whole shards are copied to a node-local folder before they are read.
+
+Shared file systems and object stores like long sequential reads and dislike a read per image. A
+thread walks ahead of the training through the requests, copies the shards they need in their
+order, and hands a request on when its shards are there. A plan with lanes needs few shards at a
+time; one without needs nearly all, and what doesn't fit is read from the source, image by image.
+The copies are bytes: what is read is the same either way. A remote shard that cannot be had ends
+the stream with an error; of a file the workers report each image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import socket
+import tempfile
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from deepclust.data.read.dataset import Request
+from deepclust.data.shards import remote
+from deepclust.data.shards.index import Index
+from deepclust.data.shards.url import Source, Url
+from deepclust.errors import DiskError
+from deepclust.files import disk_errors
+
+# Requests that may wait with their shards in place. With many, one rank would draw all the work of
+# a queue that ranks share (extraction units) before the others have begun.
+AHEAD = 64
+_NETWORK = {
+    "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "ceph", "beegfs", "glusterfs", "afs",
+    "panfs", "pvfs2", "orangefs", "wekafs", "ocfs2", "gfs2",
+}  # fmt: skip
+
+
+def on_network(path: Source, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether this is a URL or lies on a network file system (FUSE: object stores) of `mounts`."""
+    if isinstance(path, Url):
+        return True
+    if not mounts.exists():
+        return False
+    places = [line.split()[1:3] for line in mounts.read_text().splitlines()]
+    real = path.resolve()
+    around = [
+        (len(folder), kind)
+        for folder, kind in ((_unescaped(folder), kind) for folder, kind in places)
+        if real.is_relative_to(folder)
+    ]
+    kind = max(around)[1] if around else ""
+    return kind in _NETWORK or kind.startswith("fuse.")
+
+
+def _unescaped(folder: str) -> str:
+    return folder.encode().decode("unicode_escape")
+
+
+class Staging:
+    """Copies of at most `limit` shards in `folder`, named by ordinal; the longest unused go first.
+
+    One stream at a time. What was copied stays for the next one, so a set of shards that fits is
+    copied once.
+    """
+
+    def __init__(self, index: Index, scratch: Path, limit: int = 64) -> None:
+        """Make a folder of our own in `scratch`; remove those of dead processes of this host."""
+        self.index, self.limit = index, limit
+        with disk_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            _remove_orphans(scratch)
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=scratch))
+        self._copies: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._users: Counter[int] = Counter()  # requests under way that need a copy
+        self._under_way: deque[list[int]] = deque()
+        self._lock = threading.Lock()
+        self._starving = threading.Event()  # the consumer waits for a request
+        self._stop = threading.Event()
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The same requests, each when those of its shards that fit are in `folder`."""
+        ready: queue.Queue[Request | BaseException | None] = queue.Queue(AHEAD)
+        self._stop.clear()
+        self._under_way.clear()  # what a stream that was left early didn't deliver
+        self._users.clear()
+        walk = threading.Thread(target=self._walk, args=(requests, ready), daemon=True)
+        walk.start()
+        try:
+            while (item := self._next(ready)) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self._end(walk, ready)
+
+    def delivered(self) -> None:
+        """The oldest request under way was loaded: its copies may go."""
+        with self._lock:
+            self._users.subtract(self._under_way.popleft())
+
+    def close(self) -> None:
+        """Delete all copies."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _next(self, ready: queue.Queue) -> Request | BaseException | None:
+        self._starving.set()
+        try:
+            item: Request | BaseException | None = ready.get()
+            return item
+        finally:
+            self._starving.clear()
+
+    def _end(self, walk: threading.Thread, ready: queue.Queue) -> None:
+        """Stop the thread wherever it is."""
+        self._stop.set()
+        while walk.is_alive():
+            with contextlib.suppress(queue.Empty):
+                ready.get_nowait()
+            walk.join(timeout=0.01)
+
+    def _walk(self, requests: Iterable[Request], ready: queue.Queue) -> None:
+        try:
+            for request in requests:
+                self._stage(request)
+                if self._stop.is_set():
+                    return
+                ready.put(request)
+            ready.put(None)
+        except BaseException as error:  # raised again where the requests are taken
+            ready.put(error)
+
+    def _stage(self, request: Request) -> None:
+        needed = np.unique(self.index.locate(request.ids).shard).tolist()
+        with self._lock:
+            held = [shard for shard in needed if shard in self._copies]
+            self._users.update(held)
+        for shard in needed:
+            if shard not in self._copies and self._make_room() and self._copy(shard):
+                with self._lock:
+                    self._users[shard] += 1
+                held.append(shard)
+            if shard in self._copies:
+                self._copies[shard] = None
+                self._copies.move_to_end(shard)
+        with self._lock:
+            self._under_way.append(held)
+
+    def _make_room(self) -> bool:
+        """Delete an unused copy if all places are taken, or wait until there is one.
+
+        Not while the consumer waits for the request at hand: what would free a place may be
+        behind it. Then the shard is read from its source.
+        """
+        while len(self._copies) >= self.limit:
+            with self._lock:
+                unused = next((s for s in self._copies if self._users[s] <= 0), None)
+            if unused is not None:
+                del self._copies[unused]
+                (self.folder / str(unused)).unlink(missing_ok=True)
+            elif self._starving.is_set() or self._stop.wait(0.01):
+                return False
+        return not self._stop.is_set()
+
+    def _copy(self, shard: int) -> bool:
+        """Copy a shard in large sequential reads; False if its source can't be read to the end."""
+        partial = self.folder / f".{shard}"
+        try:
+            with contextlib.closing(self._pieces(shard)) as pieces:
+                return self._write(pieces, partial) and self._keep(shard, partial)
+        except DiskError:
+            raise
+        except remote.Interrupted:
+            return False
+        except OSError:
+            return False  # the workers meet the same error, and report it image by image
+
+    def _pieces(self, shard: int) -> Generator[bytes, None, None]:
+        source = self.index.shards[shard]
+        if isinstance(source, Url):
+            yield from remote.stream(source, 0, self.index.lengths[shard], self._stop.is_set)
+            return
+        with open(source, "rb", buffering=0) as file:
+            while chunk := file.read(remote.CHUNK):
+                yield chunk
+
+    def _write(self, pieces: Iterator[bytes], partial: Path) -> bool:
+        with disk_errors(self.folder), open(partial, "wb", buffering=0) as target:
+            for piece in pieces:
+                target.write(piece)
+                if self._stop.is_set():
+                    return False
+        return True
+
+    def _keep(self, shard: int, partial: Path) -> bool:
+        os.replace(partial, self.folder / str(shard))
+        self._copies[shard] = None
+        return True
+
+
+_PREFIX = f"deepclust-shards-{socket.gethostname()}-"
+
+
+def _remove_orphans(scratch: Path) -> None:
+    """Delete the folders that killed processes of this host left behind."""
+    for folder in scratch.glob(f"{_PREFIX}*-*"):
+        pid = folder.name[len(_PREFIX) :].partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)

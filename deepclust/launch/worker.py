@@ -1,0 +1,162 @@
+"""The rank program: what every process of a run executes, wherever it was started.
+
+As `python -m deepclust.launch.worker` it is a trainer rank or the cluster worker of a local gang;
+with one rank and inline clustering the launcher calls `work` in its own process. It dies with its
+parent, logs to its own file, and hands events to the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepclust import pipeline
+from deepclust.data.read.loader import resolve_read
+from deepclust.data.shards.index import Index, open_index
+from deepclust.data.shards.remote import UnreachableError
+from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
+from deepclust.files import disk_errors, read_json, write_json
+from deepclust.launch.role import CLUSTER_WORKER, Seat, die_with
+from deepclust.recipe import Recipe
+from deepclust.run.directory import Run
+from deepclust.run.reporting import PipeReport, Report, log_to
+from deepclust.stages import cluster
+from deepclust.stages.build import Context
+from deepclust.world import World, join, leave
+
+
+def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
+    """Take a seat and do its work until the run is finished."""
+    with disk_errors(run.path):
+        _work(run, seat, report, stopping)
+
+
+def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
+    recipe = run.recipe
+    log_to(run.path / "logs" / seat.log_name, seat.rank)
+    torch.set_num_threads(recipe.train.threads or 1)
+    index, read = open_data(run, recipe)
+    if seat.rank == CLUSTER_WORKER:
+        device = clustering_device(recipe, seat.gpu)
+        cluster.serve(cluster.make_job(run, recipe, index, device, report, World()), stopping)
+        return
+    device = training_device(recipe, seat.rank if seat.gpu is None else seat.gpu)
+    world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
+    job = None
+    if recipe.cluster is not None and recipe.cluster.where == "gang":
+        job = cluster.make_job(run, recipe, index, device, report, world)
+    elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
+        place = clustering_device(recipe)
+        job = cluster.make_job(run, recipe, index, place, report, World())
+    context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
+    try:
+        pipeline.run(context)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{device} is out of memory: lower train.batch, or raise train.accumulate or "
+            f"train.ranks ({error})"
+        ) from error
+    leave()
+
+
+def training_device(recipe: Recipe, gpu: int) -> torch.device:
+    """The rank's device: its own GPU, by its number on this machine, or the CPU."""
+    wanted, gpus = recipe.train.device, torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    if gpu >= gpus:
+        raise ResourceError(
+            f"train.ranks={recipe.train.ranks} needs as many GPUs and this machine has {gpus}: "
+            "lower train.ranks, or set train.device=cpu"
+        )
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu)
+
+
+def clustering_device(recipe: Recipe, gpu: int | None = None) -> torch.device:
+    """The cluster worker's device: a GPU that no rank trains on, else rank 0's, else the CPU.
+
+    `gpu`: the one that a scheduler has given to the worker.
+    """
+    if recipe.clustering.device != "auto":
+        return torch.device(recipe.clustering.device)
+    if gpu is not None:
+        return torch.device("cuda", gpu)
+    gpus = torch.cuda.device_count()
+    if not gpus or recipe.train.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", recipe.train.ranks if recipe.train.ranks < gpus else 0)
+
+
+def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
+    """The index of the run's shards, and how they are read, which decides the order of plans.
+
+    Raises `RunDiffersError` when they are not those that the run began with.
+    """
+    file = run.path / "data.json"
+    began: dict[str, Any] | None = read_json(file) if file.exists() else None
+    try:
+        index = open_index(recipe.data.shards, recipe.data.index, run.path)
+    except DataError as error:
+        if began is None or isinstance(error, UnreachableError):
+            raise
+        raise RunDiffersError(f"the data of {run.path} have changed: {error}") from error
+    facts: dict[str, Any] = {
+        "fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)
+    }  # fmt: skip
+    if began is None:
+        staged = recipe.data.stage is not None
+        began = facts | {"read": resolve_read(index, recipe.data.read, staged)}
+        write_json(file, began)
+    if facts | {"read": began["read"]} != began:
+        changed = [f"{k}: {began[k]} then, {facts[k]} now" for k in facts if began[k] != facts[k]]
+        raise RunDiffersError(
+            f"the data of {run.path} are not those it began with ({'; '.join(changed)}). "
+            "Put the old shards back, or start a new run."
+        )
+    return index, str(began["read"])
+
+
+def main() -> int:
+    """Run one seat of a local gang; the launcher gives the arguments."""
+    parser = argparse.ArgumentParser()
+    for name in ("--run", "--token", "--meeting"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--stage", default="")
+    for name in ("--incarnation", "--rank", "--size", "--parent", "--pipe"):
+        parser.add_argument(name, type=int, required=True)
+    args = parser.parse_args()
+    die_with(args.parent)
+    asked: list[int] = []
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked.append(received))
+    if sys.platform == "linux":  # a local gang needs no other interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
+    report = PipeReport(args.pipe)
+    run = Run(Path(args.run), args.token, args.incarnation)
+    seat = Seat(args.rank, args.size, args.meeting, args.stage or None)
+    try:
+        work(run, seat, report, lambda: bool(asked))
+    except DeepclustError as error:
+        report.failed(error, error.exit_code)
+        os._exit(error.exit_code)  # closing the process group could wait for ranks that wait for us
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        report.failed(error, 1)
+        os._exit(1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

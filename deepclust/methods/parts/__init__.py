@@ -1,0 +1,1 @@
+"""What methods are composed of: heads and the like."""

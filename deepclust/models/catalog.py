@@ -1,0 +1,162 @@
+"""Names to networks: the table of backbones, and the one function that builds them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from deepclust.errors import RecipeError
+from deepclust.models import libraries
+from deepclust.models.alexnet import alexnet_bn
+from deepclust.models.backbone import Backbone
+from deepclust.models.small import conv4, small_resnet
+from deepclust.models.sobel import Sobel
+from deepclust.world import derive
+
+LARGEST_PROBE = 512  # pixels; no backbone here needs more
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How a named backbone is made."""
+
+    build: Callable[[int, int], nn.Module]
+    """(channels in, image size) to a network that gives features."""
+    torchvision: str | None = None
+    """The function in torchvision.models whose parameter names the network has."""
+    relu: bool = False
+    """Whether the features are cut before a ReLU, which training puts back."""
+
+
+def _torchvision(name: str, relu: bool = False) -> Builder:
+    return Builder(partial(libraries.torchvision_net, name), name, relu)
+
+
+BACKBONES: dict[str, Builder] = {
+    # DeepCluster's two
+    "alexnet_bn": Builder(alexnet_bn, relu=True),
+    "vgg16_bn": _torchvision("vgg16_bn", relu=True),
+    # small images
+    "conv4": Builder(conv4),
+    "resnet10_small": Builder(partial(small_resnet, BasicBlock, (1, 1, 1, 1))),
+    "resnet18_small": Builder(partial(small_resnet, BasicBlock, (2, 2, 2, 2))),
+    "resnet34_small": Builder(partial(small_resnet, BasicBlock, (3, 4, 6, 3))),
+    "resnet50_small": Builder(partial(small_resnet, Bottleneck, (3, 4, 6, 3))),
+    # torchvision's, under their own names
+    "resnet18": _torchvision("resnet18"),
+    "resnet34": _torchvision("resnet34"),
+    "resnet50": _torchvision("resnet50"),
+    "resnet101": _torchvision("resnet101"),
+    "resnet152": _torchvision("resnet152"),
+    "resnext50_32x4d": _torchvision("resnext50_32x4d"),
+    "resnext101_32x8d": _torchvision("resnext101_32x8d"),
+    "wide_resnet50_2": _torchvision("wide_resnet50_2"),
+    "wide_resnet101_2": _torchvision("wide_resnet101_2"),
+    "densenet121": _torchvision("densenet121"),
+    "densenet161": _torchvision("densenet161"),
+    "densenet169": _torchvision("densenet169"),
+    "densenet201": _torchvision("densenet201"),
+    "vit_b_16": _torchvision("vit_b_16"),
+    "vit_b_32": _torchvision("vit_b_32"),
+    "vit_l_16": _torchvision("vit_l_16"),
+    "vit_l_32": _torchvision("vit_l_32"),
+}
+
+
+def build_backbone(
+    name: str, *, sobel: bool = False, image_size: int = 224, seed: int = 0
+) -> Backbone:
+    """A backbone with random weights on the CPU, in training mode.
+
+    name: a key of BACKBONES, else an architecture of timm, bare or as `timm/NAME`. The weights
+    depend on (name, sobel, image_size, seed) only; the caller's random state stays as it was.
+    Raises RecipeError for an unknown name, a size that is too small, or channels that do not fit.
+    """
+    name, builder = _find(name)
+    channels = Sobel.channels if sobel else 3
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the GPUs too, and fork_rng would have to restore them all
+        torch.default_generator.manual_seed(derive(seed, "backbone"))
+        net = builder.build(channels, image_size)
+    dim = _width(net, name, channels, image_size)
+    return Backbone(
+        net, name=name, dim=dim, image_size=image_size, sobel=sobel, relu=builder.relu,
+        torchvision=None if sobel else builder.torchvision,
+    )  # fmt: skip
+
+
+def _find(name: str) -> tuple[str, Builder]:
+    """The full name and its builder; the table comes first, then timm."""
+    if name in BACKBONES:
+        return name, BACKBONES[name]
+    short = name.removeprefix("timm/")
+    if libraries.is_timm(short):
+        return f"timm/{short}", Builder(partial(libraries.timm_net, short))
+    raise RecipeError(_unknown(name, short))
+
+
+def _unknown(name: str, short: str) -> str:
+    known = [*BACKBONES, *libraries.timm_names()]
+    near = difflib.get_close_matches(short, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint += "" if libraries.has_timm() else " For timm's networks: pip install 'deepclust[timm]'."
+    return (
+        f"backbone.name: there is no backbone {name!r}.{hint} Our own are {', '.join(BACKBONES)}."
+    )
+
+
+def _width(net: nn.Module, name: str, channels: int, image_size: int) -> int:
+    """Width of the features of an image of this size, which must be large enough."""
+    try:
+        shape = _features(net, channels, image_size).shape
+    except (RuntimeError, ValueError, AssertionError) as error:
+        smallest = _smallest(net, channels, image_size)
+        fix = (
+            f"set data.size={smallest} or more" if smallest else f"set another data.size ({error})"
+        )
+        raise RecipeError(
+            f"backbone.name: {name} cannot take images of {image_size} pixels; {fix}, "
+            f"or choose a backbone with a small stem such as resnet18_small."
+        ) from error
+    if len(shape) != 2:
+        raise RecipeError(f"backbone.name: {name} gives {tuple(shape)}, not one row an image.")
+    return shape[1]
+
+
+def _smallest(net: nn.Module, channels: int, image_size: int) -> int | None:
+    """The smallest image that passes through, found by bisection between what fails and fits."""
+    low, high = image_size, LARGEST_PROBE
+    if not _fits(net, channels, high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits(net, channels, middle) else (middle, high)
+    return high
+
+
+def _fits(net: nn.Module, channels: int, image_size: int) -> bool:
+    try:
+        _features(net, channels, image_size)
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
+
+
+def _features(net: nn.Module, channels: int, image_size: int) -> Tensor:
+    """One image through the network, shapes only: nothing is computed, the weights stay put."""
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    image = torch.empty(1, channels, image_size, image_size, device="meta")
+    net.eval()
+    try:
+        with torch.no_grad():
+            features: Tensor = torch.func.functional_call(net, meta, (image,))
+    finally:
+        net.train()
+    return features

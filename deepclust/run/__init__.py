@@ -1,0 +1,1 @@
+"""A run directory: layout, lock, checkpoints, and what it reports."""

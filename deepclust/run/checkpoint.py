@@ -1,0 +1,271 @@
+"""Checkpoints: weights, optimizers and counters of one step, in one atomic folder.
+
+Tensors are safetensors and counters are JSON, so nothing here is ever unpickled. There is no RNG
+state: torch is reseeded at every step from (seed, step, rank). A checkpoint that cannot be read
+is set aside, which is said, and the one before it is used.
+
+Parameters whose rows the ranks share out (`world.Owned`) are saved by their owners, each into its
+own `owned-RRRRR.safetensors`, which rank 0 moves into the folder before it appears; they are read
+by ranges, so another number of ranks can go on. Without such parameters only rank 0 saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deepclust.errors import DataError
+from deepclust.files import disk_errors, file_hash, read_json, sync, write_json
+from deepclust.run.directory import Run, is_done, prune, verify
+from deepclust.tensorfile import write_tensors
+from deepclust.world import ALONE, Owned, World
+
+Tensors = dict[str, Tensor]
+OwnedTensors = dict[str, tuple[Tensor, Owned]]
+HASH = ".blake2b"  # beside an owner's file while it waits for its place
+_REMEDY = (
+    "Copy the missing file back, or delete the folder: `resume` then uses the checkpoint before it."
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is. A segment is the stretch between two plans: an epoch, or a round of steps.
+
+    `offset` counts the steps done inside the segment; `round` is the one being trained on, -1
+    before the first.
+    """
+
+    step: int = 0
+    segment: int = 0
+    offset: int = 0
+    round: int = -1
+    samples: int = 0
+
+    def after_step(self, batch: int) -> State:
+        """One optimizer step later."""
+        return State(self.step + 1, self.segment, self.offset + 1, self.round, self.samples + batch)
+
+    def after_segment(self) -> State:
+        """At the beginning of the next segment."""
+        return State(self.step, self.segment + 1, 0, self.round, self.samples)
+
+    def in_round(self, number: int) -> State:
+        """The same place, training on another round."""
+        return State(self.step, self.segment, self.offset, number, self.samples)
+
+
+def save(
+    run: Run, state: State, parts: dict[str, Tensors], keep: int,
+    owned: OwnedTensors | None = None, world: World = ALONE,
+) -> bool:  # fmt: skip
+    """Write a checkpoint unless this step has one; then drop all but the newest `keep`.
+
+    With `owned` (this rank's slices, by names that all ranks have) every rank calls, and an error
+    on one is an error on all; `parts` are rank 0's. Without it only rank 0 calls.
+    """
+    folder = run.path / "checkpoints" / f"{state.step:08d}"
+    if owned:
+        return _save_together(run, folder, state, parts, keep, owned, world)
+    if is_done(folder):
+        return False
+    _commit(run, folder, state, parts, keep, [])
+    return True
+
+
+def _commit(
+    run: Run, folder: Path, state: State, parts: dict[str, Tensors], keep: int, written: list[Path]
+) -> None:
+    """Publish what is given, and the owners' files, in one rename."""
+
+    def fill(partial: Path) -> None:
+        for name, tensors in parts.items():
+            write_tensors(partial / f"{name}.safetensors", tensors)
+        for file in written:
+            os.rename(file, partial / file.name)
+        write_json(partial / "state.json", asdict(state))
+
+    hashes = {file.name: file.with_suffix(HASH).read_text() for file in written}
+    run.commit(folder, fill, {"step": state.step, "round": state.round}, hashes=hashes)
+    prune(run.checkpoints(), keep)
+
+
+def _save_together(
+    run: Run, folder: Path, state: State, parts: dict[str, Tensors], keep: int,
+    owned: OwnedTensors, world: World,
+) -> bool:  # fmt: skip
+    """All ranks write into a scratch folder; when the last one has, rank 0 publishes."""
+    # no writer that is left over can know the name; a new holder of the run sweeps `.*.tmp`
+    name = f".owned-{folder.name}-{run.token}-{secrets.token_hex(4)}.tmp"
+    done, name = world.share((is_done(folder), name))
+    if done:
+        return False
+    scratch = folder.with_name(name)
+    files = [scratch / f"owned-{rank:05d}.safetensors" for rank in range(world.size)]
+
+    def publish() -> None:
+        if world.is_first:
+            _commit(run, folder, state, parts, keep, files)
+
+    try:
+        _attempt(world, folder, lambda: _write_owned(files[world.rank], owned))
+        _attempt(world, folder, publish)
+    finally:
+        if world.is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _attempt(world: World, folder: Path, work: Callable[[], None]) -> None:
+    """Do this rank's work, then wait for all; raises on all ranks when it failed on one."""
+    error = None
+    try:
+        work()
+    except Exception as met:
+        error = met
+    world.raise_all(error, f"checkpoint {folder}")
+
+
+def _write_owned(file: Path, owned: OwnedTensors) -> None:
+    tensors = {name: tensor for name, (tensor, _) in owned.items()}
+    ranges = {name: asdict(own) for name, (_, own) in owned.items()}
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, tensors, {"owned": json.dumps(ranges)})
+        sync(file)  # on this rank's machine: rank 0 cannot flush it from there
+        file.with_suffix(HASH).write_text(file_hash(file))  # rank 0 would hash for all, one by one
+
+
+def load(folder: Path, check: bool = True) -> tuple[State, dict[str, Tensors]]:
+    """The state and the tensors that rank 0 saved; `DataError` when the checkpoint is damaged.
+
+    Without `check` no file is compared with its hash: a rank whose rank 0 has done it.
+    """
+    try:
+        if check:
+            verify(folder)
+        state = State(**read_json(folder / "state.json"))
+        files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("owned-")]
+        parts = {file.stem: load_file(file) for file in files}
+    except (DataError, SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"checkpoint {folder} cannot be read: {error}") from error
+    return state, parts
+
+
+def load_owned(folder: Path, owned: dict[str, Owned]) -> Tensors:
+    """This rank's rows of each name, on the CPU, whatever ranges the owners' files hold.
+
+    Only the ranges asked for are read; `load` has checked the hashes. `DataError` when the files
+    lack a range, or hold a parameter of another size.
+    """
+    with _opened(folder) as files:
+        return {name: _gather(folder, files, name, own) for name, own in owned.items()}
+
+
+def owned_names(folder: Path) -> set[str]:
+    """The names of which the owners' files hold rows; none in a checkpoint without such files."""
+    with _opened(folder) as files:
+        return {name for file in files for name in file.ranges}
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[list[_OwnedFile]]:
+    """The owners' files, open; what cannot be read is a `DataError`."""
+    with ExitStack() as stack:
+        try:
+            yield [
+                _OwnedFile(file, stack.enter_context(safe_open(file, "pt")))
+                for file in sorted(folder.glob("owned-*.safetensors"))
+            ]
+        except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+            raise DataError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
+class _OwnedFile:
+    """An owner's file that is open, and the range that it holds of each name."""
+
+    def __init__(self, path: Path, opened: Any) -> None:
+        self.path, self.opened = path, opened
+        ranges = json.loads(opened.metadata()["owned"])
+        self.ranges = {name: Owned(**own) for name, own in ranges.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the whole parameter."""
+        held = self.ranges[name]
+        span = slice(start - held.start, stop - held.start)
+        rows: Tensor = self.opened.get_slice(name)[(*[slice(None)] * held.dim, span)]
+        return rows
+
+
+def _gather(folder: Path, files: list[_OwnedFile], name: str, own: Owned) -> Tensor:
+    """Our rows of one parameter, from all the files that hold some of them."""
+    holders = [file for file in files if name in file.ranges]
+    _check_size(folder, holders, name, own)
+    pieces, at = [], own.start
+    for file in sorted(holders, key=lambda file: file.ranges[name].start):
+        stop = min(file.ranges[name].stop, own.stop)
+        if file.ranges[name].start <= at < stop:
+            pieces.append(file.read(name, at, stop))
+            at = stop
+    if at < own.stop:
+        raise DataError(
+            f"checkpoint {folder} lacks rows {at} to {own.stop - 1} of {name}: no "
+            f"owned-*.safetensors there holds row {at}. {_REMEDY}"
+        )
+    if not pieces:  # an empty range, in the shape of the others
+        start = holders[0].ranges[name].start
+        return holders[0].read(name, start, start)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, own.dim)
+
+
+def _check_size(folder: Path, holders: list[_OwnedFile], name: str, own: Owned) -> None:
+    if not holders:
+        raise DataError(
+            f"checkpoint {folder} lacks {name}: no owned-*.safetensors there holds it. {_REMEDY}"
+        )
+    for file in holders:
+        held = file.ranges[name]
+        if (held.dim, held.total) != (own.dim, own.total):
+            raise DataError(
+                f"{file.path} holds {name} of {held.total} rows (dimension {held.dim}), not of "
+                f"{own.total} (dimension {own.dim}): resume with the recipe it was saved under"
+            )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that could be read."""
+
+    folder: Path
+    state: State
+    parts: dict[str, Tensors]
+
+
+def load_latest(run: Run, say: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint that can be read, or None when there is none.
+
+    Whoever holds the run renames a damaged one, so that its step can be saved again.
+    """
+    folders = run.checkpoints()
+    for before, folder in reversed(list(enumerate(folders))):
+        try:
+            return Found(folder, *load(folder))
+        except DataError as error:
+            say(
+                f"{error}; {'using the one before it' if before else 'starting from the beginning'}"
+            )
+            if run.token:
+                folder.rename(folder.with_name(f"unreadable-{folder.name}"))
+    return None

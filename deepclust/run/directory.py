@@ -1,0 +1,214 @@
+"""A run directory: its layout, its stages, and what makes a stage finished.
+
+A stage is a folder that is filled under a temporary name and renamed when whole; its manifest
+holds the hash of every file and what it was made from, and DONE is written last. A stage that is
+done is never run again. Every commit first asks the lock whether this process still holds the run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deepclust.errors import DataError, RecipeError
+from deepclust.files import (
+    append_json,
+    atomic_folder,
+    disk_errors,
+    file_hash,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+from deepclust.recipe import Recipe
+from deepclust.run.lock import check_token
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, and the token by which this process may write to it ("" = read only)."""
+
+    path: Path
+    token: str = ""
+    incarnation: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return Recipe.load(self.path / "recipe.yaml")
+
+    def round(self, number: int) -> Path:
+        """The folder of a round."""
+        return self.path / "rounds" / f"{number:04d}"
+
+    def rounds(self) -> list[int]:
+        """The numbers of the rounds whose assignments are finished, in order."""
+        folders = sorted((self.path / "rounds").glob("[0-9]*"))
+        return [int(folder.name) for folder in folders if is_done(folder / "assignments")]
+
+    def checkpoints(self) -> list[Path]:
+        """The finished checkpoints, oldest first."""
+        return [p for p in sorted((self.path / "checkpoints").glob("[0-9]*")) if is_done(p)]
+
+    def fence(self) -> None:
+        """Raise `RunHeldError` when another controller has taken the run over."""
+        check_token(self.path, self.token)
+
+    def commit(
+        self, stage: Path, fill: Callable[[Path], None], inputs: dict[str, Any],
+        *, hashes: dict[str, str] | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
+        """Fill a stage, write its manifest and DONE, and let it appear in one rename.
+
+        `hashes` are those of files that whoever wrote them has hashed already.
+        """
+
+        def complete(folder: Path) -> None:
+            fill(folder)
+            seal(folder, inputs, hashes, **facts)
+
+        def replace_unfinished() -> None:
+            self.fence()
+            prune([stage], 0)  # left by a kill before the stage that completes it was there
+
+        with disk_errors(stage):
+            stage.parent.mkdir(parents=True, exist_ok=True)
+        atomic_folder(stage, complete, replace_unfinished)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append to events.jsonl. Only the controller does this, as long as it holds the run."""
+        if self.token:
+            self.fence()
+        record = {"time": time.time(), "incarnation": self.incarnation, "event": name, **fields}
+        append_json(self.path / "events.jsonl", record)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, oldest first."""
+        return read_jsonl(self.path / "events.jsonl")
+
+    def metric(self, kind: str, **fields: Any) -> None:
+        """Append to metrics.jsonl; of two of one kind and step that of the later life counts."""
+        record = {"kind": kind, "incarnation": self.incarnation, **fields, "time": time.time()}
+        append_json(self.path / "metrics.jsonl", record)
+
+    def metrics(self, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind, the last one for every step, in order."""
+        records = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["kind"] == kind]
+        records.sort(key=lambda record: int(record["incarnation"]))  # an older one may write last
+        latest: dict[int, dict[str, Any]] = {int(record["step"]): record for record in records}
+        return [latest[key] for key in sorted(latest)]
+
+
+def seal(
+    folder: Path, inputs: dict[str, Any], hashes: dict[str, str] | None = None, **facts: Any
+) -> None:
+    """Write the manifest (inputs, facts, hashes) of a filled folder, then DONE."""
+    files = {
+        file.name: {
+            "bytes": file.stat().st_size,
+            "blake2b": (hashes or {}).get(file.name) or file_hash(file),
+        }
+        for file in sorted(folder.iterdir())
+    }
+    write_json(folder / "manifest.json", {"inputs": inputs, **facts, "files": files})
+    (folder / "DONE").touch()
+
+
+def is_done(stage: Path) -> bool:
+    """Whether a stage is finished."""
+    return (stage / "DONE").exists()
+
+
+def manifest(stage: Path) -> dict[str, Any]:
+    """The manifest of a finished stage."""
+    return dict(read_json(stage / "manifest.json"))
+
+
+def verify(stage: Path) -> None:
+    """Raise `DataError` when a file of the stage is not what its manifest says."""
+    for name, facts in manifest(stage)["files"].items():
+        file = stage / name
+        if not file.exists() or file.stat().st_size != facts["bytes"]:
+            raise DataError(f"{file} is missing or cut short")
+        if file_hash(file) != facts["blake2b"]:
+            raise DataError(f"{file} has changed since it was written")
+
+
+def exists(path: Path) -> bool:
+    """Whether a folder holds a run."""
+    return (path / "recipe.yaml").is_file()
+
+
+def open_run(path: str | Path) -> Run:
+    """A run to look at, or a clear error that there is none."""
+    path = Path(path)
+    if not exists(path):
+        raise RecipeError(f"{path} is not a run: it has no recipe.yaml (see `deepclust status`)")
+    return Run(path)
+
+
+def sweep(path: Path) -> None:
+    """Delete what killed writers left half-written; only the holder of the lock may."""
+    for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
+        for leftover in path.glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def create(path: Path, recipe: Recipe) -> None:
+    """Write recipe and environment into a run directory. Refuses a run that has begun."""
+    if any((path / begun).exists() for begun in ("rounds", "checkpoints")):
+        raise RecipeError(
+            f"{path} holds a run already. To continue it: deepclust resume {path}\n"
+            "To start another one, choose another folder."
+        )
+    with disk_errors(path):
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        (path / "data.json").unlink(missing_ok=True)
+    recipe.save(path / "recipe.yaml")
+    write_json(path / "env.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and code, as they were when the run started."""
+    packages = ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "webdataset")
+    return {
+        "command": sys.argv,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in packages if _version(name)},
+        "git": git_commit(),
+        "time": time.time(),
+    }
+
+
+def prune(folders: list[Path], keep: int) -> None:
+    """Delete the oldest folders, so that `keep` stay."""
+    for folder in folders[: max(0, len(folders) - keep)]:
+        (folder / "DONE").unlink(missing_ok=True)  # a half-deleted folder must not look whole
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Of the code that runs, where it lies in a checkout."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None

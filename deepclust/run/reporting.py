@@ -1,0 +1,110 @@
+"""What a run tells: metrics to JSONL and TensorBoard, events and progress to the controller.
+
+Rank 0 writes metrics; events are written by the controller alone, so a rank hands them to a
+`Report`: straight to the file in the controller's own process, down a pipe from a spawned rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from deepclust.run.directory import Run
+
+
+class Report(Protocol):
+    """Where a rank's news goes."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something that happened once; it goes to events.jsonl."""
+
+    def progress(self, **fields: Any) -> None:
+        """How far we are; it goes to the screen and is forgotten."""
+
+
+class DirectReport:
+    """The report of the controller's own process."""
+
+    def __init__(self, run: Run, show: Callable[[dict[str, Any]], None]) -> None:
+        self.run = run
+        self.show = show
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Write the event, then show it."""
+        _log(name, fields)
+        self.run.event(name, **fields)
+        self.show({"event": name, **fields})
+
+    def progress(self, **fields: Any) -> None:
+        """Show it."""
+        _log("step", fields)
+        self.show({"progress": True, **fields})
+
+
+class PipeReport:
+    """The report of a spawned rank: JSON lines down a pipe that its launcher reads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Hand the event to the launcher."""
+        _log(name, fields)
+        self._send({"event": name, **fields})
+
+    def progress(self, **fields: Any) -> None:
+        """Hand the progress to the launcher."""
+        _log("step", fields)
+        self._send({"progress": True, **fields})
+
+    def failed(self, error: BaseException, exit_code: int) -> None:
+        """Tell why this process ends, to the launcher and in our own log."""
+        logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
+        self._send({"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code})
+
+    def _send(self, record: dict[str, Any]) -> None:
+        # one write below PIPE_BUF is atomic, and a longer one has only this writer
+        os.write(self.descriptor, json.dumps(record).encode() + b"\n")
+
+
+def _log(name: str, fields: dict[str, Any]) -> None:
+    logging.getLogger("deepclust").info("%s %s", name, json.dumps(fields))
+
+
+class Metrics:
+    """Numbers over time: metrics.jsonl always, TensorBoard beside it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.board = SummaryWriter(str(run.path / "tensorboard"))
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Write one record; numbers also become TensorBoard scalars `kind/name`."""
+        self.run.metric(kind, step=step, **values)
+        for name, value in values.items():
+            if isinstance(value, int | float) and name not in ("epoch", "step"):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        self.board.close()
+
+
+def log_to(path: Path, rank: int) -> logging.Logger:
+    """The package's logger, writing to a file, every line with time and rank."""
+    logger = logging.getLogger("deepclust")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return logger

@@ -1,0 +1,201 @@
+"""A trained backbone to a file that others can use, and back: torchvision or safetensors.
+
+Both formats hold the backbone's weights under the network's own names, without a classifier.
+
+- `torchvision`: a `.pth` state dict of plain tensors (loads with `weights_only=True`) for
+  `torchvision.models.NAME()`. It loads with `strict=False`: nothing in it is unexpected, and what
+  is missing is the classifier alone (`fc.*`, `classifier.*` or `heads.*`).
+- `safetensors`: any backbone. The header tells how to build the network, so that
+  `load_backbone(path)` needs nothing else.
+
+A file counts as written once it was read back and gave the same features, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import deepclust
+from deepclust import files
+from deepclust.errors import DataError, NumericalError, RecipeError
+from deepclust.models import Backbone, build_backbone, libraries
+
+FORMATS = ("torchvision", "safetensors")
+HEADER = "deepclust"  # the key of our JSON in a safetensors header
+KEYS = ("name", "dim", "image_size", "sobel", "version", "weights")  # what we put in it
+REMEDY = "Write one with `deepclust export RUN --format safetensors --out FILE`."
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    format: str
+    hash: str
+    """blake2b of the file (`deepclust.files.file_hash`)."""
+    weights: str
+    """sha256 of the weights alone (`weights_hash`); equal weights, equal hash, in both formats."""
+    usage: str
+    """Lines of Python that load the file."""
+
+
+def export_backbone(
+    backbone: Backbone, path: str | Path, format: str, *, meta: dict[str, Any]
+) -> Exported:
+    """Write the backbone to `path`, atomically; an existing file is replaced only when all is well.
+
+    meta: JSON values that go into the safetensors header beside our own (KEYS): by custom `mean`
+    and `std` of the images, and `run`, its fingerprint. A torchvision file has no place for them.
+    Raises RecipeError for a format that cannot hold this backbone, NumericalError for weights
+    that are not finite, DiskError for a full disk.
+    """
+    path = Path(path)
+    _check_format(backbone, format)
+    state = backbone.export_state()
+    _check_finite(state)
+    weights = weights_hash(state)
+    with files.atomic_file(path) as partial:
+        if format == "torchvision":
+            partial.write_bytes(_pth(state))
+            reloaded = _load_torchvision(backbone, partial)
+        else:
+            header = json.dumps(_header(backbone, weights, meta))
+            partial.write_bytes(safetensors.torch.save(state, metadata={HEADER: header}))
+            reloaded = load_backbone(partial)
+        _check_same(backbone, reloaded)
+    return Exported(path, format, files.file_hash(path), weights, _usage(backbone, path, format))
+
+
+def load_backbone(path: str | Path) -> Backbone:
+    """The backbone of a file that `export --format safetensors` wrote: on the CPU, in eval mode.
+
+    `net(images)` takes normalised float images [b, 3, h, w] to features [b, net.dim]; `net.meta`
+    is the header, where `mean` and `std` say how images were normalised in training. Nothing in
+    the file is executed. Raises DataError for a file that is broken or not such an export.
+    """
+    path = Path(path)
+    meta = _read_header(path)
+    state = safetensors.torch.load_file(path)
+    if weights_hash(state) != meta["weights"]:
+        raise DataError(f"{path}: the weights are not those that were exported. Export it again.")
+    name, size = meta["name"], meta["image_size"]
+    try:
+        backbone = build_backbone(name, sobel=meta["sobel"], image_size=size)
+        backbone.net.load_state_dict(state)
+    except (RecipeError, RuntimeError) as error:
+        raise DataError(
+            f"{path}: holds {name}, written by deepclust {meta['version']}, and this is deepclust "
+            f"{deepclust.__version__}, which cannot build it: {error}"
+        ) from error
+    backbone.meta = meta
+    return backbone.eval()
+
+
+def weights_hash(state: dict[str, Tensor]) -> str:
+    """sha256 over the names, types, shapes and bytes of CPU tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _pth(state: dict[str, Tensor]) -> bytes:
+    """What torch.save writes, in memory first: its own error for a full disk is no OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _check_format(backbone: Backbone, format: str) -> None:
+    if format not in FORMATS:
+        raise RecipeError(f"--format {format}: choose one of {', '.join(FORMATS)}.")
+    if format == "torchvision" and backbone.torchvision is None:
+        what = backbone.name + (" with Sobel input" if backbone.sobel is not None else "")
+        raise RecipeError(
+            f"--format torchvision: torchvision has no {what}. "
+            f"Use --format safetensors, and deepclust.load_backbone to read it."
+        )
+
+
+def _check_finite(state: dict[str, Tensor]) -> None:
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise NumericalError(
+            f"the backbone's {broken[0]} (and {len(broken) - 1} more tensors) hold NaN or "
+            f"infinity; nothing was written. Export an earlier checkpoint."
+        )
+
+
+def _header(backbone: Backbone, weights: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """The header: the caller's words first, so that ours win."""
+    return {
+        **meta,
+        "name": backbone.name,
+        "dim": backbone.dim,
+        "image_size": backbone.image_size,
+        "sobel": backbone.sobel is not None,
+        "version": deepclust.__version__,
+        "weights": weights,
+    }
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file. {REMEDY}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: not a whole safetensors file ({error}). {REMEDY}") from error
+    if HEADER not in metadata:
+        raise DataError(f"{path}: a safetensors file, but not an exported backbone. {REMEDY}")
+    header: dict[str, Any] = json.loads(metadata[HEADER])
+    missing = [key for key in KEYS if key not in header]
+    if missing:
+        raise DataError(f"{path}: its header lacks {', '.join(missing)}. {REMEDY}")
+    return header
+
+
+def _load_torchvision(backbone: Backbone, path: Path) -> nn.Module:
+    """What a user does with the file, and the classifier, which it leaves unset, taken off."""
+    assert backbone.torchvision is not None
+    with torch.device("meta"):  # draws no random weights
+        net = libraries.torchvision_plain(backbone.torchvision, backbone.image_size)
+    state = torch.load(path, weights_only=True)
+    unexpected = net.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    assert not unexpected, unexpected
+    return libraries.headless(net).float().eval()
+
+
+@torch.no_grad()
+def _check_same(backbone: Backbone, reloaded: nn.Module) -> None:
+    """Equal features, bit for bit, of one fixed batch on the CPU."""
+    original = copy.deepcopy(backbone).cpu().float().eval()
+    original.to(memory_format=torch.contiguous_format)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size, generator=random)
+    if not torch.equal(original(images), reloaded(images)):
+        raise DataError("the file, read back, gives other features; nothing was written.")
+
+
+def _usage(backbone: Backbone, path: Path, format: str) -> str:
+    if format == "safetensors":
+        return f"from deepclust import load_backbone\nnet = load_backbone({str(path)!r})"
+    size = f"image_size={backbone.image_size}" if backbone.name.startswith("vit_") else ""
+    return (
+        f"net = torchvision.models.{backbone.torchvision}({size})\n"
+        f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True), strict=False)"
+    )

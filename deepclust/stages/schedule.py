@@ -1,0 +1,115 @@
+"""When a run clusters again, and how long each plan is: pure arithmetic on the recipe.
+
+With `cluster.every: "n epochs"` a segment is an epoch; with "n steps" it is a round of n steps
+(small sets need it: on 1,797 images 90 steps a round learn, 11 do not).
+
+Boundary b, before a segment that may change its round, is where round b's features are made.
+`cluster.overlap` delays its adoption by one boundary, so that k-means has a period to run in:
+
+    boundary              0    1    2    3
+    trained on from it    0    1    2    3       without overlap
+                          0    0    1    2       with overlap
+    begun for the next         1    2            nothing at the last: nobody would train on it
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+from deepclust.data.shards.url import shown
+from deepclust.errors import DataError
+from deepclust.recipe import Recipe
+from deepclust.recipe.sections import Cadence, parse_cadence
+from deepclust.run.checkpoint import State
+
+LANES = 8  # a node's worth of ranks, each with shards of its own
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The segments of a run over `n` samples."""
+
+    every: Cadence
+    epochs: int
+    until: int | None
+    overlap: bool
+    epoch_steps: int
+    lanes: int  # of a plan for block reading; the same for any number of ranks
+    clusters: bool = True  # False: an online method, whose segments are epochs without rounds
+
+    @classmethod
+    def of(cls, recipe: Recipe, n: int) -> Timeline:
+        """The timeline of a recipe; `DataError` when there are fewer images than a batch."""
+        steps = n // recipe.train.batch
+        if steps == 0:
+            raise DataError(
+                f"{shown(recipe.data.shards)} has {n} images, fewer than one batch of "
+                f"{recipe.train.batch}: lower train.batch"
+            )
+        config, epochs = recipe.cluster, recipe.train.epochs
+        lanes = math.gcd(recipe.train.batch, LANES)
+        if config is None:
+            return cls(Cadence(1, "epoch"), epochs, None, False, steps, lanes, clusters=False)
+        every = parse_cadence(config.every)
+        return cls(every, epochs, config.until, config.overlap, steps, lanes)
+
+    def finished(self, state: State) -> bool:
+        """Whether the state stands at the end; the last round of steps may be a short one."""
+        if self.every.unit == "epoch":
+            return state.segment >= self.epochs
+        return state.offset == 0 and state.step >= self.epochs * self.epoch_steps
+
+    def steps(self, state: State) -> int | None:
+        """Length of the state's segment; None = one pass over all valid samples."""
+        if self.every.unit == "epoch":
+            return None
+        return min(self.every.count, self._steps_left(state))
+
+    def round_of(self, state: State) -> int:
+        """The round that the state's segment trains on; -1 where nothing is clustered."""
+        if not self.clusters:
+            return -1
+        return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)
+
+    def refresh_due(self, state: State) -> bool:
+        """Whether the segment begins with a new round."""
+        return state.offset == 0 and self.round_of(state) > state.round
+
+    def round_ahead(self, state: State) -> int | None:
+        """With overlap: the round to begin at the state's boundary, for the next one to adopt."""
+        number = self._boundary(state)
+        at_boundary = state.offset == 0 and state.segment == number * self._period
+        if not (self.overlap and at_boundary and number > 0 and self._goes_on(state)):
+            return None
+        return number
+
+    @property
+    def _period(self) -> int:
+        """Segments from boundary to boundary."""
+        return self.every.count if self.every.unit == "epoch" else 1
+
+    def _boundary(self, state: State) -> int:
+        """The newest boundary at or before the state, counted from 0."""
+        return min(state.segment, self._last_refresh()) // self._period
+
+    def _goes_on(self, state: State) -> bool:
+        """Whether another boundary follows the one where the state stands."""
+        if state.segment + self._period > self._last_refresh():
+            return False
+        if self.every.unit == "epoch":
+            return state.segment + self._period < self.epochs
+        return self._steps_left(state) > self.every.count
+
+    def _steps_left(self, state: State) -> int:
+        """Steps of the run from the beginning of the state's segment on."""
+        return self.epochs * self.epoch_steps - (state.step - state.offset)
+
+    def _last_refresh(self) -> int:
+        """The last segment that may begin with a new round."""
+        if self.until is None:
+            return sys.maxsize
+        if self.every.unit == "epoch":
+            return self.until - 1
+        return max(0, (self.until * self.epoch_steps - 1) // self.every.count)

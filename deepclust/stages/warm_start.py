@@ -1,0 +1,135 @@
+"""Starting a run from another one: its weights, or its assignments of any round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int32
+
+from deepclust import __version__
+from deepclust.data.shards.index import Index, open_index
+from deepclust.errors import DataError, RecipeError
+from deepclust.files import read_json, write_json
+from deepclust.models import Backbone
+from deepclust.recipe import Recipe
+from deepclust.run.checkpoint import load, load_latest
+from deepclust.run.directory import Run, exists, is_done, manifest
+from deepclust.stages import cluster
+from deepclust.stages.export import load_backbone
+
+
+def load_weights(backbone: Backbone, source: str) -> None:
+    """Take the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
+    path = Path(source)
+    if exists(path):
+        found = load_latest(Run(path), lambda text: None)
+        if found is None:
+            raise DataError(f"init.weights: {path} has no checkpoint yet")
+        state = backbone_part(found.parts["model"])
+    elif (path / "state.json").exists():
+        state = backbone_part(load(path)[1]["model"])
+    elif path.is_file():
+        state = dict(load_backbone(path).state_dict())
+    else:
+        raise DataError(f"init.weights: {path} is neither a run, a checkpoint nor an export")
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise RecipeError(f"init.weights: {path} is not a {backbone.name}: {error}") from None
+
+
+def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
+    """Make round 0 from another run's round: as it is where the data are equal, else by key."""
+    folder = run.round(0)
+    if is_done(folder / "assignments"):
+        return
+    source = Path(str(recipe.init.assignments))
+    if not is_done(source / "assignments"):
+        raise DataError(
+            f"init.assignments: {source} is not a finished round (runs/NAME/rounds/0003)"
+        )
+    centroids = np.load(source / "centroids" / "centroids.npy")
+    if centroids.shape[1] != recipe.clustering.k:
+        raise RecipeError(
+            f"init.assignments: {source} has {centroids.shape[1]} clusters and cluster.k is "
+            f"{recipe.clustering.k}; set cluster.k={centroids.shape[1]}"
+        )
+    labels = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
+    inputs = manifest(source / "assignments")["inputs"]
+    if recipe.clustering.supers not in (1, inputs.get("supers", 1)):
+        raise RecipeError(
+            f"init.assignments: {source} was clustered with cluster.supers="
+            f"{inputs.get('supers', 1)}, so its ids are not those of {recipe.clustering.supers} "
+            "super-clusters; take a round of a run with as many"
+        )
+    if inputs["data"] != index.fingerprint:
+        labels = _join(labels[0], _index_of(source), index)[None]
+    _write_round(run, source, index, np.asarray(labels), centroids)
+
+
+def export_meta(run: Run) -> dict[str, Any]:
+    """What an exported file says of how its images were made, and of the classes that seeded it."""
+    recipe, data = run.recipe, run.recipe.data
+    meta = {
+        "mean": list(data.mean), "std": list(data.std), "resize": data.short_side,
+        "method": recipe.method.name, "deepclust": __version__,
+    }  # fmt: skip
+    files = [run.round(number) / "centroids" / "prototypes.json" for number in run.rounds()]
+    if files and files[-1].exists():
+        meta["classes"] = read_json(files[-1])["classes"]
+    return meta
+
+
+def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's tensors of a method's state dict."""
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _index_of(source: Path) -> Index:
+    other = Run(source.parent.parent)
+    data = other.recipe.data
+    return open_index(data.shards, data.index, other.path)
+
+
+def _join(labels: Int32[np.ndarray, " m"], theirs: Index, ours: Index) -> Int32[np.ndarray, " n"]:
+    """Their labels on our sample ids, joined by shard name and key; -1 where they have none."""
+    table = _keys(theirs).append_column("label", pa.array(labels))
+    joined = _keys(ours).append_column("id", pa.array(np.arange(len(ours))))
+    joined = joined.join(table, ["shard", "key"], join_type="left outer").sort_by("id")
+    found = joined["label"].fill_null(-1).to_numpy().astype(np.int32)
+    if not (found >= 0).any():
+        raise DataError(
+            "init.assignments: no sample of data.shards has a shard and key of that run"
+        )
+    return np.asarray(found)
+
+
+def _keys(index: Index) -> pa.Table:
+    names = np.array([shard.name for shard in index.shards])
+    shards = np.repeat(names, np.diff(index.bases))
+    return pa.table({"shard": pa.array(shards), "key": pa.array(list(index.keys))})
+
+
+def _write_round(
+    run: Run, source: Path, index: Index, labels: np.ndarray, centroids: np.ndarray
+) -> None:
+    inputs = {"data": index.fingerprint, "from": str(source)}
+    folder = run.round(0)
+    if (source / "whitening").exists():
+        whitening = cluster.read_whitening(source)
+        run.commit(
+            folder / "whitening", lambda d: whitening.save(d / "whitening.safetensors"), inputs
+        )
+    run.commit(folder / "centroids", lambda d: np.save(d / "centroids.npy", centroids), inputs)
+
+    def fill(stage: Path) -> None:
+        np.save(stage / "assignments.npy", labels)
+        np.save(stage / "distances.npy", np.full(labels.shape, np.nan, np.float32))
+        statistics = read_json(source / "assignments" / "statistics.json")
+        write_json(stage / "statistics.json", {**statistics, "round": 0})
+
+    run.commit(folder / "assignments", fill, inputs)

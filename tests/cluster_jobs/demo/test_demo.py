@@ -1,0 +1,38 @@
+"""The demo on real images, from idx files to report; and what it says when there are none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from cluster_jobs.demo import fashion_mnist
+from deepclust.errors import DataError
+from deepclust.run.directory import Run
+from tests.tiny import deepclust
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_table_a_report_and_weights(tmp_path: Path) -> None:
+    if not fashion_mnist.complete(fashion_mnist.INSTALLED):
+        pytest.skip(f"needs Fashion-MNIST: apt-get install {fashion_mnist.PACKAGE}")
+    run, size = tmp_path / "run", ("train.epochs=1", "cluster.k=20", "cluster.iterations=3")
+    done = deepclust("demo", "--run", run, "--data", tmp_path / "data", *size)
+    assert "knn: top1" in done.stdout
+    assert "clusters: nmi" in done.stdout
+    assert str(run / "report.html") in done.stdout
+    assert (run / "report.html").stat().st_size > 100_000  # charts and galleries are inside
+    assert load_file(run / "export" / "backbone.safetensors")
+    assert len(Run(run).metrics("round")) == 1
+
+
+def test_fashion_mnist_that_is_nowhere_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "nothing")
+    monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # as if it were not installed
+    with pytest.raises(DataError, match=r"Install Debian's dataset-fashion-mnist, or put train-"):
+        fashion_mnist.fetch(tmp_path / "here")

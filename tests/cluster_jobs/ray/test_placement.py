@@ -1,0 +1,116 @@
+"""What a gang asks for, what a cluster lacks for it, and the `ray` section of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster_jobs.executors import ray as executor
+from cluster_jobs.ray.actor import _problem
+from cluster_jobs.ray.placement import Shape, missing, shape_of
+from cluster_jobs.spec import RaySpec, ray_spec, sizes
+from deepclust import Recipe
+from deepclust.errors import RecipeError
+from deepclust.run.lock import hold
+from tests.tiny import tiny_recipe
+
+GPU_RANK, GPU_WORKER = {"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}
+
+
+def recipe(*overrides: str) -> Recipe:
+    return tiny_recipe(Path("/shards"), "train.device=auto", *overrides)
+
+
+def test_a_bundle_a_rank_and_one_for_the_cluster_worker_each_with_a_gpu() -> None:
+    shape = shape_of(recipe("train.ranks=3"), RaySpec(cpus=8, worker_cpus=4), 3, with_gpus=True)
+    assert shape.bundles == [GPU_RANK] * 3 + [GPU_WORKER]
+
+
+@pytest.mark.parametrize("setting", ["cluster.gpus=0", "cluster.device=cpu"])
+def test_the_cluster_worker_may_do_without_a_gpu(setting: str) -> None:
+    shape = shape_of(recipe("train.ranks=2", setting), RaySpec(), 2, with_gpus=True)
+    assert shape.worker == {"CPU": 1.0}
+
+
+@pytest.mark.parametrize("setting", ["cluster.where=gang", "cluster.where=inline"])
+def test_ranks_that_cluster_themselves_need_no_worker(setting: str) -> None:
+    assert shape_of(recipe("train.ranks=2", setting), RaySpec(), 2, with_gpus=False).worker is None
+
+
+def test_nothing_is_missing_where_every_bundle_finds_a_node() -> None:
+    shape = Shape(2, GPU_RANK, GPU_WORKER)
+    assert missing(shape, [{"CPU": 16, "GPU": 2}, {"CPU": 4, "GPU": 1}]) == ""
+
+
+def test_the_cluster_worker_has_its_gpu_where_its_own_resource_is() -> None:
+    spec = RaySpec(cpus=8, worker_cpus=4, worker_resources={"first_node": 1.0})
+    shape = shape_of(recipe("train.ranks=3"), spec, 3, with_gpus=True)
+    assert shape.worker == {**GPU_WORKER, "first_node": 1.0}
+    first, second = {"CPU": 16.0, "GPU": 2.0, "first_node": 1.0}, {"CPU": 16.0, "GPU": 2.0}
+    assert missing(shape, [first, second]) == ""
+    assert "needed" in missing(shape, [second, second])
+    on_cpus = Shape(4, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 1.0, "first_node": 1.0})
+    first, second = {"CPU": 16.0, "GPU": 4.0, "first_node": 1.0}, {"CPU": 16.0, "GPU": 4.0}
+    assert missing(on_cpus, [first, second]) == ""
+
+
+def test_what_is_missing_is_named_even_when_the_sum_would_do() -> None:
+    shape = Shape(1, {"CPU": 4.0}, {"CPU": 1.0})
+    assert missing(shape, [{"CPU": 3}, {"CPU": 3}]) == (
+        "4 CPU more than the cluster has (3 CPU; 3 CPU) is needed for "
+        "1 ranks (4 CPU each) and the cluster worker (1 CPU)"
+    )
+    assert "no node" in missing(shape, [])
+
+
+def test_a_spare_gpu_is_missing_for_the_cluster_worker() -> None:
+    assert missing(Shape(2, GPU_RANK, GPU_WORKER), [{"CPU": 64, "GPU": 2}]).startswith(
+        "1 GPU, 4 CPU more than the cluster has (2 GPU, 64 CPU)"
+    )
+
+
+def test_numbers_of_ranks_divide_the_batch_and_the_most_come_first() -> None:
+    elastic = recipe("train.batch=24", "ray.ranks={min: 2, max: 8}")
+    assert sizes(elastic, ray_spec(elastic)) == [8, 6, 4, 3, 2]
+    fixed = recipe("train.ranks=3")
+    assert sizes(fixed, ray_spec(fixed)) == [3]
+
+
+def test_no_number_of_ranks_that_divides_the_batch_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no number from 5 to 5 divides"):
+        ray_spec(recipe("train.batch=24", "ray.ranks={min: 5, max: 5}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("ray.addres=x", "ray.addres: unknown key; did you mean 'address'"),
+        ("ray.ranks={min: 3, max: 2}", "ray.ranks: min=3 is more than max=2"),
+        ("ray.hang=0", "ray.hang"),
+    ],
+)
+def test_a_wrong_key_of_the_ray_section_is_named(override: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        ray_spec(recipe(override))
+
+
+def test_a_plan_says_where_and_what_and_writes_nothing(tmp_path: Path) -> None:
+    plan = executor.prepare(
+        recipe("train.ranks=2", "ray.address=http://h:8265", "ray.cpus=4", "train.threads=null"),
+        tmp_path / "run with; rm -rf",
+    )
+    told = str(plan)
+    assert "a job of the Ray cluster at http://h:8265: 2 ranks of 4 CPU, the cluster worker" in told
+    assert f"'{tmp_path}/run with; rm -rf'" in told  # quoted: the name stays a name
+    assert plan.recipe.train.threads == 4  # of the cluster's machines
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_node_that_does_not_see_the_run_or_sees_another_says_so(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with hold(tmp_path) as token:
+        assert _problem(tmp_path, token) == ""
+        assert "is another folder there" in _problem(tmp_path, "another")
+        assert "No such file" in _problem(tmp_path / "nowhere", token)
+    assert not list((tmp_path / "logs").iterdir())

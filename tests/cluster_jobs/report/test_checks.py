@@ -1,0 +1,86 @@
+"""Each check of the report: silent when it is too early, calm when all is well, clear when not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster_jobs.report.checks import balanced, checks, filled, learns, settles, whole
+from cluster_jobs.report.facts import Facts
+from cluster_jobs.status import Status
+from deepclust.recipe import Recipe
+
+FINE = {
+    "loss": 2.0, "largest_share": 0.02, "nmi_previous": 0.6, "forced": 0, "excluded": 0, "n": 1000,
+}  # fmt: skip
+
+
+def facts(*rounds: dict[str, Any], k: int = 100) -> Facts:
+    tree = {
+        "data": {"shards": "s"}, "backbone": {"name": "alexnet"},
+        "cluster": {"k": k}, "train": {"epochs": 1},
+    }  # fmt: skip
+    status = Status("r", "RUNNING", "train", 0, 0.0, 1, 1, 1.0, 1.0, None, "")
+    return Facts(
+        name="r", status=status, recipe=Recipe.parse(tree), recipe_text="", essentials=[],
+        tiles=[], rounds=list(rounds), seeds=None, train=[], scores=[], exports=[], commands=[],
+    )  # fmt: skip
+
+
+def simclr(loss: float) -> Facts:
+    """A run without clusters, at this loss; a guess among 2 x 256 - 1 costs 6.24."""
+    tree = {
+        "data": {"shards": "s"}, "backbone": {"name": "alexnet"},
+        "method": {"name": "simclr"}, "train": {"epochs": 1},
+    }  # fmt: skip
+    return replace(facts(), recipe=Recipe.parse(tree), train=[{"loss": loss}])
+
+
+def test_a_healthy_run_passes_all() -> None:
+    first = {**FINE, "nmi_previous": None}
+    found = checks(facts(first, {**FINE, "nmi_previous": 0.4}, FINE))
+    assert len(found) == 4
+    assert all(check.good for check in found)
+
+
+def test_nothing_is_said_before_the_first_round() -> None:
+    assert checks(facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "words"),
+    [
+        (
+            learns,
+            {"loss": 4.6},
+            "guess, 4.61: the network does not learn. Try another train.lr, or a smaller",
+        ),
+        (balanced, {"largest_share": 0.5}, "50.0%"),
+        (filled, {"forced": 30}, "30 images"),
+        (whole, {"excluded": 7}, "7 of 1,000"),
+    ],
+)
+def test_what_is_wrong_is_said(check: Any, change: dict[str, Any], words: str) -> None:
+    found = check(facts({**FINE, **change}))
+    assert not found.good
+    assert words in found.text
+
+
+def test_rounds_that_agree_less_and_less_are_told() -> None:
+    rounds = [{**FINE, "nmi_previous": value} for value in (None, 0.7, 0.5)]
+    assert not settles(facts(*rounds)).good
+    assert settles(facts(*rounds[:2])).good
+    assert settles(facts(rounds[0])) is None
+
+
+def test_two_even_clusters_are_no_collapse() -> None:
+    assert balanced(facts({**FINE, "largest_share": 0.5}, k=2)).good
+
+
+def test_a_run_without_clusters_is_not_told_to_take_fewer() -> None:
+    (stuck,) = checks(simclr(6.24))
+    assert not stuck.good
+    assert stuck.text.endswith("Try another train.lr.")
+    assert [check.good for check in checks(simclr(3.0))] == [True]

@@ -1,0 +1,216 @@
+"""The report: complete, self-contained, safe with hostile names, and never in the way."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster_jobs.report import write_report
+from cluster_jobs.report.charts import bin_edges
+from cluster_jobs.report.gallery import choose, gallery
+from deepclust.errors import RecipeError
+from deepclust.run.directory import Run, manifest
+from tests.cluster_jobs.synthetic import (
+    EXCLUDED,
+    evaluate,
+    make_run,
+    make_simclr,
+    pin,
+    rename_classes,
+)
+from tests.images import make_shards
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return make_shards(tmp_path / "shards", n=96, classes=3)
+
+
+@pytest.fixture
+def run(tmp_path: Path, shards: Path) -> Path:
+    return make_run(tmp_path / "first-run", shards)
+
+
+def page(run: Path) -> str:
+    return write_report(run, run / "report.html").read_text()
+
+
+class Outline(HTMLParser):
+    """The tags that are open, and every tag and address seen; complains about wrong nesting."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_tells_what_the_run_is_and_did(run: Path) -> None:
+    evaluate(run)
+    text = page(run)
+    fingerprint = manifest(run / "rounds" / "0002" / "assignments")["inputs"]["data"]
+    for words in ("first-run", "SUCCEEDED", "resnet18_small", fingerprint, "Training loss"):
+        assert words in text
+    assert text.count('<th scope="row">') == 3 + 4  # three rounds, four scores
+    assert "0.8765" in text
+
+
+def test_the_page_stands_alone(run: Path) -> None:
+    outline = Outline(page(run))
+    assert {"script", "link", "iframe"}.isdisjoint(outline.tags)
+    pictures = [one for one in outline.addresses if one.startswith("data:image/")]
+    assert len(pictures) > 20
+    assert all(one.startswith(("data:image/", "#")) for one in outline.addresses)
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    first, second = (re.sub("Written .* by", "", page(run)) for _ in range(2))
+    assert first == second
+
+
+def test_class_names_cannot_break_out_of_the_page(run: Path, shards: Path) -> None:
+    evil = '"><script>alert(1)</script>'
+    rename_classes(shards, [evil, "{{ 7 * 7 }}", "a & b"])
+    text = page(run)
+    assert "script" not in Outline(text).tags
+    assert "&lt;script&gt;alert(1)" in text
+    assert "{{ 7 * 7 }}" in text
+
+
+def test_a_run_without_rounds_has_a_page(tmp_path: Path, shards: Path) -> None:
+    text = page(make_run(tmp_path / "new", shards, rounds=0))
+    assert "DIED" in text
+    assert "No round is finished yet" in text
+    assert "after the first round" in text
+    assert "deepclust resume" in text
+    Outline(text)
+
+
+def test_a_run_without_clusters_is_told_without_them(tmp_path: Path, shards: Path) -> None:
+    text = page(make_simclr(tmp_path / "simclr", shards))
+    Outline(text)
+    assert "SUCCEEDED" in text
+    assert "Training loss" in text
+    assert "<dt>Samples</dt><dd>96</dd>" in text
+    for words in ("not known", "<h2>Rounds", "<h2>Clusters", "deepclust assignments"):
+        assert words not in text
+
+
+def test_seeds_are_told_by_cluster_and_on_the_cards(tmp_path: Path, shards: Path) -> None:
+    run = make_run(tmp_path / "run", shards, rounds=1, seeds={"labels": "shards"})
+    pin(run, 0, ["red & blue", "green"])
+    text = page(run)
+    assert "labelled classes. Judged by 10 labels" in " ".join(text.split())
+    assert "Labels only measure" not in text
+    assert '<th scope="col">Cluster</th>' in text
+    seeds = {card.cluster: card.seed for card in gallery(Run(run)).groups[0][1]}
+    assert seeds == {0: "red & blue", 1: "green", 2: None, 3: None, 4: None, 5: None}
+    assert text.count("Seed class: ") == 2
+    assert "Seed class: red &amp; blue" in text
+
+
+def test_seeded_super_clusters_are_named_as_such(tmp_path: Path, shards: Path) -> None:
+    sections = {"cluster": {"k": 6, "dim": 8, "supers": 3}, "method": {"name": "deepercluster"}}
+    run = make_run(tmp_path / "run", shards, 1, seeds={"labels": "shards"}, **sections)
+    pin(run, 0, ["red"])
+    text = page(run)
+    assert '<th scope="col">Super-cluster</th>' in text
+    assert "The first super-clusters are pinned" in text
+    seeds = {card.cluster: card.seed for card in gallery(Run(run)).groups[0][1]}
+    assert [cluster for cluster, seed in sorted(seeds.items()) if seed == "red"] == [0, 1]
+
+
+def test_images_without_labels_have_a_gallery_without_purity(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "plain", n=64, labels=False)
+    run = make_run(tmp_path / "run", shards, rounds=1)
+    text = page(run)
+    assert "Agreement with the labels" not in text
+    assert 'class="purity"' not in text
+    assert text.count("data:image/png") > 20
+
+
+def test_missing_shards_cost_the_gallery_alone(run: Path, shards: Path) -> None:
+    shutil.rmtree(shards)
+    text = page(run)
+    assert "The images cannot be shown" in text
+    assert str(shards) in text
+    assert "Cluster sizes" in text
+
+
+def test_other_shards_under_the_old_name_are_not_shown(run: Path, shards: Path) -> None:
+    shutil.rmtree(shards)
+    make_shards(shards, n=96, classes=2)
+    text = page(run)
+    assert "clustered" in text
+    assert "data:image/png" not in text
+
+
+def test_the_gallery_shows_the_nearest_images_and_no_excluded_one(run: Path) -> None:
+    stage = run / "rounds" / "0002" / "assignments"
+    assignments = np.load(stage / "assignments.npy")[0]
+    distances = np.load(stage / "distances.npy")[0]
+    for _, cards in gallery(Run(run)).groups:
+        for card in cards:
+            members = np.flatnonzero(assignments == card.cluster)
+            nearest = members[np.argsort(distances[members])][:10]
+            shown = [int(one.title.rsplit(" ", 1)[1]) for one in card.nearest]
+            assert shown == nearest.tolist()
+            others = {int(one.title.rsplit(" ", 1)[1]) for one in card.random}
+            assert others <= set(members.tolist()) - set(shown) - set(EXCLUDED)
+
+
+def test_purity_is_the_share_of_the_most_frequent_class(run: Path, shards: Path) -> None:
+    assignments = np.load(run / "rounds" / "0002" / "assignments" / "assignments.npy")[0]
+    for card in gallery(Run(run)).groups[0][1]:
+        labels = np.flatnonzero(assignments == card.cluster) % 3
+        counts = np.bincount(labels)
+        assert card.purity == pytest.approx(counts.max() / counts.sum())
+        assert card.majority == f"class {counts.argmax()}"
+
+
+def test_many_clusters_are_shown_by_kind_each_once() -> None:
+    sizes = np.random.default_rng(0).integers(0, 50, 1000)
+    sizes[[3, 700]] = 1000, 0
+    chosen = choose(sizes, seed=0)
+    everything = np.concatenate(list(chosen.values()))
+    assert list(map(len, chosen.values())) == [4, 4, 4]
+    assert len(set(everything.tolist())) == 12
+    assert chosen["The largest"][0] == 3
+    median = np.median(sizes[sizes > 0])
+    assert np.abs(sizes[chosen["Of median size"]] - median).max() <= 1
+    assert (sizes[everything] > 0).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_histogram_counts_every_cluster(wide: bool) -> None:
+    for sizes in (np.array([43, 60, 185]), np.array([0, 0, 7]), np.array([5, 5]), np.arange(999)):
+        low = 1 if wide else 0  # a logarithmic axis has no place for the empty ones
+        assert np.histogram(sizes, bin_edges(sizes, wide))[0].sum() == (sizes >= low).sum()
+
+
+def test_large_photos_keep_the_page_small(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "large", n=60, shards=2, size=200, format="jpg")
+    run = make_run(tmp_path / "run", shards, rounds=1, k=13)
+    assert len(page(run)) < 2_000_000
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a run"):
+        write_report(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,150 @@
+"""The command line as people and scripts use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepclust.run.directory import Run
+from tests.tiny import deepclust, tiny_recipe, tiny_shards
+
+VERBS = "demo pack index pretrain submit status logs cancel resume extract cluster train"
+VERBS += " evaluate assignments export report"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made by the command."""
+    folder = tmp_path_factory.mktemp("runs")
+    deepclust("pretrain", recipe(shards, folder), "--run", folder / "finished")
+    return folder / "finished"
+
+
+def recipe(shards: Path, folder: Path, *overrides: str) -> Path:
+    tiny_recipe(shards, "train.epochs=1", *overrides).save(folder / "tiny.yaml")
+    return folder / "tiny.yaml"
+
+
+def status(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(deepclust("status", folder, "--json").stdout)
+    return found
+
+
+def wait_for_state(run: Path, *states: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 90
+    while (found := status(run)[0])["state"] not in states:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+    return found
+
+
+def test_help_lists_every_verb_and_imports_no_torch() -> None:
+    code = (
+        "import sys, cluster_jobs.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    text = deepclust("--help").stdout
+    assert all(verb in text for verb in VERBS.split())
+
+
+def test_a_bad_option_is_usage_and_exits_with_2() -> None:
+    assert "No such option" in deepclust("status", "--nonsense", code=2).stderr
+
+
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(
+    shards: Path, tmp_path: Path
+) -> None:
+    done = deepclust(
+        "submit", recipe(shards, tmp_path), "--run", tmp_path / "run", "--dry-run", "cluster.k=9"
+    )
+    assert "k: 9" in done.stdout
+    assert "resume" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_pack_and_index_take_an_image_folder_and_anyones_shards(
+    shards: Path, tmp_path: Path
+) -> None:
+    from tests.images import make_image_folder
+
+    make_image_folder(tmp_path / "photos")
+    assert "samples in" in deepclust("pack", tmp_path / "photos", tmp_path / "out").stderr
+    assert "300 samples in 3 shards, labels" in deepclust("index", shards).stderr
+    assert "300 samples" in deepclust("index", shards, "--verify").stderr
+
+
+@pytest.mark.slow
+def test_status_lists_the_runs_of_a_folder(run: Path) -> None:
+    (found,) = status(run.parent)
+    assert (found["name"], found["state"], found["step"]) == ("finished", "SUCCEEDED", 12)
+    assert "SUCCEEDED" in deepclust("status", run).stdout
+
+
+@pytest.mark.slow
+def test_a_submitted_run_goes_on_by_itself_and_shows_its_log(shards: Path, tmp_path: Path) -> None:
+    deepclust("submit", recipe(shards, tmp_path), "--on", "local", "--run", tmp_path / "run")
+    assert wait_for_state(tmp_path / "run", "SUCCEEDED", "FAILED")["state"] == "SUCCEEDED"
+    assert "finished" in deepclust("logs", tmp_path / "run", "-f").stdout
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_stops_at_a_step_and_can_be_resumed(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    deepclust("submit", recipe(shards, tmp_path, "train.epochs=400"), "--run", run)
+    wait_for_state(run, "RUNNING")
+    while not Run(run).metrics("train"):
+        time.sleep(0.1)
+    assert "was stopped" in deepclust("cancel", run).stderr
+    assert status(run)[0]["state"] == "STOPPED"
+    assert Run(run).checkpoints()
+    assert "is not running" in deepclust("cancel", run).stderr
+
+
+@pytest.mark.slow
+def test_evaluate_prints_one_json_document(run: Path, shards: Path) -> None:
+    done = deepclust("evaluate", run, "--train", shards, "--test", shards, "--json")
+    scores = json.loads(done.stdout)
+    assert scores["knn"].keys() >= {"top1"}
+    assert scores["linear"].keys() >= {"top1"}
+    assert scores["clusters"].keys() >= {"nmi", "ari", "accuracy"}
+    assert json.loads((run / "evaluations" / "00000012.json").read_text())["scores"] == scores
+
+
+@pytest.mark.slow
+def test_export_refuses_what_torchvision_does_not_have(run: Path, tmp_path: Path) -> None:
+    refused = deepclust(
+        "export", run, "--format", "torchvision", "--out", tmp_path / "x.pth", code=2
+    )
+    assert "safetensors" in refused.stderr
+    deepclust("export", run, "--format", "safetensors", "--out", tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_report_is_one_page_with_pictures(run: Path, tmp_path: Path) -> None:
+    deepclust("report", run, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/") >= 8
+    assert "finished" in page
+
+
+@pytest.mark.slow
+def test_stages_can_be_run_one_by_one(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    deepclust("submit", recipe(shards, tmp_path), "--run", run)
+    wait_for_state(run, "SUCCEEDED")
+    for verb in ("extract", "cluster", "train"):
+        deepclust(verb, run)  # nothing is due: nothing is done
+    assert Run(run).rounds() == [0]

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepclust.data.images.colour import Colour
+from deepclust.data.images.crops import CentreCrop, RandomResizedCrop
+from deepclust.data.plan import EpochPlan
+from deepclust.data.read import shard_cache
+from deepclust.data.read.loader import Loader, Request
+from deepclust.data.shards.index import Index, open_index
+from deepclust.errors import RecipeError, ResourceError
+from tests.images import draw, make_shards
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Index:
+    return open_index(make_shards(tmp_path_factory.mktemp("shards"), n=64, shards=8))
+
+
+@pytest.fixture
+def loader(index, tmp_path, request) -> Iterator[Loader]:
+    workers, read = getattr(request, "param", (2, "offset"))
+    loader = Loader(index, workers, read=read, scratch=tmp_path / "scratch")
+    yield loader
+    loader.close()
+
+
+every_loader = pytest.mark.parametrize(
+    "loader",
+    [(0, "offset"), (1, "offset"), (2, "offset"), (0, "block"), (2, "block"), (1, "auto")],
+    indirect=True,
+)
+
+
+def requests(steps: int = 12, start: int = 0, **options) -> Iterator[Request]:
+    labels = (np.arange(64) % 4).astype(np.int32)
+    plan = EpochPlan.build(labels, seed=0, epoch=0, global_batch=16, steps=steps, **options)
+    ids, places = plan.for_rank(1, 2, start), plan.positions_for_rank(1, 2, start)
+    for mine, where in zip(ids, places, strict=True):
+        yield Request(mine, where, key=5, view=RandomResizedCrop(24))
+
+
+def images(loaded) -> torch.Tensor:
+    return torch.cat([part.images[0] for part in loaded])
+
+
+@every_loader
+def test_the_loader_gives_the_same_bytes_however_it_reads(index, loader):
+    here = [loader._batches[request] for request in requests()]
+    for _ in range(2):  # the second time from processes and copies that are there already
+        there = list(loader.stream(requests()))
+        assert torch.equal(images(there), images(here))
+        assert [part.ids.tolist() for part in there] == [part.ids.tolist() for part in here]
+        assert [part.positions.tolist() for part in there] == [
+            part.positions.tolist() for part in here
+        ]
+
+
+def test_workers_give_every_view_in_its_colours(loader):
+    colour = Colour((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5)
+    asked = [replace(request, views=2, colour=colour) for request in requests(3)]
+    here = [loader._batches[request].images for request in asked]
+    assert here[0].shape == (2, 8, 3, 24, 24)
+    there = [part.images for part in loader.stream(asked)]
+    assert torch.equal(torch.stack(there), torch.stack(here))
+
+
+@every_loader
+def test_a_stream_that_is_left_early_resumes_as_a_slice(loader):
+    whole = images(loader.stream(requests(steps=10)))
+    early = loader.stream(requests(steps=10))
+    first = [next(early) for _ in range(4)]
+    early.close()
+    rest = list(loader.stream(requests(steps=10, start=4)))
+    assert torch.equal(images(first + rest), whole)
+    assert not loader.staging or len(loader.staging._copies) == 8
+
+
+@pytest.mark.parametrize("loader", [(0, "offset"), (2, "offset"), (2, "block")], indirect=True)
+def test_requests_are_taken_lazily(loader):
+    taken = []
+
+    def endless() -> Iterator[Request]:
+        while True:
+            taken.append(1)
+            yield next(requests(1))
+
+    next(loader.stream(endless()))
+    assert len(taken) <= (shard_cache.AHEAD + 10 if loader.staging else 6)
+
+
+def test_images_of_every_sample_stand_in_the_row_that_asked_for_them(loader):
+    ids = np.random.default_rng(0).permutation(64)
+    asked = [Request(part, part, 0, CentreCrop(32, 32)) for part in ids.reshape(4, 16)]
+    loaded = images(loader.stream(asked))
+    assert torch.equal(loaded, torch.stack([draw(i, 32, 32, i % 4) for i in ids]))
+
+
+def test_waiting_is_counted_and_the_global_generator_is_not_moved(loader):
+    before = torch.random.get_rng_state()
+    began = time.perf_counter()
+    for _ in loader.stream(requests()):
+        time.sleep(0.01)
+    passed = time.perf_counter() - began
+    assert 0 < loader.waited < passed - 12 * 0.01
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_error_in_the_requests_arrives_where_batches_are_taken(loader, index, tmp_path):
+    def broken() -> Iterator[Request]:
+        yield next(requests(1))
+        raise KeyError("plan")
+
+    for one in (loader, Loader(index, 0, read="block", scratch=tmp_path)):
+        with pytest.raises(KeyError, match="plan"):
+            list(one.stream(broken()))
+        assert len(list(one.stream(requests(3)))) == 3
+        one.close()
+
+
+def test_an_empty_stream_is_empty(loader):
+    assert list(loader.stream([])) == []
+
+
+def test_a_stream_ends_the_one_before_it(loader):
+    old = loader.stream(requests(9))
+    next(old)
+    next(loader.stream(requests(9)))
+    with pytest.raises(AssertionError, match="newer"):
+        next(old)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_and_the_next_stream_works(loader):
+    stream = loader.stream(requests(steps=500))
+    next(stream)
+    victim = loader._processes[0].pid
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(ResourceError, match=rf"pid {victim} \(SIGKILL\)"):
+        list(stream)
+    assert loader._processes == []
+    assert len(list(loader.stream(requests()))) == 12
+
+
+def test_workers_do_not_hear_the_signals_that_are_for_the_rank(loader):
+    stream = loader.stream(requests())
+    next(stream)
+    for name in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        os.kill(loader._processes[0].pid, name)
+    assert len(list(stream)) == 11
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+SCRIPT = """
+import sys, time
+from deepclust.data.shards.index import open_index
+from deepclust.data.read.loader import Loader, Request
+from deepclust.data.images.crops import CentreCrop
+import numpy as np
+shards, scratch = sys.argv[1:]
+loader = Loader(open_index(shards), 2, read="block", scratch=scratch)
+request = Request(np.arange(16), np.arange(16), 0, CentreCrop(32, 32))
+for _ in loader.stream(request for _ in range(10**9)):
+    print(*[process.pid for process in loader._processes], flush=True)
+    time.sleep(1000)
+"""
+
+
+def run_script(index: Index, folder: Path) -> subprocess.Popen[str]:
+    script = folder / "script.py"  # without a __main__ guard: workers must not run it again
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(index.shards[0].parent), str(folder / "s")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split(") ")[1][0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_parent_is_killed(index, tmp_path):
+    with run_script(index, tmp_path) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        parent.kill()
+        assert all(gone(pid) for pid in pids)
+    left = list((tmp_path / "s").glob("*"))
+    assert len(left) == 1
+    Loader(index, 0, read="block", scratch=tmp_path / "s").close()
+    assert not any(folder.exists() for folder in left)
+
+
+@pytest.mark.parametrize(
+    "options", [{"read": "blocks"}, {"workers": -1}, {"prefetch": 0}], ids=lambda o: next(iter(o))
+)
+def test_a_loader_that_cannot_be_is_refused(index, options):
+    with pytest.raises(RecipeError, match="auto, offset, block"):
+        Loader(index, **{"workers": 0, **options})
+
+
+@pytest.mark.gpu
+def test_images_are_in_pinned_memory_where_there_is_a_gpu(loader):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert all(part.images.is_pinned() for part in loader.stream(requests()))

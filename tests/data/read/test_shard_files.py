@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from deepclust.data.read import shard_files
+from deepclust.data.read.shard_files import ShardFiles
+from deepclust.errors import DataError
+
+
+@pytest.fixture
+def shards(tmp_path) -> list[Path]:
+    paths = [tmp_path / f"{i}.tar" for i in range(5)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 100 + b"end")
+    return paths
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_the_bytes_are_those_at_the_offset(shards):
+    files = ShardFiles(shards)
+    assert files.read(3, 98, 5) == b"\3\3end"
+    assert files.read(1, 0, 2) == b"\1\1"
+    files.close()
+
+
+def test_only_so_many_files_stay_open(shards):
+    before = open_files()
+    files = ShardFiles(shards, keep_open=2)
+    for i in (0, 1, 2, 3, 4, 0):
+        assert files.read(i, 0, 1) == bytes([i])
+    assert open_files() == before + 2
+    files.release()
+    assert open_files() == before + 2
+    files.close()
+    assert open_files() == before
+
+
+def test_a_copy_is_read_where_there_is_one_and_let_go_of_after_the_batch(shards, tmp_path):
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    (staged / "2").write_bytes(b"copy")
+    before, files = open_files(), ShardFiles(shards, staged)
+    assert files.read(2, 0, 4) == b"copy"
+    assert files.read(0, 0, 1) == b"\0"
+    files.release()
+    assert open_files() == before
+    (staged / "2").unlink()
+    assert files.read(2, 0, 1) == b"\2"
+    files.close()
+
+
+def test_another_process_gets_no_open_files(shards):
+    files = ShardFiles(shards, keep_open=3)
+    files.read(0, 0, 1)
+    other = pickle.loads(pickle.dumps(files))
+    assert (other.shards, other.keep_open, len(other._open)) == (shards, 3, 0)
+    files.close()
+
+
+def test_a_shard_that_was_cut_is_an_error_with_the_place(shards):
+    with pytest.raises(DataError, match=r"3\.tar ends at byte 103, inside an image"):
+        ShardFiles(shards).read(3, 100, 4)
+
+
+def test_a_missing_shard_is_an_error_at_once(shards):
+    shards[1].unlink()
+    with pytest.raises(DataError, match=r"1\.tar: No such file"):
+        ShardFiles(shards).read(1, 0, 1)
+
+
+def test_a_hiccup_is_tried_again_with_a_new_handle(shards, monkeypatch):
+    real, failures = os.pread, [errno.EIO, errno.ESTALE]
+
+    def pread(handle: int, size: int, offset: int) -> bytes:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        return real(handle, size, offset)
+
+    monkeypatch.setattr(shard_files, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "pread", pread)
+    assert ShardFiles(shards).read(1, 0, 1) == b"\1"
+    failures += [errno.EIO] * 4
+    with pytest.raises(DataError, match=r"1\.tar: Input/output error"):
+        ShardFiles(shards).read(1, 0, 1)
+
+
+def test_short_reads_are_put_together(shards, monkeypatch):
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, size, at: real(handle, min(size, 7), at))
+    assert ShardFiles(shards).read(4, 90, 13) == b"\4" * 10 + b"end"

@@ -1,0 +1,89 @@
+"""Which files a user's words for "my shards" mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deepclust.data.shards.find import common_folder, expand
+from deepclust.errors import DataError
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_a_folder_gives_its_tars_by_name_and_leaves_other_files(tmp_path: Path) -> None:
+    touch(tmp_path, "b.tar", "a.tar", "a.tar.gz", "dataset.json", "._a.tar", ".b.tar")
+    assert names(expand(tmp_path)) == ["a.tar", "b.tar"]
+    assert all(path.is_absolute() for path in expand(tmp_path))
+
+
+def test_a_single_tar_is_a_set_of_one(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar", "b.tar")
+    assert names(expand(tmp_path / "b.tar")) == ["b.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("train-{000..002}.tar", ["train-000.tar", "train-001.tar", "train-002.tar"]),
+        ("{val,train}-001.tar", ["train-001.tar", "val-001.tar"]),
+        ("{train,val}-{001..001}.tar", ["train-001.tar", "val-001.tar"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    touch(tmp_path, "train-000.tar", "train-001.tar", "train-002.tar", "val-001.tar")
+    assert names(expand(f"{tmp_path}/{pattern}")) == expected
+
+
+def test_a_pattern_over_two_folders_has_their_parent_in_common(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.tar", "y/b.tar")
+    shards = expand(f"{tmp_path}/{{x/a,y/b}}.tar")
+    assert common_folder(shards) == tmp_path
+
+
+def test_a_missing_shard_of_a_pattern_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "s-0.tar", "s-2.tar")
+    with pytest.raises(DataError, match=r"no shard .*s-1\.tar .*the pattern"):
+        expand(f"{tmp_path}/s-{{0..2}}.tar")
+
+
+def test_a_folder_without_shards_says_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no shards .*deepclust pack"):
+        expand(touch(tmp_path, "a.jpg"))
+
+
+def test_a_folder_of_compressed_shards_says_to_unpack_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gunzip a\.tar\.gz"):
+        expand(touch(tmp_path, "a.tar.gz"))
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no shard .*nowhere"):
+        expand(tmp_path / "nowhere")
+
+
+def test_two_shards_with_one_base_name_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.tar", "y/a.tar")
+    with pytest.raises(DataError, match=r"two shards are called a\.tar"):
+        expand(f"{tmp_path}/{{x,y}}/a.tar")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["pipe:touch {marker}", "pipe:cat {marker}", "file:///a", "local:///a"],
+)
+def test_pipes_are_refused_and_nothing_runs(tmp_path: Path, words: str) -> None:
+    marker = tmp_path / "marker"
+    with pytest.raises(DataError, match="no pipes are run"):
+        expand(words.format(marker=marker))
+    assert not marker.exists()

@@ -1,0 +1,149 @@
+"""The members of a tar: `tarfile` is the slow reference; what it passes over is an error here."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from deepclust.data.shards.tar import Member, members, opened
+from deepclust.errors import DataError
+from tests.images import write_tar
+
+BLOCK = 512
+LONG = "/".join(["a folder with a long name"] * 12) + "/x.jpg"
+NAMES = [
+    "a.jpg",
+    "b/c.d/é ü.png",
+    LONG,
+    "日本/語.cls",
+    "x" * 100 + ".jpg",
+    "empty.txt",
+    "last.webp",
+]
+
+
+def read(path: Path) -> list[Member]:
+    with opened(path) as shard:
+        return list(members(shard))
+
+
+def by_tarfile(path: Path) -> list[Member]:
+    with tarfile.open(path) as tar:
+        return [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+
+
+def contents(names: list[str]) -> list[tuple[str, bytes]]:
+    return [(n, b"" if "empty" in n else n.encode() * (i * 70)) for i, n in enumerate(names)]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return write_tar(tmp_path / "s.tar", [("a.jpg", b"a" * 700), ("b.jpg", b"b" * 10)])
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_are_those_of_tarfile(tmp_path: Path, format: int) -> None:
+    path = write_tar(tmp_path / "s.tar", contents(NAMES), format)
+    assert read(path) == by_tarfile(path)
+    assert [member.name for member in read(path)] == NAMES
+
+
+def test_a_ustar_prefix_belongs_to_the_name(tmp_path: Path) -> None:
+    name = "f" * 80 + "/" + "g" * 80 + ".jpg"
+    path = write_tar(tmp_path / "s.tar", [(name, b"x"), ("b.jpg", b"y")], tarfile.USTAR_FORMAT)
+    assert read(path) == by_tarfile(path)
+
+
+def test_folders_and_links_are_skipped(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, kind in [("f", tarfile.DIRTYPE), ("l", tarfile.SYMTYPE), ("h", tarfile.LNKTYPE)]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            tar.addfile(member)
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    assert [member.name for member in read(tmp_path / "s.tar")] == ["a.jpg"]
+
+
+def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("\udcff.jpg", b"x")], tarfile.GNU_FORMAT)
+    assert read(path) == by_tarfile(path)
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 100, 3 * BLOCK, 3 * BLOCK + 1])
+def test_a_tar_that_is_cut_anywhere_is_an_error_with_shard_offset_and_fix(
+    shard: Path, size: int
+) -> None:
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"s\.tar: (truncated|not a tar).*(again)"):
+        read(shard)
+
+
+def test_a_missing_end_of_archive_marker_is_an_error(shard: Path) -> None:
+    end = 5 * BLOCK  # header, 2 blocks, header, 1 block
+    shard.write_bytes(shard.read_bytes()[:end])
+    with pytest.raises(DataError, match=f"no end-of-archive marker stands at offset {end}"):
+        read(shard)
+
+
+def test_a_damaged_header_names_its_offset(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[3 * BLOCK] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="damaged or cut short at offset 1536"):
+        read(shard)
+
+
+def test_a_long_name_without_its_file_is_an_error(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [(LONG, b"x" * 9)])
+    path.write_bytes(path.read_bytes()[: 2 * BLOCK])
+    with pytest.raises(DataError, match=r"damaged or cut short|truncated"):
+        read(path)
+
+
+def test_tars_joined_by_cat_are_an_error(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes() * 2)
+    with pytest.raises(DataError, match=r"data follows its end-of-archive marker.*--concatenate"):
+        read(shard)
+
+
+def test_a_compressed_tar_says_how_to_unpack_it(shard: Path) -> None:
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(DataError, match=r"compressed.*gunzip"):
+        read(shard)
+
+
+@pytest.mark.parametrize("data", [b"PK\3\4 a zip, say", b"not a tar" * 500])
+def test_another_kind_of_file_is_no_tar(shard: Path, data: bytes) -> None:
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"s\.tar: not a tar file"):
+        read(shard)
+
+
+def test_an_empty_file_is_an_error(shard: Path) -> None:
+    shard.write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty \(0 bytes"):
+        read(shard)
+
+
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("a.jpg")
+    member.type = tarfile.GNUTYPE_SPARSE
+    (tmp_path / "s.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK))
+    with pytest.raises(DataError, match=r"'a\.jpg' is a sparse file"):
+        read(tmp_path / "s.tar")
+
+
+def test_a_shard_that_is_not_there_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read(tmp_path / "s.tar")
+
+
+def test_members_hold_the_bytes_that_were_written(tmp_path: Path) -> None:
+    written = contents(NAMES)
+    data = write_tar(tmp_path / "s.tar", written).read_bytes()
+    for member, (_, content) in zip(read(tmp_path / "s.tar"), written, strict=True):
+        assert io.BytesIO(data[member.offset :]).read(member.size) == content

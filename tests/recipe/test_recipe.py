@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deepclust import Recipe
+from deepclust.errors import RecipeError
+from deepclust.recipe import differences, shipped
+from deepclust.recipe.sections import Cadence, parse_cadence
+from tests.tiny import tiny_recipe
+
+
+def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it() -> None:
+    assert len(shipped()) >= 5
+    for name in shipped():
+        Recipe.load(name)
+        text = (Path(__file__).parents[2] / f"deepclust/recipe/shipped/{name}.yaml").read_text()
+        assert "command    deepclust" in text
+        assert " et al.," in text
+
+
+def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "train.lr=1e-3", "cluster.every=7 steps")
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_an_override_wins_over_the_file() -> None:
+    assert Recipe.load("small-photos", "cluster.k=12").cluster.k == 12
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        tiny_recipe(tmp_path).seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.kk=3", r"cluster.kk: unknown key; did you mean 'k'\?"),
+        ("trian.epochs=3", r"trian: unknown key; did you mean 'train'\?"),
+        ("cluster.k=many", r"cluster.k: .*integer.*'many'"),
+        ("cluster.k=0", "cluster.k: .*greater than or equal to 1"),
+        ("cluster.k=1", "deepcluster needs cluster.k of 2 or more"),
+        ("cluster.supers=3", "supers=3 must divide k=8"),
+        ("cluster.supers=2", "cluster.supers=1 .or deepercluster"),
+        ("cluster=null", "cluster: is required by method deepcluster"),
+        ("seeds={labels: shards, momentun: 1}", "seeds.momentun: unknown key; did you mean"),
+        ("method.name=simclrr", r"method.name: unknown 'simclrr'; did you mean 'simclr'\?"),
+        ("method.name=simclr", r"simclr does not cluster: leave cluster out"),
+        (
+            "method={name: simclr, temprature: 1}",
+            "method.temprature: .* did you mean 'temperature'",
+        ),
+        ("method={name: deepercluster, rotations: 2}", "method.rotations: .*1 or 4"),
+        ("method={name: simclr, sampling: paper}", "method.sampling: unknown key"),
+        ("train={epochs: 1, optimizer: lars, nesterov: true}", "lars has no nesterov momentum"),
+        ("data.jitter=[0, 0, 0, 0.7]", "the last .hue. at most 0.5"),
+        ("method.head=forget", "method.head: .*'reset', 'match' or 'centroids'"),
+        ("cluster.every=often", "cluster.every: 'often' is not a cadence"),
+        ("train.ranks=5", "cannot be shared by 5 ranks"),
+        ("cluster={k: 8, overlap: true, where: inline}", "overlap needs the cluster worker"),
+        ("cluster={k: 8, overlap: true, where: gang}", "overlap needs the cluster worker"),
+        ("cluster.k.x=3", "k is a value, not a section"),
+        ("cluster.k", "not of the form"),
+    ],
+)
+def test_a_wrong_override_is_named_with_the_fix(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        tiny_recipe(tmp_path, override)
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto")])
+def test_on_and_off_are_words_not_truth(tmp_path: Path, text: str, value: str) -> None:
+    assert tiny_recipe(tmp_path, f"train.sync_bn={text}").train.sync_bn == value
+
+
+def test_a_methods_own_keys_may_stand_before_its_name(tmp_path: Path) -> None:
+    later = tiny_recipe(tmp_path, "method.temperature=0.2", "cluster=null", "method.name=simclr")
+    assert later.method.temperature == 0.2
+
+
+def test_simclr_does_not_contrast_parts_of_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="contrasts whole batches"):
+        tiny_recipe(tmp_path, "method.name=simclr", "cluster=null", "train.accumulate=2")
+
+
+def test_another_method_begins_with_its_own_defaults() -> None:
+    recipe = Recipe.load("small-photos", "method.name=deepercluster", "cluster.supers=4")
+    assert recipe.method.model_dump() == {
+        "name": "deepercluster", "rotations": 4, "sampling": "exact"
+    }  # fmt: skip
+
+
+def test_recipes_of_two_methods_differ_in_what_only_one_has(tmp_path: Path) -> None:
+    one = tiny_recipe(tmp_path)
+    other = tiny_recipe(tmp_path, "method.name=simclr", "cluster=null")
+    assert differences(one, other)["cluster.k"] == (8, None)
+    assert differences(one, other)["method.temperature"] == (None, 0.5)
+
+
+def test_with_overlap_one_rank_has_a_cluster_worker_too(tmp_path: Path) -> None:
+    assert tiny_recipe(tmp_path).clusters_inline
+    assert not tiny_recipe(tmp_path, "cluster.overlap=true").clusters_inline
+
+
+def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'small-photos'"):
+        Recipe.load("small-photo")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match=r"r.yaml is not YAML"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse({"data": {}, "backbone": {"name": "conv4"}, "cluster": {}, "train": {}})
+    assert all(key in str(caught.value) for key in ("data.shards", "cluster.k", "train.epochs"))
+
+
+def test_differences_name_the_keys_and_both_values(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    assert differences(recipe, recipe.replace("cluster.k=9")) == {"cluster.k": (8, 9)}
+
+
+def test_cadences_are_read_in_both_units() -> None:
+    assert parse_cadence("3 epochs") == Cadence(3, "epoch")
+    assert parse_cadence("1 step") == Cadence(1, "step")
