@@ -14,9 +14,12 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepclust.errors import DiskError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
@@ -128,3 +131,21 @@ def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[],
             sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file: tensors copied to the CPU, contiguous, none sharing memory.
+
+    `safetensors.torch.save_file` reports a full disk as a SafetensorError; bytes that Python
+    writes give an OSError, as everywhere else.
+    """
+    import torch  # a recipe is read without it
+    from safetensors.torch import save
+
+    whole = {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    path.write_bytes(save(whole, metadata))

@@ -27,9 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepclust.errors import DataError
-from deepclust.files import disk_errors, file_hash, read_json, sync, write_json
+from deepclust.files import disk_errors, file_hash, read_json, sync, write_json, write_tensors
 from deepclust.run.directory import Run, is_done, prune, verify
-from deepclust.tensorfile import write_tensors
 from deepclust.world import ALONE, Owned, World
 
 Tensors = dict[str, Tensor]

@@ -29,11 +29,10 @@ from deepclust.data.images.crops import CentreCrop
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, NumericalError, RequeueWanted
-from deepclust.files import atomic_file, write_json
+from deepclust.files import atomic_file, write_json, write_tensors
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import Report
-from deepclust.tensorfile import write_tensors
 from deepclust.world import World
 
 UNITS = 64

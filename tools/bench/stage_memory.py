@@ -111,7 +111,7 @@ def moments(args: argparse.Namespace, folder: Path) -> None:
     import torch
 
     from deepclust.clustering.moments import Moments
-    from deepclust.tensorfile import write_tensors
+    from deepclust.files import write_tensors
 
     rows = np.load(folder / "features.npy", mmap_mode="r")
     total = Moments.zero(torch.from_numpy(rows[:BLOCK].astype(np.float32)).mean(0))
