@@ -67,7 +67,7 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
     """Round `number`, made if it is not there; None when only one stage was wanted."""
     assignments = context.run.round(number) / "assignments"
     # rank 0 decides for all: a cluster worker may finish the round between two ranks' looks
-    if not context.world.share(is_done(assignments)):
+    if not context.world.broadcast_object(is_done(assignments)):
         if context.stage == "train":
             return None
         warn_if_late(context, number)
@@ -81,7 +81,7 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
 
 def begin_round(context: Context, trainer: Trainer, number: int) -> None:
     """Make the features of a round with the present weights; its k-means is not waited for."""
-    if not context.world.share(is_done(context.run.round(number) / "assignments")):
+    if not context.world.broadcast_object(is_done(context.run.round(number) / "assignments")):
         make_features(context, trainer, number)
 
 
@@ -116,7 +116,7 @@ def make_round(context: Context, trainer: Trainer, number: int) -> None:
 def make_features(context: Context, trainer: Trainer, number: int) -> None:
     """Extract, whiten, project, with the present weights."""
     run, world = context.run, context.world
-    world.share_tensors(list(trainer.method.buffers()))  # batch statistics of rank 0, everywhere
+    world.broadcast(list(trainer.method.buffers()))  # batch statistics of rank 0, everywhere
     job = Pass(
         run, number, world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
@@ -142,7 +142,7 @@ def await_stage(context: Context, number: int, stage: str) -> None:
         cluster.advance(context.inline, number)
     folder = context.run.round(number) / stage
     stopped = not cluster.wait_for(folder, context.stopping)
-    if context.world.largest(int(stopped)):
+    if context.world.max_int(int(stopped)):
         raise RequeueWanted(f"stopped while waiting for {folder}")
     context.tell("waited", round=number, stage=stage, seconds=time.monotonic() - began)
 

@@ -51,19 +51,19 @@ class World:
         """Whether this rank speaks for all: writes checkpoints, reports progress."""
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add a tensor over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def most(self, tensor: Tensor) -> Tensor:
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """The largest of the ranks' numbers, place by place, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def stack(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors (of one shape) on every rank, [size, ...]; for small ones only."""
         if self.size == 1:
             return tensor[None]
@@ -71,7 +71,7 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
-    def rows(self, tensor: Float[Tensor, "b d"]) -> Float[Tensor, "g d"]:
+    def all_gather_rows(self, tensor: Float[Tensor, "b d"]) -> Float[Tensor, "g d"]:
         """All ranks' rows (b of each), one rank after the other; differentiable.
 
         The backward adds the gradients over the ranks and returns this rank's rows of the sum.
@@ -81,7 +81,7 @@ class World:
         gathered: Tensor = _Rows.apply(tensor, self)
         return gathered
 
-    def sum_rows(self, tensor: Float[Tensor, "g d"]) -> Float[Tensor, "b d"]:
+    def reduce_scatter_rows(self, tensor: Float[Tensor, "g d"]) -> Float[Tensor, "b d"]:
         """The ranks' sum, of which each rank gets its own b = g / size rows."""
         if self.size == 1:
             return tensor
@@ -91,11 +91,11 @@ class World:
             dist.reduce_scatter_tensor(own, tensor.contiguous())
             return own
         # gloo cannot scatter a sum in every version
-        return self.sum(tensor.clone())[self.rank * share : (self.rank + 1) * share]
+        return self.all_reduce(tensor.clone())[self.rank * share : (self.rank + 1) * share]
 
     def raise_all(self, error: Exception | None, where: str) -> None:
         """Raise on every rank when one brings an error, so that no rank waits for one that left."""
-        failed = self.largest(0 if error is None else self.rank + 1) - 1
+        failed = self.max_int(0 if error is None else self.rank + 1) - 1
         if error is not None:
             raise error
         if failed >= 0:
@@ -104,15 +104,17 @@ class World:
                 f"stand in its log, logs/rank-{failed:05d}.log"
             )
 
-    def greatest(self, value: float) -> float:
+    def max_float(self, value: float) -> float:
         """The largest of the ranks' numbers."""
-        return float(self.most(torch.tensor(value, dtype=torch.float64, device=self.device)))
+        return float(
+            self.all_reduce_max(torch.tensor(value, dtype=torch.float64, device=self.device))
+        )
 
-    def largest(self, value: int) -> int:
+    def max_int(self, value: int) -> int:
         """The largest of the ranks' numbers; a flag raised by one is raised for all."""
-        return int(self.greatest(value))
+        return int(self.max_float(value))
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank (a small picklable object, or a tuple of them)."""
         if self.size == 1:
             return value
@@ -120,7 +122,7 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def share_tensors(self, tensors: list[Tensor]) -> None:
+    def broadcast(self, tensors: list[Tensor]) -> None:
         """Overwrite every rank's tensors by rank 0's, in place."""
         if self.size > 1:
             for tensor in tensors:
@@ -144,7 +146,7 @@ ALONE = World()  # one rank on the CPU
 
 
 class _Rows(torch.autograd.Function):
-    """See `World.rows`."""
+    """See `World.all_gather_rows`."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
@@ -156,7 +158,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.world.sum_rows(gradient), None
+        return ctx.world.reduce_scatter_rows(gradient), None
 
 
 @dataclass(frozen=True)
@@ -186,27 +188,30 @@ class Owned:
 
 
 def join(
-    rank: int, size: int, meeting: str | Path, device: torch.device, timeout_s: float
+    rank: int, size: int, rendezvous: str | Path, device: torch.device, timeout_s: float
 ) -> World:
     """Meet the other ranks and return our World (gloo on a CPU, nccl on a GPU).
 
-    `meeting` is a file that all ranks see, on one machine, or tcp://HOST:PORT, where rank 0, which
-    must run on that host, listens: on that address only.
+    `rendezvous` is a file that all ranks see, on one machine, or tcp://HOST:PORT, on which rank 0
+    listens; it must run on that host.
     """
     if size > 1:
         wait = timedelta(seconds=timeout_s)
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            store=_store(str(meeting), rank, size, wait), rank=rank, world_size=size, timeout=wait,
-        )  # fmt: skip
+            store=_store(str(rendezvous), rank, size, wait),
+            rank=rank,
+            world_size=size,
+            timeout=wait,
+        )
     return World(rank, size, device)
 
 
-def _store(meeting: str, rank: int, size: int, wait: timedelta) -> Store:
+def _store(rendezvous: str, rank: int, size: int, wait: timedelta) -> Store:
     """The key-value store through which ranks find each other and draw tickets."""
-    if not meeting.startswith("tcp://"):
-        return FileStore(meeting, size)
-    host, _, port = meeting.removeprefix("tcp://").rpartition(":")
+    if not rendezvous.startswith("tcp://"):
+        return FileStore(rendezvous, size)
+    host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")
     if rank > 0:
         return TCPStore(host, int(port), size, is_master=False, timeout=wait)
     listening = socket.create_server((host, int(port)))
@@ -216,7 +221,7 @@ def _store(meeting: str, rank: int, size: int, wait: timedelta) -> Store:
     )  # fmt: skip
 
 
-def leave() -> None:
+def close_process_group() -> None:
     """Close the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -108,7 +108,7 @@ def kill_when(
         time.sleep(0.0005)
     time.sleep(delay)
     members = family(process.pid)
-    chosen = [pid for pid in members if seat(pid, process.pid) == victim]
+    chosen = [pid for pid in members if role(pid, process.pid) == victim]
     still = moment(run)
     for pid in chosen:
         os.kill(pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ def pause_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, vict
         assert process.poll() is None, "the run ended before the moment came"
         time.sleep(0.0005)
     for pid in family(process.pid):
-        if seat(pid, process.pid) == victim:
+        if role(pid, process.pid) == victim:
             os.kill(pid, signal.SIGSTOP)
 
 
@@ -132,7 +132,7 @@ def code_after(victim: str) -> int:
     return -signal.SIGKILL if victim == "controller" else ResourceError.exit_code
 
 
-def seat(pid: int, controller: int) -> str:
+def role(pid: int, controller: int) -> str:
     """What a process of a run is: "controller", "rank N", "cluster worker", or "" for others."""
     if pid == controller:
         return "controller"
@@ -185,6 +185,6 @@ def redone_steps(run: Path) -> int:
     most = 0
     for event in Run(run).events():
         if event["event"] == "restored":
-            before = [r["step"] for r in told if r["incarnation"] < event["incarnation"]]
+            before = [r["step"] for r in told if r["attempt"] < event["attempt"]]
             most = max(most, max(before, default=0) - event["step"])
     return most

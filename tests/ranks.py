@@ -23,7 +23,7 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes = [pipe for pipe, _ in _pool()[:size]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((rank, size, str(Path(folder, "meeting")), work, args))
+            pipe.send((rank, size, str(Path(folder, "rendezvous")), work, args))
         answers = [pipe.recv() for pipe in pipes]
     for result, error in answers:
         if error is not None:
@@ -50,17 +50,17 @@ def _rank(pipe: Connection) -> None:
     """Serve until the tests end."""
     import torch
 
-    from deepclust.world import join, leave
+    from deepclust.world import close_process_group, join
 
     torch.set_num_threads(1)
     while True:
-        rank, size, meeting, work, args = pipe.recv()
+        rank, size, rendezvous, work, args = pipe.recv()
         try:
-            world = join(rank, size, meeting, torch.device("cpu"), 60)
+            world = join(rank, size, rendezvous, torch.device("cpu"), 60)
             result = work(world, *args)
             world.barrier()  # or who is done early leaves while the others still meet
             pipe.send((result, None))
         except Exception as error:
             pipe.send((error, traceback.format_exc()))
         finally:
-            leave()
+            close_process_group()

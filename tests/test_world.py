@@ -35,7 +35,7 @@ def test_a_queue_hands_out_every_number_once_and_a_new_world_starts_anew() -> No
 def pulled(world: World) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows, and the gradient of this rank's own function of them (rank + 1 times a sum)."""
     mine = (torch.arange(6.0).view(6, 1) + 1).chunk(world.size)[world.rank].requires_grad_()
-    every = world.rows(mine)
+    every = world.all_gather_rows(mine)
     ((world.rank + 1) * (every.T @ every).square().sum()).backward()
     assert mine.grad is not None
     return every.detach(), mine.grad

@@ -25,7 +25,7 @@ import ray
 
 from deepclust.errors import DeepclustError
 from deepclust.files import read_json
-from deepclust.launch.role import Seat
+from deepclust.launch.role import Role
 from deepclust.run.directory import Run
 
 
@@ -74,15 +74,15 @@ class Member:
             context.get_node_id(), platform.node(), ip, os.getpid(), gpus, _problem(self.run, token)
         )
 
-    def meeting(self) -> str:
+    def rendezvous(self) -> str:
         """An address of this node that is free now, where rank 0 will listen."""
         ip = ray.util.get_node_ip_address()
         with socket.create_server((ip, 0)) as server:
             return f"tcp://{ip}:{server.getsockname()[1]}"
 
-    def begin(self, seat: Seat, token: str, incarnation: int) -> None:
-        """Start the seat's work; its end comes with the news."""
-        order = (seat, Run(self.run, token, incarnation))
+    def begin(self, role: Role, token: str, attempt: int) -> None:
+        """Start the role's work; its end comes with the news."""
+        order = (role, Run(self.run, token, attempt))
         threading.Thread(target=self._work, args=order, daemon=True).start()
 
     def news(self, have: int, wait_s: float) -> News:
@@ -109,13 +109,13 @@ class Member:
         logging.getLogger("deepclust").info("step %s", json.dumps(fields))
         self._tell({"progress": True, **fields})
 
-    def _work(self, seat: Seat, run: Run) -> None:
-        """Run the seat to its end: {} or {failed, kind, exit_code}."""
+    def _work(self, role: Role, run: Run) -> None:
+        """Run the role to its end: {} or {failed, kind, exit_code}."""
         result: dict[str, Any] = {}
         try:
             from deepclust.launch.worker import work  # torch and all
 
-            work(run, seat, self, self._stopping)
+            work(run, role, self, self._stopping)
         except DeepclustError as error:
             result = self._failed(error, error.exit_code)
         except BaseException as error:

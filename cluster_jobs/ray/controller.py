@@ -22,7 +22,7 @@ from cluster_jobs import job_file
 from cluster_jobs.ray.connection import connected
 from cluster_jobs.ray.faults import Ending
 from cluster_jobs.ray.placement import Shape, alive, has_gpus, has_room, reserve, shape_of
-from cluster_jobs.ray.transport import Gang
+from cluster_jobs.ray.transport import WorkerGroup
 from cluster_jobs.spec import RaySpec, ray_spec, sizes
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
 from deepclust.launch.policy import FRUITLESS
@@ -72,7 +72,7 @@ class Controller:
             return Ending("stopped", text="cancelled before it was placed")
         shape, group = found
         self._begin(shape)
-        gang = Gang(self.run, self.spec, shape, group)
+        gang = WorkerGroup(self.run, self.spec, shape, group)
         try:
             return gang.watch(self._taking(shape, shapes), lambda: self.wants_more or self._asked())
         finally:
@@ -81,7 +81,7 @@ class Controller:
     def _begin(self, shape: Shape) -> None:
         """Fence off what is left of the last gang, clean up after it, and say that we begin."""
         token = renew(self.run.path, self.run.token)
-        self.run = replace(self.run, token=token, incarnation=_lives(self.run) + 1)
+        self.run = replace(self.run, token=token, attempt=_lives(self.run) + 1)
         directory.sweep(self.run.path)
         recipe = self.run.recipe
         if recipe.train.ranks != shape.ranks:

@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def bundles(self) -> list[Resources]:
-        """In the order of the seats."""
+        """In the order of the roles."""
         return [self.rank] * self.ranks + ([self.worker] if self.worker else [])
 
     def __str__(self) -> str:

@@ -32,7 +32,7 @@ from cluster_jobs.ray.placement import Shape
 from cluster_jobs.spec import RaySpec
 from deepclust.errors import ResourceError
 from deepclust.launch.policy import AFTERMATH_S
-from deepclust.launch.role import CLUSTER_WORKER, Seat
+from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.run.directory import Run
 
 RETRY_S = 0.2
@@ -42,14 +42,14 @@ MORE_THREADS = 3  # of an actor: two questions and the wish to stop
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
-class Gang:
-    """The ranks and the cluster worker of one incarnation, on a placement group."""
+class WorkerGroup:
+    """The ranks and the cluster worker of one attempt, on a placement group."""
 
     def __init__(self, run: Run, spec: RaySpec, shape: Shape, group: PlacementGroup) -> None:
         """Create the actors; they come up while `watch` begins."""
         self.run, self.spec, self.shape, self.group = run, spec, shape, group
-        seats = list(range(shape.ranks)) + ([CLUSTER_WORKER] if shape.worker else [])
-        self.members = [self._seat(bundle, rank) for bundle, rank in enumerate(seats)]
+        roles = list(range(shape.ranks)) + ([CLUSTER_WORKER] if shape.worker else [])
+        self.members = [self._seat(bundle, rank) for bundle, rank in enumerate(roles)]
         self.trainers = [m for m in self.members if m.rank != CLUSTER_WORKER]
         self.asked_to_stop: float | None = None  # when
 
@@ -78,7 +78,7 @@ class Gang:
         actor = (
             ray.remote(kind)
             .options(
-                name=f"{self.run.path.name}: {name} (life {self.run.incarnation}, {mark})",
+                name=f"{self.run.path.name}: {name} (life {self.run.attempt}, {mark})",
                 num_cpus=wants["CPU"], num_gpus=wants.get("GPU", 0),
                 max_restarts=0, max_concurrency=MORE_THREADS,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle),
@@ -98,7 +98,9 @@ class Gang:
                 member.place = place
             self._check_places()
             take({"event": "placed", "members": self._places()})
-            meeting: str = ray.get(self.trainers[0].actor.meeting.remote(), timeout=self.spec.start)
+            rendezvous: str = ray.get(
+                self.trainers[0].actor.rendezvous.remote(), timeout=self.spec.start
+            )
         except GetTimeoutError:
             silent = [m.name for m, a in zip(self.members, asked, strict=True) if not _ready(a)]
             text = f"{', '.join(silent)} did not come up within ray.start={self.spec.start:g} s"
@@ -107,8 +109,8 @@ class Gang:
             return Ending("fault", self._dead_name(error), "death", first_line(error))
         for member in self.members:
             gpu = member.place.gpus[0] if member.place and member.place.gpus else None
-            seat = Seat(member.rank, self.shape.ranks, meeting, gpu=gpu)
-            member.actor.begin.remote(seat, self.run.token, self.run.incarnation)
+            role = Role(member.rank, self.shape.ranks, rendezvous, gpu=gpu)
+            member.actor.begin.remote(role, self.run.token, self.run.attempt)
             member.answered = time.monotonic()
             self._ask(member)
         return None

@@ -2,7 +2,7 @@
 
 Nodes are alike, as Slurm's mostly are; what differs is the first, where the cluster worker has the
 last GPU, or a place without one. All is derived from `slurm.*`, so that nobody counts. With
-the launcher ray the seats are Ray's to give; what counts then is how many there are.
+the launcher ray the roles are Ray's to give; what counts then is how many there are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Place:
 class Layout:
     """The processes of every node, in the order of `srun`'s tasks; None: a task without work."""
 
-    nodes: list[list[Place | None]]  # empty: nodes differ, and Ray seats all
+    nodes: list[list[Place | None]]  # empty: nodes differ, and Ray roles all
     ranks: int
     rank_cpus: int
     worker_cpus: int

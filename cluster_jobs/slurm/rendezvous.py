@@ -1,7 +1,7 @@
 """How the tasks of a job find each other: the head listens, and a file in the run says where.
 
 The file is keyed by job and restart, so none of an older start is taken for it, and only its owner
-can read it: it holds the word that a guest must say. Every guest then keeps its connection, JSON
+can read it: it holds the word that a peer must say. Every peer then keeps its connection, JSON
 lines both ways; whoever loses it knows that the other side is gone.
 """
 
@@ -89,7 +89,7 @@ class Line:
 
 
 @dataclass
-class Guest:
+class Peer:
     """A task that has come: its line, its number, the node it is on, and what it said."""
 
     line: Line
@@ -105,7 +105,7 @@ class Head:
     server: socket.socket
     secret: str
     notes: Path  # the folder of this start
-    guests: dict[int, Guest] = field(default_factory=dict)
+    peers: dict[int, Peer] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -118,14 +118,14 @@ class Head:
 
     def gather(
         self, expected: dict[int, str], patience: float, stopping: Callable[[], bool]
-    ) -> list[Guest]:
+    ) -> list[Peer]:
         """Wait for those tasks (number: node), in their order.
 
         Raises `ResourceError` with the names of the nodes that are missing, `RequeueWanted` when
         we are asked to stop meanwhile.
         """
         deadline = time.monotonic() + patience
-        while missing := {t: node for t, node in expected.items() if t not in self.guests}:
+        while missing := {t: node for t, node in expected.items() if t not in self.peers}:
             if stopping():
                 raise RequeueWanted("asked to stop before all nodes had come")
             if time.monotonic() > deadline:
@@ -135,12 +135,12 @@ class Head:
                     "the run's folder slurm/, JOB_TASK_log.out"
                 )
             self._accept()
-        return [self.guests[task] for task in expected]
+        return [self.peers[task] for task in expected]
 
     def hear_all(self, word: str, patience: float, stopping: Callable[[], bool]) -> None:
-        """Wait until every guest has said a word. Raises `ResourceError` with who has not."""
+        """Wait until every peer has said a word. Raises `ResourceError` with who has not."""
         deadline = time.monotonic() + patience
-        while silent := [g for g in self.guests.values() if word not in g.said]:
+        while silent := [g for g in self.peers.values() if word not in g.said]:
             if stopping():
                 raise RequeueWanted(f"asked to stop before all nodes were {word}")
             for record in silent[0].line.hear(POLL_S):
@@ -161,7 +161,7 @@ class Head:
         try:
             said = line.first(HELLO_S) or {}
             if hmac.compare_digest(str(said.pop("secret", "")).encode(), self.secret.encode()):
-                self.guests[int(said["task"])] = Guest(line, said["task"], said["node"], said)
+                self.peers[int(said["task"])] = Peer(line, said["task"], said["node"], said)
                 return
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             pass  # somebody else's words
@@ -169,8 +169,8 @@ class Head:
 
     def close(self) -> None:
         """Everyone may go."""
-        for guest in self.guests.values():
-            guest.line.close()
+        for peer in self.peers.values():
+            peer.line.close()
         self.server.close()
 
 

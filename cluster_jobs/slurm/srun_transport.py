@@ -20,7 +20,7 @@ from typing import Any
 from cluster_jobs import job_file
 from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.layout import Layout, Place, layout
-from cluster_jobs.slurm.rendezvous import Guest, Head
+from cluster_jobs.slurm.rendezvous import Head, Peer
 from cluster_jobs.spec import SlurmSpec, slurm_spec
 from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, ResourceError, error_of
 from deepclust.launch.policy import AFTERMATH_S, MAY_PASS, UNEXPECTED
@@ -41,10 +41,10 @@ def control(path: Path, found: Allocation, spec: SlurmSpec, head: Head, asked: l
         lives = sum(event["event"] == "started" for event in run.events())
         run = Run(path, token, lives + 1)
         directory.sweep(path)
-        seats = layout(run.recipe)
-        _event(run, "started", pid=os.getpid(), ranks=seats.ranks, job=found.job)
+        roles = layout(run.recipe)
+        _event(run, "started", pid=os.getpid(), ranks=roles.ranks, job=found.job)
         try:
-            Gang(run, found, seats, head, asked).live(spec)
+            WorkerGroup(run, found, roles, head, asked).live(spec)
         except BaseException as error:
             _event(run, "stopped", kind=type(error).__name__, text=str(error) or "interrupted")
             job_file.forget_cancel(path)
@@ -52,16 +52,16 @@ def control(path: Path, found: Allocation, spec: SlurmSpec, head: Head, asked: l
         _event(run, "finished", epochs=run.recipe.train.epochs)
 
 
-class Gang:
+class WorkerGroup:
     """The tasks with a place, from their coming to their end."""
 
     def __init__(
-        self, run: Run, found: Allocation, seats: Layout, head: Head, asked: list[int]
+        self, run: Run, found: Allocation, roles: Layout, head: Head, asked: list[int]
     ) -> None:
-        self.run, self.found, self.seats, self.head, self.asked = run, found, seats, head, asked
+        self.run, self.found, self.roles, self.head, self.asked = run, found, roles, head, asked
         self.places: dict[int, Place] = {
-            node * seats.tasks + slot: place
-            for node, places in enumerate(seats.nodes)
+            node * roles.tasks + slot: place
+            for node, places in enumerate(roles.nodes)
             for slot, place in enumerate(places)
             if place is not None
         }
@@ -78,7 +78,7 @@ class Gang:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
-            nodes, tasks = self.found.nodes, self.seats.tasks
+            nodes, tasks = self.found.nodes, self.roles.tasks
             everyone = {task: nodes[task // tasks] for task in range(len(nodes) * tasks)}
             try:
                 self.head.gather(everyone, spec.start, self._stopping)
@@ -94,64 +94,64 @@ class Gang:
 
     def _order(self, everyone: dict[int, str]) -> None:
         """Tell every task who it is; one without a place is let go."""
-        guests = self.head.guests
+        peers = self.head.peers
         for task, node in everyone.items():
-            if guests[task].node != node:
+            if peers[task].node != node:
                 raise ResourceError(
-                    f"task {task} is on {guests[task].node}, and not on {node}: srun must fill a "
+                    f"task {task} is on {peers[task].node}, and not on {node}: srun must fill a "
                     "node before the next (--distribution=block)"
                 )
         first = next(task for task, place in self.places.items() if place.rank == 0)
-        said = guests[first].said
-        meeting = f"tcp://{said['address']}:{said['ready']}"
-        for task in [task for task in guests if task not in self.places]:
-            guests.pop(task).line.close()
+        said = peers[first].said
+        rendezvous = f"tcp://{said['address']}:{said['ready']}"
+        for task in [task for task in peers if task not in self.places]:
+            peers.pop(task).line.close()
         for task, place in self.places.items():
-            guests[task].line.send(
-                rank=place.rank, size=self.seats.ranks, gpu=place.gpu, meeting=meeting,
-                token=self.run.token, incarnation=self.run.incarnation,
+            peers[task].line.send(
+                rank=place.rank, size=self.roles.ranks, gpu=place.gpu, rendezvous=rendezvous,
+                token=self.run.token, attempt=self.run.attempt,
             )  # fmt: skip
         placed = [
-            {"who": self._name(g), "node": g.node, "pid": g.said["pid"]} for g in guests.values()
+            {"who": self._name(g), "node": g.node, "pid": g.said["pid"]} for g in peers.values()
         ]
         _event(self.run, "placed", members=placed)
 
     def _watch(self) -> None:
         """Until every rank is through. Raises what ended it otherwise."""
-        ranks = [self.head.guests[t] for t, p in self.places.items() if p.rank != CLUSTER_WORKER]
+        ranks = [self.head.peers[t] for t, p in self.places.items() if p.rank != CLUSTER_WORKER]
         with selectors.DefaultSelector() as selector:
-            for guest in self.head.guests.values():
-                selector.register(guest.line, selectors.EVENT_READ, guest)
-            while not all("done" in guest.said for guest in ranks):
+            for peer in self.head.peers.values():
+                selector.register(peer.line, selectors.EVENT_READ, peer)
+            while not all("done" in peer.said for peer in ranks):
                 self._hear(selector)
                 self._pass_the_wish_on(ranks)
                 stopped = [g.said.get("kind") == RequeueWanted.__name__ for g in ranks]
                 if all(stopped):
                     raise RequeueWanted(ranks[0].said["failed"])
-                if any(self._bad(guest) for guest in self.head.guests.values()):
+                if any(self._bad(peer) for peer in self.head.peers.values()):
                     self._aftermath(selector)
                     raise self._why()
 
     def _hear(self, selector: selectors.BaseSelector) -> None:
         for key, _ in selector.select(NEWS_S):
-            guest: Guest = key.data
-            for record in guest.line.hear():
-                self._take(guest, record)
-            if not guest.line.open:
-                selector.unregister(guest.line)
+            peer: Peer = key.data
+            for record in peer.line.hear():
+                self._take(peer, record)
+            if not peer.line.open:
+                selector.unregister(peer.line)
 
-    def _take(self, guest: Guest, record: dict[str, Any]) -> None:
+    def _take(self, peer: Peer, record: dict[str, Any]) -> None:
         if "event" in record:
             fields = {key: value for key, value in record.items() if key != "event"}
             _event(self.run, record["event"], **fields)
         elif "progress" not in record:
-            guest.said |= record
+            peer.said |= record
 
-    def _pass_the_wish_on(self, ranks: list[Guest]) -> None:
+    def _pass_the_wish_on(self, ranks: list[Peer]) -> None:
         if self.stop_asked is None and self._stopping():
             self.stop_asked = time.monotonic()
-            for guest in ranks:
-                guest.line.send(stop=True)
+            for peer in ranks:
+                peer.line.send(stop=True)
         if self.stop_asked is not None and time.monotonic() - self.stop_asked > self.stop_s:
             raise RequeueWanted(f"it did not stop within {self.stop_s:g} s and was killed")
 
@@ -164,28 +164,28 @@ class Gang:
         while time.monotonic() < deadline and selector.get_map():
             self._hear(selector)
 
-    def _bad(self, guest: Guest) -> bool:
+    def _bad(self, peer: Peer) -> bool:
         """Lost, or ended with an error of its own."""
-        failed = "failed" in guest.said and guest.said["kind"] != RequeueWanted.__name__
-        return failed or (not guest.line.open and "done" not in guest.said)
+        failed = "failed" in peer.said and peer.said["kind"] != RequeueWanted.__name__
+        return failed or (not peer.line.open and "done" not in peer.said)
 
     def _why(self) -> DeepclustError:
         """The error that was told, if no other start would mend it; else that all begin again."""
-        bad = [guest for guest in self.head.guests.values() if self._bad(guest)]
+        bad = [peer for peer in self.head.peers.values() if self._bad(peer)]
         meant = [g for g in bad if g.said.get("exit_code", UNEXPECTED) not in MAY_PASS]
         if meant:
             return error_of(meant[0].said["exit_code"], meant[0].said["failed"])
-        lost = [guest for guest in bad if not guest.line.open]
+        lost = [peer for peer in bad if not peer.line.open]
         followed = FollowedError.__name__
-        guest = (lost or sorted(bad, key=lambda g: g.said.get("kind") == followed))[0]
-        how = f"failed: {guest.said['failed']}" if "failed" in guest.said else "was lost"
-        output = f"{job_file.output(self.run.path)}/*_{guest.task}_log.out"
-        text = f"{self._name(guest)} on {guest.node} {how}; its output: {output}"
-        _event(self.run, "fault", who=self._name(guest), cause="death", text=text)
+        peer = (lost or sorted(bad, key=lambda g: g.said.get("kind") == followed))[0]
+        how = f"failed: {peer.said['failed']}" if "failed" in peer.said else "was lost"
+        output = f"{job_file.output(self.run.path)}/*_{peer.task}_log.out"
+        text = f"{self._name(peer)} on {peer.node} {how}; its output: {output}"
+        _event(self.run, "fault", who=self._name(peer), cause="death", text=text)
         return RequeueWanted(text)
 
-    def _name(self, guest: Guest) -> str:
-        rank = self.places[guest.task].rank
+    def _name(self, peer: Peer) -> str:
+        rank = self.places[peer.task].rank
         return "cluster worker" if rank == CLUSTER_WORKER else f"rank {rank}"
 
 

@@ -1,6 +1,6 @@
-"""A process of the gang under the launcher `srun`: the seat that the layout gives to this task.
+"""A process of the gang under the launcher `srun`: the role that the layout gives to this task.
 
-It goes to the head, hears who it is, and does the seat's work, the same rank program as everywhere.
+It goes to the head, hears who it is, and does the role's work, the same rank program as everywhere.
 What it tells goes down its line. It leaves when the head says so, or is gone.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
 from cluster_jobs.slurm.rendezvous import Line, join
 from deepclust.errors import DeepclustError
-from deepclust.launch.role import Seat, die_with
+from deepclust.launch.role import Role, die_with
 from deepclust.run.directory import Run
 
 
@@ -54,12 +54,12 @@ def _work(run: Path, order: dict[str, object], line: Line, stop: threading.Event
     from deepclust.launch.worker import work
     from deepclust.run.reporting import PipeReport  # torch and all
 
-    if str(order["meeting"]).startswith("tcp://127."):
+    if str(order["rendezvous"]).startswith("tcp://127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    seat = Seat(order["rank"], order["size"], order["meeting"], gpu=order["gpu"])  # type: ignore
+    role = Role(order["rank"], order["size"], order["rendezvous"], gpu=order["gpu"])  # type: ignore
     report = PipeReport(line.fileno())
     try:
-        work(Run(run, str(order["token"]), order["incarnation"]), seat, report, stop.is_set)  # type: ignore
+        work(Run(run, str(order["token"]), order["attempt"]), role, report, stop.is_set)  # type: ignore
     except DeepclustError as error:
         report.failed(error, error.exit_code)
     except BaseException as error:

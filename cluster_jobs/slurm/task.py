@@ -125,10 +125,10 @@ def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
     silent = 0
     while not over.wait(WATCH_S) and silent < SILENT and daemon.alive:
         silent = 0 if daemon.listens else silent + 1
-        for guest in head.guests.values():
-            guest.line.hear()
-            if not guest.line.open:
-                log.error("%s has left the job", guest.node)
+        for peer in head.peers.values():
+            peer.line.hear()
+            if not peer.line.open:
+                log.error("%s has left the job", peer.node)
                 asked.append(LOST)
                 return
     if not over.wait(LEAVE_S):
@@ -144,8 +144,8 @@ def _bring_up(
     head.gather(dict(list(enumerate(found.nodes))[1:]), patience, stopping)
     head.note("all here")
     daemon.wait(patience)
-    for guest in head.guests.values():
-        guest.line.send(ray=daemon.address)
+    for peer in head.peers.values():
+        peer.line.send(ray=daemon.address)
     head.hear_all("up", patience, stopping)
     head.note("Ray is up")
 

@@ -111,7 +111,7 @@ def two_level(
             out.put(found, ids, s, each, world if together else ALONE)
         except DataError as error:
             failed.append(_of_subs(error, s, distinct(points.select(ids), each), k, supers))
-    if world.largest(len(failed)):  # on every rank, or the others would wait for us
+    if world.max_int(len(failed)):  # on every rank, or the others would wait for us
         raise DataError(min(failed)[1] if failed else "a super-cluster of another rank failed")
     whole = out.over(world)
     distances = whole.distances.numpy()
@@ -248,7 +248,7 @@ def _everyones(own: Int32[np.ndarray, " held"], n: int, world: World) -> Int32[n
         return own
     labels = torch.zeros(n, dtype=torch.int32, device=world.device)
     labels[_part(n, world)] = torch.from_numpy(own)
-    return world.sum(labels).cpu().numpy()
+    return world.all_reduce(labels).cpu().numpy()
 
 
 def _jobs(
@@ -298,4 +298,4 @@ class _Merged:
 
     def over(self, world: World) -> _Merged:
         parts = (getattr(self, field.name) for field in fields(self))
-        return _Merged(*(world.sum(part.to(world.device)).cpu() for part in parts))
+        return _Merged(*(world.all_reduce(part.to(world.device)).cpu() for part in parts))

@@ -26,12 +26,12 @@ def die_with(parent: int) -> None:
 
 
 @dataclass(frozen=True)
-class Seat:
+class Role:
     """Rank (-1: the cluster worker) of `size`, where ranks meet, and the only stage to do."""
 
     rank: int
     size: int
-    meeting: str  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
+    rendezvous: str  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
     stage: str | None = None
     gpu: int | None = None  # of its node, where a scheduler has chosen; else the rank's number
 

@@ -26,7 +26,7 @@ from typing import Any
 from deepclust import errors
 from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, ResourceError
 from deepclust.files import disk_errors
-from deepclust.launch.role import CLUSTER_WORKER, Seat
+from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.recipe import Recipe, differences
 from deepclust.recipe.sections import SHARDS, Section
 from deepclust.run import directory
@@ -147,8 +147,8 @@ def check_changes(run: Run, recipe: Recipe) -> None:
 
 def _start(path: Path, show: Show | None, stage: str | None = None) -> Run:
     with hold(path) as token:
-        incarnation = 1 + sum(e["event"] == "started" for e in Run(path).events())
-        run = Run(path, token, incarnation)
+        attempt = 1 + sum(e["event"] == "started" for e in Run(path).events())
+        run = Run(path, token, attempt)
         if is_finished(run):
             return run
         directory.sweep(path)
@@ -173,7 +173,7 @@ def _run_here(run: Run, recipe: Recipe, show: Show, stage: str | None) -> None:
             if alone:
                 _in_process(run, show, stage, asked)
             else:
-                _Gang(run, recipe, show, stage, asked).run()
+                _WorkerGroup(run, recipe, show, stage, asked).run()
         except RequeueWanted:
             if signal.SIGINT in asked:
                 raise KeyboardInterrupt from None
@@ -184,8 +184,8 @@ def _in_process(run: Run, show: Show, stage: str | None, asked: list[int]) -> No
     from deepclust.launch.worker import work
     from deepclust.run.reporting import DirectReport
 
-    seat = Seat(0, 1, "", stage)
-    work(run, seat, DirectReport(run, show), lambda: bool(asked))
+    role = Role(0, 1, "", stage)
+    work(run, role, DirectReport(run, show), lambda: bool(asked))
 
 
 @contextlib.contextmanager
@@ -225,8 +225,8 @@ class _Child:
     failure: dict[str, Any] | None = None
 
 
-class _Gang:
-    """The ranks and the cluster worker of one incarnation, watched by the launcher."""
+class _WorkerGroup:
+    """The ranks and the cluster worker of one attempt, watched by the launcher."""
 
     def __init__(
         self, run: Run, recipe: Recipe, show: Show, stage: str | None, asked: list[int]
@@ -239,26 +239,26 @@ class _Gang:
         """Start all, watch until the trainers are through, and leave no process behind."""
         with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
             try:
-                self._spawn(Path(folder) / "meeting")
+                self._spawn(Path(folder) / "rendezvous")
                 self._watch()
             finally:
                 self._end()
 
-    def _spawn(self, meeting: Path) -> None:
+    def _spawn(self, rendezvous: Path) -> None:
         size = self.recipe.train.ranks
-        seats = list(range(size))
+        roles = list(range(size))
         if not self.recipe.clusters_inline:
-            seats.append(CLUSTER_WORKER)
-        self.children = [self._child(rank, size, meeting) for rank in seats]
+            roles.append(CLUSTER_WORKER)
+        self.children = [self._child(rank, size, rendezvous) for rank in roles]
 
-    def _child(self, rank: int, size: int, meeting: Path) -> _Child:
+    def _child(self, rank: int, size: int, rendezvous: Path) -> _Child:
         name = "cluster worker" if rank < 0 else f"rank {rank}"
         log = self.run_.path / "logs" / f"{name.replace(' ', '-')}.out"
         reading, writing = os.pipe()
         command = [
             sys.executable, "-P", "-m", "deepclust.launch.worker", "--run", str(self.run_.path),
-            "--token", self.run_.token, "--incarnation", str(self.run_.incarnation),
-            "--rank", str(rank), "--size", str(size), "--meeting", str(meeting),
+            "--token", self.run_.token, "--attempt", str(self.run_.attempt),
+            "--rank", str(rank), "--size", str(size), "--rendezvous", str(rendezvous),
             "--parent", str(os.getpid()), "--pipe", str(writing), "--stage", self.stage or "",
         ]  # fmt: skip
         # signals wait until the child can handle them: importing torch takes seconds

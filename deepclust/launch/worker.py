@@ -24,39 +24,39 @@ from deepclust.data.shards.index import Index, open_index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
 from deepclust.files import disk_errors, read_json, write_json
-from deepclust.launch.role import CLUSTER_WORKER, Seat, die_with
+from deepclust.launch.role import CLUSTER_WORKER, Role, die_with
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
 from deepclust.run.reporting import PipeReport, Report, log_to
 from deepclust.stages import cluster
 from deepclust.stages.build import Context
-from deepclust.world import World, join, leave
+from deepclust.world import World, close_process_group, join
 
 
-def work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
-    """Take a seat and do its work until the run is finished."""
+def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
+    """Take a role and do its work until the run is finished."""
     with disk_errors(run.path):
-        _work(run, seat, report, stopping)
+        _work(run, role, report, stopping)
 
 
-def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) -> None:
+def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
     recipe = run.recipe
-    log_to(run.path / "logs" / seat.log_name, seat.rank)
+    log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(recipe.train.threads or 1)
     index, read = open_data(run, recipe)
-    if seat.rank == CLUSTER_WORKER:
-        device = clustering_device(recipe, seat.gpu)
+    if role.rank == CLUSTER_WORKER:
+        device = clustering_device(recipe, role.gpu)
         cluster.serve(cluster.make_job(run, recipe, index, device, report, World()), stopping)
         return
-    device = training_device(recipe, seat.rank if seat.gpu is None else seat.gpu)
-    world = join(seat.rank, seat.size, seat.meeting, device, recipe.train.timeout)
+    device = training_device(recipe, role.rank if role.gpu is None else role.gpu)
+    world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
     job = None
     if recipe.cluster is not None and recipe.cluster.where == "gang":
         job = cluster.make_job(run, recipe, index, device, report, world)
     elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
         place = clustering_device(recipe)
         job = cluster.make_job(run, recipe, index, place, report, World())
-    context = Context(recipe, run, world, index, read, report, job, stopping, seat.stage)
+    context = Context(recipe, run, world, index, read, report, job, stopping, role.stage)
     try:
         pipeline.run(context)
     except torch.OutOfMemoryError as error:
@@ -64,7 +64,7 @@ def _work(run: Run, seat: Seat, report: Report, stopping: Callable[[], bool]) ->
             f"{device} is out of memory: lower train.batch, or raise train.accumulate or "
             f"train.ranks ({error})"
         ) from error
-    leave()
+    close_process_group()
 
 
 def training_device(recipe: Recipe, gpu: int) -> torch.device:
@@ -126,12 +126,12 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
 
 
 def main() -> int:
-    """Run one seat of a local gang; the launcher gives the arguments."""
+    """Run one role of a local gang; the launcher gives the arguments."""
     parser = argparse.ArgumentParser()
-    for name in ("--run", "--token", "--meeting"):
+    for name in ("--run", "--token", "--rendezvous"):
         parser.add_argument(name, required=True)
     parser.add_argument("--stage", default="")
-    for name in ("--incarnation", "--rank", "--size", "--parent", "--pipe"):
+    for name in ("--attempt", "--rank", "--size", "--parent", "--pipe"):
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
     die_with(args.parent)
@@ -143,10 +143,10 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
-    run = Run(Path(args.run), args.token, args.incarnation)
-    seat = Seat(args.rank, args.size, args.meeting, args.stage or None)
+    run = Run(Path(args.run), args.token, args.attempt)
+    role = Role(args.rank, args.size, args.rendezvous, args.stage or None)
     try:
-        work(run, seat, report, lambda: bool(asked))
+        work(run, role, report, lambda: bool(asked))
     except DeepclustError as error:
         report.failed(error, error.exit_code)
         os._exit(error.exit_code)  # closing the process group could wait for ranks that wait for us

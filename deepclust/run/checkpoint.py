@@ -108,7 +108,7 @@ def _save_together(
     """All ranks write into a scratch folder; when the last one has, rank 0 publishes."""
     # no writer that is left over can know the name; a new holder of the run sweeps `.*.tmp`
     name = f".owned-{folder.name}-{run.token}-{secrets.token_hex(4)}.tmp"
-    done, name = world.share((is_done(folder), name))
+    done, name = world.broadcast_object((is_done(folder), name))
     if done:
         return False
     scratch = folder.with_name(name)

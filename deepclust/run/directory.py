@@ -39,7 +39,7 @@ class Run:
 
     path: Path
     token: str = ""
-    incarnation: int = 0
+    attempt: int = 0
 
     @property
     def recipe(self) -> Recipe:
@@ -88,7 +88,7 @@ class Run:
         """Append to events.jsonl. Only the controller does this, as long as it holds the run."""
         if self.token:
             self.fence()
-        record = {"time": time.time(), "incarnation": self.incarnation, "event": name, **fields}
+        record = {"time": time.time(), "attempt": self.attempt, "event": name, **fields}
         append_json(self.path / "events.jsonl", record)
 
     def events(self) -> list[dict[str, Any]]:
@@ -97,15 +97,19 @@ class Run:
 
     def metric(self, kind: str, **fields: Any) -> None:
         """Append to metrics.jsonl; of two of one kind and step that of the later life counts."""
-        record = {"kind": kind, "incarnation": self.incarnation, **fields, "time": time.time()}
+        record = {"kind": kind, "attempt": self.attempt, **fields, "time": time.time()}
         append_json(self.path / "metrics.jsonl", record)
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """The records of a kind, the last one for every step, in order."""
         records = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["kind"] == kind]
-        records.sort(key=lambda record: int(record["incarnation"]))  # an older one may write last
+        records.sort(key=_attempt_of)  # an older attempt may write last
         latest: dict[int, dict[str, Any]] = {int(record["step"]): record for record in records}
         return [latest[key] for key in sorted(latest)]
+
+
+def _attempt_of(record: dict[str, Any]) -> int:
+    return int(record.get("attempt", record.get("incarnation", 0)))  # the word of older runs
 
 
 def seal(

@@ -160,7 +160,9 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
         context.report.event("warning", text=text)
 
     found = checkpoint.load_latest(context.run, say) if context.world.is_first else None
-    folder = context.world.share(found.folder if found else None)  # rank 0 chooses for all
+    folder = context.world.broadcast_object(
+        found.folder if found else None
+    )  # rank 0 chooses for all
     if folder is None:
         return State(), None
     state, parts = (found.state, found.parts) if found else checkpoint.load(folder, check=False)

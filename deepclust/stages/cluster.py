@@ -110,7 +110,7 @@ def solve_whitening(job: Job, number: int) -> None:
 def cluster_features(job: Job, number: int) -> None:
     """Cluster round `number`'s features into centroids and assignments, unless it is done."""
     folder, world = job.run.round(number), job.world
-    if world.share(is_done(folder / "assignments")):
+    if world.broadcast_object(is_done(folder / "assignments")):
         return
     started = time.monotonic()
     rows = np.load(folder / "features" / "rows.npy", mmap_mode="r")
@@ -136,7 +136,7 @@ def advance(job: Job, number: int) -> None:
     folder = job.run.round(number)
     if job.world.is_first and is_done(folder / "raw"):
         solve_whitening(job, number)
-    if job.world.share(is_done(folder / "features")):
+    if job.world.broadcast_object(is_done(folder / "features")):
         cluster_features(job, number)
 
 

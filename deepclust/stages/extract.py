@@ -79,7 +79,7 @@ class Pass:
 
     def meet(self) -> None:
         """Wait for the other ranks; all stop when one was asked to."""
-        if self.world.largest(int(self.stopping())):
+        if self.world.max_int(int(self.stopping())):
             raise RequeueWanted("stopped during extraction; finished units are kept")
 
 
@@ -116,7 +116,7 @@ def extract(job: Pass, embed: Embed) -> None:
     job.world.barrier()
     pivot = torch.from_numpy(np.load(job.raw / "pivot.npy")).to(job.world.device)
     missing = [number for number in range(len(units)) if not job.unit_file(number).exists()]
-    _fill(job, embed, units, job.world.share(missing), pivot)
+    _fill(job, embed, units, job.world.broadcast_object(missing), pivot)
     job.meet()
     if job.world.is_first:
         _finish_raw(job, len(units))

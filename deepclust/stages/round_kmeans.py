@@ -127,7 +127,7 @@ def _kmeans(task: Task, points: ArrayPoints | ShardedPoints) -> KMeansResult:
     if task.seeds is not None:
         options = _seeded_start(task, points, config.k)
     else:
-        options = {"init": world.share(_start(task, mine) if world.is_first else "")}
+        options = {"init": world.broadcast_object(_start(task, mine) if world.is_first else "")}
     return kmeans(
         points, config.k, seed=task.seed, min_size=config.min_size, **options, **task.options
     )
@@ -170,7 +170,9 @@ def _spread(
     distances = np.zeros(n, np.float32)
     labels[own] = result.assignments + 1
     distances[own] = result.distances
-    both = (world.sum(torch.from_numpy(x).to(world.device)).cpu() for x in (labels, distances))
+    both = (
+        world.all_reduce(torch.from_numpy(x).to(world.device)).cpu() for x in (labels, distances)
+    )
     labels, distances = (x.numpy() for x in both)
     distances[labels == 0] = np.nan
     return labels - 1, distances

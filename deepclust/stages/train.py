@@ -142,7 +142,7 @@ def _check_and_tell(trainer: Trainer, state: State, plan: EpochPlan, rate: float
         ],
         dtype=torch.float64,
     )
-    steps, images, bad, stop, *sums = world.sum(facts.to(world.device)).tolist()
+    steps, images, bad, stop, *sums = world.all_reduce(facts.to(world.device)).tolist()
     losses = {name: total / steps for name, total in zip(meter.losses, sums, strict=True)}
     first = state.step - meter.steps // trainer.config.accumulate
     if not math.isfinite(losses["loss"]):

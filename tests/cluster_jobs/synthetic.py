@@ -88,7 +88,7 @@ def _data(folder: Path, index: Index) -> None:
 
 
 def _event(folder: Path, **fields: object) -> None:
-    append_json(folder / "events.jsonl", {"time": 0.0, "incarnation": 1, **fields})
+    append_json(folder / "events.jsonl", {"time": 0.0, "attempt": 1, **fields})
 
 
 def _round(
@@ -130,7 +130,7 @@ def _train(folder: Path, number: int, steps: int, k: int) -> None:
         loss = float(np.log(k) * (0.4 + 0.5 / (1 + segment) * 0.9 ** (step % steps))) + wave
         append_json(
             folder / "metrics.jsonl",
-            {"kind": "train", "incarnation": 1, "step": step, "round": number, "loss": loss,
+            {"kind": "train", "attempt": 1, "step": step, "round": number, "loss": loss,
              "epoch": step / steps, "lr": 0.05, "images_per_s": 900.0, "waiting": 0.1, "time": 1.0},
         )  # fmt: skip
 

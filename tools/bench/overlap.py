@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from deepclust import Recipe  # noqa: E402
 from deepclust.run.directory import Run  # noqa: E402
-from tests.killing import family, seat, start  # noqa: E402 - the harness of the tests
+from tests.killing import family, role, start  # noqa: E402 - the harness of the tests
 
 MODES = {"without": ("cluster.where=worker",), "with": ("cluster.overlap=true",)}
 SEATS = ("rank 0", "cluster worker")  # in the order of their cores
@@ -105,12 +105,12 @@ def shards(args: argparse.Namespace) -> Path:
 
 
 def pin(process: subprocess.Popen[bytes]) -> None:
-    """Give every seat a core, before it has threads: what it starts later inherits the core."""
+    """Give every role a core, before it has threads: what it starts later inherits the core."""
     cores = dict(zip(SEATS, sorted(os.sched_getaffinity(0)), strict=False))
     deadline = time.monotonic() + PATIENCE_S
     while cores and process.poll() is None and time.monotonic() < deadline:
         for pid in family(process.pid):
-            core = cores.pop(seat(pid, process.pid), None)
+            core = cores.pop(role(pid, process.pid), None)
             if core is not None:
                 for task in os.listdir(f"/proc/{pid}/task"):
                     os.sched_setaffinity(int(task), {core})

@@ -236,14 +236,14 @@ def cost(run: Any, batch: int) -> dict[str, Any]:
 
 
 def working_seconds(events: list[dict[str, Any]]) -> float:
-    """How long a run was worked on: from start to last event of each incarnation, stops left out.
+    """How long a run was worked on: from start to last event of each attempt, stops left out.
 
-    What a killed incarnation did after its last event is not seen.
+    What a killed attempt did after its last event is not seen.
     """
     times: dict[int, list[float]] = {}
     for event in events:
-        times.setdefault(event["incarnation"], []).append(event["time"])
-    return sum(incarnation[-1] - incarnation[0] for incarnation in times.values())
+        times.setdefault(event["attempt"], []).append(event["time"])
+    return sum(attempt[-1] - attempt[0] for attempt in times.values())
 
 
 def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:

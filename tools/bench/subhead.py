@@ -40,7 +40,7 @@ import report  # noqa: E402
 from memory import Peak, anonymous  # noqa: E402
 
 from deepclust.methods.parts.sharded_head import SubHead  # noqa: E402
-from deepclust.world import World, join, leave  # noqa: E402
+from deepclust.world import World, close_process_group, join  # noqa: E402
 
 WATCHED, TIMED = 3, 5  # steps
 MMAP_THRESHOLD, AT_ONCE, USUAL = -3, 1 << 16, 1 << 25  # mallopt's; glibc raises its own to USUAL
@@ -117,10 +117,10 @@ def spawned(case: Case) -> list[dict]:
         return [job.result() for job in jobs]
 
 
-def one_rank(case: Case, rank: int, meeting: Path) -> dict:
+def one_rank(case: Case, rank: int, rendezvous: Path) -> dict:
     """Bytes and seconds of this rank, and the loss of all rows in the last step."""
     torch.set_num_threads(1)
-    world, libc = join(rank, case.ranks, meeting, torch.device("cpu"), 60), ctypes.CDLL(None)
+    world, libc = join(rank, case.ranks, rendezvous, torch.device("cpu"), 60), ctypes.CDLL(None)
     next(steps(case, TINY, world))  # what the first step loads does not count
     libc.mallopt(MMAP_THRESHOLD, AT_ONCE)
     with Peak() as peak:
@@ -135,9 +135,9 @@ def one_rank(case: Case, rank: int, meeting: Path) -> dict:
         began = time.perf_counter()
         loss = next(training)
         seconds.append(time.perf_counter() - began)
-    mean = world.sum(loss).item() / world.size
+    mean = world.all_reduce(loss).item() / world.size
     world.barrier()
-    leave()
+    close_process_group()
     return {"peak": peak.bytes, "left": left, "seconds": seconds, "loss": mean}
 
 

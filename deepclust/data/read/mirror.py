@@ -53,7 +53,7 @@ def staged(
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(copy_all, index, place, left.is_set)
         try:
-            while state := world.largest(_state(work, stopping)):
+            while state := world.max_int(_state(work, stopping)):
                 if state == _FAILED:
                     left.set()
                     world.raise_all(_error(work), "data.stage")

@@ -145,10 +145,10 @@ class _SubLoss(torch.autograd.Function):
         ctx: Any, features: Tensor, s: Tensor, z: Tensor, weight: Tensor, bias: Tensor,
         own: Owned, world: World,
     ) -> Tensor:  # fmt: skip
-        s, z = world.rows(torch.stack([s, z], 1)).unbind(1)
+        s, z = world.all_gather_rows(torch.stack([s, z], 1)).unbind(1)
         known = (z >= 0) & (z < own.total)  # else no rank would have the target
         order, groups = _groups(torch.where(known, s, -1), len(weight))
-        rows = world.rows(features)[order]
+        rows = world.all_gather_rows(features)[order]
         logits = _logits(rows, groups, weight, bias)
         losses, slip = _softmax(logits, z[order] - own.start, world)
         ctx.save_for_backward(rows, slip.to(rows.dtype), order, weight)
@@ -161,13 +161,13 @@ class _SubLoss(torch.autograd.Function):
         rows, slip, order, weight = ctx.saved_tensors
         world, share = ctx.world, len(rows) // ctx.world.size
         # each rank's loss may have been scaled in its own way
-        slopes = (world.stack(slope) / share).repeat_interleave(share)[order]
+        slopes = (world.all_gather(slope) / share).repeat_interleave(share)[order]
         slip = (slip * slopes[:, None]).to(rows.dtype)
         grads = _weight_gradients(rows, slip, ctx.groups, weight, world.size)
         features = None
         if ctx.needs_input_grad[0]:
             partial = _feature_gradients(slip, ctx.groups, weight)
-            features = world.sum_rows(_unsorted(partial, order)).to(rows.dtype)
+            features = world.reduce_scatter_rows(_unsorted(partial, order)).to(rows.dtype)
         return features, None, None, *grads, None, None
 
 
@@ -180,13 +180,13 @@ def _softmax(
     """
     logits, width = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.shape[1]
     top = logits.amax(1) if width else logits.new_full((len(logits),), -torch.inf)
-    logits -= world.most(top)[:, None]
+    logits -= world.all_reduce_max(top)[:, None]
     mine, place = (column >= 0) & (column < width), column.clamp(0, max(width - 1, 0))[:, None]
     target = torch.zeros_like(top)
     if width:
         target = torch.where(mine, logits.gather(1, place)[:, 0], target)
     slip = logits.exp_()
-    total, target = world.sum(torch.stack([slip.sum(1), target]))
+    total, target = world.all_reduce(torch.stack([slip.sum(1), target]))
     slip /= total[:, None]
     if width:
         slip.scatter_add_(1, place, -mine[:, None].to(slip.dtype))

@@ -56,7 +56,7 @@ def nt_xent(
     as DDP takes it of the gradients, is the loss of the global batch. float32, autocast or not.
     """
     with torch.autocast(a.device.type, enabled=False):
-        keys = torch.cat([world.rows(a), world.rows(b)])
+        keys = torch.cat([world.all_gather_rows(a), world.all_gather_rows(b)])
         logits = torch.cat([a, b]) @ keys.T / temperature
         half, own = len(keys) // 2, torch.arange(len(a), device=a.device) + world.rank * len(a)
         itself, partner = torch.cat([own, own + half]), torch.cat([own + half, own])

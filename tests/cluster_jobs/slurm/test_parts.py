@@ -36,11 +36,11 @@ def never() -> bool:
 
 def test_a_guest_that_knows_the_word_is_let_in_and_hears_the_end(tmp_path: Path) -> None:
     lines: list[Line | None] = []
-    guest = threading.Thread(target=lambda: lines.append(join(tmp_path, OTHER, 10)))
+    peer = threading.Thread(target=lambda: lines.append(join(tmp_path, OTHER, 10)))
     with hosting(tmp_path, HEAD, "127.0.0.1") as head:
-        guest.start()
+        peer.start()
         (found,) = head.gather({1: "n2"}, 10, never)
-        guest.join()
+        peer.join()
         assert (found.task, found.node) == (1, "n2")
         found.line.send(hello=1)
         found.line.send(hello=2)

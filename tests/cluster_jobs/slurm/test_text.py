@@ -56,7 +56,7 @@ def recipe(*overrides: str) -> Recipe:
     return tiny_recipe(Path("/shards"), *FIXED, *overrides)
 
 
-def seats(found: Layout) -> list[list[int | None]]:
+def roles(found: Layout) -> list[list[int | None]]:
     return [[place and place.rank for place in node] for node in found.nodes]
 
 
@@ -80,8 +80,8 @@ def test_the_plain_scripts_are_what_the_executor_makes() -> None:
 
 def test_the_cluster_worker_has_the_last_gpu_of_the_first_node() -> None:
     found = layout(recipe(*SHAPES["spare-gpu-for-the-cluster-worker"]))
-    assert seats(found)[0] == [0, 1, 2, 3, 4, 5, 6, CLUSTER_WORKER]
-    assert seats(found)[3] == [23, 24, 25, 26, 27, 28, 29, 30]
+    assert roles(found)[0] == [0, 1, 2, 3, 4, 5, 6, CLUSTER_WORKER]
+    assert roles(found)[3] == [23, 24, 25, 26, 27, 28, 29, 30]
     assert found.worker == Place(CLUSTER_WORKER, 7)
     assert found.ranks == 31
     assert found.rank_cpus * 7 + found.worker_cpus <= 96
@@ -98,9 +98,9 @@ def test_where_nodes_differ_in_gpus_ray_seats_one_rank_less_than_there_are_gpus(
 
 def test_cpu_nodes_share_the_ranks_evenly_and_the_first_has_the_worker() -> None:
     four = layout(recipe("slurm.nodes=4", "slurm.ranks=4", "slurm.launcher=srun"))
-    assert seats(four) == [[0, CLUSTER_WORKER], [1, None], [2, None], [3, None]]
+    assert roles(four) == [[0, CLUSTER_WORKER], [1, None], [2, None], [3, None]]
     three = layout(recipe("slurm.nodes=2", "slurm.ranks=4", "slurm.launcher=srun"))
-    assert seats(three) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
+    assert roles(three) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
 
 
 def test_with_srun_every_process_has_the_cpus_that_it_needs() -> None:
@@ -113,7 +113,7 @@ def test_with_srun_every_process_has_the_cpus_that_it_needs() -> None:
 @pytest.mark.parametrize("setting", ["cluster.gpus=0", "cluster.device=cpu"])
 def test_a_cluster_worker_without_a_gpu_sits_beside_the_ranks(setting: str) -> None:
     found = layout(recipe("slurm.nodes=2", "slurm.gpus_per_node=2", setting))
-    assert seats(found) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
+    assert roles(found) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
     assert found.worker == Place(CLUSTER_WORKER, None)
 
 

@@ -164,7 +164,7 @@ def judged(run: Path, whole: Path, struck: dict[str, Any]) -> dict[str, Any]:
     pairs = zip(tiny.assignments(run), tiny.assignments(whole), strict=False)
     same = done and all(np.array_equal(a, b) for a, b in pairs)
     faults = events(run, "fault")
-    later = [e for e in Run(run).events() if e["incarnation"] > 1 and e["event"] in RANKS_SAY]
+    later = [e for e in Run(run).events() if e["attempt"] > 1 and e["event"] in RANKS_SAY]
     noticed = faults[0]["time"] - struck["time"] if faults else None
     return {
         "survived": done, "rows right": same and not killing.stages_done_twice(run),
