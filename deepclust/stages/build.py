@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.images.crops import to_float
 from deepclust.data.read.loader import Loader
-from deepclust.data.read.mirror import staged
+from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import RecipeError
 from deepclust.methods import METHODS
@@ -68,7 +68,7 @@ def build_trainer(context: Context) -> Trainer:
         optimizers=optimizers,
         schedule=Schedule(recipe.train, timeline.epoch_steps * recipe.train.batch),
         loader=Loader(
-            staged(context.index, data.stage, world, context.stopping), data.workers,
+            mirror_shards(context.index, data.stage, world, context.stopping), data.workers,
             read="offset" if data.stage else context.read, scratch=data.scratch,
             max_pixels=data.max_pixels,
         ),
