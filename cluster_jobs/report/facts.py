@@ -12,7 +12,7 @@ from cluster_jobs.status import status as status_of
 from deepclust.data.shards.url import shown
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
-from deepclust.recipe.sections import AnyMethod, ClusterSection
+from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.run.directory import Run
 
 Record = dict[str, Any]
@@ -122,7 +122,7 @@ def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _choices(method: AnyMethod) -> str:
+def _choices(method: MethodSection) -> str:
     """What a method's section says beside its name."""
     chosen = method.model_dump(exclude={"name", "sampling"})
     return ", ".join(f"{key} {value}" for key, value in chosen.items())

@@ -111,7 +111,8 @@ def seeded_classes(run: Run, number: int) -> np.ndarray | None:
     if not file.exists():
         return None
     cluster = run.recipe.clustering
-    each = cluster.k // cluster.supers if run.recipe.method.name == "deepercluster" else 1
+    refresh = run.recipe.method.round
+    each = cluster.k // cluster.supers if refresh is not None and refresh.levels == 2 else 1
     names = np.full(cluster.k + 1, None, dtype=object)
     for one in read_json(file)["clusters"]:  # of super-clusters, where there are two levels
         names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]

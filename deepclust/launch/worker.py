@@ -51,7 +51,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     device = training_device(recipe, role.rank if role.gpu is None else role.gpu)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
     job = None
-    if recipe.cluster is not None and recipe.cluster.where == "gang":
+    if recipe.cluster is not None and recipe.cluster.where == "ranks":
         job = cluster.make_job(run, recipe, index, device, report, world)
     elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
         place = clustering_device(recipe)

@@ -68,7 +68,8 @@ def check(run: Run, recipe: Recipe, seeds: Seeds) -> None:
     """Raise `RecipeError` for more prototypes than clusters, `RunDiffersError` for other labels."""
     config, cluster = recipe.seeds, recipe.clustering
     assert config is not None
-    level = "supers" if recipe.method.name == "deepercluster" else "k"
+    refresh = recipe.method.round
+    level = "supers" if refresh is not None and refresh.levels == 2 else "k"
     room, classes = getattr(cluster, level), len(seeds.table.names)
     if classes * config.prototypes > room:
         raise RecipeError(

@@ -26,7 +26,7 @@ from deepclust.errors import NumericalError, ResourceError
 from deepclust.files import read_json, write_json
 from deepclust.methods.base import Targets
 from deepclust.recipe import Recipe
-from deepclust.recipe.sections import ClusterSection, DeepClusterSection, SeedsSection
+from deepclust.recipe.sections import ClusterSection, SeedsSection
 from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import Report
 from deepclust.seeds import round as seeded_round
@@ -62,10 +62,11 @@ def make_job(
 
     The labels of a seeded one are read; see `seeds.load` and `seeded.check` for their errors.
     """
-    config, method = recipe.clustering, recipe.method
+    config, refresh = recipe.clustering, recipe.method.round
+    assert refresh is not None
     backend, tried, notes = probed(config.backend, device)
     if world.size > 1 and tried != device:
-        raise ResourceError(f"cluster.where=gang needs every rank's device: {'; '.join(notes)}")
+        raise ResourceError(f"cluster.where=ranks needs every rank's device: {'; '.join(notes)}")
     notes = [f"{note}; {backend} on {tried} is used instead" for note in notes]
     seeds = None
     if recipe.seeds is not None:
@@ -74,8 +75,8 @@ def make_job(
         notes += seeds[1].notes
     job = Job(
         run, config.model_copy(update={"backend": backend}), recipe.seed, index,
-        keep_ids=isinstance(method, DeepClusterSection) and method.head == "match",
-        two_level=method.name == "deepercluster",
+        keep_ids=refresh.keeps_ids,
+        two_level=refresh.levels == 2,
         seeds=seeds, device=tried, report=report, world=world,
     )  # fmt: skip
     _warn(job, notes)
@@ -162,15 +163,14 @@ def read_targets(run: Run, number: int) -> Targets:
     """The finished round as the method takes it in; assignments stay on disk, memory-mapped."""
     folder = run.round(number)
     file = folder / "assignments" / "assignments.npy"
-    kept, labelled = file.with_name("kept.npy"), file.with_name("labelled.npy")
+    kept = file.with_name("kept.npy")
     return Targets(
         round=number,
         file=file,
-        ids=np.load(file, mmap_mode="r"),
+        assignments=np.load(file, mmap_mode="r"),
         centroids=np.load(folder / "centroids" / "centroids.npy"),
         whitening=read_whitening(folder) if is_done(folder / "whitening") else None,
-        kept=np.load(kept) if kept.exists() else None,
-        labelled=np.load(labelled) if labelled.exists() else None,
+        kept=np.atleast_2d(np.load(kept)) if kept.exists() else None,
     )
 
 
