@@ -67,7 +67,12 @@ class Display:
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Show one event or one piece of progress."""
-        if "progress" in record:
+        if "progress" in record and "stage" in record:  # k-means and other long stages
+            facts = f"{record['eta']:.0f} s left"
+            self._move(
+                f"{record['stage']}, round {record['round']}", record["done"], record["of"], facts
+            )
+        elif "progress" in record:
             facts = (
                 f"loss {record['loss']:.3f} · {record['images_per_s']:,.0f} images/s · "
                 f"waiting for data {record['waiting']:.0%}"

@@ -61,7 +61,7 @@ class Feed:
         images = loaded.images.to(device, non_blocking=True)
         views = [self._view(part, v, loaded, turns, key) for v, part in enumerate(images)]
         heads = np.zeros((0, len(loaded.ids)), np.int32)
-        found = heads if targets is None else targets.ids[:, loaded.ids]
+        found = heads if targets is None else targets.assignments[:, loaded.ids]
         labels = torch.from_numpy(found.astype(np.int64)).to(device)
         ids = torch.from_numpy(np.asarray(loaded.ids))
         return Batch(ids, tuple(views), turns.to(device), labels)
