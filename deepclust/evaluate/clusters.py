@@ -49,6 +49,6 @@ def clusters(
     for restart in range(restarts):
         start = derive(seed, "evaluate", "clusters", restart)
         fitted = kmeans(rows, k, seed=start, init="k-means++")
-        found.append(probes.visit(torch.as_tensor(fitted.centroids)).labels.numpy())
+        found.append(probes.assign_to(torch.as_tensor(fitted.centroids)).cluster_ids.numpy())
     for name, score in SCORES.items():
         yield name, float(np.mean([score(labels, test_y) for labels in found]))

@@ -44,10 +44,12 @@ def prototypes(
     whiten = Whitening.fit(train_x, min(dim, train_x.shape[1]))
     labelled = ArrayPoints(whiten(train_x[seed_rows]))
     names = [str(label) for label in known]
-    found = of_classes.prototypes(labelled, classes.astype(np.int32), names)
+    found = of_classes.class_prototypes(labelled, classes.astype(np.int32), names)
     if refine > 0:
-        found = of_classes.refined(ArrayPoints(whiten(train_x)), found, refine)
-    nearest = ArrayPoints(whiten(test_x)).visit(torch.from_numpy(found.rows)).labels.numpy()
+        found = of_classes.refine(ArrayPoints(whiten(train_x)), found, refine)
+    nearest = (
+        ArrayPoints(whiten(test_x)).assign_to(torch.from_numpy(found.rows)).cluster_ids.numpy()
+    )
     right = known[nearest] == test_y
     yield "top1", float(right.mean())
     _, targets = np.unique(test_y, return_inverse=True)

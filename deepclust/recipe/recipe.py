@@ -88,7 +88,7 @@ class Recipe(Section):
             return True
         where = self.cluster.where
         alone = self.train.ranks == 1 and not self.cluster.overlap
-        return where in ("inline", "gang") or (where == "auto" and alone)
+        return where in ("inline", "ranks") or (where == "auto" and alone)
 
     @classmethod
     def load(cls, source: str | Path, *overrides: str) -> Recipe:
