@@ -281,13 +281,18 @@ def evaluate(
     run: RunPath,
     train_shards: Annotated[str, typer.Option("--train", help="labelled shards to fit on")],
     test_shards: Annotated[str, typer.Option("--test", help="labelled shards to score on")],
+    with_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--with", help="evaluators or their modules, by commas; default: all"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Weighted kNN, linear probe and clusters of the run's frozen backbone."""
+    """Weighted kNN, linear probe, clusters and seeds' prototypes of the run's frozen network."""
     from cluster_jobs.results.evaluate import evaluate_run
 
+    names = None if with_ is None else with_.split(",")
     scores = evaluate_run(
-        run, train_shards, test_shards, tell=lambda text: typer.echo(text, err=True)
+        run, train_shards, test_shards, names, emit=lambda text: typer.echo(text, err=True)
     )
     if as_json:
         typer.echo(json.dumps(scores))
