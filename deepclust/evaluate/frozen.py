@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
-from deepclust.data.images.crops import CentreCrop
+from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError
@@ -132,14 +132,14 @@ def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
     if len(sample_ids) == 0:
         raise DataError(f"no sample of {folder_of(index)} has a label. {LABEL}")
     parts = np.array_split(sample_ids, max(1, len(sample_ids) // data.extract_batch))
-    view = CentreCrop(data.size, data.short_side)
-    requests = (Request(ids=part, positions=part, key=0, view=view) for part in parts)
+    crops = (Crop(CentreCrop(data.size, data.short_side)),)
+    requests = (Request(part, positions=part, key=0, crops=crops) for part in parts)
     rows, readable = [], []
     loader = Loader(index, data.workers, max_pixels=data.max_pixels)
     try:
         for loaded in loader.stream(requests):
             rows.append(embed(loaded.images[0]).cpu().numpy())
-            readable.append(~np.isin(loaded.ids, [bad.sample_id for bad in loaded.bad]))
+            readable.append(~np.isin(loaded.sample_ids, [bad.sample_id for bad in loaded.bad]))
     finally:
         loader.close()
     usable = np.concatenate(readable)

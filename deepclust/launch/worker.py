@@ -125,8 +125,8 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
         "fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)
     }  # fmt: skip
     if began is None:
-        staged = recipe.data.stage is not None
-        began = facts | {"read": resolve_read(index, recipe.data.read, staged)}
+        mirror = recipe.data.stage is not None
+        began = facts | {"read": resolve_read(index, recipe.data.read, mirror)}
         write_json(file, began)
     if facts | {"read": began["read"]} != began:
         changed = [f"{k}: {began[k]} then, {facts[k]} now" for k in facts if began[k] != facts[k]]
