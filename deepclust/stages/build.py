@@ -23,6 +23,7 @@ from deepclust.recipe.sections import parse_cadence
 from deepclust.run import checkpoint
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
+from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
 from deepclust.stages import cluster, warm_start
 from deepclust.stages.batches import Feed
@@ -48,7 +49,7 @@ class Context:
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
 
-    def tell(self, name: str, **fields: Any) -> None:
+    def tell(self, name: EventName, **fields: Any) -> None:
         """An event of the gang, which rank 0 tells for all."""
         if self.world.is_first:
             self.report.event(name, **fields)
