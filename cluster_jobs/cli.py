@@ -340,12 +340,17 @@ def evaluate(
     run_dir: RunDir,
     train_shards: Annotated[str, typer.Option("--train", help="The labelled shards to fit on.")],
     test_shards: Annotated[str, typer.Option("--test", help="The labelled shards to score on.")],
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score the run's frozen backbone by weighted kNN, a linear probe and its clusters."""
+    """Score the run's frozen network: kNN, linear probe, clusters, prototypes of its seeds."""
     from cluster_jobs.results.evaluate import evaluate_run
 
-    scores = evaluate_run(run_dir, train_shards, test_shards, tell=_log)
+    names = None if with_ is None else with_.split(",")
+    scores = evaluate_run(run_dir, train_shards, test_shards, names, emit=_log)
     if as_json:
         typer.echo(json.dumps(scores))
         return

@@ -233,11 +233,11 @@ def test_evaluation_judges_the_prototypes_of_the_runs_own_shards_only(
     seeded: Path, shards: Path, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    own = evaluate_run(seeded, str(shards), str(shards), told.append)
+    own = evaluate_run(seeded, str(shards), str(shards), emit=told.append)
     assert own["prototypes"]["top1"] > 0.5
     assert told == []
     others = str(tiny_shards(tmp_path / "others", n=120))
-    foreign = evaluate_run(seeded, others, str(shards), told.append)
+    foreign = evaluate_run(seeded, others, str(shards), emit=told.append)
     assert "prototypes" not in foreign
     assert foreign["knn"]
     assert "are not the shards" in told[0]

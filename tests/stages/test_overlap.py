@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from cluster_jobs.results.evaluate import fresh_backbone, labelled_features
+from cluster_jobs.results.evaluate import fresh_embedder, labelled_features
 from deepclust import Recipe, open_index, pretrain
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.launch.start import prepare_run, resume, run_stage
 from deepclust.run.directory import Run, is_done
 from deepclust.run.round_files import read_whitening
-from deepclust.stages.warm_start import backbone_part
 from tests.killing import Moment, extracting, kill_when, pause_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe
 
@@ -38,10 +37,10 @@ def trained_on(run: Path) -> dict[int, int]:
 
 def features(run: Run, number: int, step: int) -> np.ndarray:
     """What a round's features are if they are made from the weights of a step."""
-    backbone = fresh_backbone(run.recipe)
+    embed = fresh_embedder(run.recipe)
     weights = load_file(run.path / "checkpoints" / f"{step:08d}" / "model.safetensors")
-    backbone.load_state_dict(backbone_part(weights))
-    rows, _ = labelled_features(backbone, open_index(run.recipe.data.shards), run.recipe.data)
+    embed.method.load_state_dict(weights)
+    rows, _ = labelled_features(embed, open_index(run.recipe.data.shards), run.recipe.data)
     return np.asarray(read_whitening(run.round(number))(rows))
 
 
