@@ -332,6 +332,16 @@ def report(run: RunPath, out: Out) -> None:
     _say(f"wrote {write_report(run, out)}")
 
 
+@app.command()
+def guide(
+    name: Annotated[str | None, typer.Argument(help="a guide; without it, the list")] = None,
+) -> None:
+    """Show a guide, or list the guides."""
+    from cluster_jobs import guides
+
+    typer.echo(guides.contents() if name is None else guides.read(name))
+
+
 def _follow(run: Path) -> None:
     """Print the log until the run has ended, and end as it did; Ctrl-C detaches."""
     from cluster_jobs.executors import executor_of
