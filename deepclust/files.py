@@ -21,6 +21,7 @@ from deepclust.errors import DiskError
 if TYPE_CHECKING:
     from torch import Tensor
 
+HASH_BLOCK = 2**24  # bytes; small enough for a sign of life every second on a slow disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
@@ -110,10 +111,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def file_hash(path: Path) -> str:
-    """Return the blake2b of a file, read in blocks."""
+def file_hash(path: Path, alive: Callable[[], None] = lambda: None) -> str:
+    """Return the blake2b of a file, read in blocks; `alive` is called after each."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            alive()
+    return digest.hexdigest()
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[], None]) -> None:

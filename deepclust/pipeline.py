@@ -44,7 +44,9 @@ def run(context: Context) -> None:
                 if targets is None:  # only one stage was wanted
                     return check_stage(context, timeline.round_of(state), state.step - began)
                 state = state.in_round(targets.round)
-                trainer.optimizers.renew_head(trainer.method.adopt(targets, recipe.seed))
+                fresh = trainer.method.adopt(targets, recipe.seed)
+                heads = trainer.optimizers.groups.get("head", {})
+                trainer.optimizers.renew(dict.fromkeys(heads, fresh))
             if context.stage in ("extract", "cluster"):
                 return
             if (ahead := timeline.round_ahead(state)) is not None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cluster_jobs.demo.fashion_mnist import fetch
-from cluster_jobs.display import Display, round_table, typed
+from cluster_jobs.display import Display, command_line, round_table
 from deepclust.data.pack.pack import pack
 from deepclust.launch.start import pretrain, resume
 from deepclust.recipe import Recipe
@@ -50,10 +50,10 @@ def _conclude(run_dir: Path, shards: dict[str, Path]) -> None:
     for name, values in scores.items():
         console.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
     commands = (
-        typed("status", run_dir),
-        typed("assignments", run_dir, "--out", "clusters.parquet"),
-        typed("pack", "YOUR_IMAGES", "shards", "--resize-short", 72),
-        typed("pretrain", "small-photos", "--run", "runs/mine", "data.shards=shards"),
+        command_line("status", run_dir),
+        command_line("assignments", run_dir, "--out", "clusters.parquet"),
+        command_line("pack", "YOUR_IMAGES", "shards", "--resize-short", 72),
+        command_line("pretrain", "small-photos", "--run", "runs/mine", "data.shards=shards"),
     )
     typer.echo(
         f"\nreport   {page}\nweights  {run_dir / 'export' / 'backbone.safetensors'}\n\nnext:"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
-from deepclust.data.images.crops import CentreCrop, to_float
+from deepclust.data.images.crops import CentreCrop, Crop, to_float
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DataError
@@ -136,10 +136,10 @@ def features_of(
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.to(device)
-    view = CentreCrop(data.size, data.short_side)
+    crops = (Crop(CentreCrop(data.size, data.short_side)),)
     ids = np.flatnonzero(np.asarray(index.labels) >= 0)
     requests = (
-        Request(ids=part, positions=part, key=0, view=view, assignments=None)
+        Request(part, positions=part, key=0, crops=crops)
         for part in np.array_split(ids, max(1, len(ids) // data.extract_batch))
     )
     rows, used = [], []
@@ -149,7 +149,7 @@ def features_of(
             with torch.inference_mode():
                 images = to_float(loaded.images[0].to(device), data.mean, data.std)
                 rows.append(backbone(images).float().cpu().numpy())
-            used.append(~np.isin(loaded.ids, [bad.sample_id for bad in loaded.bad]))
+            used.append(~np.isin(loaded.sample_ids, [bad.sample_id for bad in loaded.bad]))
     finally:
         loader.close()
     usable = np.concatenate(used)

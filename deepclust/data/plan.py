@@ -98,18 +98,10 @@ class EpochPlan:
     def for_rank(
         self, rank: int, world: int, start_step: int = 0
     ) -> Int64[np.ndarray, "steps local_batch"]:
-        """Sample ids of one rank of `world`, int64 [steps - start_step, global_batch // world]."""
-        return self._slice(self.ids, rank, world, start_step)
+        """Return one rank's sample ids, int64 [steps - start_step, global_batch // world].
 
-    def positions_for_rank(
-        self, rank: int, world: int, start_step: int = 0
-    ) -> Int64[np.ndarray, "steps local_batch"]:
-        """The positions that belong to `for_rank`, same shape."""
-        return self._slice(self.positions, rank, world, start_step)
-
-    def _slice(
-        self, values: Int64[np.ndarray, " positions"], rank: int, world: int, start_step: int
-    ) -> Int64[np.ndarray, "steps local_batch"]:
+        Raises `RecipeError` if the batch cannot be split over `world` ranks.
+        """
         if world < 1 or self.global_batch % world:
             raise RecipeError(
                 f"a batch of {self.global_batch} cannot be split over {world} ranks; set "
@@ -117,7 +109,7 @@ class EpochPlan:
             )
         if not 0 <= rank < world:
             raise RecipeError(f"rank {rank} is not one of {world} ranks")
-        split = values.reshape(self.steps, world, self.global_batch // world)
+        split = self.ids.reshape(self.steps, world, self.global_batch // world)
         return split[start_step:, rank]
 
 

@@ -63,6 +63,15 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Now:
+    """The time of a step: steps and epochs done, and the share of the run."""
+
+    step: int
+    epochs: float
+    progress: float
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's part of a step, on its device; without a clustering there are no heads."""
 

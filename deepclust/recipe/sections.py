@@ -249,11 +249,27 @@ class TrainSection(Section):
     batch: int = Field(256, ge=1, description="samples per optimizer step, over all ranks")
     ranks: int = Field(1, ge=1)
     accumulate: int = Field(1, ge=1, description="parts in which a rank's share is computed")
-    optimizer: Literal["sgd", "lars"] = Field("sgd", description="of the body; heads take SGD")
+    optimizer: Literal["sgd", "lars", "adamw"] = Field(
+        "sgd", description="of the body; heads take SGD, or AdamW if the body does"
+    )
     lr: float = Field(0.05, gt=0)
+    lr_end: float = Field(0.0, ge=0, description="the rate at the end of a cosine schedule")
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW's two moments")
     weight_decay: float = Field(1e-5, ge=0)
+    weight_decay_end: float | None = Field(
+        None, ge=0, description="weight decay at the end, by a cosine; default: constant"
+    )
+    decay: Literal["auto", "all", "matrices"] = Field(
+        "auto",
+        description="what weight decay applies to; matrices: neither biases nor norms; auto: all "
+        "for sgd, matrices for lars and adamw",
+    )
+    clip: float | None = Field(None, gt=0, description="largest norm of a step's gradient")
+    clip_by: Literal["norm", "tensor"] = Field(
+        "norm", description="norm: the whole gradient's; tensor: each parameter's"
+    )
     head_lr: float | None = Field(None, gt=0, description="the head's, constant; default: lr")
     head_momentum: float = Field(0.0, ge=0, lt=1)
     schedule: Literal["constant", "step", "cosine"] = "constant"
@@ -280,8 +296,12 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.optimizer == "lars" and self.nesterov:
-            raise ValueError("lars has no nesterov momentum: leave nesterov out")
+        if self.optimizer != "sgd" and self.nesterov:
+            raise ValueError(f"{self.optimizer} has no nesterov momentum: leave nesterov out")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are two numbers from 0, less than 1; got {self.betas}")
+        if self.lr_end and self.schedule != "cosine":
+            raise ValueError(f"lr_end belongs to schedule=cosine, not to {self.schedule}")
         parts = self.ranks * self.accumulate
         if self.batch % parts:
             raise ValueError(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.colour import Colour
-from deepclust.data.images.crops import RandomResizedCrop, to_float
+from deepclust.data.images.crops import Crop, RandomResizedCrop, to_float
 from deepclust.data.images.rotate import quarters, rotate
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Request
@@ -40,17 +40,17 @@ class Feed:
         """This rank's reads, from the step where we are: a slice of the plan."""
         data, world = self.data, self.world
         assignments = None if targets is None else targets.file
-        ids = plan.for_rank(world.rank, world.size, state.offset)
-        share = ids.shape[1]
+        sample_ids = plan.for_rank(world.rank, world.size, state.offset)
+        share = sample_ids.shape[1]
         view = RandomResizedCrop(data.size, data.crop_scale, data.crop_ratio, data.flip)
-        key, colour = self._key(state.segment), None if self._on_device else self._colour
+        crop = Crop(view, None if self._on_device else self._colour)
         for row, step in enumerate(range(state.offset, plan.steps)):
             first = step * self.batch + world.rank * share
             places = np.split(np.arange(first, first + share), self.parts)
-            for mine, where in zip(np.split(ids[row], self.parts), places, strict=True):
+            for mine, where in zip(np.split(sample_ids[row], self.parts), places, strict=True):
                 yield Request(
-                    ids=mine, positions=where, key=key, view=view, views=self.needs.views,
-                    colour=colour, assignments=assignments, replace=True,
+                    mine, where, self._key(state.segment), (crop,) * self.needs.views,
+                    assignments, replace=True,
                 )  # fmt: skip
 
     def to_batch(self, loaded: Loaded, targets: Targets | None, segment: int) -> Batch:
@@ -58,12 +58,12 @@ class Feed:
         device, key = self.world.device, self._key(segment)
         drawn = quarters(derive(key, "turn"), loaded.positions, self.needs.rotations)
         turns = torch.from_numpy(drawn)  # stays on the CPU, or `rotate` would wait for a GPU
-        images = loaded.images.to(device, non_blocking=True)
-        views = [self._view(part, v, loaded, turns, key) for v, part in enumerate(images)]
-        heads = np.zeros((0, len(loaded.ids)), np.int32)
-        found = heads if targets is None else targets.ids[:, loaded.ids]
+        crops = [images.to(device, non_blocking=True) for images in loaded.images]
+        views = [self._view(part, v, loaded, turns, key) for v, part in enumerate(crops)]
+        heads = np.zeros((0, len(loaded.sample_ids)), np.int32)
+        found = heads if targets is None else targets.ids[:, loaded.sample_ids]
         labels = torch.from_numpy(found.astype(np.int64)).to(device)
-        ids = torch.from_numpy(np.asarray(loaded.ids))
+        ids = torch.from_numpy(np.asarray(loaded.sample_ids))
         return Batch(ids, tuple(views), turns.to(device), labels)
 
     def _view(

@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.images.crops import to_float
 from deepclust.data.read.loader import Loader
-from deepclust.data.read.mirror import staged
+from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import RecipeError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
 from deepclust.models import build_backbone
-from deepclust.optim.optimizers import Optimizers, Schedule
+from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import parse_cadence
 from deepclust.run import checkpoint
@@ -62,13 +62,13 @@ def build_trainer(context: Context) -> Trainer:
     method = build_method(recipe, world, new=not context.run.checkpoints()).to(world.device)
     method = global_norm(method, recipe.train.sync_bn, world)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
-    optimizers = Optimizers(method.param_groups(), recipe.train)
+    optimizers = Optimizers(groups_of(method), recipe.train, method.owned(), world)
     return Trainer(
         world=world, index=context.index, method=method, model=wrapped(method, context),
         optimizers=optimizers,
-        schedule=Schedule(recipe.train, timeline.epoch_steps * recipe.train.batch),
+        epoch_samples=timeline.epoch_steps * recipe.train.batch,
         loader=Loader(
-            staged(context.index, data.stage, world, context.stopping), data.workers,
+            mirror_shards(context.index, data.stage, world, context.stopping), data.workers,
             read="offset" if data.stage else context.read, scratch=data.scratch,
             max_pixels=data.max_pixels,
         ),
@@ -95,6 +95,15 @@ def build_method(recipe: Recipe, world: World, new: bool) -> Method:
         warm_start.load_weights(backbone, recipe.init.weights)
     setting = Setting(recipe.method, recipe.cluster, recipe.seed, world)
     return METHODS[recipe.method.name](backbone, setting)
+
+
+def groups_of(method: Method) -> list[Group]:
+    """Return the method's parameters by role and name."""
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    return [
+        Group("head" if role == "head" else "body", {names[p]: p for p in parameters})
+        for role, parameters in method.param_groups().items()
+    ]
 
 
 def global_norm(method: Method, wanted: str, world: World) -> Method:

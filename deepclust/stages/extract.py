@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deepclust.clustering.whiten import Moments, Whitening
-from deepclust.data.images.crops import CentreCrop
+from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, NumericalError, RequeueWanted
@@ -140,6 +140,7 @@ def project(job: Pass, whitening: Whitening) -> None:
         first = units[number].start
         for place, rows in _projected(job, number, first, whitening):
             _write_at(rows_file, start + (first + place) * dim * 2, rows)
+            job.report.alive()
     job.meet()
     if job.world.is_first:
         _finish_features(job, features, whitening)
@@ -191,27 +192,26 @@ def _find_pivot(job: Pass, embed: Embed, unit: range) -> None:
         np.save(file, rows[usable].mean(0).cpu().numpy())
 
 
-def _request(config: Data, ids: Int64[np.ndarray, " b"]) -> Request:
-    view = CentreCrop(config.size, config.short_side)
-    return Request(ids=ids, positions=ids, key=0, view=view, assignments=None)
+def _request(config: Data, sample_ids: Int64[np.ndarray, " b"], tag: int = 0) -> Request:
+    crop = Crop(CentreCrop(config.size, config.short_side))
+    return Request(sample_ids, positions=sample_ids, key=0, crops=(crop,), tag=tag)
 
 
 def _fill(job: Pass, embed: Embed, units: list[range], missing: list[int], pivot: Tensor) -> None:
     step = job.config.extract_batch
-    owner: list[int] = []  # the unit of every batch on its way, in order
 
     def requests() -> Iterator[Request]:
         for number in job.draw("extract", missing):
             unit = units[number]
             for start in range(unit.start, unit.stop, step):
-                owner.append(number)
-                yield _request(job.config, np.arange(start, min(unit.stop, start + step)))
+                yield _request(job.config, np.arange(start, min(unit.stop, start + step)), number)
 
     batches = {n: -(-len(units[n]) // step) for n in missing}
     unit = _Open()
-    for turn, loaded in enumerate(job.loader.stream(requests())):
-        number = owner[turn]
-        _add_batch(unit, embed(loaded.images[0]).float(), loaded.ids, loaded.bad, pivot)
+    for loaded in job.loader.stream(requests()):
+        job.report.alive()
+        number = loaded.tag
+        _add_batch(unit, embed(loaded.images[0]).float(), loaded.sample_ids, loaded.bad, pivot)
         if len(unit.rows) == batches[number]:
             _commit_unit(job, number, unit, pivot)
             job.report.event("unit", round=job.round, unit=number, of=len(units))

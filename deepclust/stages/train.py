@@ -24,8 +24,8 @@ from deepclust.data.read.loader import Bad, Loader
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import write_json
-from deepclust.methods.base import Batch, Method, Targets
-from deepclust.optim.optimizers import Optimizers, Schedule
+from deepclust.methods.base import Batch, Method, Now, Targets
+from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe.sections import TrainSection
 from deepclust.run.checkpoint import State
 from deepclust.run.reporting import Metrics, Report
@@ -44,7 +44,7 @@ class Trainer:
     method: Method
     model: torch.nn.Module
     optimizers: Optimizers
-    schedule: Schedule
+    epoch_samples: int
     config: TrainSection
     max_bad: float
     seed: int
@@ -87,10 +87,13 @@ def train_segment(
     parts = trainer.loader.stream(feed.requests(plan, targets, state))
     for _ in range(state.offset, plan.steps):
         torch.manual_seed(derive(trainer.seed, "step", state.step, trainer.world.rank))
-        rate = trainer.optimizers.set_rate(trainer.schedule.factor(state.samples))
+        epochs = state.samples / trainer.epoch_samples
+        now = Now(state.step, epochs, epochs / trainer.config.epochs)
+        rate = trainer.optimizers.set_schedule(now)
         for part in range(trainer.config.accumulate):
             last = part == trainer.config.accumulate - 1
             loaded = next(parts)
+            trainer.report.alive()
             _accumulate(trainer, feed.to_batch(loaded, targets, state.segment), loaded.bad, last)
         trainer.optimizers.step()
         state = state.after_step(trainer.config.batch)
@@ -168,7 +171,7 @@ def _tell(
     values = {
         "round": state.round,
         "segment": state.segment,
-        "epoch": state.samples / trainer.schedule.epoch,
+        "epoch": state.samples / trainer.epoch_samples,
         **losses,
         "lr": rate,
         "images_per_s": images / seconds,

@@ -1,8 +1,8 @@
 """What of method and optimizers goes into a checkpoint, and how it comes back.
 
-Rank 0 writes for all, except for the parameters of which every rank owns a slice (`Method.owned`):
-those, and their momentum, each rank writes and reads for itself, under the names "model/PARAMETER"
-and "OPTIMIZER/PARAMETER".
+Rank 0 writes for all, except for the parameters of which every rank owns a slice (`Method.owned`).
+Those, and their optimizer state, each rank writes and reads itself, under the names
+"model/PARAMETER" and "ROLE/PARAMETER/KEY" (in old checkpoints "ROLE/PARAMETER", the momentum).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from deepclust.errors import NumericalError
 from deepclust.methods.base import Method
-from deepclust.optim.optimizers import Optimizers
+from deepclust.optim.optimizers import MOMENTUM, Optimizers
 from deepclust.run import checkpoint
 from deepclust.run.checkpoint import OwnedTensors, State, Tensors
 from deepclust.run.directory import Run
@@ -25,13 +25,14 @@ from deepclust.world import World
 def saver(
     run: Run, keep: int, world: World, report: Report, method: Method, optimizers: Optimizers
 ) -> Callable[[State], None]:
-    """A function that saves where we are; all ranks call it, and rank 0 or all do something."""
+    """Return a function that saves a checkpoint, which all ranks call."""
 
     def save(state: State) -> None:
         if not (world.is_first or method.owned()):
             return
         parts, slices = split(method, optimizers)
-        error = _not_finite({**parts["model"], **{n: t for n, (t, _) in slices.items()}}, state)
+        weights = parts["model"] | {name: tensor for name, (tensor, _) in slices.items()}
+        error = _not_finite(weights, state)
         if slices:
             world.raise_all(error, f"step {state.step}")
         elif error is not None:
@@ -43,17 +44,15 @@ def saver(
 
 
 def split(method: Method, optimizers: Optimizers) -> tuple[dict[str, Tensors], OwnedTensors]:
-    """What rank 0 saves, by file, and this rank's slices."""
-    held, state = method.owned(), dict(method.state_dict())
-    slices = {f"model/{name}": (state.pop(name), own) for name, own in held.items()}
-    parts: dict[str, Tensors] = {"model": state, **{name: {} for name in optimizers.by_name}}
-    names = {id(parameter): name for name, parameter in method.named_parameters()}
-    for group, number, parameter, buffer in optimizers.buffers():
-        name = names[id(parameter)]
-        if name in held:
-            slices[f"{group}/{name}"] = buffer, held[name]
+    """Return what rank 0 saves, by file, and this rank's slices."""
+    held, weights = method.owned(), dict(method.state_dict())
+    slices = {f"model/{name}": (weights.pop(name), own) for name, own in held.items()}
+    parts: dict[str, Tensors] = {"model": weights, **{role: {} for role in optimizers.by_role}}
+    for role, name, _, key, value in optimizers.state():
+        if name in held and value.ndim:  # a count of steps is the same on all ranks
+            slices[f"{role}/{name}/{key}"] = value, held[name]
         else:
-            parts[group][str(number)] = buffer
+            parts[role][f"{name}/{key}"] = value
     return parts, slices
 
 
@@ -61,32 +60,22 @@ def put_back(
     folder: Path, parts: dict[str, Tensors], method: Method, optimizers: Optimizers
 ) -> None:
     """Undo `split`, from a checkpoint's folder and what rank 0 had saved there."""
-    parameters = dict(method.named_parameters())
-    for key, tensor in _owned(folder, method, optimizers).items():
-        part, _, name = key.partition("/")
-        number = name if part == "model" else optimizers.number(part, parameters[name])
-        parts.setdefault(part, {})[number] = tensor
+    held = method.owned()
+    wanted = {f"model/{name}": (("model", name), own) for name, own in held.items()}
+    for stored in checkpoint.owned_names(folder) if held else ():
+        role, _, entry = stored.partition("/")
+        name, _, key = entry.partition("/")
+        if role in optimizers.by_role and name in held:
+            wanted[stored] = (role, f"{name}/{key or MOMENTUM}"), held[name]
+    slices = checkpoint.load_owned(folder, {stored: own for stored, (_, own) in wanted.items()})
+    for stored, ((part, entry), _) in wanted.items():
+        parts.setdefault(part, {})[entry] = slices[stored]
     method.load_state_dict(parts.pop("model"))
     optimizers.load_state(parts)
 
 
-def _owned(folder: Path, method: Method, optimizers: Optimizers) -> Tensors:
-    """This rank's slices, and what momentum there is of them."""
-    held = method.owned()
-    there = checkpoint.owned_names(folder) if held else set()
-    return checkpoint.load_owned(
-        folder,
-        {
-            f"{part}/{name}": own
-            for part in ("model", *optimizers.by_name)
-            for name, own in held.items()
-            if part == "model" or f"{part}/{name}" in there  # an optimizer may be new
-        },
-    )
-
-
 def _not_finite(tensors: Tensors, state: State) -> NumericalError | None:
-    """An error instead of weights that no resume could go on from."""
+    """Return an error in place of weights that no resume could go on from."""
     broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if not broken:
         return None

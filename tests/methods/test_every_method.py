@@ -14,7 +14,7 @@ from deepclust.methods import METHODS
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe.sections import TrainSection
 from deepclust.run.directory import Run
-from deepclust.stages.build import wrapped
+from deepclust.stages.build import groups_of, wrapped
 from deepclust.world import World
 from tests.methods.cases import CASES, NAMES, batch, method, share
 from tests.ranks import on_ranks
@@ -36,7 +36,7 @@ def test_the_table_and_the_cases_name_the_same_methods() -> None:
 def test_one_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     torch.manual_seed(0)
     one = method(name).train()
-    optimizers = Optimizers(one.param_groups(), TrainSection(epochs=1, lr=0.05))
+    optimizers = Optimizers(groups_of(one), TrainSection(epochs=1, lr=0.05))
     before = one(batch(one))["loss"]
     before.backward()
     optimizers.step()

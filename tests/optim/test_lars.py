@@ -17,7 +17,7 @@ def fixed(*shape: int) -> nn.Parameter:
 
 def test_two_steps_follow_the_formula() -> None:
     weight, w, v = fixed(4, 3), fixed(4, 3).detach().double(), torch.zeros(4, 3).double()
-    optimizer = LARS([weight], lr=0.5, momentum=0.9, weight_decay=0.01)
+    optimizer = LARS([{"params": [weight], "decay": 0.01}], lr=0.5, momentum=0.9)
     g = fixed(4, 3).grad
     for _ in range(2):
         weight.grad = g.clone()
@@ -28,9 +28,9 @@ def test_two_steps_follow_the_formula() -> None:
     torch.testing.assert_close(weight.detach().double(), w, atol=1e-6, rtol=1e-6)
 
 
-def test_biases_and_norms_take_plain_sgd_without_decay() -> None:
+def test_biases_and_norms_take_plain_sgd() -> None:
     bias, plain = fixed(5), fixed(5)
-    LARS([bias], lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    LARS([bias], lr=0.1, momentum=0.9).step()
     torch.optim.SGD([plain], lr=0.1, momentum=0.9).step()
     assert torch.equal(bias, plain)
 
@@ -39,7 +39,7 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
     one, other = fixed(4, 3), fixed(4, 3)
     other.grad *= 1000
     for weight in (one, other):
-        LARS([weight], lr=0.1, momentum=0.9, weight_decay=0.0).step()
+        LARS([weight], lr=0.1, momentum=0.9).step()
     torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
@@ -48,5 +48,5 @@ def test_zero_weights_or_gradients_give_a_trust_of_one() -> None:
     assert [float(trust(a, b)) for a, b in ((some, none), (none, some))] == [1.0, 1.0]
     weight = nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)
-    LARS([weight], lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    LARS([{"params": [weight], "decay": 0.1}], lr=0.1, momentum=0.9).step()
     assert torch.equal(weight, torch.zeros(2, 2))

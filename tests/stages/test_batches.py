@@ -40,14 +40,14 @@ def test_every_step_reads_the_plans_batch_for_any_number_of_ranks(
 ) -> None:
     ids = PLAN.ids.reshape(STEPS, BATCH)[OFFSET:]
     positions = np.arange(OFFSET * BATCH, STEPS * BATCH).reshape(-1, BATCH)
-    np.testing.assert_array_equal(global_batches(ranks, accumulate, "ids"), ids)
+    np.testing.assert_array_equal(global_batches(ranks, accumulate, "sample_ids"), ids)
     np.testing.assert_array_equal(global_batches(ranks, accumulate, "positions"), positions)
 
 
 def test_views_do_not_depend_on_the_number_of_ranks() -> None:
     """A view is a function of key, position and its own settings alone."""
     told = [
-        {(part.key, part.view) for rank in range(ranks) for part in requests(rank, ranks, 1)}
+        {(part.key, part.crops) for rank in range(ranks) for part in requests(rank, ranks, 1)}
         for ranks in (1, 2, 4)
     ]
     assert len(told[0]) == 1

@@ -92,7 +92,7 @@ def prepare(work: Path, options: argparse.Namespace) -> list[str]:
 
 def ours(data: Path, size: int, workers: int) -> Iterator:
     """Batches of our loader: uniform over Zipf-sized clusters, by offset from shards."""
-    from deepclust.data.images.crops import RandomResizedCrop, to_float
+    from deepclust.data.images.crops import Crop, RandomResizedCrop, to_float
     from deepclust.data.plan import EpochPlan
     from deepclust.data.read.loader import Loader, Request
     from deepclust.data.shards.index import open_index
@@ -103,9 +103,9 @@ def ours(data: Path, size: int, workers: int) -> Iterator:
     assignments = data / "assignments.npy"
     np.save(assignments, labels.astype(np.int32))
     plan = EpochPlan.build(labels, seed=0, epoch=0, global_batch=BATCH)
-    view, loader = RandomResizedCrop(size), Loader(index, workers, read="offset")
-    rows = zip(plan.for_rank(0, 1), plan.positions_for_rank(0, 1), strict=True)
-    for loaded in loader.stream(Request(i, at, 0, view, assignments) for i, at in rows):
+    crops, loader = (Crop(RandomResizedCrop(size)),), Loader(index, workers, read="offset")
+    rows = zip(plan.for_rank(0, 1), plan.positions.reshape(-1, BATCH), strict=True)
+    for loaded in loader.stream(Request(i, at, 0, crops, assignments) for i, at in rows):
         yield to_float(loaded.images[0], MEAN, STD)
     loader.close()
 

@@ -81,7 +81,7 @@ def copy(shards: list) -> float:
 
 def images(index, read: str, workers: int, scratch: Path) -> float:
     """Images/s from the first batch to the last."""
-    from deepclust.data.images.crops import RandomResizedCrop
+    from deepclust.data.images.crops import Crop, RandomResizedCrop
     from deepclust.data.plan import EpochPlan
     from deepclust.data.read.loader import Loader, Request
 
@@ -90,7 +90,7 @@ def images(index, read: str, workers: int, scratch: Path) -> float:
         np.zeros(n, np.int32), 0, 0, global_batch=BATCH, lanes=4, blocks=index.bases
     )
     loader = Loader(index, workers, read=read, scratch=scratch)
-    asked = (Request(ids, ids, 0, RandomResizedCrop(96)) for ids in plan.for_rank(0, 1))
+    asked = (Request(ids, ids, 0, (Crop(RandomResizedCrop(96)),)) for ids in plan.for_rank(0, 1))
     stream = loader.stream(asked)
     next(stream)
     began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Colours of views: jitter, grey and blur of whole uint8 batches, in a worker or on the device.
+"""Colours of crops: jitter, grey, blur and solarisation of whole uint8 batches, on any device.
 
-What SimCLR (Chen et al., 2020, appendix A) does to an image after its crop: `ColorJitter` with a
-probability, grey with a probability, a Gaussian blur with a probability; the meaning of each is
-that of torchvision.transforms.v2.functional. Between them colours are floats in [0, 255], rounded
-once at the end. What a position gets is a hash of (key, position), as for all views.
+SimCLR (Chen et al., 2020, appendix A) changes the colours of a crop by `ColorJitter`, grey and a
+Gaussian blur, each with a probability. BYOL (Grill et al., 2020, appendix B) adds solarisation.
+The meaning of each is that of torchvision.transforms.v2.functional. Between them colours are floats
+in [0, 255], rounded once at the end. All randomness comes from `draws.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from deepclust.data.images.crops import uniform
+from deepclust.data.images.draws import uniform
 from deepclust.errors import RecipeError
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that change nothing
-_ORDER, _FACTORS, _GREY, _SIGMA = slice(0, 4), slice(4, 8), 8, 9  # columns of the draws
+_ORDER, _FACTORS = slice(0, 4), slice(4, 8)  # columns of the draws, as are these:
+_GREY, _SIGMA, _SOLARISE = 8, 9, 10
+_BRIGHT = 127.5  # what is rounded to 128 and more is inverted by solarisation
 _LUMA = (0.2989, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601), as torchvision rounds them
 # Bytes of floats worked on at a time, and at least 8 images. On a CPU they stay in its cache (1.4
 # to 1.9 times as fast as all at once), on a GPU they leave its memory to the network.
@@ -43,10 +45,11 @@ class Colour:
     grey: float = 0.0
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= p <= 1 for p in (self.jitter_p, self.grey, self.blur)):
-            raise RecipeError(f"jitter_p, grey and blur are probabilities; got {self}")
+        if not all(0 <= p <= 1 for p in (self.jitter_p, self.grey, self.blur, self.solarise)):
+            raise RecipeError(f"jitter_p, grey, blur, solarise are probabilities; got {self}")
         if min(self.jitter) < 0 or self.jitter[_HUE] > 0.5:
             raise RecipeError(f"jitter is 4 numbers from 0, the last at most 0.5; got {self}")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
@@ -55,27 +58,33 @@ class Colour:
     @property
     def does_nothing(self) -> bool:
         """Whether every image stays as it is."""
-        return max(self.jitter) * self.jitter_p == 0 == self.grey == self.blur
+        return max(self.jitter) * self.jitter_p == 0 == self.grey == self.blur == self.solarise
 
     def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> Float64[np.ndarray, "b m"]:
-        """What each position's colours are made of, a pure function of (key, position).
+        """Return what each position's colours are made of, a pure function of (key, position).
 
         A row holds the four jitters in their order, the four factors (those that change nothing
-        where it is not jittered), 1 if it turns grey, and the sigma of its blur (0: none).
+        where it is not jittered), 1 if it turns grey, the sigma of its blur (0: none), and 1 if it
+        is solarised.
         """
-        u = uniform(key, positions, 12)
+        u = uniform(key, positions, 13)
         strength = np.array(self.jitter)
         low = np.where(np.arange(4) == _HUE, -strength, np.maximum(0, 1 - strength))
         factors = low + u[:, 4:8] * (_NEUTRAL + strength - low)
         factors = np.where(u[:, 8:9] < self.jitter_p, factors, _NEUTRAL)
         least, most = self.blur_sigma
-        sigma = np.where(u[:, 10:11] < self.blur, least + u[:, 11:] * (most - least), 0)
-        return np.hstack([np.argsort(u[:, :4], axis=1), factors, u[:, 9:10] < self.grey, sigma])
+        sigma = np.where(u[:, 10:11] < self.blur, least + u[:, 11:12] * (most - least), 0)
+        order, grey, solarised = (
+            np.argsort(u[:, :4], axis=1),
+            u[:, 9:10] < self.grey,
+            u[:, 12:] < self.solarise,
+        )
+        return np.hstack([order, factors, grey, sigma, solarised])
 
     def __call__(
         self, images: UInt8[Tensor, "b 3 s s"], draws: Float64[np.ndarray, "b m"]
     ) -> UInt8[Tensor, "b 3 s s"]:
-        """The images in their new colours, on their device; no row depends on another."""
+        """Return the images in their new colours, on their device; no row depends on another."""
         changed, image = torch.empty_like(images), 4 * 3 * images.shape[2] * images.shape[3]
         rows = max(_ROWS, (_IN_CACHE if images.device.type == "cpu" else _IN_MEMORY) // image)
         for at in range(0, len(images), rows):
@@ -86,9 +95,9 @@ class Colour:
     def _changed(
         self, x: Float32[Tensor, "b 3 s s"], draws: Float64[np.ndarray, "b m"]
     ) -> Float32[Tensor, "b 3 s s"]:
-        """Jitter, then grey, then blur, in place, each where the draws say so.
+        """Jitter, grey, blur and solarise in place, in this order, each where the draws say so.
 
-        Jitter has four stages, in each of which every row meets the one that is its own next.
+        Jitter has four stages. In each of them every row gets the jitter that is next in its order.
         """
         for stage in range(4 if max(self.jitter) > 0 else 0):
             mine = draws[:, _ORDER][:, stage, None] == np.arange(4)
@@ -97,6 +106,7 @@ class Colour:
             _change(x, factors[:, _HUE], hue_turned)
         _change(x, draws[:, _GREY], lambda rows, _: _grey(rows).expand(-1, 3, -1, -1))
         _change(x, draws[:, _SIGMA], blurred)
+        _change(x, draws[:, _SOLARISE], lambda rows, _: rows.where(rows < _BRIGHT, 255 - rows))
         return x
 
 
@@ -166,5 +176,5 @@ def _grey(x: Float32[Tensor, "b 3 s s"]) -> Float32[Tensor, "b 1 s s"]:
 
 
 def _column(numbers: np.ndarray, like: Tensor) -> Float32[Tensor, "b 1 1 1"]:
-    """One number for each image, on its device."""
+    """Return one number for each image, on its device."""
     return torch.from_numpy(numbers).to(like.device, torch.float32)[:, None, None, None]

@@ -1,8 +1,7 @@
-"""Views: what the network sees of an image, as uint8, with torchvision's semantics.
+"""Crops: what the network sees of an image, as uint8, with torchvision's semantics.
 
-All randomness is a counter-based hash of (key, position, draw number), computed for a whole batch
-at once: a view depends neither on workers nor on ranks nor on restarts, and costs nothing per image
-but the crop itself. Images stay uint8 until `to_float`, which runs on the training device.
+All randomness comes from `draws.py`: the same for any number of reader processes and ranks. Images
+stay uint8 until `to_float`, which runs on the training device.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64, UInt8, UInt64
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from deepclust.data.images.colour import Colour
+from deepclust.data.images.draws import uniform
 from deepclust.errors import RecipeError
 
 _resize = torch.ops.aten._upsample_bilinear2d_aa.default
@@ -24,17 +25,25 @@ _LONGEST = 16  # times the shorter side: what a centre crop keeps of a longer im
 
 
 class View(Protocol):
-    """A way to look at an image: random numbers for a batch of positions, then image by image."""
+    """A way to crop an image: random numbers for a batch of positions, then image by image."""
 
     @property
     def size(self) -> int:
         """The side of the square that comes out, pixels."""
 
     def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> Sequence[Any]:
-        """What each position's view is made of, a pure function of (key, position)."""
+        """Return what each position's crop is made of, a pure function of (key, position)."""
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], draw: Any) -> UInt8[Tensor, "3 s s"]:
-        """The view of one image for one of the draws."""
+        """Return the crop of one image for one of the draws."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One crop of every image of a batch, and its colours (None: they stay)."""
+
+    view: View
+    colour: Colour | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,11 @@ class CentreCrop:
             )
 
     def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> Sequence[None]:
-        """No draw for every position."""
+        """Return no draw for every position."""
         return [None] * len(positions)
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], draw: None = None) -> UInt8[Tensor, "3 s s"]:
-        """The resized centre of the image."""
+        """Return the resized centre of the image."""
         short = min(image.shape[1:])
         # 1 x 60,000 pixels would become resize x (60,000 * resize): drop what can't be seen. The
         # only difference to torchvision, of less than a pixel, in images longer than 16:1.
@@ -89,7 +98,7 @@ class RandomResizedCrop:
             raise RecipeError(f"scale and ratio are positive (least, most); got {self}")
 
     def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> list[list[float]]:
-        """What each position's crop is made of, a pure function of (key, position).
+        """Return what each position's crop is made of, a pure function of (key, position).
 
         A row holds 10 relative heights, 10 relative widths (of the square root of the area), the
         crop's place in [0, 1) down and across, and 1 if it is flipped.
@@ -105,7 +114,7 @@ class RandomResizedCrop:
         return rows
 
     def box(self, height: int, width: int, draw: list[float]) -> tuple[int, int, int, int]:
-        """The crop of a height x width image: top, left, height, width in pixels."""
+        """Return the crop of a height x width image: top, left, height, width in pixels."""
         root = math.sqrt(height * width)
         for i in range(self.tries):
             h, w = round(root * draw[i]), round(root * draw[i + self.tries])
@@ -126,11 +135,9 @@ class RandomResizedCrop:
 def _resized(
     image: UInt8[Tensor, "3 h w"], box: tuple[int, int, int, int], sides: list[int]
 ) -> UInt8[Tensor, "3 s t"]:
-    """Crop (top, left, height, width) and resize: antialiased bilinear on uint8, as torchvision.
-
-    The crop is one strided view: after slices and `image[None]` the batch stride hides from the
-    kernel that decoded images are channels-last, and it converts them first (1.7x in all).
-    """
+    """Crop (top, left, height, width) and resize: antialiased bilinear on uint8, as torchvision."""
+    # One strided view: after slices and `image[None]` the batch stride hides from the kernel that
+    # decoded images are channels-last, and it converts them first (1.7 times as long in all).
     top, left, height, width = box
     plane, row, column = image.stride()
     crop = image.as_strided(
@@ -148,30 +155,13 @@ def _centre(image: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Ten
     return image[:, top : top + height, left : left + width]
 
 
-def uniform(key: int, positions: Int64[np.ndarray, " b"], count: int) -> Float64[np.ndarray, "b m"]:
-    """`count` numbers in [0, 1) for every position, each a hash of (key, position, number)."""
-    streams = hashed(np.asarray(positions, np.uint64) ^ hashed(np.array([key], np.uint64)))
-    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-    bits: UInt64[np.ndarray, "b m"] = hashed(streams[:, None] + steps)
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def hashed(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    """The finaliser of splitmix64 (Steele et al., 2014), a bijection of 64-bit numbers."""
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
-
-
 def to_float(
     images: UInt8[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Tensor, "b 3 h w"]:
-    """(images / 255 - mean) / std per channel, on the images' device; mean and std in [0, 1]."""
+    """Return (images / 255 - mean) / std per channel, on the images' device.
+
+    `mean` and `std` are in [0, 1].
+    """
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
     return images.to(torch.float32).mul_(scale).add_(shift[:, None, None])

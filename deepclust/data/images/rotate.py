@@ -1,7 +1,7 @@
 """Quarter turns: DeeperCluster's self-supervised labels (Caron et al., 2019, section 3.1).
 
 Whole uint8 batches are turned, in a worker or on the device; no pixel changes its value. Which
-turn a position gets is a hash of (key, position), as for all views.
+turn a position gets is a hash of (key, position), as for all crops.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from deepclust.data.images.crops import uniform
+from deepclust.data.images.draws import uniform
 
 
 def quarters(key: int, positions: Int64[np.ndarray, " b"], count: int) -> Int64[np.ndarray, " b"]:
-    """A number of quarter turns in [0, count) for every position; count 1: none is turned."""
+    """Draw a number of quarter turns in [0, count) for every position."""
     return (uniform(key, positions, 1)[:, 0] * count).astype(np.int64)
 
 
 def rotate(
     images: UInt8[Tensor, "b 3 s s"], quarters: Int64[Tensor, " b"]
 ) -> UInt8[Tensor, "b 3 s s"]:
-    """Turn every image counter-clockwise by its quarters * 90 degrees; the result is a copy.
+    """Turn every image counter-clockwise by its quarters * 90 degrees, in a copy.
 
-    Quarters may lie on the CPU for images on a GPU: then the GPU is not waited for.
+    Quarters may lie on the CPU for images on a GPU. Then nothing waits for the GPU.
     """
     turned = images.clone()
     for turns in (1, 2, 3):

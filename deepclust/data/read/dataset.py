@@ -1,9 +1,9 @@
-"""One batch: from the sample ids that a plan asks for to a uint8 tensor of their views.
+"""One batch: from the sample ids that a plan asks for to the uint8 crops of their images.
 
 This is what runs in the loader's worker processes. An image is read and decoded once for all its
-views. A sample that cannot be read never shifts the others: its place is taken by a deterministic
-member of its cluster, or of all samples where there are no clusters (training), or stays black
-(extraction), and it is reported.
+crops, of whatever sizes. A sample that cannot be read never shifts the others, and is reported.
+Training puts another sample into its row: a member of its cluster, or any sample where there are no
+clusters. Extraction leaves the row black.
 """
 
 from __future__ import annotations
@@ -19,101 +19,108 @@ from jaxtyping import Float64, Int32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deepclust.data.images.colour import Colour
-from deepclust.data.images.crops import View, uniform
+from deepclust.data.images.crops import Crop
 from deepclust.data.images.decode import MAX_PIXELS, decode
+from deepclust.data.images.draws import uniform
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError
 from deepclust.world import derive
 
-REPLACEMENTS = 8  # members of the cluster that are tried, and then as many of all samples
+REPLACEMENTS = 8  # members of the cluster that are tried, and then this number of all samples
 
 
 @dataclass(frozen=True)
 class Request:
-    """A batch to load. `key` = derive(seed, "view", epoch) is what its views are drawn from.
+    """A batch to load: its samples, their positions in the plan, and the crops of each image.
 
-    Bad samples are replaced if there are `assignments` (int32 .npy [n] or [heads, n]; then by a
-    member of the same cluster) or if `replace` says so (then by any sample that the index has).
+    Crops are drawn from `key`, which is derive(seed, "view", epoch) in training. A sample that
+    cannot be read is replaced by a member of its cluster where there are `assignments` (int32 .npy
+    [n] or [heads, n]), and by any sample of the index where `replace` says so. `tag` is the
+    caller's, and comes back with the batch.
     """
 
-    ids: Int64[np.ndarray, " b"]
+    sample_ids: Int64[np.ndarray, " b"]
     positions: Int64[np.ndarray, " b"]
     key: int
-    view: View
+    crops: tuple[Crop, ...]
     assignments: Path | None = None
-    views: int = 1
-    colour: Colour | None = None  # None: colours stay, or are changed later on the device
     replace: bool = False
+    tag: int = 0
 
     @property
     def keys(self) -> list[int]:
-        """What each view is drawn from; the first is `key` itself."""
-        return [self.key, *(derive(self.key, "view", v) for v in range(1, self.views))]
+        """What each crop is drawn from; the first is `key` itself."""
+        return [self.key, *(derive(self.key, "view", v) for v in range(1, len(self.crops)))]
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample that could not be read, where, why, and the sample in its place (-1: none)."""
+    """A sample that could not be read, and the reason with its place."""
 
     sample_id: int
-    position: int
-    replacement: int
     reason: str
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded batch; `ids` are the samples that the images really show, in every view."""
+    """A loaded batch; `sample_ids` are the samples that the images really show, in every crop."""
 
-    images: UInt8[Tensor, "views b 3 s s"]
-    ids: Int64[np.ndarray, " b"]
+    images: tuple[UInt8[Tensor, "b 3 s s"], ...]
+    sample_ids: Int64[np.ndarray, " b"]
     positions: Int64[np.ndarray, " b"]
     bad: list[Bad] = field(default_factory=list)
+    tag: int = 0
 
     def pin_memory(self) -> Loaded:
-        """The same in page-locked memory; the DataLoader calls this where there is a GPU."""
-        return replace(self, images=self.images.pin_memory())
+        """Return the same in page-locked memory; the DataLoader calls this where there is a GPU."""
+        return replace(self, images=tuple(images.pin_memory() for images in self.images))
 
 
 class Batches(Dataset[Loaded]):
-    """`batches[request]` is the loaded batch: a map from requests, for torch's DataLoader."""
+    """The loaded batch of each request, `batches[request]`, for torch's DataLoader.
 
-    def __init__(self, index: Index, staged: Path | None = None, max_pixels: int = MAX_PIXELS):
+    `cache` is a folder with copies of shards (`shard_cache.py`).
+    """
+
+    def __init__(self, index: Index, cache: Path | None = None, max_pixels: int = MAX_PIXELS):
         self.index, self.max_pixels = index, max_pixels
-        self.files = ShardFiles(index.shards, staged)
-        self._labels: tuple[Path, Int32[np.ndarray, " n"]] | None = None
+        self.files = ShardFiles(index.shards, cache)
+        self._clusters: tuple[Path, Int32[np.ndarray, " n"]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the index and the assignments again instead of copying them."""
-        return Batches, (self.index, self.files.staged, self.max_pixels)
+        """Pickle what opens the index and the assignments, which another process maps again."""
+        return Batches, (self.index, self.files.cache, self.max_pixels)
 
     def __getitem__(self, request: Request) -> Loaded:
-        """Read, decode and view every sample of the request."""
-        size = request.view.size
-        images = torch.zeros((request.views, len(request.ids), 3, size, size), dtype=torch.uint8)
-        ids, bad = request.ids.copy(), []
+        """Read, decode and crop every sample of the request, then change the colours."""
+        sides = [crop.view.size for crop in request.crops]
+        b = len(request.sample_ids)
+        images = tuple(torch.zeros((b, 3, side, side), dtype=torch.uint8) for side in sides)
+        sample_ids, bad = request.sample_ids.copy(), []
         for row, reason in self._fill(images, request):
-            ids[row], entry = self._replace(images[:, row], request, row, reason)
+            row_images = tuple(of_crop[row : row + 1] for of_crop in images)
+            sample_ids[row], entry = self._replace(row_images, request, row, reason)
             bad.append(entry)
         self.files.release()
-        if request.colour is not None:
-            for v, view in enumerate(images):
-                draws = request.colour.draws(derive(request.key, "colour", v), request.positions)
-                view.copy_(request.colour(view, draws))
-        return Loaded(images, ids, request.positions, bad)
+        for v, (crop, of_crop) in enumerate(zip(request.crops, images, strict=True)):
+            if crop.colour is not None:
+                draws = crop.colour.draws(derive(request.key, "colour", v), request.positions)
+                of_crop.copy_(crop.colour(of_crop, draws))
+        return Loaded(images, sample_ids, request.positions, bad, request.tag)
 
     def _fill(
-        self, images: UInt8[Tensor, "views b 3 s s"], request: Request
+        self, images: tuple[UInt8[Tensor, "b 3 s s"], ...], request: Request
     ) -> list[tuple[int, str]]:
         """Load what can be loaded; return the rows that could not, and why. The hot loop."""
-        view, read, limit, failed = request.view, self.files.read, self.max_pixels, []
-        places = zip(*(column.tolist() for column in self.index.locate(request.ids)), strict=True)
-        draws = zip(*(view.draws(key, request.positions) for key in request.keys), strict=True)
-        rows = zip(*(of_view.unbind() for of_view in images.unbind()), strict=True)
-        for row, (targets, place, drawn) in enumerate(zip(rows, places, draws, strict=True)):
+        read, limit, failed = self.files.read, self.max_pixels, []
+        views, at = [crop.view for crop in request.crops], request.positions
+        located = self.index.locate(request.sample_ids)
+        places = zip(*(column.tolist() for column in located), strict=True)
+        draws = [view.draws(key, at) for view, key in zip(views, request.keys, strict=True)]
+        targets = [of_crop.unbind() for of_crop in images]
+        for row, place in enumerate(places):
             try:
                 image = decode(read(*place), limit)
             except UnreachableError:
@@ -121,49 +128,53 @@ class Batches(Dataset[Loaded]):
             except DataError as error:
                 failed.append((row, str(error)))
                 continue
-            for target, draw in zip(targets, drawn, strict=True):
-                target.copy_(view(image, draw))
+            for view, drawn, target in zip(views, draws, targets, strict=True):
+                target[row].copy_(view(image, drawn[row]))
         return failed
 
     def _replace(
-        self, targets: UInt8[Tensor, "views 3 s s"], request: Request, row: int, reason: str
+        self, images: tuple[UInt8[Tensor, "1 3 s s"], ...], request: Request, row: int, reason: str
     ) -> tuple[int, Bad]:
-        """Put another sample into a row, if the request allows it; its id and the report."""
-        sample, position = int(request.ids[row]), int(request.positions[row])
-        reason = f"{self.index.where(sample)}: {self.index.excluded.get(sample, reason)}"
+        """Put another sample into a row, if the request allows it; return its id and the report."""
+        sample_id, position = int(request.sample_ids[row]), int(request.positions[row])
+        reason = f"{self.index.where(sample_id)}: {self.index.excluded.get(sample_id, reason)}"
         if request.assignments is None and not request.replace:
-            return sample, Bad(sample, position, -1, reason)
-        for substitute in self._substitutes(request, sample, position):
-            one = replace(request, ids=np.array([substitute]), positions=np.array([position]))
-            if not self._fill(targets[:, None], one):
-                return substitute, Bad(sample, position, substitute, reason)
+            return sample_id, Bad(sample_id, reason)
+        for substitute in self._substitutes(request, sample_id, position):
+            one = replace(
+                request, sample_ids=np.array([substitute]), positions=np.array([position])
+            )
+            if not self._fill(images, one):
+                return substitute, Bad(sample_id, reason)
         raise DataError(
             f"{reason}; nor could {2 * REPLACEMENTS} samples in its place. Is the storage there?"
         )
 
-    def _substitutes(self, request: Request, sample: int, position: int) -> Iterator[int]:
-        """Members of the sample's cluster in an order drawn for its position, then any samples."""
+    def _substitutes(self, request: Request, sample_id: int, position: int) -> Iterator[int]:
+        """Yield members of the sample's cluster, drawn for its position, then any samples."""
         key = derive(request.key, "replacement")
         u = uniform(key, np.array([position]), 2 * REPLACEMENTS).reshape(2, REPLACEMENTS)
         if request.assignments is None:
-            yield from (i for i in self._known(u.ravel()).tolist() if i != sample)
+            yield from (i for i in self._readable(u.ravel()).tolist() if i != sample_id)
             return
-        labels = self._assignments(request.assignments)
-        for members, numbers in ((labels == labels[sample], u[0]), (np.True_, u[1])):
-            choices = np.flatnonzero(members & (labels >= 0))
-            choices = choices[choices != sample]
+        assignments = self._assignments(request.assignments)
+        same = assignments == assignments[sample_id]
+        for members, numbers in ((same, u[0]), (np.True_, u[1])):
+            choices = np.flatnonzero(members & (assignments >= 0))
+            choices = choices[choices != sample_id]
             if len(choices):
                 yield from choices[(numbers * len(choices)).astype(np.int64)].tolist()
 
-    def _known(self, numbers: Float64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
-        """For numbers in [0, 1) as many samples that the index does not exclude."""
+    def _readable(self, numbers: Float64[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
+        """Return, for each number in [0, 1), a sample id that the index does not exclude."""
         excluded = np.sort(np.array(list(self.index.excluded), np.int64))
         ranks = (numbers * (len(self.index) - len(excluded))).astype(np.int64)
-        before = excluded - np.arange(len(excluded))  # how many known samples lie before each
+        before = excluded - np.arange(len(excluded))  # readable samples before each
         return ranks + np.searchsorted(before, ranks, side="right")
 
     def _assignments(self, path: Path) -> Int32[np.ndarray, " n"]:
-        if self._labels is None or self._labels[0] != path:
+        """Return the assignments of a file (head 0), mapped once."""
+        if self._clusters is None or self._clusters[0] != path:
             stored: np.ndarray[Any, Any] = np.load(path, mmap_mode="r")
-            self._labels = path, stored if stored.ndim == 1 else stored[0]
-        return self._labels[1]
+            self._clusters = path, stored if stored.ndim == 1 else stored[0]
+        return self._clusters[1]

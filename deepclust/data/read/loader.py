@@ -1,8 +1,8 @@
-"""The loader: batches of views, in the order they are asked for, from worker processes.
+"""The loader: batches of crops, in the order of their requests, from worker processes.
 
-It executes a plan and decides nothing: every batch is a pure function of its `Request`, so any
-number of workers and either way of reading (by offset where the shards lie on this machine, by
-block of shards where they lie on a network) gives the same bytes.
+Every batch is a pure function of its `Request`. So any number of workers gives the same bytes, and
+so does either way of reading: by offset where the shards lie on this machine, by block of shards
+where they lie on a network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ READS = ("auto", "offset", "block")
 
 
 class _Requests:
-    """What the DataLoader takes for its sampler: whatever is to be loaded now."""
+    """The DataLoader's sampler: the requests of the present stream."""
 
     def __init__(self) -> None:
         self.current: Iterator[Request] = iter(())
@@ -41,7 +41,7 @@ class _Requests:
 
 
 class Loader:
-    """Loads streams of requests with `workers` processes (0: in this one), one after another.
+    """A reader of streams of requests, one after another, with `workers` processes (0: this one).
 
     `waited` is the time that `stream` has kept its consumer waiting, seconds. With a GPU, images
     are in page-locked memory. Processes start with the first stream and stay until `close`.
@@ -56,10 +56,11 @@ class Loader:
         max_pixels: int = MAX_PIXELS,
         prefetch: int = 2,
     ) -> None:
-        """Open nothing yet. `prefetch` is batches under way per worker; `scratch` a local folder.
+        """Open nothing yet.
 
-        Raises `RecipeError` for an unknown `read` or fewer than 0 workers, and `DiskError` if
-        shards should be copied to a `scratch` that cannot be written.
+        `prefetch` is the number of batches under way per worker. `scratch` is a local folder for
+        the cache of shards that reading by block needs. Raises `RecipeError` for an unknown `read`
+        or fewer than 0 workers, and `DiskError` for a `scratch` that cannot be written.
         """
         if read not in READS or workers < 0 or prefetch < 1:
             raise RecipeError(
@@ -67,20 +68,20 @@ class Loader:
                 f"least 1; got {read!r}, {workers}, {prefetch}"
             )
         self.waited = 0.0
-        self.staging = _staging(index, read, scratch)
+        self.cache = _make_cache(index, read, scratch)
         self._requests = _Requests()
-        self._batches = Batches(index, self.staging.folder if self.staging else None, max_pixels)
+        self._batches = Batches(index, self.cache.folder if self.cache else None, max_pixels)
         self._workers, self._prefetch = workers, prefetch
         self._loader: DataLoader[Loaded] | None = None
         self._processes: list[BaseProcess] = []
         self._active: object = None
-        self._failed: Exception | None = None  # in the requests of the stream at hand
-        weakref.finalize(self, _clean_up, self._processes, self.staging)
+        self._failed: Exception | None = None  # in the requests of the present stream
+        weakref.finalize(self, _clean_up, self._processes, self.cache)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Loaded]:
-        """Load the requests, in order; taken lazily, as many ahead as the workers are given.
+        """Load the requests, in order. They are taken lazily, `prefetch` ahead per worker.
 
-        A new stream ends the one before it; leaving one early costs nothing. Raises
+        A new stream ends the one before it, and leaving one early costs nothing. Raises
         `ResourceError` if a worker died, and `DataError` as `Batches` does.
         """
         self._active = token = object()
@@ -96,14 +97,14 @@ class Loader:
     def close(self) -> None:
         """End the processes and delete the copies of shards."""
         self._stop()
-        if self.staging is not None:
-            self.staging.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def _start(self, requests: Iterable[Request]) -> Iterator[Loaded]:
         started = time.perf_counter()
         self._end_requests()
         self._failed = None
-        taken = iter(requests if self.staging is None else self.staging.stream(requests))
+        taken = iter(requests if self.cache is None else self.cache.stream(requests))
         self._requests.current = taken
         try:
             first = next(taken, None)
@@ -117,11 +118,9 @@ class Loader:
             self.waited += time.perf_counter() - started
 
     def _until_error(self, first: Request, rest: Iterator[Request]) -> Iterator[Request]:
-        """The requests up to an error in them, which `_next` raises after the last batch.
-
-        Raised in the midst of torch's iterator it would leave processes and queues half made;
-        so would a stream without any request, for which nothing is started.
-        """
+        """Yield the requests up to an error in them, which `_next` raises after the last batch."""
+        # raised inside torch's iterator it would leave processes and queues half made, as would a
+        # stream without any request, for which nothing is started
         try:
             yield first
             yield from rest
@@ -135,7 +134,7 @@ class Loader:
             batch_size=None,
             sampler=self._requests,
             num_workers=self._workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=worker_processes.set_up if parallel else None,
             multiprocessing_context="forkserver" if parallel else None,
@@ -151,7 +150,7 @@ class Loader:
         return batches
 
     def _next(self, batches: Iterator[Loaded]) -> Loaded | None:
-        """The next batch, None after the last one."""
+        """Return the next batch, None after the last one."""
         started = time.perf_counter()
         try:
             loaded = next(batches, None)
@@ -165,8 +164,8 @@ class Loader:
             self.waited += time.perf_counter() - started
         if loaded is None and self._failed is not None:
             raise self._failed
-        if loaded is not None and self.staging is not None:
-            self.staging.delivered()
+        if loaded is not None and self.cache is not None:
+            self.cache.release_oldest()
         return loaded
 
     def _end_requests(self) -> None:
@@ -182,15 +181,16 @@ class Loader:
         self._batches.files.close()
 
 
-def resolve_read(index: Index, read: str, staged: bool = False) -> str:
-    """What `auto` means for these shards on this machine: "offset" or "block".
+def resolve_read(index: Index, read: str, mirror: bool = False) -> str:
+    """Return what `auto` means for these shards on this machine: "offset" or "block".
 
-    `staged`: they will be copied to this machine first (`data.stage`). That changes no order, so
-    `auto` is what it would be without; but an image of a remote shard may be read by its offset.
+    `mirror` says that they will be copied to this machine first (`data.stage`). That changes no
+    order, so `auto` is what it would be without it. But an image of a remote shard may then be
+    read by its offset, which is a `RecipeError` without a mirror.
     """
     if read == "auto":
         return "block" if shard_cache.on_network(index.shards[0]) else "offset"
-    if read == "offset" and isinstance(index.shards[0], Url) and not staged:
+    if read == "offset" and isinstance(index.shards[0], Url) and not mirror:
         raise RecipeError(
             f"data.read=offset would make a request to {index.shards[0].parent} for every image: "
             "leave it at auto (whole shards, by block), or copy them first with data.stage=FOLDER"
@@ -198,17 +198,19 @@ def resolve_read(index: Index, read: str, staged: bool = False) -> str:
     return read
 
 
-def _staging(index: Index, read: str, scratch: str | Path | None) -> shard_cache.Staging | None:
+def _make_cache(
+    index: Index, read: str, scratch: str | Path | None
+) -> shard_cache.ShardCache | None:
     if resolve_read(index, read) == "offset":
         return None
-    return shard_cache.Staging(index, Path(scratch or tempfile.gettempdir()))
+    return shard_cache.ShardCache(index, Path(scratch or tempfile.gettempdir()))
 
 
-def _clean_up(processes: list[BaseProcess], staged: shard_cache.Staging | None) -> None:
+def _clean_up(processes: list[BaseProcess], cache: shard_cache.ShardCache | None) -> None:
     worker_processes.end(processes)
-    if staged is not None:
-        staged.close()
+    if cache is not None:
+        cache.close()
 
 
-def _as_it_is(loaded: Any) -> Any:
+def _unchanged(loaded: Any) -> Any:
     return loaded

@@ -35,7 +35,7 @@ _THREADS = 4
 _MEET_S = 1.0
 
 
-def staged(
+def mirror_shards(
     index: Index,
     folder: str | Path | None,
     world: World = ALONE,

@@ -1,11 +1,11 @@
-"""Reading by block: whole shards are copied to a node-local folder before they are read.
+"""Reading by block: whole shards are copied to a node-local cache (`data.scratch`) and read there.
 
-Shared file systems and object stores like long sequential reads and dislike a read per image. A
-thread walks ahead of the training through the requests, copies the shards they need in their
-order, and hands a request on when its shards are there. A plan with lanes needs few shards at a
-time; one without needs nearly all, and what doesn't fit is read from the source, image by image.
-The copies are bytes: what is read is the same either way. A remote shard that cannot be had ends
-the stream with an error; of a file the workers report each image.
+Shared file systems and object stores are fast at long sequential reads and slow at a read per
+image. A thread walks ahead of the training through the requests, copies the shards they need in
+their order, and passes a request on when its shards are there. A plan with lanes needs few shards
+at a time. One without lanes needs nearly all, and what does not fit is read from the source, image
+by image. The bytes are the same either way. A remote shard that cannot be read ends the stream with
+an error. For a shard that is a file, the workers report each image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from deepclust.data.shards.url import Source, Url
 from deepclust.errors import DiskError
 from deepclust.files import disk_errors
 
-# Requests that may wait with their shards in place. With many, one rank would draw all the work of
+# Requests that may wait with their shards in place. With many, one rank would take all the work of
 # a queue that ranks share (extraction units) before the others have begun.
 AHEAD = 64
 _NETWORK = {
@@ -40,7 +40,7 @@ _NETWORK = {
 
 
 def on_network(path: Source, mounts: Path = Path("/proc/mounts")) -> bool:
-    """Whether this is a URL or lies on a network file system (FUSE: object stores) of `mounts`."""
+    """Return whether this is a URL or on a network file system (or FUSE) of `mounts`."""
     if isinstance(path, Url):
         return True
     if not mounts.exists():
@@ -60,15 +60,15 @@ def _unescaped(folder: str) -> str:
     return folder.encode().decode("unicode_escape")
 
 
-class Staging:
-    """Copies of at most `limit` shards in `folder`, named by ordinal; the longest unused go first.
+class ShardCache:
+    """Copies of at most `limit` shards in `folder`, named by ordinal, dropped by least recent use.
 
-    One stream at a time. What was copied stays for the next one, so a set of shards that fits is
-    copied once.
+    There is one stream at a time. Copies stay for the next one, so that a set of shards that fits
+    is copied once.
     """
 
     def __init__(self, index: Index, scratch: Path, limit: int = 64) -> None:
-        """Make a folder of our own in `scratch`; remove those of dead processes of this host."""
+        """Make a folder in `scratch`, and remove those of dead processes of this host."""
         self.index, self.limit = index, limit
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class Staging:
         self._stop = threading.Event()
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The same requests, each when those of its shards that fit are in `folder`."""
+        """Yield the same requests, each when those of its shards that fit are in `folder`."""
         ready: queue.Queue[Request | BaseException | None] = queue.Queue(AHEAD)
         self._stop.clear()
         self._under_way.clear()  # what a stream that was left early didn't deliver
@@ -97,8 +97,8 @@ class Staging:
         finally:
             self._end(walk, ready)
 
-    def delivered(self) -> None:
-        """The oldest request under way was loaded: its copies may go."""
+    def release_oldest(self) -> None:
+        """Release the copies of the oldest request under way, which was loaded."""
         with self._lock:
             self._users.subtract(self._under_way.popleft())
 
@@ -125,7 +125,7 @@ class Staging:
     def _walk(self, requests: Iterable[Request], ready: queue.Queue) -> None:
         try:
             for request in requests:
-                self._stage(request)
+                self._fetch(request)
                 if self._stop.is_set():
                     return
                 ready.put(request)
@@ -133,27 +133,27 @@ class Staging:
         except BaseException as error:  # raised again where the requests are taken
             ready.put(error)
 
-    def _stage(self, request: Request) -> None:
-        needed = np.unique(self.index.locate(request.ids).shard).tolist()
+    def _fetch(self, request: Request) -> None:
+        needed = np.unique(self.index.locate(request.sample_ids).shard).tolist()
         with self._lock:
-            held = [shard for shard in needed if shard in self._copies]
-            self._users.update(held)
+            cached = [shard for shard in needed if shard in self._copies]
+            self._users.update(cached)
         for shard in needed:
             if shard not in self._copies and self._make_room() and self._copy(shard):
                 with self._lock:
                     self._users[shard] += 1
-                held.append(shard)
+                cached.append(shard)
             if shard in self._copies:
                 self._copies[shard] = None
                 self._copies.move_to_end(shard)
         with self._lock:
-            self._under_way.append(held)
+            self._under_way.append(cached)
 
     def _make_room(self) -> bool:
         """Delete an unused copy if all places are taken, or wait until there is one.
 
-        Not while the consumer waits for the request at hand: what would free a place may be
-        behind it. Then the shard is read from its source.
+        While the consumer waits for the present request it returns False, and the shard is read
+        from its source: the request that would free a place may come later.
         """
         while len(self._copies) >= self.limit:
             with self._lock:
@@ -166,7 +166,7 @@ class Staging:
         return not self._stop.is_set()
 
     def _copy(self, shard: int) -> bool:
-        """Copy a shard in large sequential reads; False if its source can't be read to the end."""
+        """Copy a shard in large reads; return False if its source cannot be read to the end."""
         partial = self.folder / f".{shard}"
         try:
             with contextlib.closing(self._pieces(shard)) as pieces:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -14,8 +15,8 @@ from deepclust.data.images.colour import Colour, blurred, hue_turned
 from deepclust.errors import RecipeError
 
 SIMCLR = Colour((0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5)
-NAMES = ("brightness", "contrast", "saturation", "hue", "grey", "sigma")
-NEUTRAL = dict(zip(NAMES, (1.0, 1.0, 1.0, 0.0, 0.0, 0.0), strict=True))
+NAMES = ("brightness", "contrast", "saturation", "hue", "grey", "sigma", "solarise")
+NEUTRAL = dict(zip(NAMES, (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0), strict=True))
 JITTERS: tuple[Callable[[Tensor, float], Tensor], ...] = (
     F.adjust_brightness,
     F.adjust_contrast,
@@ -70,6 +71,21 @@ def test_each_change_is_torchvisions(change):
     exact = reference(images / 255, draw) * 255
     assert (ours - exact).abs().max() < 0.502  # it is rounded, and nothing else
     assert levels(ours, reference(images, draw)).max() <= 2  # torchvision cuts uint8 off
+
+
+def test_solarisation_is_torchvisions():
+    images = pictures(6)
+    ours = SIMCLR(images, np.array([drawn(solarise=1.0)] * 6))
+    assert torch.equal(ours, F.solarize(images, 128))
+
+
+def test_solarisation_has_its_probability_and_moves_no_other_draw():
+    positions = np.arange(4000)
+    plain, some = SIMCLR.draws(3, positions), replace(SIMCLR, solarise=0.2).draws(3, positions)
+    assert np.array_equal(plain[:, :10], some[:, :10])
+    assert not plain[:, 10].any()
+    assert some[:, 10].mean() == pytest.approx(0.2, abs=0.02)
+    assert not Colour(solarise=0.1).does_nothing
 
 
 def test_a_chain_in_any_order_is_torchvisions():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from deepclust.data.images.crops import CentreCrop, RandomResizedCrop, to_float, uniform
+from deepclust.data.images.crops import CentreCrop, RandomResizedCrop, to_float
+from deepclust.data.images.draws import uniform
 from deepclust.errors import RecipeError
 
 

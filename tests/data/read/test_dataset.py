@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from deepclust.data.images.colour import Colour
-from deepclust.data.images.crops import CentreCrop, RandomResizedCrop
+from deepclust.data.images.crops import CentreCrop, Crop, RandomResizedCrop
+from deepclust.data.images.decode import decode
+from deepclust.data.read import dataset
 from deepclust.data.read.dataset import REPLACEMENTS, Batches, Request
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DataError
@@ -38,93 +40,100 @@ def damage(index: Index, sample: int) -> None:
 def request(ids, tmp_path: Path | None = None, key: int = 3, first: int = 100) -> Request:
     path = None if tmp_path is None else tmp_path / "assignments.npy"
     positions = np.arange(first, first + len(ids))
-    return Request(np.array(ids), positions, key, CentreCrop(32, 32), path)
+    return Request(np.array(ids), positions, key, (Crop(CentreCrop(32, 32)),), path)
 
 
 def test_a_bad_sample_is_replaced_by_a_member_of_its_cluster(index, tmp_path):
     loaded = Batches(index)[request(range(32), tmp_path)]
     assert [entry.sample_id for entry in loaded.bad] == [5, 9]
-    assert (LABELS[loaded.ids] == LABELS).all()
-    assert set(loaded.ids).isdisjoint({5, 9})
-    assert torch.equal(loaded.images[0], torch.stack([draw(i, 32, 32, i % 4) for i in loaded.ids]))
-    entry = loaded.bad[0]
-    assert (entry.position, entry.replacement) == (105, loaded.ids[5])
-    assert "shard-000000.tar, key '0000005', offset" in entry.reason
+    assert (LABELS[loaded.sample_ids] == LABELS).all()
+    assert set(loaded.sample_ids).isdisjoint({5, 9})
+    assert torch.equal(
+        loaded.images[0], torch.stack([draw(i, 32, 32, i % 4) for i in loaded.sample_ids])
+    )
+    assert "shard-000000.tar, key '0000005', offset" in loaded.bad[0].reason
 
 
 def test_the_replacement_depends_on_position_and_key_not_on_the_batch(index, tmp_path):
     batches = Batches(index)
     whole = batches[request(range(32), tmp_path)]
     alone = batches[request([5], tmp_path, first=105)]
-    assert alone.ids[0] == whole.ids[5]
-    assert torch.equal(alone.images[0, 0], whole.images[0, 5])
+    assert alone.sample_ids[0] == whole.sample_ids[5]
+    assert torch.equal(alone.images[0][0], whole.images[0][5])
     many = batches[request([5] * 40, tmp_path)]
-    assert set(many.ids) == {1, 13, 17, 21, 25, 29}
+    assert set(many.sample_ids) == {1, 13, 17, 21, 25, 29}
 
 
-def test_a_replacement_gets_the_view_of_its_position(index, tmp_path):
-    asked = request([5], tmp_path)
-    asked = Request(asked.ids, asked.positions, 3, RandomResizedCrop(16), asked.assignments)
-    batches = Batches(index)
-    loaded = batches[asked]
-    direct = Request(loaded.ids, asked.positions, 3, RandomResizedCrop(16))
-    assert torch.equal(loaded.images, batches[direct].images)
+def same(images: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
 
 
-def cropped(ids, **options) -> Request:
+def test_a_replacement_gets_the_crop_of_its_position(index, tmp_path):
+    batches, wanted = Batches(index), cropped([5], assignments=tmp_path / "assignments.npy")
+    loaded = batches[wanted]
+    direct = replace(wanted, sample_ids=loaded.sample_ids, assignments=None)
+    assert same(loaded.images, batches[direct].images)
+
+
+CROP = Crop(RandomResizedCrop(16))
+SIZES = CROP, Crop(RandomResizedCrop(16)), Crop(RandomResizedCrop(8, (0.05, 0.3)))
+
+
+def cropped(ids, crops: tuple[Crop, ...] = (CROP,), **options) -> Request:
     positions = np.arange(100, 100 + len(ids))
-    return Request(np.array(ids), positions, 3, RandomResizedCrop(16), **options)
+    return Request(np.array(ids), positions, 3, crops, **options)
 
 
-def test_views_differ_and_each_is_what_a_request_for_it_alone_gives(index):
+def test_crops_differ_and_each_is_what_a_request_for_it_alone_gives(index):
     batches, ids = Batches(index), [4, 6, 8]
-    three = batches[cropped(ids, views=3)].images
-    assert three.shape == (3, 3, 3, 16, 16)
-    assert torch.equal(three[:1], batches[cropped(ids)].images)
-    for v in (1, 2):
-        alone = replace(cropped(ids), key=derive(3, "view", v))
-        assert torch.equal(three[v], batches[alone].images[0])
-        assert not torch.equal(three[v], three[v - 1])
+    together = batches[cropped(ids, SIZES)].images
+    assert [images.shape[2] for images in together] == [16, 16, 8]
+    assert not torch.equal(together[0], together[1])
+    for v, crop in enumerate(SIZES):
+        key = 3 if v == 0 else derive(3, "view", v)
+        assert torch.equal(together[v], batches[replace(cropped(ids, (crop,)), key=key)].images[0])
 
 
-def test_an_image_is_read_once_for_all_its_views(index, monkeypatch):
-    batches, places = Batches(index), []
-    read = batches.files.read
-    monkeypatch.setattr(batches.files, "read", lambda *at: places.append(at) or read(*at))
-    assert len(batches[cropped([4, 6, 8], views=5)].images) == 5
-    assert len(places) == 3
+def test_an_image_is_read_and_decoded_once_for_all_its_crops(index, monkeypatch):
+    batches, decoded = Batches(index), []
+    monkeypatch.setattr(dataset, "decode", lambda *of: decoded.append(1) or decode(*of))
+    assert len(batches[cropped([4, 6, 8], SIZES)].images) == 3
+    assert len(decoded) == 3
 
 
-def test_colours_are_changed_after_the_crop_each_view_by_draws_of_its_own(index):
-    batches, colour = Batches(index), Colour((0.4, 0.4, 0.4, 0.1), 1.0, 0.2, 0.5)
-    asked = cropped([4, 6, 8], views=2, colour=colour)
-    plain = batches[replace(asked, colour=None)].images
-    changed = batches[asked].images
-    for v in range(2):
-        draws = colour.draws(derive(3, "colour", v), asked.positions)
+def test_colours_are_changed_after_the_crop_each_crop_by_its_own_settings_and_draws(index):
+    batches, ids = Batches(index), [4, 6, 8]
+    colours = Colour((0.4, 0.4, 0.4, 0.1), 1.0, 0.2, 0.5), Colour(solarise=1.0), None
+    crops = tuple(replace(crop, colour=c) for crop, c in zip(SIZES, colours, strict=True))
+    plain = batches[cropped(ids, SIZES)].images
+    changed = batches[cropped(ids, crops)].images
+    for v, colour in enumerate(colours[:2]):
+        draws = colour.draws(derive(3, "colour", v), cropped(ids).positions)
         assert torch.equal(changed[v], colour(plain[v], draws))
         assert not torch.equal(changed[v], plain[v])
+    assert torch.equal(changed[2], plain[2])
 
 
 @pytest.mark.parametrize("clustered", [True, False])
-def test_all_views_show_the_sample_that_replaced_a_bad_one(index, tmp_path, clustered):
+def test_all_crops_show_the_sample_that_replaced_a_bad_one(index, tmp_path, clustered):
     path = tmp_path / "assignments.npy" if clustered else None
-    asked = cropped([5, 6], views=2, colour=Colour(grey=1.0), assignments=path, replace=True)
-    loaded = Batches(index)[asked]
-    assert loaded.bad[0].replacement == loaded.ids[0] != 5
-    direct = replace(asked, ids=loaded.ids, assignments=None, replace=False)
-    assert torch.equal(loaded.images, Batches(index)[direct].images)
+    crops = tuple(replace(crop, colour=Colour(grey=1.0)) for crop in SIZES)
+    wanted = cropped([5, 6], crops, assignments=path, replace=True)
+    loaded = Batches(index)[wanted]
+    assert loaded.bad[0].sample_id == 5 != loaded.sample_ids[0]
+    direct = replace(wanted, sample_ids=loaded.sample_ids, assignments=None, replace=False)
+    assert same(loaded.images, Batches(index)[direct].images)
 
 
 def test_without_clusters_any_sample_that_is_not_excluded_replaces_a_bad_one(index):
     index.excluded.update(dict.fromkeys(range(10, 32), "no image member"))
     batches, asked = Batches(index), cropped([5] * 60, replace=True)
     loaded = batches[asked]
-    assert set(loaded.ids) == {0, 1, 2, 3, 4, 6, 7, 8}
-    again = replace(asked, ids=asked.ids[7:9], positions=asked.positions[7:9])
-    assert np.array_equal(batches[again].ids, loaded.ids[7:9])
+    assert set(loaded.sample_ids) == {0, 1, 2, 3, 4, 6, 7, 8}
+    again = replace(asked, sample_ids=asked.sample_ids[7:9], positions=asked.positions[7:9])
+    assert np.array_equal(batches[again].sample_ids, loaded.sample_ids[7:9])
     other = batches[replace(asked, key=4)]
-    assert not np.array_equal(other.ids, loaded.ids)
+    assert not np.array_equal(other.sample_ids, loaded.sample_ids)
 
 
 def test_without_clusters_nothing_readable_is_an_error_too(index):
@@ -136,10 +145,10 @@ def test_without_clusters_nothing_readable_is_an_error_too(index):
 
 def test_without_assignments_a_bad_row_is_black_and_reported(index):
     loaded = Batches(index)[request([4, 5, 6])]
-    assert loaded.ids.tolist() == [4, 5, 6]
-    assert [(entry.sample_id, entry.replacement) for entry in loaded.bad] == [(5, -1)]
-    assert loaded.images[0, 1].sum() == 0
-    assert loaded.images[0, 0].sum() > 0 < loaded.images[0, 2].sum()
+    assert loaded.sample_ids.tolist() == [4, 5, 6]
+    assert [entry.sample_id for entry in loaded.bad] == [5]
+    first, bad, last = loaded.images[0].sum((1, 2, 3))
+    assert bad == 0 < min(first, last)
 
 
 def test_a_cluster_without_a_readable_member_borrows_from_the_others(index, tmp_path):
@@ -147,8 +156,8 @@ def test_a_cluster_without_a_readable_member_borrows_from_the_others(index, tmp_
     alone[:4] = -1
     np.save(tmp_path / "assignments.npy", alone)
     loaded = Batches(index)[request([5] * 30, tmp_path)]
-    assert set(loaded.ids).isdisjoint({0, 1, 2, 3, 5, 9})
-    assert len(set(loaded.ids)) > 10
+    assert set(loaded.sample_ids).isdisjoint({0, 1, 2, 3, 5, 9})
+    assert len(set(loaded.sample_ids)) > 10
 
 
 def test_when_nothing_can_be_read_the_run_fails_and_says_where(index, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deepclust.data.images.colour import Colour
-from deepclust.data.images.crops import CentreCrop, RandomResizedCrop
+from deepclust.data.images.crops import CentreCrop, Crop, RandomResizedCrop
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read import shard_cache
 from deepclust.data.read.loader import Loader, Request
@@ -46,9 +46,9 @@ every_loader = pytest.mark.parametrize(
 def requests(steps: int = 12, start: int = 0, **options) -> Iterator[Request]:
     labels = (np.arange(64) % 4).astype(np.int32)
     plan = EpochPlan.build(labels, seed=0, epoch=0, global_batch=16, steps=steps, **options)
-    ids, places = plan.for_rank(1, 2, start), plan.positions_for_rank(1, 2, start)
-    for mine, where in zip(ids, places, strict=True):
-        yield Request(mine, where, key=5, view=RandomResizedCrop(24))
+    places = plan.positions.reshape(steps, 2, 8)[start:, 1]
+    for mine, where in zip(plan.for_rank(1, 2, start), places, strict=True):
+        yield Request(mine, where, key=5, crops=(Crop(RandomResizedCrop(24)),))
 
 
 def images(loaded) -> torch.Tensor:
@@ -61,19 +61,24 @@ def test_the_loader_gives_the_same_bytes_however_it_reads(index, loader):
     for _ in range(2):  # the second time from processes and copies that are there already
         there = list(loader.stream(requests()))
         assert torch.equal(images(there), images(here))
-        assert [part.ids.tolist() for part in there] == [part.ids.tolist() for part in here]
+        assert [part.sample_ids.tolist() for part in there] == [
+            part.sample_ids.tolist() for part in here
+        ]
         assert [part.positions.tolist() for part in there] == [
             part.positions.tolist() for part in here
         ]
 
 
-def test_workers_give_every_view_in_its_colours(loader):
+def test_workers_give_every_crop_in_its_size_and_colours_and_the_tag(loader):
     colour = Colour((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5)
-    asked = [replace(request, views=2, colour=colour) for request in requests(3)]
-    here = [loader._batches[request].images for request in asked]
-    assert here[0].shape == (2, 8, 3, 24, 24)
-    there = [part.images for part in loader.stream(asked)]
-    assert torch.equal(torch.stack(there), torch.stack(here))
+    crops = Crop(RandomResizedCrop(24), colour), Crop(RandomResizedCrop(8))
+    wanted = [replace(request, crops=crops, tag=tag) for tag, request in enumerate(requests(3))]
+    there = list(loader.stream(wanted))
+    assert [part.tag for part in there] == [0, 1, 2]
+    assert [images.shape for images in there[0].images] == [(8, 3, 24, 24), (8, 3, 8, 8)]
+    for request, part in zip(wanted, there, strict=True):
+        here = loader._batches[request].images
+        assert all(torch.equal(a, b) for a, b in zip(part.images, here, strict=True))
 
 
 @every_loader
@@ -84,7 +89,7 @@ def test_a_stream_that_is_left_early_resumes_as_a_slice(loader):
     early.close()
     rest = list(loader.stream(requests(steps=10, start=4)))
     assert torch.equal(images(first + rest), whole)
-    assert not loader.staging or len(loader.staging._copies) == 8
+    assert not loader.cache or len(loader.cache._copies) == 8
 
 
 @pytest.mark.parametrize("loader", [(0, "offset"), (2, "offset"), (2, "block")], indirect=True)
@@ -97,12 +102,12 @@ def test_requests_are_taken_lazily(loader):
             yield next(requests(1))
 
     next(loader.stream(endless()))
-    assert len(taken) <= (shard_cache.AHEAD + 10 if loader.staging else 6)
+    assert len(taken) <= (shard_cache.AHEAD + 10 if loader.cache else 6)
 
 
 def test_images_of_every_sample_stand_in_the_row_that_asked_for_them(loader):
     ids = np.random.default_rng(0).permutation(64)
-    asked = [Request(part, part, 0, CentreCrop(32, 32)) for part in ids.reshape(4, 16)]
+    asked = [Request(part, part, 0, (Crop(CentreCrop(32, 32)),)) for part in ids.reshape(4, 16)]
     loaded = images(loader.stream(asked))
     assert torch.equal(loaded, torch.stack([draw(i, 32, 32, i % 4) for i in ids]))
 
@@ -166,11 +171,11 @@ SCRIPT = """
 import sys, time
 from deepclust.data.shards.index import open_index
 from deepclust.data.read.loader import Loader, Request
-from deepclust.data.images.crops import CentreCrop
+from deepclust.data.images.crops import CentreCrop, Crop
 import numpy as np
 shards, scratch = sys.argv[1:]
 loader = Loader(open_index(shards), 2, read="block", scratch=scratch)
-request = Request(np.arange(16), np.arange(16), 0, CentreCrop(32, 32))
+request = Request(np.arange(16), np.arange(16), 0, (Crop(CentreCrop(32, 32)),))
 for _ in loader.stream(request for _ in range(10**9)):
     print(*[process.pid for process in loader._processes], flush=True)
     time.sleep(1000)
@@ -220,4 +225,4 @@ def test_a_loader_that_cannot_be_is_refused(index, options):
 def test_images_are_in_pinned_memory_where_there_is_a_gpu(loader):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    assert all(part.images.is_pinned() for part in loader.stream(requests()))
+    assert all(part.images[0].is_pinned() for part in loader.stream(requests()))

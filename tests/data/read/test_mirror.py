@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust.data.read.mirror import copy_all, staged
+from deepclust.data.read.mirror import copy_all, mirror_shards
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards import file_lock, remote
 from deepclust.data.shards.index import Index, open_index
@@ -68,33 +68,33 @@ def place_of(index: Index, tmp_path: Path) -> Path:
 def test_copies_are_read_by_offset_and_a_second_start_copies_nothing(
     index, server, folder, tmp_path
 ):
-    copies = staged(index, tmp_path / "node")
+    copies = mirror_shards(index, tmp_path / "node")
     assert_complete(copies, folder)
     assert sum(server.sent.values()) == TOTAL
     place = (int(column[0]) for column in copies.locate(np.array([20])))
     assert ShardFiles(copies.shards).read(*place) == encode(draw(20, 32, 32, 0))
-    assert staged(index, tmp_path / "node").shards == copies.shards
+    assert mirror_shards(index, tmp_path / "node").shards == copies.shards
     assert sum(server.sent.values()) == TOTAL
 
 
 def test_shards_of_a_shared_folder_are_copied_as_those_of_a_url(folder, tmp_path):
-    assert_complete(staged(open_index(folder), tmp_path / "node"), folder)
+    assert_complete(mirror_shards(open_index(folder), tmp_path / "node"), folder)
 
 
 def test_without_a_folder_nothing_is_copied(index):
-    assert staged(index, None) is index
+    assert mirror_shards(index, None) is index
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_copy_is_replaced_and_no_other(index, server, folder, tmp_path, damage):
-    copies = staged(index, tmp_path / "node")
+    copies = mirror_shards(index, tmp_path / "node")
     victim, data = copies.shards[2], copies.shards[2].read_bytes()
     if damage == "gone":
         victim.unlink()
     else:
         victim.write_bytes(data[:-512] if damage == "cut" else data[:-1] + b"!")
     server.sent.clear()
-    assert_complete(staged(index, tmp_path / "node"), folder)
+    assert_complete(mirror_shards(index, tmp_path / "node"), folder)
     assert dict(server.sent) == {victim.name: len(data)}
 
 
@@ -103,7 +103,7 @@ def test_a_partial_copy_is_continued_at_its_end(index, server, folder, tmp_path)
     place.mkdir(parents=True)
     data = (folder / "shard-000001.tar").read_bytes()
     (place / "shard-000001.tar.part").write_bytes(data[:30_000])
-    assert_complete(staged(index, tmp_path / "node"), folder)
+    assert_complete(mirror_shards(index, tmp_path / "node"), folder)
     assert server.sent["shard-000001.tar"] == len(data) - 30_000
 
 
@@ -112,20 +112,20 @@ def test_a_partial_copy_of_wrong_bytes_is_copied_again(index, server, folder, tm
     place = place_of(index, tmp_path)
     place.mkdir(parents=True)
     (place / "shard-000001.tar.part").write_bytes(b"?" * length)
-    assert_complete(staged(index, tmp_path / "node"), folder)
+    assert_complete(mirror_shards(index, tmp_path / "node"), folder)
 
 
 def test_a_source_that_is_not_what_was_indexed_is_an_error(index, folder, tmp_path):
     (folder / "shard-000003.tar").write_bytes(bytes(71_680))
     with pytest.raises(DataError, match=r"shard-000003\.tar was copied .* twice .*was indexed"):
-        staged(index, tmp_path / "node")
+        mirror_shards(index, tmp_path / "node")
     assert not list((tmp_path / "node").glob("*/shard-000003*"))
 
 
 def test_a_shard_that_is_gone_ends_the_copying_with_its_name(index, folder, tmp_path):
     (folder / "shard-000003.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000003\.tar: HTTP 404"):
-        staged(index, tmp_path / "node")
+        mirror_shards(index, tmp_path / "node")
 
 
 def test_too_little_room_is_an_error_that_says_how_much(index, server, tmp_path, monkeypatch):
@@ -133,20 +133,20 @@ def test_too_little_room_is_an_error_that_says_how_much(index, server, tmp_path,
     small = os.statvfs_result((real.f_bsize, 1, 1, 1, 70, *tuple(real)[5:]))
     monkeypatch.setattr(os, "statvfs", lambda place: small)
     with pytest.raises(DiskError, match=r"4 shards need 0\.00 GB more .* 0\.00 GB are free"):
-        staged(index, tmp_path / "node")
+        mirror_shards(index, tmp_path / "node")
     assert not server.sent
 
 
 def test_two_data_sets_in_one_folder_do_not_mix(folder, tmp_path):
     other = make_shards(tmp_path / "other", n=64, shards=4, classes=2, size=24)
-    assert_complete(staged(open_index(folder), tmp_path / "node"), folder)
-    assert_complete(staged(open_index(other), tmp_path / "node"), other)
-    assert_complete(staged(open_index(folder), tmp_path / "node"), folder)
+    assert_complete(mirror_shards(open_index(folder), tmp_path / "node"), folder)
+    assert_complete(mirror_shards(open_index(other), tmp_path / "node"), other)
+    assert_complete(mirror_shards(open_index(folder), tmp_path / "node"), folder)
 
 
 def test_copying_tells_how_far_it_is(index, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "deepclust"):
-        staged(index, tmp_path / "node")
+        mirror_shards(index, tmp_path / "node")
     assert "of 0.00 GB to" in caplog.text
     assert "MB/s" in caplog.text
 
@@ -157,10 +157,12 @@ def test_a_run_that_is_asked_to_stop_stops_copying_and_keeps_what_is_there(
     server.slow_s = 0.2
     began = time.monotonic()
     with pytest.raises(RequeueWanted, match="is kept"):
-        staged(index, tmp_path / "node", stopping=lambda: bool(sum(server.sent.values()) > 50_000))
+        mirror_shards(
+            index, tmp_path / "node", stopping=lambda: bool(sum(server.sent.values()) > 50_000)
+        )
     assert time.monotonic() - began < 10
     server.slow_s = 0
-    assert_complete(staged(index, tmp_path / "node"), folder)
+    assert_complete(mirror_shards(index, tmp_path / "node"), folder)
 
 
 def test_who_waits_for_another_process_says_so_and_can_be_stopped(tmp_path, caplog, monkeypatch):
@@ -178,7 +180,7 @@ def test_who_waits_for_another_process_says_so_and_can_be_stopped(tmp_path, capl
 
 def _stage(world: World, index: Index, folders: list[Path]) -> str | list[str]:
     try:
-        copies = staged(index, folders[world.rank], world)
+        copies = mirror_shards(index, folders[world.rank], world)
     except (DataError, FollowedError) as error:
         return f"{type(error).__name__}: {error}"
     return [str(shard) for shard in copies.shards]
@@ -194,7 +196,7 @@ def test_ranks_of_a_node_copy_once(index, server, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_fails_ends_the_others(index, folder, tmp_path):
-    assert_complete(staged(index, tmp_path / "there"), folder)
+    assert_complete(mirror_shards(index, tmp_path / "there"), folder)
     (folder / "shard-000001.tar").unlink()
     there, lacking = on_ranks(2, _stage, index, [tmp_path / "there", tmp_path / "lacking"])
     assert there.startswith("FollowedError: data.stage: rank 1 failed")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust.data.images.crops import CentreCrop
+from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read import shard_cache
 from deepclust.data.read.dataset import Request
-from deepclust.data.read.shard_cache import Staging, on_network
+from deepclust.data.read.shard_cache import ShardCache, on_network
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DiskError
 from tests.images import make_shards
@@ -23,19 +23,19 @@ def index(tmp_path_factory) -> Index:
 
 
 def request(*ids: int) -> Request:
-    return Request(np.array(ids), np.array(ids), 0, CentreCrop(8, 8))
+    return Request(np.array(ids), np.array(ids), 0, (Crop(CentreCrop(8, 8)),))
 
 
-def copies(one: Staging) -> set[int]:
+def copies(one: ShardCache) -> set[int]:
     return {int(path.name) for path in one.folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_a_request_comes_out_when_its_shards_are_copied(index, tmp_path):
-    one = Staging(index, tmp_path)
+    one = ShardCache(index, tmp_path)
     for asked in one.stream([request(0, 95), request(40)]):
-        needed = set(index.locate(asked.ids).shard)
+        needed = set(index.locate(asked.sample_ids).shard)
         assert needed <= copies(one)
-        one.delivered()
+        one.release_oldest()
     for shard in copies(one):
         assert (one.folder / str(shard)).read_bytes() == index.shards[shard].read_bytes()
     one.close()
@@ -44,9 +44,9 @@ def test_a_request_comes_out_when_its_shards_are_copied(index, tmp_path):
 
 def test_shards_that_stay_are_copied_once(index, tmp_path, monkeypatch):
     copied = []
-    real = Staging._copy
-    monkeypatch.setattr(Staging, "_copy", lambda s, shard: copied.append(shard) or real(s, shard))
-    one = Staging(index, tmp_path)
+    real = ShardCache._copy
+    monkeypatch.setattr(ShardCache, "_copy", lambda s, n: copied.append(n) or real(s, n))
+    one = ShardCache(index, tmp_path)
     for _ in range(3):
         list(one.stream([request(0, 1, 5), request(2, 9)]))
     assert copied == [0, 1, 2]
@@ -55,12 +55,12 @@ def test_shards_that_stay_are_copied_once(index, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("limit", [1, 3, 8])
 def test_there_are_never_more_copies_than_the_limit(index, tmp_path, limit):
-    rng, one, most = np.random.default_rng(0), Staging(index, tmp_path, limit), 0
+    rng, one, most = np.random.default_rng(0), ShardCache(index, tmp_path, limit), 0
     for number, _ in enumerate(one.stream(request(*rng.integers(0, 96, 6)) for _ in range(60))):
         most = max(most, len(copies(one)))
         if number % 3 == 2:  # up to three batches under way, as with worker processes
             for _ in range(3):
-                one.delivered()
+                one.release_oldest()
     assert 1 <= most <= limit
     one.close()
 
@@ -69,18 +69,18 @@ def test_a_plan_with_lanes_reads_no_shard_from_its_source(index, tmp_path, monke
     plan = EpochPlan.build(
         np.zeros(96, np.int32), 0, 0, global_batch=4, lanes=2, blocks=index.bases
     )
-    one, files = Staging(index, tmp_path, limit=20), 0
+    one, files = ShardCache(index, tmp_path, limit=20), 0
     # a consumer that is never in a hurry, however slow this machine copies now
     monkeypatch.setattr(one._starving, "set", lambda: None)
     for asked in one.stream(request(*row) for row in plan.for_rank(0, 1)):
-        files += len(set(index.locate(asked.ids).shard) - copies(one))
-        one.delivered()
+        files += len(set(index.locate(asked.sample_ids).shard) - copies(one))
+        one.release_oldest()
     assert files == 0
     one.close()
 
 
 def test_a_consumer_that_waits_is_never_kept_waiting_for_room(index, tmp_path):
-    one = Staging(index, tmp_path, limit=1)
+    one = ShardCache(index, tmp_path, limit=1)
     taken = list(one.stream(request(i, 95 - i) for i in range(20)))  # nothing is ever delivered
     assert len(taken) == 20
     assert len(copies(one)) == 1
@@ -92,28 +92,28 @@ def test_leaving_early_stops_the_thread(index, tmp_path):
         while True:
             yield request(0)
 
-    one = Staging(index, tmp_path)
+    one = ShardCache(index, tmp_path)
     stream = one.stream(endless())
     next(stream)
     stream.close()
-    assert [asked.ids.tolist() for asked in one.stream([request(4)])] == [[4]]
+    assert [asked.sample_ids.tolist() for asked in one.stream([request(4)])] == [[4]]
     one.close()
 
 
 def test_a_shard_that_cannot_be_copied_is_left_to_the_readers(index, tmp_path):
     broken = Index(index.folder, [Path("/nowhere.tar"), *index.shards[1:]])
-    one = Staging(broken, tmp_path)
+    one = ShardCache(broken, tmp_path)
     assert len(list(one.stream([request(0, 5)]))) == 1
     assert copies(one) == {1}
     one.close()
 
 
 def test_a_full_scratch_is_an_error_that_names_it(index, tmp_path, monkeypatch):
-    def full(self: Staging, source: object, partial: Path) -> bool:
+    def full(self: ShardCache, source: object, partial: Path) -> bool:
         raise DiskError(f"cannot write {self.folder}: No space left on device.")
 
-    monkeypatch.setattr(Staging, "_write", full)
-    one = Staging(index, tmp_path)
+    monkeypatch.setattr(ShardCache, "_write", full)
+    one = ShardCache(index, tmp_path)
     with pytest.raises(DiskError, match="No space left"):
         list(one.stream([request(0)]))
     one.close()
@@ -125,7 +125,7 @@ def test_folders_of_dead_processes_of_this_host_are_removed(index, tmp_path):
     elsewhere = tmp_path / "deepclust-shards-otherhost-999999999-abc"
     for folder in (dead, alive, elsewhere):
         folder.mkdir()
-    Staging(index, tmp_path).close()
+    ShardCache(index, tmp_path).close()
     assert [folder.exists() for folder in (dead, alive, elsewhere)] == [False, True, True]
 
 

@@ -44,15 +44,15 @@ def test_only_so_many_files_stay_open(shards):
 
 
 def test_a_copy_is_read_where_there_is_one_and_let_go_of_after_the_batch(shards, tmp_path):
-    staged = tmp_path / "staged"
-    staged.mkdir()
-    (staged / "2").write_bytes(b"copy")
-    before, files = open_files(), ShardFiles(shards, staged)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "2").write_bytes(b"copy")
+    before, files = open_files(), ShardFiles(shards, cache)
     assert files.read(2, 0, 4) == b"copy"
     assert files.read(0, 0, 1) == b"\0"
     files.release()
     assert open_files() == before
-    (staged / "2").unlink()
+    (cache / "2").unlink()
     assert files.read(2, 0, 1) == b"\2"
     files.close()
 

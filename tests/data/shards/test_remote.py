@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.data.images.crops import CentreCrop
+from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.loader import Loader, Request, resolve_read
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards import remote
@@ -57,7 +57,7 @@ def one(server: Web) -> Url:
 def batches(index: Index, scratch: Path, workers: int = 0) -> torch.Tensor:
     loader = Loader(index, workers, scratch=scratch)
     ids = np.random.default_rng(0).permutation(64).reshape(4, 16)
-    asked = [Request(part, part, 0, CentreCrop(32, 32)) for part in ids]
+    asked = [Request(part, part, 0, (Crop(CentreCrop(32, 32)),)) for part in ids]
     try:
         return torch.cat([loaded.images[0] for loaded in loader.stream(asked)])
     finally:
@@ -250,7 +250,7 @@ def test_reading_every_image_of_a_url_by_offset_is_refused(server, tmp_path):
     index = open_index(server.url, tmp_path / "i")
     with pytest.raises(RecipeError, match=r"request to http.* for every image.*data\.stage"):
         Loader(index, 0, read="offset")
-    assert resolve_read(index, "offset", staged=True) == "offset"
+    assert resolve_read(index, "offset", mirror=True) == "offset"
 
 
 def test_a_url_needs_the_extra_and_nothing_else_does(monkeypatch):
