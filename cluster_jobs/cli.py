@@ -401,6 +401,16 @@ def report(
     _log(f"wrote {write_report(run_dir, out or run_dir / 'report.html')}")
 
 
+@app.command()
+def guide(
+    name: Annotated[str | None, typer.Argument(help="a guide; without it, the list")] = None,
+) -> None:
+    """Show a guide, or list the guides."""
+    from cluster_jobs import guides
+
+    typer.echo(guides.contents() if name is None else guides.read(name))
+
+
 def _follow(run_dir: Path) -> None:
     """Print the log until the run has ended, and exit as it did; Ctrl-C detaches."""
     from cluster_jobs import runs
