@@ -24,10 +24,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.methods.base import Method, Targets
 from deepclust.run.directory import is_done, prune
+from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import cluster, warm_start
 from deepclust.stages.build import Context, build_trainer, restore
 from deepclust.stages.export import export_backbone
-from deepclust.stages.extract import Pass, extract, project
+from deepclust.stages.extract import ExtractContext, extract
+from deepclust.stages.project import project
 from deepclust.stages.train import Trainer, train_segment
 
 
@@ -118,13 +120,15 @@ def make_features(context: Context, trainer: Trainer, number: int) -> None:
     """Extract, whiten, project, with the present weights."""
     run, world = context.run, context.world
     world.broadcast(norm_statistics(trainer.method))  # those of rank 0, on every rank
-    job = Pass(
+    job = ExtractContext(
         run, number, world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
     )  # fmt: skip
-    extract(job, trainer.embed)
-    await_stage(context, number, "whitening")
-    project(job, cluster.read_whitening(run.round(number)))
+    extract(job, trainer.embedder)
+    refresh = context.recipe.method.round
+    if refresh is not None and refresh.whiten:
+        await_stage(context, number, "whitening")
+    project(job, find_whitening(run.round(number)))
 
 
 def norm_statistics(method: Method) -> list[Tensor]:
@@ -139,7 +143,7 @@ def tidy(context: Context, trainer: Trainer, number: int) -> None:
     shutil.rmtree(run.round(number) / "raw", ignore_errors=True)
     prune([run.round(r) / "features" for r in run.rounds()], context.recipe.keep.features)
     assert trainer.metrics is not None
-    trainer.metrics.record("round", number, **cluster.read_statistics(run, number))
+    trainer.metrics.record("round", number, **read_statistics(run, number))
 
 
 def await_stage(context: Context, number: int, stage: str) -> None:

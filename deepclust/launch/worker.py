@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,23 @@ def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> 
 
 
 def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
+    run, stopping = replace(run, alive=report.alive), _beating(report, stopping)
     recipe = run.recipe
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(recipe.train.threads or 1)
     index, read = open_data(run, recipe)
     if role.rank == CLUSTER_WORKER:
         device = clustering_device(recipe, role.gpu)
-        cluster.serve(cluster.make_job(run, recipe, index, device, report, World()), stopping)
+        cluster.serve(cluster.make_context(run, recipe, index, device, report, World()), stopping)
         return
     device = training_device(recipe, role.rank if role.gpu is None else role.gpu)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
     job = None
     if recipe.cluster is not None and recipe.cluster.where == "ranks":
-        job = cluster.make_job(run, recipe, index, device, report, world)
+        job = cluster.make_context(run, recipe, index, device, report, world)
     elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
         place = clustering_device(recipe)
-        job = cluster.make_job(run, recipe, index, place, report, World())
+        job = cluster.make_context(run, recipe, index, place, report, World())
     context = Context(recipe, run, world, index, read, report, job, stopping, role.stage)
     try:
         pipeline.run(context)
@@ -65,6 +67,16 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
             f"train.ranks ({error})"
         ) from error
     close_process_group()
+
+
+def _beating(report: Report, stopping: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `stopping` as a sign of life too: who asks could stop, so it is not stuck."""
+
+    def asked() -> bool:
+        report.alive()
+        return stopping()
+
+    return asked
 
 
 def training_device(recipe: Recipe, gpu: int) -> torch.device:

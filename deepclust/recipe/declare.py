@@ -1,4 +1,4 @@
-"""What a method declares as data: its crops, and how its rounds are made. Nothing imports torch."""
+"""What a method declares as data, without torch: its crops, and how its rounds are made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Refresh:
-    """How a round is made: from which rows, by which solver, and what it does to the method."""
+    """How a round of a method is made, and what the method keeps of the round before."""
 
     levels: int = 1
     heads: int = 1
@@ -22,7 +22,7 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Crops:
-    """One kind of crops: how many of every image, their size in pixels and their share of it."""
+    """One kind of crop: how many of each image, and how they are drawn."""
 
     count: int
     size: int

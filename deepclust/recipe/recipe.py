@@ -55,7 +55,8 @@ class Recipe(Section):
     train: TrainSection
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
-    ray: dict[str, Any] = {}  # for cluster_jobs alone, see its spec.py
+    # PLACES, for cluster_jobs alone, which checks them
+    ray: dict[str, Any] = {}
     slurm: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -229,6 +229,7 @@ class ClusterSection(Section):
 
 
 SHARDS = "shards"  # where labels come from: the shards themselves
+PLACES = ("ray", "slurm")  # sections on where a run runs, which change nothing it computes
 
 
 class SeedsSection(Section):

@@ -24,6 +24,7 @@ from deepclust.recipe.named import part_of
 from deepclust.run import checkpoint
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
+from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
 from deepclust.seeds.table import SeedTable, load
 from deepclust.stages import cluster, warm_start
@@ -46,11 +47,13 @@ class Context:
     index: Index
     read: str  # by offset or by block of shards
     report: Report
-    inline: cluster.Job | None  # the ranks cluster themselves; None: the cluster worker does
+    inline: (
+        cluster.ClusterContext | None
+    )  # the ranks cluster themselves; None: the cluster worker does
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
 
-    def emit(self, name: str, **fields: Any) -> None:
+    def emit(self, name: EventName, **fields: Any) -> None:
         """Report an event of the worker group; the first rank does, for all."""
         if self.world.is_first:
             self.report.event(name, **fields)

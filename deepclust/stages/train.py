@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from deepclust.data.images.crops import to_float
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Bad, Loader
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import write_json
 from deepclust.methods.base import Batch, Method, Targets
+from deepclust.methods.embed import Embedder, autocast
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import State
@@ -57,14 +57,11 @@ class Trainer:
         keep = self.recipe.keep.checkpoints
         save(state, self.run, keep, self.world, self.report, self.method, self.optimizers)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Return features (float32, on the device) of uint8 images, in eval mode, for a round."""
-        data, device = self.recipe.data, self.world.device
-        self.method.eval()
-        with torch.inference_mode(), autocast(self.recipe.train.precision, device):
-            floats = to_float(images.to(device, non_blocking=True), data.mean, data.std)
-            floats = floats.contiguous(memory_format=torch.channels_last)
-            return self.method.embed(floats).float()
+    @property
+    def embedder(self) -> Embedder:
+        """The map from images to the features of a round."""
+        precision = self.recipe.train.precision
+        return Embedder(self.method, self.recipe.data, precision, self.world.device)
 
 
 @dataclass
@@ -162,12 +159,6 @@ def no_sync(model: torch.nn.Module, last: bool) -> contextlib.AbstractContextMan
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return bf16 on a GPU unless the recipe says otherwise; fp32 on a CPU unless it asks."""
-    on = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def drop_gradients(method: Method, names: Iterable[str]) -> None:
