@@ -14,7 +14,6 @@ from typing import Any
 
 from deepclust.files import disk_errors, read_json, write_json
 from deepclust.run import lock
-from deepclust.run.directory import Run
 
 LOCAL = {"on": "local"}
 
@@ -58,14 +57,6 @@ def stopping(run: Path, signals: list[int]) -> bool:
 def forget_cancel(run: Path) -> None:
     """The wish was granted, or is old."""
     (run / "cancel").unlink(missing_ok=True)
-
-
-def fruit(run: Run) -> tuple[int, int, int]:
-    """What is on disk, counted: it changes with every commit of a run that gets anywhere."""
-    steps = [int(folder.name) for folder in run.checkpoints()]
-    stages = len(list(run.path.glob("rounds/*/*/DONE")))
-    units = len(list(run.path.glob("rounds/*/raw/unit-*")))
-    return max(steps, default=0), stages, units
 
 
 def log_to(run: Path) -> None:

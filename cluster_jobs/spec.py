@@ -42,7 +42,11 @@ class RaySpec(Section):
     wait: float = Field(900.0, ge=0, description="seconds to wait for a cluster that is too small")
     settle: float = Field(15.0, ge=0, description="seconds before fewer ranks are good enough")
     start: float = Field(300.0, gt=0, description="seconds for all processes to come up")
-    hang: float = Field(600.0, gt=0, description="seconds without progress that are a hang")
+    hang: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without a sign of life that are a hang; default: train.hang",
+    )
     stop: float = Field(
         120.0,
         gt=0,

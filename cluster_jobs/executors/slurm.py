@@ -26,7 +26,8 @@ from cluster_jobs.slurm import queue
 from cluster_jobs.slurm.layout import Layout, layout
 from cluster_jobs.spec import SlurmSpec, minutes, one_line, slurm_spec
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch.start import HELD_BACK, check_changes, prepare_run
+from deepclust.launch.signals import HELD_BACK
+from deepclust.launch.start import check_changes, prepare_run
 from deepclust.recipe import Recipe
 from deepclust.run import directory, lock
 
