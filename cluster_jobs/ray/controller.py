@@ -21,11 +21,12 @@ from cluster_jobs.ray.placement import Shape, alive, has_gpus, has_room, reserve
 from cluster_jobs.ray.transport import Actors
 from cluster_jobs.spec import RaySpec, ray_spec, sizes
 from deepclust.errors import DeepclustError
+from deepclust.launch.endings import Ending, Record
 from deepclust.launch.policy import Policy
 from deepclust.launch.role import roles_of
 from deepclust.launch.signals import collected_signals
 from deepclust.launch.start import is_finished
-from deepclust.launch.supervisor import Ending, Record, Supervisor
+from deepclust.launch.supervisor import Supervisor
 from deepclust.run import directory
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold

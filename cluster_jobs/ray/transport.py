@@ -19,9 +19,10 @@ from cluster_jobs.ray.actor import ClusterWorker, News, Place, Trainer
 from cluster_jobs.ray.placement import Shape
 from cluster_jobs.spec import RaySpec
 from deepclust.errors import ResourceError
+from deepclust.launch.endings import Cause, Ending, Record
 from deepclust.launch.policy import AFTERMATH_S
 from deepclust.launch.role import CLUSTER_WORKER, Role
-from deepclust.launch.supervisor import AttemptEnded, Cause, Ending, Record
+from deepclust.launch.supervisor import AttemptEnded
 from deepclust.run.directory import Run
 
 RETRY_S = 0.2

@@ -22,10 +22,11 @@ from cluster_jobs.slurm.layout import Layout, layout
 from cluster_jobs.slurm.rendezvous import Head, Peer
 from cluster_jobs.spec import SlurmSpec
 from deepclust.errors import RequeueWanted, ResourceError
+from deepclust.launch.endings import Ending, Record
 from deepclust.launch.policy import AFTERMATH_S, Policy
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
-from deepclust.launch.supervisor import Ending, Record, Supervisor
+from deepclust.launch.supervisor import Supervisor
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 

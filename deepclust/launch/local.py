@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from deepclust.launch.endings import Record
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
-from deepclust.launch.supervisor import Record
 from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"

@@ -14,11 +14,12 @@ from pathlib import Path
 from deepclust import errors
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.files import disk_errors
+from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
 from deepclust.launch.role import roles_of
 from deepclust.launch.signals import collected_signals
-from deepclust.launch.supervisor import Ending, Show, Supervisor
+from deepclust.launch.supervisor import Show, Supervisor
 from deepclust.recipe import Recipe, differences
 from deepclust.recipe.sections import SHARDS, Section
 from deepclust.run import directory

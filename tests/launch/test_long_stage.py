@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from deepclust.launch import local
+from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
 from deepclust.launch.role import Role
-from deepclust.launch.supervisor import Ending, Supervisor
+from deepclust.launch.supervisor import Supervisor
 from deepclust.run.directory import Run
 
 HANG_S = 4.0

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from deepclust.errors import DataError, NumericalError, ResourceError
+from deepclust.launch.endings import Ending, Member, classify
 from deepclust.launch.policy import LOSS_S, Budget, Policy, progress_on_disk
 from deepclust.launch.role import CLUSTER_WORKER
-from deepclust.launch.supervisor import Ending, Member, classify
 from deepclust.run.directory import Run
 
 POLICY = Policy(hang=10.0, stop=20.0, start=30.0, failures=2, preemptions=1)

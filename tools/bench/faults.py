@@ -3,15 +3,17 @@
 
     python tools/bench/faults.py [--where local ray slurm-ray slurm-srun] [--out FILE]
 
-Two ranks, each with a reader process, and the cluster worker. In the second round's training one
-of them is killed, or stopped with SIGSTOP. Seconds are from the signal to the event `fault`; those
-of SIGSTOP include `train.hang`, 6 s here, and half as much again where the process that was
-stopped is a reader, whose rank still answers. Bits are compared with an undisturbed local run.
+One run on every executor: two ranks, each with a reader process, and the cluster worker. In every
+attempt, after its first checkpoint, one of them is killed, or stopped with SIGSTOP. Seconds are
+from the signal to the event `fault`. Those of SIGSTOP include `train.hang`, 6 s here, and half as
+much again where a reader is stopped, whose rank still answers. The result of all the attempts is
+compared with an undisturbed local run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -26,17 +28,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from cluster_jobs import job_file  # noqa: E402
 from deepclust import pretrain  # noqa: E402
 from deepclust.run.directory import Run  # noqa: E402
 from tests import killing, tiny  # noqa: E402 - the harness of the tests
 from tests.cluster_jobs.ray.nodes import Nodes, begin  # noqa: E402
 
-SETTINGS = ("train.ranks=2", "train.epochs=8", "train.hang=6", "data.workers=1")
+SETTINGS = (
+    "train.ranks=2",
+    "train.epochs=40",
+    "train.hang=6",
+    "train.restarts=10",
+    "data.workers=1",
+)
 SIGNALS = {"SIGSTOP": signal.SIGSTOP, "kill": signal.SIGKILL}
 VICTIMS = ("rank 1", "cluster worker", "reader of rank 1")
 WHERE = ("local", "ray", "slurm-ray", "slurm-srun")
-PATIENCE_S = 300.0
+ENDS = ("started", "stopped")
+PATIENCE_S = 600.0
 Begin = Callable[[Path], object]
 
 
@@ -50,10 +58,7 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for where in args.where:
         with executor(where, args.work) as start:
-            for victim in VICTIMS:
-                for sent in SIGNALS:
-                    records.append(one(start, args.work, where, victim, sent))
-                    print(json.dumps(records[-1]), flush=True)
+            records += struck(start, args.work, where)
     args.out.write_text(json.dumps(records, indent=1))
     print(table(records))
 
@@ -88,68 +93,76 @@ def executor(where: str, work: Path) -> Iterator[Begin]:
             yield lambda run: tiny.deepclust(*words, "--run", run)
 
 
-def one(start: Begin, work: Path, where: str, victim: str, sent: str) -> dict[str, Any]:
-    """Make one run, strike once, and return what became of it."""
-    run = work / f"{where}-{victim}-{sent}".replace(" ", "-")
+def struck(start: Begin, work: Path, where: str) -> list[dict[str, Any]]:
+    """Make one run, strike once in each of its attempts, and return what became of each."""
+    run, records = work / where, []
     process = start(run)
-    wait(lambda: killing.training(run))
-    who = "rank 1" if "reader" in victim else victim
-    placed = [e for e in Run(run).events() if e["event"] == "placed"][-1]["members"]
-    (pid,) = [member["pid"] for member in placed if member["who"] == who]
-    for struck in killing.readers(pid) if "reader" in victim else [pid]:
-        os.kill(struck, SIGNALS[sent])
-    moment = time.time()
-    wait(lambda: has_ended(run))
+    for attempt, (victim, sent) in enumerate(itertools.product(VICTIMS, SIGNALS), 1):
+        moment = strike(run, attempt, victim, SIGNALS[sent])
+        fault, then = await_event(run, moment, "fault"), await_event(run, moment, *ENDS)
+        records.append({
+            "where": where, "fault": f"{sent} of {victim}", "noticed_s": fault["time"] - moment,
+            "named": fault["who"], "cause": fault["cause"],
+            "then": "restarted" if then["event"] == "started" else "ended",
+        })  # fmt: skip
+        print(json.dumps(records[-1]), flush=True)
+    wait(lambda: events(run, "finished") or events(run, "stopped"))
     if hasattr(process, "wait"):
         process.wait()
-    return {"where": where, "victim": victim, "signal": sent, **judged(run, work, moment)}
+    same = is_same(run, work / "undisturbed")
+    return [{**record, "same": same} for record in records]
 
 
-def has_ended(run: Path) -> bool:
-    """Return whether the run has ended, and does not wait to begin again."""
-    last = Run(run).events()[-1]
-    return last["event"] == "finished" or (
-        last["event"] == "stopped" and last["kind"] != "RequeueWanted"
-    )
+def strike(run: Path, attempt: int, victim: str, number: int) -> float:
+    """Send the signal when the attempt has trained and saved; returns the moment."""
+    trained = {"training", "checkpoint"}
+    wait(lambda: trained <= {e["event"] for e in Run(run).events() if e["attempt"] == attempt})
+    wait(lambda: any(e["step"] and e["attempt"] == attempt for e in events(run, "checkpoint")))
+    who = "rank 1" if "reader" in victim else victim
+    places = events(run, "placed")[-1]["members"]
+    (pid,) = [place["pid"] for place in places if place["who"] == who]
+    for one in killing.readers(pid) if "reader" in victim else [pid]:
+        os.kill(one, number)
+    return time.time()
 
 
-def wait(moment: Callable[[], Any]) -> None:
-    """Wait for a moment of the run."""
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    """Return the events of that name."""
+    return [event for event in Run(run).events() if event["event"] == name]
+
+
+def await_event(run: Path, moment: float, *names: str) -> dict[str, Any]:
+    """Wait for the first event of these names after a moment."""
+    return dict(wait(lambda: [e for n in names for e in events(run, n) if e["time"] > moment])[0])
+
+
+def wait(moment: Callable[[], Any]) -> Any:
+    """Wait for a moment of the run, and return what it is known by."""
     deadline = time.monotonic() + PATIENCE_S
-    while not moment():
+    while not (seen := moment()):
         if time.monotonic() > deadline:
             raise RuntimeError("the moment never came")
-        time.sleep(0.001)
+        time.sleep(0.01)
+    return seen
 
 
-def judged(run: Path, work: Path, moment: float) -> dict[str, Any]:
-    """Return seconds to notice, who was named for what, how it ended, and if bits are equal."""
-    events = Run(run).events()
-    fault = next((e for e in events if e["event"] == "fault"), None)
+def is_same(run: Path, undisturbed: Path) -> bool:
+    """Return whether a run is the undisturbed one, bit for bit."""
     try:
-        tiny.assert_same_run(run, work / "undisturbed")
-        same = True
+        tiny.assert_same_run(run, undisturbed)
     except AssertionError:
-        same = False
-    starts = len(list((run / "slurm").glob(f"{job_file.read(run).get('job')}-[0-9]*")))
-    again = "restarted" if starts < 2 else "queued again"
-    finished = events[-1]["event"] == "finished"
-    return {
-        "noticed_s": fault and fault["time"] - moment, "named": fault and fault["who"],
-        "cause": fault and fault["cause"], "ended": again if finished else "ended",
-        "attempts": sum(e["event"] == "started" for e in events), "same": same,
-    }  # fmt: skip
+        return False
+    return True
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return Markdown: one line an executor and fault."""
-    heads = ("executor", "fault", "noticed, s", "named", "cause", "then", "attempts", "same bits")
+    heads = ("executor", "fault", "noticed, s", "named", "cause", "then", "same bits")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in records:
-        seconds = "never" if r["noticed_s"] is None else f"{r['noticed_s']:.1f}"
-        cells = (r["where"], f"{r['signal']} of {r['victim']}", seconds, r["named"], r["cause"],
-                 r["ended"], r["attempts"], "yes" if r["same"] else "no")  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = (r["where"], r["fault"], f"{r['noticed_s']:.1f}", r["named"], r["cause"], r["then"],
+                 "yes" if r["same"] else "no")  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
