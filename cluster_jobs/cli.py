@@ -1,5 +1,6 @@
-"""The `deepclust` command. Every verb is a few lines on top of a function that does the work.
+"""The `deepclust` command.
 
+Every verb is a few lines on top of a function that does the work.
 Imports of torch and of all that is heavy happen inside the verbs, so that `--help` is instant.
 Results go to stdout, everything else to stderr; exit codes are those of `deepclust.errors`.
 """
@@ -126,7 +127,7 @@ def index(
         Path | None, typer.Option("--index", help="The folder of the index; default: the shards'.")
     ] = None,
 ) -> None:
-    """Index WebDataset shards, whoever wrote them."""
+    """Index WebDataset shards of any origin."""
     from deepclust.data.shards.index import build_index
 
     built = build_index(shards, at, verify=verify)
@@ -398,6 +399,16 @@ def report(
     from cluster_jobs.report import write_report
 
     _log(f"wrote {write_report(run_dir, out or run_dir / 'report.html')}")
+
+
+@app.command()
+def guide(
+    name: Annotated[str | None, typer.Argument(help="a guide; without it, the list")] = None,
+) -> None:
+    """Show a guide, or list the guides."""
+    from cluster_jobs import guides
+
+    typer.echo(guides.contents() if name is None else guides.read(name))
 
 
 def _follow(run_dir: Path) -> None:

@@ -28,10 +28,11 @@ from rich.table import Table
 from cluster_jobs.results.npy_file import check_names, open_rows, read_names
 from deepclust import __version__
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.search import probed
+from deepclust.clustering.kmeans import KMeansResult, solve_kmeans
+from deepclust.clustering.options import KMeansOptions, Progress
+from deepclust.clustering.search import probe_backend
 from deepclust.clustering.statistics import describe
-from deepclust.clustering.two_level import start_of
+from deepclust.clustering.two_level_init import given_start
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
@@ -39,6 +40,7 @@ from deepclust.recipe.sections import ClusterSection
 from deepclust.run.directory import environment
 
 BLOCK = 4096  # rows that are whitened at a time
+SHOWN_EVERY_S = 3.0  # between two lines of progress
 GROUP = 2**20  # rows of a Parquet row group: all that the table has in memory
 
 
@@ -57,6 +59,20 @@ class Options:
     backend: str = "auto"
     device: str = "auto"
     ids: Path | None = None  # names of the rows
+
+    def kmeans(self, backend: str) -> KMeansOptions:
+        """Return the settings of the k-means, searched by `backend`."""
+        assert self.k is not None
+        return KMeansOptions(
+            self.k,
+            self.iterations,
+            self.seed,
+            self.init,
+            self.empty,
+            self.spherical,
+            self.min_size,
+            backend=backend,
+        )
 
 
 def is_features(source: Path) -> bool:
@@ -130,7 +146,8 @@ class _Job:
         if dim is None:
             return self.rows
         _log(f"whitening {n:,} rows from {width} to {dim} dimensions")
-        whitening = Whitening.fit(self.rows, dim)
+        progress = _Passes()
+        whitening = Whitening.fit(self.rows, dim, progress.rows)
         if whitening.warning:
             _log(f"warning: {_in_options(whitening.warning)}")
         whitening.save(folder / "whitening.safetensors")
@@ -141,21 +158,12 @@ class _Job:
         chosen = self.options
         assert chosen.k is not None
         _log(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
-        backend, device, notes = probed(chosen.backend, self.device)
+        backend, device, notes = probe_backend(chosen.backend, self.device)
         for note in notes:
             _log(f"warning: {note}; {backend} on {device} is used instead")
-        points = ArrayPoints(rows, device=device)
-        return kmeans(
-            points,
-            chosen.k,
-            iterations=chosen.iterations,
-            seed=chosen.seed,
-            init=start_of(points, chosen.init, chosen.k, chosen.seed),
-            empty=chosen.empty,
-            spherical=chosen.spherical,
-            min_size=chosen.min_size,
-            backend=backend,
-        )
+        points, options = ArrayPoints(rows, device=device), chosen.kmeans(backend)
+        given = given_start(points, options)
+        return solve_kmeans(points, options, given, _Passes())
 
     def _facts(self, result: KMeansResult) -> dict[str, Any]:
         """Return everything that statistics.json holds, except the times."""
@@ -264,6 +272,32 @@ def _named_errors(source: Path) -> Iterator[None]:
 
 def _in_options(text: str) -> str:
     return text.replace("cluster.k", "--k").replace("cluster.dim=", "--whiten ")
+
+
+class _Passes:
+    """Writes how far a long computation is, at most every few seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if self._due():
+            _log(
+                f"pass {progress.pass_} of {progress.of}: inertia {progress.inertia:.6g}, "
+                f"{progress.moved:,} rows moved, {progress.eta:.0f} s left"
+            )
+
+    def rows(self, done: int, of: int) -> None:
+        """Write how many rows are read."""
+        if self._due():
+            _log(f"{done:,} of {of:,} rows read")
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < SHOWN_EVERY_S:
+            return False
+        self.last = now
+        return True
 
 
 def _log(text: str) -> None:

@@ -42,6 +42,6 @@ def clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, float]]:
     for restart in range(restarts):
         seed = derive(frozen.seed, "evaluate", "clusters", restart)
         fitted = kmeans(rows, k, seed=seed, init="k-means++")
-        partitions.append(points.visit(torch.as_tensor(fitted.centroids)).labels.numpy())
+        partitions.append(points.assign_to(torch.as_tensor(fitted.centroids)).cluster_ids.numpy())
     for name, score in SCORES.items():
         yield name, float(np.mean([score(one, test.labels) for one in partitions]))

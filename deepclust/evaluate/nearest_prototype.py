@@ -38,12 +38,12 @@ def prototypes(frozen: Frozen) -> Iterator[tuple[str, float]]:
     whiten = Whitening.fit(train.features, min(frozen.dim, train.features.shape[1]))
     labelled = ArrayPoints(whiten(train.features[seeds.rows]))
     names = [frozen.classes[label] for label in known]
-    centres = class_prototypes.prototypes(labelled, classes.astype(np.int32), names)
+    centres = class_prototypes.class_prototypes(labelled, classes.astype(np.int32), names)
     if seeds.refine > 0:
         points = ArrayPoints(whiten(train.features))
-        centres = class_prototypes.refined(points, centres, seeds.refine)
+        centres = class_prototypes.refine(points, centres, seeds.refine)
     points = ArrayPoints(whiten(test.features))
-    nearest = points.visit(torch.from_numpy(centres.rows)).labels.numpy()
+    nearest = points.assign_to(torch.from_numpy(centres.rows)).cluster_ids.numpy()
     right = known[nearest] == test.labels
     yield "top1", float(right.mean())
     _, targets = np.unique(test.labels, return_inverse=True)

@@ -45,7 +45,7 @@ class Context:
     index: Index
     read: str  # by offset or by block of shards
     report: Report
-    inline: cluster.Job | None  # we cluster ourselves; None: the cluster worker does
+    inline: cluster.ClusterContext | None  # we cluster ourselves; None: the cluster worker does
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
 

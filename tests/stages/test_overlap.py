@@ -1,4 +1,4 @@
-"""`cluster.overlap`: k-means of the next round while the gang trains on, one boundary later."""
+"""`cluster.overlap`: k-means of the next round while the ranks train on, one boundary later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepclust import Recipe, open_index, pretrain
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.launch.start import prepare_run, resume, run_stage
 from deepclust.run.directory import Run, is_done
-from deepclust.stages import cluster
+from deepclust.run.round_files import read_whitening
 from tests.killing import Moment, extracting, kill_when, pause_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe
 
@@ -41,7 +41,7 @@ def features(run: Run, number: int, step: int) -> np.ndarray:
     weights = load_file(run.path / "checkpoints" / f"{step:08d}" / "model.safetensors")
     embed.method.load_state_dict(weights)
     rows, _ = labelled_features(embed, open_index(run.recipe.data.shards), run.recipe.data)
-    return np.asarray(cluster.read_whitening(run.round(number))(rows))
+    return np.asarray(read_whitening(run.round(number))(rows))
 
 
 @slow
@@ -112,7 +112,7 @@ def stop_at(recipe: Recipe, run: Path, step: int) -> None:
     """Start a run, and ask it to stop when it tells of a step."""
 
     def show(record: dict[str, Any]) -> None:
-        if record.get("progress") and record["step"] == step:
+        if record.get("progress") and record.get("step") == step:
             signal.raise_signal(signal.SIGUSR2)
 
     with pytest.raises(RequeueWanted):
@@ -151,7 +151,7 @@ def recipe(many_shards: Path, folder: Path, ranks: int) -> Path:
 
 
 def pending(run: Path) -> bool:
-    """The features of round 1 are there and the gang trains on, on round 0."""
+    """The features of round 1 are there and the ranks train on, on round 0."""
     folder = Run(run).round(1)
     return is_done(folder / "features") and not is_done(folder / "assignments")
 
@@ -162,7 +162,7 @@ def pending_between_boundaries(run: Path) -> bool:
 
 
 def waited_for(run: Path) -> bool:
-    """The gang stands at boundary 2 and waits for round 1."""
+    """The ranks wait at boundary 2 for round 1."""
     return pending(run) and is_done(run / "checkpoints" / "00000040")
 
 

@@ -249,14 +249,14 @@ def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
     from deepclust.stages import round_kmeans
     from deepclust.world import generator
 
-    honest = round_kmeans.kmeans
+    honest = round_kmeans.solve_kmeans
 
-    def permuted(*arguments: Any, **options: Any) -> Any:
-        found = honest(*arguments, **options)
-        order = generator(options["seed"], "shuffle").permutation(len(found.assignments))
+    def permuted(points: Any, options: Any, *rest: Any) -> Any:
+        found = honest(points, options, *rest)
+        order = generator(options.seed, "shuffle").permutation(len(found.assignments))
         return replace(found, assignments=found.assignments[order])
 
-    round_kmeans.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
+    round_kmeans.solve_kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
     with Display() as display:
         if directory.exists(run):
             resume(run, show=display)

@@ -200,21 +200,21 @@ def clustered(
 
     from deepclust import Whitening, kmeans
     from deepclust.clustering.array_points import ArrayPoints
-    from deepclust.clustering.class_prototypes import prototypes, refined
+    from deepclust.clustering.class_prototypes import class_prototypes, refine
 
     whiten = Whitening.fit(train[0], wanted.cluster.dim)
     rows = whiten(train[0])
     names = sorted({str(c) for c in classes})
     numbers = np.array([names.index(str(c)) for c in classes], np.int32)
-    start = prototypes(ArrayPoints(rows[ids]), numbers, names)
-    fixed = refined(ArrayPoints(rows), start, REFINE).rows
+    start = class_prototypes(ArrayPoints(rows[ids]), numbers, names)
+    fixed = refine(ArrayPoints(rows), start, REFINE).rows
     found = kmeans(rows, wanted.cluster.k, fixed=fixed, spherical=True, seed=seed)
     sizes = np.bincount(found.assignments, minlength=wanted.cluster.k)
     facts: dict[str, Any] = {"shares": (sizes[: len(fixed)] / sizes.sum()).round(4).tolist()}
     if not leftout:
         return facts
-    probes = ArrayPoints(whiten(test[0])).configured(unit=True, backend="torch")
-    nearest = probes.visit(torch.from_numpy(found.centroids)).labels.numpy()
+    probes = ArrayPoints(whiten(test[0])).configure(spherical=True, backend="torch")
+    nearest = probes.assign_to(torch.from_numpy(found.centroids)).cluster_ids.numpy()
     table = np.zeros((wanted.cluster.k, CLASSES))
     np.add.at(table, (found.assignments, train[1]), 1)
     own = np.flatnonzero(table.argmax(1) == seed)  # majority by the training labels
