@@ -144,7 +144,7 @@ class Loader:
         )
         if not parallel:
             return iter(self._loader)
-        with worker_processes.starting() as started:
+        with worker_processes.collect_started() as started:
             batches = iter(self._loader)
         self._processes += started
         return batches
@@ -157,7 +157,7 @@ class Loader:
         except (RuntimeError, OSError, EOFError) as error:  # torch has noticed, or a pipe broke
             if not worker_processes.any_dead(self._processes):
                 raise
-            reason = worker_processes.why_dead(self._processes)
+            reason = worker_processes.explain_dead(self._processes)
             self._stop()
             raise ResourceError(reason) from error
         finally:
