@@ -1,6 +1,6 @@
 """The `deepclust` command. Every verb is a few lines on top of a function that does the work.
 
-Imports of torch and of everything heavy happen inside the verbs, so that `--help` is instant.
+Imports of torch and of all that is heavy happen inside the verbs, so that `--help` is instant.
 Results go to stdout, everything else to stderr; exit codes are those of `deepclust.errors`.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deepclust import __version__
 from deepclust.errors import DeepclustError, RecipeError
 
 if TYPE_CHECKING:
@@ -21,22 +21,29 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Pretrain image backbones by clustering.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 INTERRUPTED = 130
-WIDE = 200  # columns of a table that no terminal bounds
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads the annotation
-    typer.Argument(metavar="[a.b=c ...]", help="recipe values"),
+WIDE = 200  # columns of a table where there is no terminal
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="The path of a recipe, or the name of a shipped one."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="file to write")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory to create.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c ...]", help="Keys of the recipe and their new values."),
+]
+Out = Annotated[Path, typer.Option("--out", help="The file to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 def main() -> None:
-    """Entry point: run a verb, and turn our errors into a message and an exit code."""
+    """Run a verb, and turn our errors into a message and an exit code."""
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
@@ -48,28 +55,55 @@ def main() -> None:
         raise
 
 
-@app.command()
+def _examples(*commands: str) -> str:
+    """Return the text under a verb's help."""
+    title = "Example:" if len(commands) == 1 else "Examples:"
+    return "\n\n".join([title, *(f"deepclust {command}" for command in commands)])
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"deepclust {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Pretrain image backbones by clustering."""
+
+
+@app.command(epilog=_examples("demo", "demo --run runs/demo train.epochs=2"))
 def demo(
-    run: Annotated[Path, typer.Option(help="run directory")] = Path("runs/demo"),
-    data: Annotated[Path, typer.Option(help="where the images go")] = Path("datasets"),
+    run_dir: Annotated[Path, typer.Option("--run", help="The run directory.")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="The folder for the images.")] = Path("datasets"),
     overrides: Overrides = None,
 ) -> None:
-    """Fashion-MNIST, a few minutes: run, table, report, export."""
+    """Pretrain on Fashion-MNIST in a few minutes, and show clusters, scores and a report."""
     from cluster_jobs.demo.demo import run_demo
 
-    run_demo(run, data, overrides or [])
+    run_demo(run_dir, data, overrides or [])
 
 
-@app.command()
+@app.command(epilog=_examples("pack photos shards --workers 8", "pack idx:fashion/train shards"))
 def pack(
     source: Annotated[
-        str, typer.Argument(help="image folder, idx:DIR/train, torchvision:NAME@DIR")
+        str,
+        typer.Argument(help="An image folder, idx:DIR/train or torchvision:NAME@DIR."),
     ],
-    out: Annotated[Path, typer.Argument(help="folder for the shards")],
-    workers: Annotated[int, typer.Option(help="threads; they change no byte")] = 1,
-    seed: Annotated[int, typer.Option(help="of the shuffle")] = 0,
-    resize_short: Annotated[Optional[int], typer.Option(help="short side, pixels")] = None,  # noqa: UP045
-    shard_size: Annotated[Optional[int], typer.Option(help="samples a shard")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
+    workers: Annotated[int, typer.Option(help="Threads; the bytes do not depend on them.")] = 1,
+    seed: Annotated[int, typer.Option(help="The seed of the shuffle.")] = 0,
+    resize_short: Annotated[
+        int | None, typer.Option(help="The short side of every image, in pixels.")
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(help="The samples of a shard.")] = None,
 ) -> None:
     """Write images as shuffled tar shards, and index them."""
     from deepclust.data.pack.pack import pack as pack_images
@@ -77,218 +111,240 @@ def pack(
     index = pack_images(
         source, out, workers=workers, seed=seed, resize_short=resize_short, shard_size=shard_size
     )
-    _say(f"{len(index)} samples in {len(index.shards)} shards: {out}")
+    _log(f"{len(index)} samples in {len(index.shards)} shards: {out}")
 
 
-@app.command()
+@app.command(epilog=_examples("index shards", "index 's3://bucket/train-{000..146}.tar' --index i"))
 def index(
-    shards: Annotated[str, typer.Argument(help="folder of tar shards, brace pattern, or URL")],
-    verify: Annotated[bool, typer.Option(help="read every header again and compare")] = False,
-    at: Annotated[Optional[Path], typer.Option("--index", help="where the index lies")] = None,  # noqa: UP045
+    shards: Annotated[
+        str, typer.Argument(help="A folder of tar shards, a brace pattern, or a URL.")
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every header again and compare.")
+    ] = False,
+    at: Annotated[
+        Path | None, typer.Option("--index", help="The folder of the index; default: the shards'.")
+    ] = None,
 ) -> None:
-    """Index anyone's WebDataset shards."""
+    """Index WebDataset shards, whoever wrote them."""
     from deepclust.data.shards.index import build_index
 
     built = build_index(shards, at, verify=verify)
     labels = "no labels" if built.labels is None else "labels"
-    _say(f"{len(built)} samples in {len(built.shards)} shards, {labels}, {built.fingerprint}")
+    _log(f"{len(built)} samples in {len(built.shards)} shards, {labels}, {built.fingerprint}")
 
 
-@app.command()
-def pretrain(
-    recipe: Annotated[str, typer.Argument(help="a path or a shipped name")],
-    run: Annotated[Path, typer.Option("--run", help="run directory")],
-    overrides: Overrides = None,
-) -> None:
+@app.command(epilog=_examples("pretrain small-photos --run runs/a data.shards=shards cluster.k=50"))
+def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None) -> None:
     """Pretrain in the foreground, on this machine."""
-    from cluster_jobs import job_file
+    from cluster_jobs import runs
     from cluster_jobs.display import Display
-    from cluster_jobs.executors import refuse_queued
-    from deepclust.launch.start import pretrain as start
-    from deepclust.recipe import Recipe
 
-    refuse_queued(run)
-    job_file.is_local_now(run)
     with Display() as display:
-        start(Recipe.load(recipe, *(overrides or [])), run, display)
-    _finished(run)
+        runs.pretrain(recipe, run_dir, overrides or [], display)
+    _log_finished(run_dir)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "submit small-photos --run runs/a data.shards=shards",
+        "submit my.yaml --on slurm --run runs/b slurm.nodes=2 --dry-run",
+        "submit my.yaml --on ray --address http://head:8265 --run runs/c",
+        "submit my.yaml --on slurm --run runs/sweep --sweep cluster.k=1000,3000",
+    )
+)
 def submit(
-    recipe: Annotated[str, typer.Argument(help="a path or a shipped name")],
-    run: Annotated[Path, typer.Option("--run", help="run directory")],
-    on: Annotated[str, typer.Option("--on", help="local, ray or slurm")] = "local",
+    recipe: RecipeName,
+    run_dir: RunOption,
+    on: Annotated[
+        str, typer.Option("--on", help="local, ray, slurm, or the module of another executor.")
+    ] = "local",
     address: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="of a standing Ray cluster; same as ray.address=..."),
+        str | None, typer.Option(help="The address of a standing Ray cluster (ray.address).")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="print what would be done, do nothing")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="follow the log until the end")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and do nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the end.")] = False,
     sweep: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="cluster.k=1000,3000: a run for each in the folder --run"),
+        list[str] | None,
+        typer.Option(help="cluster.k=1000,3000 submits a run for each into the folder --run."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Start a run in the background, on this machine or on a cluster."""
-    from cluster_jobs.executors import executor, refuse_queued
-    from deepclust.recipe import Recipe
+    from cluster_jobs import runs
 
-    where = executor(on)
-    given = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
+    changes = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
     if sweep and wait:
-        raise RecipeError("--wait follows one run: deepclust logs RUN -f, for a run of the sweep")
+        raise RecipeError("--wait follows one run: use deepclust logs RUN -f for one of the sweep")
     if sweep:
-        _submit_sweep(where, recipe, run, given, sweep, dry_run)
+        planned = runs.submit_sweep(recipe, run_dir, on, changes, sweep, dry_run)
+        done = f"submitted {len(planned.plans)} runs\n  deepclust status {run_dir}"
+        typer.echo(str(planned)) if dry_run else _log(done)
         return
-    plan = where.prepare(Recipe.load(recipe, *given), run)
+    plan = runs.submit(recipe, run_dir, on, changes, dry_run)
     if dry_run:
         typer.echo(str(plan))
         return
-    refuse_queued(run)
-    where.submit(plan)
-    _say(f"submitted {run}\n  deepclust logs {run} -f\n  deepclust status {run}")
+    _log(f"submitted {run_dir}\n  deepclust logs {run_dir} -f\n  deepclust status {run_dir}")
     if wait:
-        _follow(run)
+        _follow(run_dir)
 
 
-@app.command()
+@app.command(epilog=_examples("status", "status runs/a --json"))
 def status(
-    folder: Annotated[Path, typer.Argument(help="a run, or a folder of runs")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """How runs are doing."""
+    """Show the state of runs."""
     from cluster_jobs import status
 
-    found = [status.status(run) for run in status.find_runs(folder)]
+    states = [status.status(run) for run in status.find_runs(folder)]
     if as_json:
-        typer.echo(json.dumps([one.as_dict() for one in found]))
+        typer.echo(json.dumps([state.as_dict() for state in states]))
         return
     from cluster_jobs.display import status_table
 
-    _print(status_table(found) if found else f"no runs in {folder}")
+    _print(status_table(states) if states else f"{folder} has no runs")
 
 
-@app.command()
+@app.command(epilog=_examples("logs runs/a -f", "logs runs/a --rank 3"))
 def logs(
-    run: RunPath,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on until the end")] = False,
-    rank: Annotated[int, typer.Option(help="whose log")] = 0,
+    run_dir: RunDir,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")
+    ] = False,
+    rank: Annotated[int, typer.Option(help="The rank whose log is printed.")] = 0,
 ) -> None:
     """Print the log of a run; Ctrl-C detaches and stops nothing."""
     from cluster_jobs.status import tail
 
     try:
-        for line in tail(run, rank, follow):
+        for line in tail(run_dir, rank, follow):
             typer.echo(line)
     except KeyboardInterrupt:
-        _say(f"detached; {run} goes on")
+        _log(f"detached; {run_dir} goes on")
 
 
-@app.command()
+@app.command(epilog=_examples("cancel runs/a"))
 def cancel(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run, or a folder of runs")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a folder of runs.")],
 ) -> None:
     """Stop a run at its next step; it can be resumed."""
-    from cluster_jobs.executors import executor_of
-    from cluster_jobs.status import find_runs
-    from deepclust.run.directory import open_run
+    from cluster_jobs import runs
 
-    for found in find_runs(folder) or [open_run(folder)]:
-        _say(executor_of(found.path).cancel(found.path))
+    for text in runs.cancel(folder):
+        _log(text)
 
 
-@app.command()
+@app.command(epilog=_examples("resume runs/a", "resume runs/a --on slurm slurm.nodes=4"))
 def resume(
-    run: RunPath,
+    run_dir: RunDir,
     on: Annotated[
-        str | None, typer.Option("--on", help="local, ray or slurm: in the background")
+        str | None,
+        typer.Option("--on", help="local, ray or slurm, in the background; default: right here."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
-    from cluster_jobs import job_file
+    from cluster_jobs import runs
     from cluster_jobs.display import Display
-    from cluster_jobs.executors import executor, refuse_queued
-    from deepclust.launch.start import resume as start
 
-    refuse_queued(run)
     if on is not None:
-        executor(on).resume(run, overrides or [])
-        _say(f"resuming {run}\n  deepclust logs {run} -f")
+        runs.resume(run_dir, overrides or [], on)
+        _log(f"resuming {run_dir}\n  deepclust logs {run_dir} -f")
         return
-    job_file.is_local_now(run)
     with Display() as display:
-        start(run, *(overrides or []), show=display)
-    _finished(run)
+        runs.resume_here(run_dir, overrides or [], display)
+    _log_finished(run_dir)
 
 
-@app.command()
-def extract(run: RunPath) -> None:
-    """One stage: the features of the round that is due."""
-    _stage(run, "extract")
+@app.command(epilog=_examples("extract runs/a"))
+def extract(run_dir: RunDir) -> None:
+    """Do one stage of a run: extract the features of the round that is due."""
+    _run_stage(run_dir, "extract")
 
 
-@app.command()
+@app.command(
+    epilog=_examples("cluster runs/a", "cluster features.npy --k 1000 --whiten 256 --out clusters")
+)
 def cluster(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|FEATURES.npy", help="a run, or rows of features")
+        Path, typer.Argument(metavar="RUN|FEATURES.npy", help="A run, or a file of features.")
     ],
-    k: Annotated[Optional[int], typer.Option(help="clusters")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="new folder for the result")] = None,  # noqa: UP045
-    whiten: Annotated[Optional[int], typer.Option(help="PCA-whiten to so many dimensions")] = None,  # noqa: UP045
-    iterations: Annotated[int, typer.Option(help="updates of the centroids")] = 20,
-    seed: Annotated[int, typer.Option(help="of the start")] = 0,
-    init: Annotated[str, typer.Option(help="random, k-means++ or two-level")] = "random",
-    spherical: Annotated[bool, typer.Option(help="unit rows, inner product")] = False,
-    empty: Annotated[str, typer.Option(help="empties become: split or relocate")] = "split",
-    min_size: Annotated[int, typer.Option(help="rows that every cluster ends with")] = 1,
-    backend: Annotated[str, typer.Option(help="auto, torch or faiss")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    ids: Annotated[Optional[Path], typer.Option(help="names of the rows: text, .parquet")] = None,  # noqa: UP045
+    k: Annotated[int | None, typer.Option(help="The number of clusters.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The new folder for the result.")] = None,
+    whiten: Annotated[
+        int | None, typer.Option(help="PCA-whiten the rows to this many dimensions.")
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="The updates of the centroids.")] = 20,
+    seed: Annotated[int, typer.Option(help="The seed of the initial centroids.")] = 0,
+    init: Annotated[
+        str, typer.Option(help="The initial centroids: random, k-means++ or two-level.")
+    ] = "random",
+    spherical: Annotated[
+        bool, typer.Option("--spherical", help="Compare unit rows by their inner product.")
+    ] = False,
+    empty: Annotated[
+        str, typer.Option(help="What becomes of an empty cluster: split or relocate.")
+    ] = "split",
+    min_size: Annotated[int, typer.Option(help="The fewest rows of a cluster.")] = 1,
+    backend: Annotated[str, typer.Option(help="auto, torch or faiss.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    ids: Annotated[
+        Path | None, typer.Option(help="The names of the rows: a text file or Parquet.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """One stage of a run: the assignments that are due. Or k-means over any features.
+    """Cluster any features by k-means, or do the clustering stage of a run.
 
     The options are for a file of features; a run has them in its recipe.
     """
     from cluster_jobs.results import cluster_file
 
     options = cluster_file.Options(
-        k, whiten, iterations, seed, init, spherical, empty, min_size, backend, device, ids
+        k=k,
+        whiten=whiten,
+        iterations=iterations,
+        seed=seed,
+        init=init,
+        spherical=spherical,
+        empty=empty,
+        min_size=min_size,
+        backend=backend,
+        device=device,
+        ids=ids,
     )
     if not cluster_file.is_features(source):
         cluster_file.refuse_options(source, options, out)
-        _stage(source, "cluster")
+        _run_stage(source, "cluster")
         return
-    found = cluster_file.cluster_features(source, out, options)
+    statistics = cluster_file.cluster_features(source, out, options)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(statistics))
         return
-    _print(cluster_file.summary(found))
-    _say(f"wrote {out}")
+    _print(cluster_file.summary(statistics))
+    _log(f"wrote {out}")
 
 
-@app.command()
-def train(run: RunPath) -> None:
-    """One stage: training until the next round is due."""
-    _stage(run, "train")
+@app.command(epilog=_examples("train runs/a"))
+def train(run_dir: RunDir) -> None:
+    """Do one stage of a run: train until the next round is due."""
+    _run_stage(run_dir, "train")
 
 
-@app.command()
+@app.command(epilog=_examples("evaluate runs/a --train shards/train --test shards/test"))
 def evaluate(
-    run: RunPath,
-    train_shards: Annotated[str, typer.Option("--train", help="labelled shards to fit on")],
-    test_shards: Annotated[str, typer.Option("--test", help="labelled shards to score on")],
+    run_dir: RunDir,
+    train_shards: Annotated[str, typer.Option("--train", help="The labelled shards to fit on.")],
+    test_shards: Annotated[str, typer.Option("--test", help="The labelled shards to score on.")],
     as_json: Json = False,
 ) -> None:
-    """Weighted kNN, linear probe and clusters of the run's frozen backbone."""
+    """Score the run's frozen backbone by weighted kNN, a linear probe and its clusters."""
     from cluster_jobs.results.evaluate import evaluate_run
 
-    scores = evaluate_run(
-        run, train_shards, test_shards, tell=lambda text: typer.echo(text, err=True)
-    )
+    scores = evaluate_run(run_dir, train_shards, test_shards, tell=_log)
     if as_json:
         typer.echo(json.dumps(scores))
         return
@@ -296,116 +352,92 @@ def evaluate(
         typer.echo(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
 
 
-@app.command()
+@app.command(epilog=_examples("assignments runs/a --out clusters.parquet"))
 def assignments(
-    run: RunPath,
+    run_dir: RunDir,
     out: Out,
-    round_: Annotated[Optional[int], typer.Option("--round", help="default: the last")] = None,  # noqa: UP045
+    round_: Annotated[
+        int | None, typer.Option("--round", help="The round; default: the last.")
+    ] = None,
 ) -> None:
-    """Which image is in which cluster, as Parquet or CSV."""
+    """Write which image is in which cluster, as Parquet or CSV."""
     from cluster_jobs.results.assignments import export_assignments
 
-    export_assignments(run, out, round_)
-    _say(f"wrote {out}")
+    export_assignments(run_dir, out, round_)
+    _log(f"wrote {out}")
 
 
-@app.command()
+@app.command(epilog=_examples("export runs/a --format torchvision --out resnet50.pth"))
 def export(
-    run: RunPath,
+    run_dir: RunDir,
     out: Out,
     format_: Annotated[
-        str, typer.Option("--format", help="torchvision or safetensors")
+        str, typer.Option("--format", help="torchvision or safetensors.")
     ] = "safetensors",
 ) -> None:
-    """The backbone of the newest checkpoint, read back and compared before it counts."""
+    """Write the backbone of the newest checkpoint; the file is read back and compared."""
     from cluster_jobs.results.evaluate import export_run
 
-    done = export_run(run, out, format_)
-    _say(f"wrote {done.path} ({done.hash})\n{done.usage}")
+    exported = export_run(run_dir, out, format_)
+    _log(f"wrote {exported.path} ({exported.hash})\n{exported.usage}")
 
 
-@app.command()
-def report(run: RunPath, out: Out) -> None:
-    """One static HTML page: curves, clusters, images."""
+@app.command(epilog=_examples("report runs/a", "report runs/a --out report.html"))
+def report(
+    run_dir: RunDir,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file; default: RUN/report.html.")
+    ] = None,
+) -> None:
+    """Write one static HTML page: curves, clusters, images."""
     from cluster_jobs.report import write_report
 
-    _say(f"wrote {write_report(run, out)}")
+    _log(f"wrote {write_report(run_dir, out or run_dir / 'report.html')}")
 
 
-def _follow(run: Path) -> None:
-    """Print the log until the run has ended, and end as it did; Ctrl-C detaches."""
-    from cluster_jobs.executors import executor_of
-    from cluster_jobs.status import follow
+def _follow(run_dir: Path) -> None:
+    """Print the log until the run has ended, and exit as it did; Ctrl-C detaches."""
+    from cluster_jobs import runs
 
-    where = executor_of(run)
     try:
-        ending = follow(run, typer.echo, lambda: bool(where.is_pending(run)))
+        ending = runs.follow(run_dir, typer.echo)
     except KeyboardInterrupt:
-        _say(f"detached; {run} goes on")
+        _log(f"detached; {run_dir} goes on")
         return
-    _say(f"{run}: {ending.state} {ending.reason}".rstrip())
+    _log(f"{run_dir}: {ending.state} {ending.reason}".rstrip())
     sys.exit(ending.exit_code)
 
 
-def _submit_sweep(
-    where: ModuleType, recipe: str, folder: Path, given: list[str], sweep: list[str], dry_run: bool
-) -> None:
-    """Every point of the sweep as a run of its own, in that folder."""
-    from cluster_jobs.executors import refuse_queued
-    from cluster_jobs.sweep import places
-    from deepclust.recipe import Recipe
-    from deepclust.run import directory
-
-    plans = [
-        where.prepare(Recipe.load(recipe, *given, *point), run)
-        for run, point in places(folder, sweep).items()
-    ]
-    whole = where.prepare_sweep(plans, folder)
-    if dry_run:
-        typer.echo(str(whole))
-        return
-    if directory.exists(folder):
-        raise RecipeError(f"{folder} is a run, not a folder for runs: choose another --run")
-    for plan in plans:
-        refuse_queued(plan.run)
-    where.submit_sweep(whole)
-    _say(f"submitted {len(plans)} runs\n  deepclust status {folder}")
-
-
-def _stage(run: Path, stage: str) -> None:
-    from cluster_jobs import job_file
+def _run_stage(run_dir: Path, stage: str) -> None:
+    from cluster_jobs import runs
     from cluster_jobs.display import Display
-    from cluster_jobs.executors import refuse_queued
-    from deepclust.launch.start import run_stage
 
-    refuse_queued(run)
-    job_file.is_local_now(run)
     with Display() as display:
-        run_stage(run, stage, show=display)
-    _say(f"{stage} is done: {run}")
+        runs.run_stage(run_dir, stage, display)
+    _log(f"{stage} is done: {run_dir}")
 
 
-def _finished(run: Path) -> None:
-    from cluster_jobs.display import typed
+def _log_finished(run_dir: Path) -> None:
+    from cluster_jobs.display import command_line
     from deepclust.run.directory import open_run
 
-    commands = [typed("report", run, "--out", run / "report.html")]
-    if open_run(run).recipe.cluster is not None:
-        commands.append(typed("assignments", run, "--out", "clusters.parquet"))
+    commands = [command_line("report", run_dir)]
+    if open_run(run_dir).recipe.cluster is not None:
+        commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))
     following = "\n           ".join(commands)
-    _say(
-        f"finished: {run}\n  weights  {run / 'export' / 'backbone.safetensors'}\n"
+    _log(
+        f"finished: {run_dir}\n  weights  {run_dir / 'export' / 'backbone.safetensors'}\n"
         f"  next     {following}"
     )
 
 
-def _print(what: Table | str) -> None:
+def _print(content: Table | str) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else WIDE).print(what)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(content)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the foreground: a live bar on a terminal, plain lines elsewhere.
+"""What a run in the foreground shows: a live bar on a terminal, plain lines elsewhere.
 
 Everything goes to stderr; stdout is for results.
 """
@@ -21,23 +21,34 @@ from rich.table import Table
 from cluster_jobs.status import Status
 
 PLAIN_EVERY_S = 10.0
+ROUND_COLUMNS = {
+    "round": "{:d}",
+    "inertia": "{:.4f}",
+    "entropy_ratio": "{:.3f}",
+    "largest_share": "{:.2%}",
+    "reassigned": "{:.2f}",
+    "nmi_previous": "{:.3f}",
+    "nmi_labels": "{:.3f}",
+    "accuracy_labels": "{:.3f}",
+    "seconds": "{:.1f}",
+}
+STAGE_FACTS = {  # of a progress record, in this order
+    "loss": "loss {:.3f}",
+    "images_per_s": "{:,.0f} images/s",
+    "waiting": "waiting for data {:.0%}",
+    "inertia": "inertia {:.5g}",
+    "moved": "moved {:.1%}",
+}
 
 
-def typed(*words: object) -> str:
-    """A `deepclust` command as this user can type it: by its path where it is not on PATH."""
+def command_line(*words: object) -> str:
+    """Return a `deepclust` command as this user can type it: by its path if it is not on PATH."""
     program = "deepclust" if shutil.which("deepclust") else os.path.relpath(sys.argv[0])
     return shlex.join([program, *map(str, words)])
 
 
-ROUND_COLUMNS = {
-    "round": "{:d}", "inertia": "{:.4f}", "entropy_ratio": "{:.3f}", "largest_share": "{:.2%}",
-    "reassigned": "{:.2f}", "nmi_previous": "{:.3f}", "nmi_labels": "{:.3f}",
-    "accuracy_labels": "{:.3f}", "seconds": "{:.1f}",
-}  # fmt: skip
-
-
 class Display:
-    """Takes the records of a Report, one by one."""
+    """The screen of a run: it is called with the records of a Report, one by one."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -48,32 +59,32 @@ class Display:
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description:<22}"), BarColumn(30),
+            self.bar = Progress(
+                TextColumn("{task.description:<22}"),
+                BarColumn(30),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeRemainingColumn(), TextColumn("{task.fields[facts]}"),
-            )  # fmt: skip
-            self.bar = Progress(*columns, console=self.console, transient=True)
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
+                transient=True,
+            )
             self.task = self.bar.add_task("starting", total=1, facts="")
             self.bar.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Show one event or one piece of progress."""
         if "progress" in record:
-            facts = (
-                f"loss {record['loss']:.3f} · {record['images_per_s']:,.0f} images/s · "
-                f"waiting for data {record['waiting']:.0%}"
-            )
-            what = "train" if record["round"] < 0 else f"train, round {record['round']}"
-            self._move(what, record["done"], record["of"], facts)  # -1: the method has no rounds
+            self._show_progress(record)
         elif record["event"] == "unit":
             self.units += 1
             self._move(f"extract, round {record['round']}", self.units, record["of"], "units")
@@ -84,12 +95,35 @@ class Display:
             text = record.get("text") or f"{record['count']} unreadable images replaced"
             self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
 
-    def _move(self, what: str, done: int, of: int, facts: str) -> None:
+    def _show_progress(self, record: dict[str, Any]) -> None:
+        """Show a record with `done` and `of`, of any stage; training is the default."""
+        if "done" not in record or "of" not in record:
+            return
+        stage, round_ = record.get("stage", "train"), record.get("round", -1)
+        title = stage if round_ is None or round_ < 0 else f"{stage}, round {round_}"
+        facts = [
+            shape.format(record[name])
+            for name, shape in STAGE_FACTS.items()
+            if record.get(name) is not None
+        ]
+        if record.get("eta") is not None and self.bar is None:  # a bar has its own
+            facts.append(f"{_duration(record['eta'])} left")
+        self._move(title, record["done"], record["of"], " · ".join(facts))
+
+    def _move(self, title: str, done: int, of: int, facts: str) -> None:
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, description=what, completed=done, total=of, facts=facts)
+            self.bar.update(self.task, description=title, completed=done, total=of, facts=facts)
         elif time.monotonic() - self.last_plain > PLAIN_EVERY_S:
             self.last_plain = time.monotonic()
-            self.console.print(f"{what}: {done}/{of} {facts}", highlight=False)
+            self.console.print(f"{title}: {done}/{of} {facts}", highlight=False, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _round_line(record: dict[str, Any]) -> str:
@@ -102,36 +136,36 @@ def _round_line(record: dict[str, Any]) -> str:
 
 
 def round_table(statistics: list[dict[str, Any]]) -> Table:
-    """The table by round that a finished run shows."""
+    """Return the table with a line for each round that a finished run shows."""
     table = Table(title="rounds")
     for name in ROUND_COLUMNS:
         table.add_column(name.replace("_", " "), justify="right")
     for record in statistics:
-        cells = [
-            "" if record.get(name) is None else shape.format(record[name])
-            for name, shape in ROUND_COLUMNS.items()
-        ]
+        cells = [_cell(record.get(name), shape) for name, shape in ROUND_COLUMNS.items()]
         table.add_row(*cells)
     return table
 
 
-def status_table(found: list[Status]) -> Table:
-    """One line a run."""
-    table = Table(
-        "run", "state", "phase", "round", "epoch", "loss", "images/s", "clusters", "moved",
-        "NMI of labels", "what to know",
-    )  # fmt: skip
-    for one in found:
-        epoch = "" if one.epoch is None else f"{one.epoch:.1f} of {one.epochs}"
-        cells = (
-            "" if one.round is None else str(one.round), epoch,
-            "" if one.loss is None else f"{one.loss:.3f}",
-            "" if one.images_per_s is None else f"{one.images_per_s:,.0f}",
-            "" if one.clusters is None else f"{one.clusters} of {one.k}",
-            "" if one.reassigned is None else f"{one.reassigned:.1%}",
-            "" if one.nmi_labels is None else f"{one.nmi_labels:.3f}",
-        )  # fmt: skip
+def status_table(states: list[Status]) -> Table:
+    """Return a table with a line for each run."""
+    columns = ("run", "state", "phase", "round", "epoch", "loss", "images/s", "clusters", "moved")
+    table = Table(*columns, "NMI of labels", "note")
+    for state in states:
         table.add_row(
-            escape(one.name), one.state, one.phase, *cells, escape(one.owner or one.reason)
+            escape(state.name),
+            state.state,
+            state.phase,
+            _cell(state.round, "{}"),
+            _cell(state.epoch, "{:.1f} of " + str(state.epochs)),
+            _cell(state.loss, "{:.3f}"),
+            _cell(state.images_per_s, "{:,.0f}"),
+            _cell(state.clusters, "{} of " + str(state.k)),
+            _cell(state.reassigned, "{:.1%}"),
+            _cell(state.nmi_labels, "{:.3f}"),
+            escape(state.owner or state.reason),
         )
     return table
+
+
+def _cell(value: Any, shape: str) -> str:
+    return "" if value is None else shape.format(value)

@@ -1,7 +1,6 @@
-"""What stands in a run about the job that runs it: where it was submitted, and a wish to cancel it.
+"""Files of a run directory about the job that runs it: where it was submitted, a cancel request.
 
-Both are files of the run directory, so they reach a controller on any host, and anyone who sees
-the run can read them.
+They reach a controller on any host, and all who see the run can read them.
 """
 
 from __future__ import annotations
@@ -19,57 +18,60 @@ from deepclust.run.directory import Run
 LOCAL = {"on": "local"}
 
 
-def record(run: Path, **facts: Any) -> None:
-    """Write down where the run was submitted, and forget an old wish to cancel it."""
-    forget_cancel(run)
-    write_json(run / "job.json", {"time": time.time(), **facts})
+def record(run_dir: Path, **facts: Any) -> None:
+    """Write where the run was submitted, and remove an old cancel request."""
+    forget_cancel(run_dir)
+    write_json(run_dir / "job.json", {"time": time.time(), **facts})
 
 
-def read(run: Path) -> dict[str, Any]:
-    """Where the run was submitted; local if nobody said."""
-    file = run / "job.json"
+def read(run_dir: Path) -> dict[str, Any]:
+    """Return where the run was submitted: `on` and what that executor has recorded."""
+    file = run_dir / "job.json"
     return dict(read_json(file)) if file.exists() else dict(LOCAL)
 
 
-def is_local_now(run: Path) -> None:
-    """A run that was elsewhere before goes on in this process, unless someone else has it."""
-    if (run / "job.json").exists() and lock.owner(run) is None:
-        record(run, **LOCAL)
+def record_local(run_dir: Path) -> None:
+    """Record that a run which was elsewhere before goes on in this process, unless it is held."""
+    if (run_dir / "job.json").exists() and lock.owner(run_dir) is None:
+        record(run_dir, **LOCAL)
 
 
-def output(run: Path) -> Path:
-    """Where Slurm puts what the run's tasks print."""
-    return Path(read(run).get("output", run / "slurm"))
+def output(run_dir: Path) -> Path:
+    """Return the folder with the output of the job's tasks."""
+    return Path(read(run_dir).get("output", run_dir / "slurm"))
 
 
-def ask_to_cancel(run: Path) -> None:
-    """Leave word for the controller."""
-    with disk_errors(run):
-        (run / "cancel").touch()
+def ask_to_cancel(run_dir: Path) -> None:
+    """Write a cancel request, which the controller polls for."""
+    with disk_errors(run_dir):
+        (run_dir / "cancel").touch()
 
 
-def stopping(run: Path, signals: list[int]) -> bool:
-    """Whether a signal asks us to stop, or word to cancel: which counts as an INT from afar."""
-    if (run / "cancel").exists() and signal.SIGINT not in signals:
+def stopping(run_dir: Path, signals: list[int]) -> bool:
+    """Return whether a signal or a cancel request asks us to stop.
+
+    A request counts as SIGINT and is added to the signals.
+    """
+    if (run_dir / "cancel").exists() and signal.SIGINT not in signals:
         signals.append(signal.SIGINT)
     return bool(signals)
 
 
-def forget_cancel(run: Path) -> None:
-    """The wish was granted, or is old."""
-    (run / "cancel").unlink(missing_ok=True)
+def forget_cancel(run_dir: Path) -> None:
+    """Remove the cancel request, if there is one."""
+    (run_dir / "cancel").unlink(missing_ok=True)
 
 
 def fruit(run: Run) -> tuple[int, int, int]:
-    """What is on disk, counted: it changes with every commit of a run that gets anywhere."""
+    """Return counts of what is on disk: they change with every commit that brings a run further."""
     steps = [int(folder.name) for folder in run.checkpoints()]
     stages = len(list(run.path.glob("rounds/*/*/DONE")))
     units = len(list(run.path.glob("rounds/*/raw/unit-*")))
     return max(steps, default=0), stages, units
 
 
-def log_to(run: Path) -> None:
-    """A controller's log: in the run, and on stderr."""
-    where = logging.FileHandler(run / "logs" / "controller.log")
-    handlers: list[logging.Handler] = [where, logging.StreamHandler()]
+def log_to(run_dir: Path) -> None:
+    """Send a controller's log to the run and to stderr."""
+    file = logging.FileHandler(run_dir / "logs" / "controller.log")
+    handlers: list[logging.Handler] = [file, logging.StreamHandler()]
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)

@@ -1,8 +1,7 @@
-"""What the run directories say: the state of a run in words, read from its files alone."""
+"""The state of runs in words, read from the files of their directories and their job's queue."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,23 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs import job_file
-from cluster_jobs.slurm import queue
-from deepclust.errors import DeepclustError, RecipeError, ResourceError, exit_code_of
+from cluster_jobs.executors import executor_of
+from cluster_jobs.executors.base import POLL_S, JobState
+from deepclust.errors import (
+    DeepclustError,
+    RecipeError,
+    RequeueWanted,
+    ResourceError,
+    exit_code_of,
+)
 from deepclust.launch.start import is_finished
 from deepclust.run import directory, lock
 from deepclust.run.directory import Run
 
-POLL_S = 0.5
-SILENT = "SILENT"  # for what Slurm does not say
-QUEUE_POLL_S = 3.0  # Slurm's controller is shared
+Record = dict[str, Any]
+PHASES = {  # what goes on after an event
+    "started": "start",
+    "unit": "extract",
+    "extracted": "whiten",
+    "whitening": "project",
+    "features": "cluster",
+    "clustered": "train",
+    "training": "train",
+    "checkpoint": "train",
+    "finished": "done",
+    "waiting": "wait",
+}
 
 
 @dataclass(frozen=True)
 class Status:
     """A run at a glance.
 
-    `state` is PENDING, RUNNING, RECOVERING (a gang is being started again), SUCCEEDED, STOPPED,
-    FAILED or DIED.
+    `state` is PENDING, RUNNING, RECOVERING (a worker group restarts), SUCCEEDED, STOPPED, FAILED
+    or DIED.
     """
 
     name: str
@@ -40,19 +56,19 @@ class Status:
     images_per_s: float | None = None
     clusters: int | None = None  # of the newest round that have images
     k: int | None = None
-    reassigned: float | None = None  # share of the images that are elsewhere than a round before
+    reassigned: float | None = None  # share of the images in another cluster than a round before
     nmi_labels: float | None = None  # where the shards have labels
     owner: str | None = None
     reason: str = ""
-    exit_code: int = 0  # of whoever brought it to this end
+    exit_code: int = 0  # of the controller that brought the run to this end
 
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+    def as_dict(self) -> Record:
+        """Return the fields, for `--json`."""
         return asdict(self)
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The run that a folder is, or the runs that lie in it."""
+    """Return the run that a folder is, or the runs in it."""
     if not folder.is_dir():
         raise RecipeError(f"{folder} is not a folder: give a run, or a folder of runs")
     if directory.exists(folder):
@@ -61,7 +77,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 
 def status(run: Run) -> Status:
-    """The state of a run, from its lock, events and metrics."""
+    """Return the state of a run, from its lock, events, metrics and the queue of its job."""
     try:
         return _status(run)
     except DeepclustError as error:  # one broken run must not hide the others
@@ -70,170 +86,162 @@ def status(run: Run) -> Status:
 
 
 def _status(run: Run) -> Status:
-    owner = lock.owner(run.path)
-    events = run.events()
+    owner, events = lock.owner(run.path), run.events()
     state, reason, code = _state(run, owner, events)
-    trained = run.metrics("train")
+    trained, rounds = run.metrics("train"), run.rounds()
     last = trained[-1] if trained else {}
-    rounds = run.rounds()
-    rounds_told = [event for event in events if event["event"] == "clustered"]
-    clustered: dict[str, Any] = rounds_told[-1] if rounds_told else {}
+    clustered = next((e for e in reversed(events) if e["event"] == "clustered"), None)
+    newest: Record = clustered or {}
     return Status(
-        name=run.path.resolve().name, state=state, phase=_phase(events),
+        name=run.path.resolve().name,
+        state=state,
+        phase=_phase(events),
         epochs=run.recipe.train.epochs,
-        round=rounds[-1] if rounds else None, epoch=last.get("epoch"), step=last.get("step"),
-        loss=last.get("loss"), images_per_s=last.get("images_per_s"), k=clustered.get("k"),
-        clusters=clustered["k"] - clustered["empty"] if clustered else None,
-        reassigned=clustered.get("reassigned"), nmi_labels=clustered.get("nmi_labels"),
-        owner=owner, reason=reason, exit_code=code,
-    )  # fmt: skip
+        round=rounds[-1] if rounds else None,
+        epoch=last.get("epoch"),
+        step=last.get("step"),
+        loss=last.get("loss"),
+        images_per_s=last.get("images_per_s"),
+        clusters=newest["k"] - newest["empty"] if newest else None,
+        k=newest.get("k"),
+        reassigned=newest.get("reassigned"),
+        nmi_labels=newest.get("nmi_labels"),
+        owner=owner,
+        reason=reason,
+        exit_code=code,
+    )
 
 
-def _state(run: Run, owner: str | None, events: list[dict[str, Any]]) -> tuple[str, str, int]:
-    """State, reason and exit code, by the lock and the newest event that says something."""
-    seen = _seen(run)
-    here = lock.owner_job(run.path) is None  # what Slurm has lost may still hold the run
-    if owner and (here or seen is None or seen.lives or seen.state == SILENT):
-        return _living(events)
+def _state(run: Run, owner: str | None, events: list[Record]) -> tuple[str, str, int]:
+    """Return state, reason and exit code, by the lock, the queue and the newest event."""
+    if owner and lock.owner_job(run.path) is None:
+        return _controlled(events)
     if is_finished(run):
-        return "SUCCEEDED", "", 0
-    if seen is not None and (found := _by_slurm(run, seen, events)):
-        return found
+        return _controlled(events) if owner else ("SUCCEEDED", "", 0)
+    job = executor_of(run.path).state(run.path)
+    # a job that its queue has ended may still hold the lock, until its heartbeat is old
+    if owner and (job is None or job.phase in ("running", "submitted", "unknown")):
+        return _controlled(events)
+    since = job_file.read(run.path).get("time", 0)
+    own = [event for event in events if event["time"] >= since]
+    return (job and _queued(job, own)) or _ended(run, job, events)
+
+
+def _queued(job: JobState, own: list[Record]) -> tuple[str, str, int] | None:
+    """Return state, reason and exit code by the job's queue; None when the run's events know more.
+
+    `own` are the events since the job was submitted.
+    """
+    match job.phase:
+        case "waiting":
+            return "PENDING", job.text, 0
+        case "running":
+            return "RUNNING", job.text, 0
+        case "stopped":
+            return "STOPPED", job.text, RequeueWanted.exit_code
+        case "failed":
+            last = own[-1] if own else {"event": None}
+            if last["event"] == "stopped" and last["kind"] != RequeueWanted.__name__:
+                return None
+            return "FAILED", job.text, ResourceError.exit_code
+        case "unknown":
+            return None if own else ("PENDING", job.text, 0)
+        case "submitted":
+            return None
+
+
+def _ended(run: Run, job: JobState | None, events: list[Record]) -> tuple[str, str, int]:
+    """Return state, reason and exit code of a run without a controller, by its newest event."""
     if not events:
-        return "PENDING", _submitted(run), 0
+        return "PENDING", job.text if job else "not started yet", 0
     last = events[-1]
-    if last["event"] != "stopped" and seen is not None and seen.state == SILENT:
-        return "DIED", f"ended without a word, or is queued again; {seen.reason}", 1
+    if last["event"] != "stopped" and job is not None and job.phase == "unknown":
+        return "DIED", f"ended without a reason, or is queued again; {job.text}", 1
     if last["event"] != "stopped":
-        return "DIED", f"ended without a word; deepclust resume {run.path}", 1
+        return "DIED", f"ended without a reason; deepclust resume {run.path}", 1
     code = exit_code_of(last["kind"])
     if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
         return "STOPPED", last["text"], code
     return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}", code
 
 
-def _seen(run: Run) -> queue.Seen | None:
-    """The run's job in Slurm's eyes, which may be closed."""
-    try:
-        return _looked(run)
-    except ResourceError as error:
-        return queue.Seen(SILENT, str(error).splitlines()[0])
-
-
-def _looked(run: Run) -> queue.Seen | None:
-    facts = job_file.read(run.path)
-    if facts["on"] != "slurm" or "job" not in facts or is_finished(run):
-        return None
-    return queue.look(str(facts["job"]))
-
-
-def _by_slurm(
-    run: Run, seen: queue.Seen, events: list[dict[str, Any]]
-) -> tuple[str, str, int] | None:
-    """State, reason and exit code of a run that nobody holds; None when its own word says more."""
-    facts = job_file.read(run.path)
-    told = f"job {facts['job']}: {seen}"
-    own = [event for event in events if event["time"] >= facts.get("time", 0)]
-    if seen.waits:
-        return "PENDING", told, 0
-    if seen.lives:
-        moving = "" if seen.state == "SUSPENDED" else ": coming up, or leaving"
-        return "RUNNING", f"{told}{moving}", 0
-    if seen.state == SILENT:
-        return None if own else ("PENDING", f"job {facts['job']}: {seen.reason}", 0)
-    if seen.ended.startswith("75:") or seen.state in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
-        return "STOPPED", f"{told}; deepclust resume {run.path} --on slurm", 75
-    if own and own[-1]["event"] == "stopped" and own[-1]["kind"] != "RequeueWanted":
-        return None  # in its own words
-    number = seen.ended.partition(":")[0]
-    code = f", exit code {number}" if number not in ("", "0") else ""
-    return "FAILED", f"{told}{code}; see {job_file.output(run.path)}", 4
-
-
-def _living(events: list[dict[str, Any]]) -> tuple[str, str, int]:
-    """A run with a controller: it may be waiting for room, or beginning again after a fault."""
-    told = [e for e in events if e["event"] in ("waiting", "fault", "placed", "started", "stopped")]
-    last = told[-1] if told else {"event": "started"}
-    if last["event"] == "waiting":
-        return "PENDING", last["text"], 0
-    fault = next((e for e in reversed(told) if e["event"] in ("fault", "placed")), None)
+def _controlled(events: list[Record]) -> tuple[str, str, int]:
+    """Return the state of a run with a controller, which may wait for room or recover."""
+    names = ("waiting", "fault", "placed", "started", "stopped")
+    recent = [event for event in events if event["event"] in names]
+    if recent and recent[-1]["event"] == "waiting":
+        return "PENDING", recent[-1]["text"], 0
+    fault = next((e for e in reversed(recent) if e["event"] in ("fault", "placed")), None)
     if fault is not None and fault["event"] == "fault":
         return "RECOVERING", f"{fault['who']}: {fault['cause']}: {fault['text']}", 0
     return "RUNNING", "", 0
 
 
-def _submitted(run: Run) -> str:
-    facts = job_file.read(run.path)
-    if "submission" in facts:
-        return f"submitted to Ray at {facts['address']} as {facts['submission']}"
-    return "not started yet"
+def _phase(events: list[Record]) -> str:
+    """Return the part of the pipeline that goes on after the newest event."""
+    names = [event["event"] for event in events if event["event"] in PHASES]
+    return PHASES[names[-1]] if names else ""
 
 
-def _phase(events: list[dict[str, Any]]) -> str:
-    """What the newest telling event says is going on."""
-    following = {
-        "started": "start", "unit": "extract", "extracted": "whiten", "whitening": "project",
-        "features": "cluster", "clustered": "train", "training": "train", "checkpoint": "train",
-        "finished": "done", "waiting": "wait",
-    }  # fmt: skip
-    told = [e["event"] for e in events if e["event"] in following]
-    return following[told[-1]] if told else ""
+def follow(run_dir: Path, emit: Callable[[str], None]) -> Status:
+    """Emit the log from its beginning until the run has ended, and return how it ended.
 
-
-def follow(run: Path, echo: Callable[[str], None], pending: Callable[[], bool]) -> Status:
-    """Echo the log from its beginning until the run has ended; how it ended.
-
-    `pending` tells whether a controller that is not there yet may still come. Raises
-    `ResourceError` when it will not.
+    Raises `ResourceError` when its controller does not come any more.
     """
-    found = directory.open_run(run)
-    while (now := status(found)).state == "PENDING" and now.owner is None:
-        if not _may_come(pending) and status(found).state == "PENDING" and lock.owner(run) is None:
-            raise ResourceError(f"{run} ended before its controller began: {now.reason}")
-        time.sleep(QUEUE_POLL_S if "job" in job_file.read(run) else POLL_S)
-    for line in tail(run, 0, follow=True):
-        echo(line)
-    return status(found)
+    directory.open_run(run_dir)
+    poll_s = executor_of(run_dir).poll_s
+    while (now := status(Run(run_dir))).state == "PENDING" and now.owner is None:
+        if not _may_come(run_dir) and _is_pending_still(run_dir):
+            raise ResourceError(f"{run_dir} ended before its controller began: {now.reason}")
+        time.sleep(poll_s)
+    for line in tail(run_dir, 0, follow=True):
+        emit(line)
+    return status(Run(run_dir))
 
 
-def _may_come(pending: Callable[[], bool]) -> bool:
-    """Who does not answer may answer again."""
+def _is_pending_still(run_dir: Path) -> bool:
+    """Return whether the run has not begun since; asked after its job was seen to be gone."""
+    return status(Run(run_dir)).state == "PENDING" and lock.owner(run_dir) is None
+
+
+def _may_come(run_dir: Path) -> bool:
+    """Return whether the run's job is queued, or its queue does not answer now."""
     try:
-        return pending()
+        return executor_of(run_dir).is_pending(run_dir)
     except ResourceError:
         return True
 
 
-def tail(run: Path, rank: int, follow: bool) -> Iterator[str]:
-    """Lines of a rank's log and of the controller's; with `follow`, until the run ends."""
-    folder = directory.open_run(run).path / "logs"
+def tail(run_dir: Path, rank: int, follow: bool) -> Iterator[str]:
+    """Yield the lines of a rank's log and of the controller's, with `follow` until the end."""
+    folder = directory.open_run(run_dir).path / "logs"
     names = ("controller.log", f"rank-{rank:05d}.log", f"rank-{rank}.out", "cluster-worker.out")
-    files = dict.fromkeys(names, 0)
+    offsets = dict.fromkeys(names, 0)
     while True:
-        held = lock.owner(run) is not None
-        alive = held or (follow and _queued(run))
-        for name in files:
-            yield from _new_lines(folder / name, files)
-        if not follow or not alive:
+        held = lock.owner(run_dir) is not None
+        goes_on = held or (follow and _will_start(run_dir))
+        for name in names:
+            yield from _new_lines(folder / name, offsets)
+        if not follow or not goes_on:
             return
-        time.sleep(POLL_S if held else QUEUE_POLL_S)
+        time.sleep(POLL_S if held else executor_of(run_dir).poll_s)
 
 
-def _queued(run: Path) -> bool:
-    """Whether Slurm will start the run's job, or is about to."""
-    try:
-        seen = _looked(Run(run))
-    except ResourceError:
-        return shutil.which("squeue") is not None  # it may answer again
-    return seen is not None and (seen.waits or seen.lives)
+def _will_start(run_dir: Path) -> bool:
+    """Return whether a queue will start the run's job, or is about to, as far as it is known."""
+    if is_finished(Run(run_dir)):
+        return False
+    job = executor_of(run_dir).state(run_dir)
+    return job is not None and (job.is_pending or job.may_answer_later)
 
 
-def _new_lines(file: Path, seen: dict[str, int]) -> list[str]:
+def _new_lines(file: Path, offsets: dict[str, int]) -> list[str]:
+    """Return the whole lines that were added since the last call."""
     if not file.exists():
         return []
     with open(file, "rb") as log:
-        log.seek(seen[file.name])
+        log.seek(offsets[file.name])
         data = log.read()
     whole = data[: data.rfind(b"\n") + 1]
-    seen[file.name] += len(whole)
+    offsets[file.name] += len(whole)
     return whole.decode(errors="replace").splitlines()

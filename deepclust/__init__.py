@@ -1,7 +1,7 @@
 """Pretrain image backbones by clustering: DeepCluster from a laptop to a cluster.
 
-The names below are the Python door; they are imported when first used, so that `import deepclust`
-(and the command line's help) costs no import of torch.
+The names below are the public Python interface. They are imported when first used, so `import
+deepclust` and the command line's help do not import torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HOMES = {
     "load_backbone": "deepclust.stages.export",
 }
 
-__all__ = [  # noqa: RUF022 - in the order of the chain
+__all__ = [  # noqa: RUF022 - in the order of the pipeline
     "Recipe",
     "pretrain",
     "open_index",

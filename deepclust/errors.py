@@ -1,13 +1,13 @@
-"""Every error that a user can cause or meet, each with the exit code of the command line.
+"""The errors that a user can cause or see, each with an exit code of the command line.
 
-A message names what is wrong, where, and the fix. Mistakes of our own are `assert`s, not these.
+A message names what is wrong, where, and the fix. Errors in our own code are `assert`s.
 """
 
 from __future__ import annotations
 
 
 class DeepclustError(Exception):
-    """Base of all; `exit_code` is what the `deepclust` command returns."""
+    """The base class; `exit_code` is what the `deepclust` command returns."""
 
     exit_code = 1
 
@@ -19,29 +19,29 @@ class RecipeError(DeepclustError, ValueError):
 
 
 class DataError(DeepclustError, ValueError):
-    """Shards, images, labels, features: broken, missing, or too few for what the recipe asks."""
+    """Shards, images, labels or features are broken, missing, or too few for the recipe."""
 
     exit_code = 3
 
 
 class ResourceError(DeepclustError, RuntimeError):
-    """A device, node, process or library that the job needs is not there."""
+    """A device, node, process or library that the job needs is missing."""
 
     exit_code = 4
 
 
 class FollowedError(ResourceError):
-    """Another rank failed, so this one stops; that one's error is the one to tell."""
+    """This rank stops because another rank failed; the other rank's error is the cause."""
 
 
 class DiskError(DeepclustError, OSError):
-    """The disk is full, or a folder cannot be written."""
+    """The disk is full, or a folder is not writable."""
 
     exit_code = 5
 
 
 class NumericalError(DeepclustError, ValueError):
-    """NaN or infinity, or a clustering that collapsed."""
+    """A value is NaN or infinite, or a clustering collapsed."""
 
     exit_code = 6
 
@@ -53,7 +53,7 @@ class RunHeldError(DeepclustError, RuntimeError):
 
 
 class RunDiffersError(DeepclustError, ValueError):
-    """The recipe or the data are not those that the run was started with."""
+    """The recipe or the data differ from those that the run was started with."""
 
     exit_code = 8
 
@@ -65,13 +65,13 @@ class RequeueWanted(DeepclustError):
 
 
 def error_of(exit_code: int, text: str) -> DeepclustError:
-    """The error that another process ended with, by its exit code."""
+    """Return the error that another process ended with, by its exit code."""
     kinds = {kind.exit_code: kind for kind in DeepclustError.__subclasses__()}
     return kinds.get(exit_code, DeepclustError)(text)
 
 
 def exit_code_of(name: str) -> int:
-    """The exit code of an error that an event names; 1 for one that is none of ours."""
+    """Return the exit code of an error that an event names, or 1 for other errors."""
     kinds = [*DeepclustError.__subclasses__()]
     for kind in kinds:
         kinds += kind.__subclasses__()

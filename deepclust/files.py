@@ -1,6 +1,6 @@
-"""Files that are either whole or not there: write under a temporary name, sync, then rename.
+"""Atomic files and folders: write under a temporary name, sync, then rename.
 
-A full disk becomes a `DiskError` that names the path; what stood there before stays as it was.
+A full disk becomes a `DiskError` that names the path, and the file that was there stays as it was.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from deepclust.errors import DiskError
 if TYPE_CHECKING:
     from torch import Tensor
 
+HASH_BLOCK = 2**24  # bytes; small enough for a sign of life every second on a slow disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a `DiskError` that says what to do."""
+    """Raise a `DiskError` with the remedy for a full, read-only or forbidden disk."""
     try:
         yield
     except OSError as error:
@@ -43,13 +44,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def temporary(path: Path) -> Path:
-    """A name under which `path` is written before it is renamed; no two writers share one."""
+    """Return a unique name under which `path` is written before it is renamed."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Yield a temporary path; on success it is synced and, after `before` (the fence), renamed."""
+    """Yield a temporary path, then sync it, call `before` (the fence) and rename it."""
     path = Path(path)
     partial = temporary(path)
     with disk_errors(path):
@@ -81,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Append one line to a JSONL file in one write, after a line that a full disk cut short too."""
+    """Append one line to a JSONL file in one write, and end a line that was cut short before."""
     with disk_errors(path), open(path, "a+b") as file:
         torn = b""
         if file.seek(0, os.SEEK_END):
@@ -91,7 +92,7 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a line that a kill or a full disk cut short is left out."""
+    """Return the records of a JSONL file, without a line that a kill or a full disk cut short."""
     if not path.exists():
         return []
     records = []
@@ -110,10 +111,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def file_hash(path: Path) -> str:
-    """The blake2b of a file, read in blocks."""
+def file_hash(path: Path, alive: Callable[[], None] = lambda: None) -> str:
+    """Return the blake2b of a file, read in blocks; `alive` is called after each."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+            alive()
+    return digest.hexdigest()
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[], None]) -> None:
@@ -136,12 +141,13 @@ def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[],
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file: tensors copied to the CPU, contiguous, none sharing memory.
+    """Write a safetensors file of contiguous copies of the tensors on the CPU.
 
-    `safetensors.torch.save_file` reports a full disk as a SafetensorError; bytes that Python
-    writes give an OSError, as everywhere else.
+    The bytes are written by Python, so a full disk raises an OSError, as everywhere else.
+    `safetensors.torch.save_file` would raise a SafetensorError.
     """
-    import torch  # a recipe is read without it
+    # Recipes are read without torch.
+    import torch
     from safetensors.torch import save
 
     whole = {

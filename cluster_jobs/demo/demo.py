@@ -1,4 +1,4 @@
-"""The demo: Fashion-MNIST from nothing to clusters, weights and a report, in a few minutes."""
+"""The demo: from nothing to clusters, weights and a report of Fashion-MNIST, in a few minutes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import typer
 from rich.console import Console
 
 from cluster_jobs.demo.fashion_mnist import fetch
-from cluster_jobs.display import Display, round_table, typed
+from cluster_jobs.display import Display, command_line, round_table
 from deepclust.data.pack.pack import pack
 from deepclust.launch.start import pretrain, resume
 from deepclust.recipe import Recipe
 from deepclust.run import directory
 
 
-def run_demo(run: Path, data: Path, overrides: list[str]) -> None:
-    """Fetch, pack, pretrain (or resume), evaluate, report; ends with what to type next."""
+def run_demo(run_dir: Path, data: Path, overrides: list[str]) -> None:
+    """Fetch, pack, pretrain (or resume), evaluate, report, and print the next commands."""
     shards = {split: _packed(data, split) for split in ("train", "t10k")}
     with Display() as display:
-        if directory.exists(run):
-            sys.stderr.write(f"continuing {run}\n")
-            resume(run, *overrides, show=display)
+        if directory.exists(run_dir):
+            sys.stderr.write(f"continuing {run_dir}\n")
+            resume(run_dir, *overrides, show=display)
         else:
             recipe = Recipe.load("demo-fashion", f"data.shards={shards['train']}", *overrides)
-            pretrain(recipe, run, display)
-    _conclude(run, shards)
+            pretrain(recipe, run_dir, display)
+    _conclude(run_dir, shards)
 
 
 def _packed(data: Path, split: str) -> Path:
@@ -38,24 +38,26 @@ def _packed(data: Path, split: str) -> Path:
     return out
 
 
-def _conclude(run: Path, shards: dict[str, Path]) -> None:
+def _conclude(run_dir: Path, shards: dict[str, Path]) -> None:
     from cluster_jobs.report import write_report
     from cluster_jobs.results.evaluate import evaluate_run
 
-    sys.stderr.write("evaluating on the test images (the labels are used for nothing else)\n")
-    scores = evaluate_run(run, str(shards["train"]), str(shards["t10k"]))
-    page = write_report(run, run / "report.html")
+    sys.stderr.write("evaluating on the test images (the only use of the labels)\n")
+    scores = evaluate_run(run_dir, str(shards["train"]), str(shards["t10k"]))
+    page = write_report(run_dir, run_dir / "report.html")
     console = Console()
-    console.print(round_table(directory.Run(run).metrics("round")))
+    console.print(round_table(directory.Run(run_dir).metrics("round")))
     for name, values in scores.items():
         console.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
     commands = (
-        typed("status", run),
-        typed("assignments", run, "--out", "clusters.parquet"),
-        typed("pack", "YOUR_IMAGES", "shards", "--resize-short", 72),
-        typed("pretrain", "small-photos", "--run", "runs/mine", "data.shards=shards"),
+        command_line("status", run_dir),
+        command_line("assignments", run_dir, "--out", "clusters.parquet"),
+        command_line("pack", "YOUR_IMAGES", "shards", "--resize-short", 72),
+        command_line("pretrain", "small-photos", "--run", "runs/mine", "data.shards=shards"),
     )
-    typer.echo(f"\nreport   {page}\nweights  {run / 'export' / 'backbone.safetensors'}\n\nnext:")
+    typer.echo(
+        f"\nreport   {page}\nweights  {run_dir / 'export' / 'backbone.safetensors'}\n\nnext:"
+    )
     typer.echo("".join(f"  {command}\n" for command in commands))
 
 

@@ -1,7 +1,7 @@
 """Find or fetch Fashion-MNIST's four idx files (70,000 images, MIT licence).
 
-Looks in this order: the folder given, Debian's /usr/share/datasets/fashion-mnist, Debian's package
-(installed as root, else unpacked into the folder), torchvision's download into the folder.
+The places are tried in this order: the folder given, Debian's /usr/share/datasets/fashion-mnist,
+Debian's package (installed as root, else unpacked into the folder), torchvision's download.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ NAMES = [
 
 
 def fetch(folder: Path) -> Path:
-    """The folder that holds the four files; each way is tried in turn.
-
-    Raises DataError that says what to do when none works.
-    """
+    """Return a folder that holds the four files, or raise DataError with the remedy."""
     folder = folder.absolute()
     for place in places(folder):
         if complete(place):
@@ -42,7 +39,7 @@ def fetch(folder: Path) -> Path:
 
 
 def places(folder: Path) -> Iterator[Path]:
-    """Folders where the files may now be; asking for the next one tries harder."""
+    """Yield folders that may hold the files, and fetch them before the later ones."""
     yield folder
     yield INSTALLED
     if shutil.which("apt-get"):
@@ -53,12 +50,12 @@ def places(folder: Path) -> Iterator[Path]:
 
 
 def complete(folder: Path) -> bool:
-    """Whether the four files are there, compressed or not."""
+    """Return whether the four files are there, compressed or not."""
     return all((folder / n).exists() or (folder / f"{n}.gz").exists() for n in NAMES)
 
 
 def with_update(*command: str, where: Path | None = None) -> bool:
-    """Run an apt command; if it fails, update apt's lists and try once more."""
+    """Run an apt command, and after a failure update apt's lists and repeat it once."""
     if quiet(*command, where=where):
         return True
     return quiet("apt-get", "update", where=where) and quiet(*command, where=where)
@@ -71,7 +68,7 @@ def quiet(*command: str, where: Path | None = None) -> bool:
 
 
 def unpack(folder: Path) -> Path:
-    """Debian's package without root: download it and take the files out."""
+    """Download and unpack Debian's package, which needs no root."""
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         if with_update("apt-get", "download", PACKAGE, where=temporary):
@@ -84,7 +81,7 @@ def unpack(folder: Path) -> Path:
 
 
 def torchvision(folder: Path) -> Iterator[Path]:
-    """Torchvision's mirror, which checks MD5 sums."""
+    """Download from torchvision's mirror, which checks MD5 sums, and yield the folder."""
     try:
         from torchvision.datasets import FashionMNIST
 

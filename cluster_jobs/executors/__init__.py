@@ -1,37 +1,44 @@
-"""Where a run runs: one file an executor, each with prepare, submit, resume and cancel."""
+"""Where a run runs. This is the table of executors; each is a file with a name `EXECUTOR`."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from cluster_jobs import job_file
-from deepclust.errors import RecipeError, ResourceError, RunHeldError
-from deepclust.run import directory, lock
+from cluster_jobs.executors.base import Executor
+from deepclust.errors import RecipeError
 
-EXECUTORS = ("local", "ray", "slurm")
-
-
-def executor(name: str) -> ModuleType:
-    """The executor of a name, or an error that lists those there are."""
-    if name not in EXECUTORS:
-        raise RecipeError(f"--on {name!r}: choose from {', '.join(EXECUTORS)}")
-    return importlib.import_module(f"cluster_jobs.executors.{name}")  # ray is imported when asked
+EXECUTORS = {
+    "local": "cluster_jobs.executors.local",
+    "ray": "cluster_jobs.executors.ray",
+    "slurm": "cluster_jobs.executors.slurm",
+}
 
 
-def refuse_queued(run: Path) -> None:
-    """Raise `RunHeldError` when a job of the run waits or is coming up somewhere.
+def executor(name: str) -> Executor[Any]:
+    """Return the executor of a name; a name with a dot is an importable module.
 
-    Nobody is asked who does not answer: then the lock alone decides.
+    Modules are imported only when they are asked for. Raises `RecipeError` for an unknown name.
     """
-    with contextlib.suppress(ResourceError):
-        if not directory.exists(run) or lock.owner(run) or not executor_of(run).is_pending(run):
-            return  # who is held says so with the holder's name
-        raise RunHeldError(f"{run} has a job already: deepclust cancel {run} ends it")
+    module = EXECUTORS.get(name, name)
+    if "." not in module:
+        known = ", ".join(EXECUTORS)
+        raise RecipeError(
+            f"--on {name!r} is not an executor: choose from {known}, or give an importable module "
+            "(my.module)"
+        )
+    try:
+        loaded: Executor[Any] = importlib.import_module(module).EXECUTOR
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"--on {name}: {error}. The module must be importable and have a name EXECUTOR that "
+            "fulfils cluster_jobs.executors.base.Executor"
+        ) from error
+    return loaded
 
 
-def executor_of(run: Path) -> ModuleType:
-    """The executor that a run was submitted to."""
-    return executor(job_file.read(run)["on"])
+def executor_of(run_dir: Path) -> Executor[Any]:
+    """Return the executor that a run was submitted to."""
+    return executor(job_file.read(run_dir)["on"])

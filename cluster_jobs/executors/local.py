@@ -9,22 +9,22 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from cluster_jobs import job_file
 from cluster_jobs.executors import background
-from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch.start import check_changes, prepare_run
+from cluster_jobs.executors.base import Executor, JobState, open_to_resume
+from deepclust.errors import ResourceError
+from deepclust.launch.start import prepare_run
 from deepclust.recipe import Recipe
-from deepclust.run import directory, lock
+from deepclust.run import lock
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be started; printing it is a dry run."""
+    """What would be started; its text is the dry run."""
 
     recipe: Recipe
-    run: Path
+    run_dir: Path
     command: list[str]
 
     def __str__(self) -> str:
@@ -32,45 +32,39 @@ class Plan:
         return f"# in the background of this machine:\n{command}\n\n{self.recipe.dump()}"
 
 
-def prepare(recipe: Recipe, run: Path) -> Plan:
-    """The command for a recipe; nothing is written or started."""
-    command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume", str(run.absolute())]
-    return Plan(recipe, run, command)
+class LocalExecutor(Executor[Plan]):
+    """Runs in the background of this machine."""
+
+    name = "local"
+
+    def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
+        """Return the command for a recipe; nothing is written or started."""
+        command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume"]
+        return Plan(recipe, run_dir, [*command, str(run_dir.absolute())])
+
+    def submit(self, plan: Plan) -> None:
+        """Create the run and start its controller."""
+        prepare_run(plan.recipe, plan.run_dir)
+        background.start(plan.run_dir, plan.command)
+
+    def resume(self, run_dir: Path, overrides: list[str]) -> None:
+        """Start a controller for a run that exists; refuses what a foreground resume refuses."""
+        run, _ = open_to_resume(run_dir, overrides)
+        job_file.record(run_dir, **job_file.LOCAL)
+        background.start(run_dir, [*self.prepare(run.recipe, run_dir).command, *overrides])
+
+    def cancel(self, run_dir: Path) -> str:
+        """Ask the controller to stop at its next step; kill it when it does not."""
+        pid = lock.owner_pid(run_dir)
+        if pid is not None:
+            return background.stop(run_dir, pid)
+        if owner := lock.owner(run_dir):
+            raise ResourceError(f"{run_dir} is held by {owner}: cancel it there")
+        return f"{run_dir} is not running"
+
+    def state(self, run_dir: Path) -> JobState | None:
+        """Return None: there is no queue, and `submit` returns when the controller has the run."""
+        return None
 
 
-def submit(plan: Plan) -> None:
-    """Create the run and start its controller."""
-    prepare_run(plan.recipe, plan.run)
-    background.start(plan.run, plan.command)
-
-
-def prepare_sweep(plans: list[Plan], folder: Path) -> NoReturn:
-    """Refused: all would run at once on this machine."""
-    raise RecipeError(
-        "a sweep needs a queue: --on slurm, or --on ray with --address; on this machine all would "
-        "run at once"
-    )
-
-
-def resume(run: Path, overrides: list[str]) -> None:
-    """Start a controller for a run that exists; refuses what a foreground resume refuses."""
-    found = directory.open_run(run)
-    check_changes(found, found.recipe.replace(*overrides))
-    background.refuse_held(run)
-    job_file.record(run, **job_file.LOCAL)
-    background.start(run, [*prepare(found.recipe, run).command, *overrides])
-
-
-def cancel(run: Path) -> str:
-    """Ask the controller to stop at the next step; kill it when it does not."""
-    pid = lock.owner_pid(run)
-    if pid is not None:
-        return background.stop(run, pid)
-    if owner := lock.owner(run):
-        raise ResourceError(f"{run} is held by {owner}: cancel it there")
-    return f"{run} is not running"
-
-
-def is_pending(run: Path) -> bool:
-    """Never: `submit` returns when the controller has the run."""
-    return False
+EXECUTOR = LocalExecutor()

@@ -15,7 +15,6 @@ import os
 import platform
 import socket
 import threading
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from deepclust.errors import DeepclustError
 from deepclust.files import read_json
 from deepclust.launch.role import Role
 from deepclust.run.directory import Run
+from deepclust.run.signs import SignsOfLife
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class News:
     result: dict[str, Any] | None  # of the rank: None while it works, {} when it ended well
 
 
-class Member:
+class Member(SignsOfLife):
     """One process of the gang; Ray's dashboard shows its subclass and its name."""
 
     def __init__(self, run: str) -> None:
         """Nothing heavy: torch is imported by `work`."""
+        super().__init__()
         self.run = Path(run)
         self._told: list[dict[str, Any]] = []
         self._kept_from = 0  # the number of the first record that is still here
         self._result: dict[str, Any] | None = None
         self._something = threading.Condition()
         self._asked = threading.Event()
-        self._beat: float | None = None
 
     def look(self, token: str) -> Place:
         """Where this is, and whether it sees the lock of the run with this very token."""
@@ -92,8 +92,7 @@ class Member:
             self._kept_from = have
             if not self._told and self._result is None:
                 self._something.wait(wait_s)
-            idle = None if self._beat is None else time.monotonic() - self._beat
-            return News(list(self._told), idle, self._result)
+            return News(list(self._told), self.idle_s, self._result)
 
     def stop(self) -> None:
         """Ask the rank to stop at its next step."""
@@ -115,7 +114,7 @@ class Member:
         try:
             from deepclust.launch.worker import work  # torch and all
 
-            work(run, role, self, self._stopping)
+            work(run, role, self, self._asked.is_set)
         except DeepclustError as error:
             result = self._failed(error, error.exit_code)
         except BaseException as error:
@@ -129,10 +128,6 @@ class Member:
         with self._something:
             self._told.append(record)
             self._something.notify()
-
-    def _stopping(self) -> bool:
-        self._beat = time.monotonic()
-        return self._asked.is_set()
 
     def _failed(self, error: BaseException, exit_code: int) -> dict[str, Any]:
         logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)

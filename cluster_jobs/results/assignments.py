@@ -18,7 +18,7 @@ import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
 from deepclust.data.shards.index import Index, open_index
-from deepclust.data.shards.url import shown
+from deepclust.data.shards.url import redact
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import atomic_file, read_json
 from deepclust.run.directory import Run, manifest, open_run
@@ -90,7 +90,7 @@ def open_clustered(run: Run, number: int) -> Index:
     clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
     if index.fingerprint != clustered:
         raise RunDiffersError(
-            f"{shown(data.shards)} now has fingerprint {index.fingerprint}, but round {number} of "
+            f"{redact(data.shards)} now has fingerprint {index.fingerprint}, but round {number} of "
             f"{run.path} clustered {clustered}: the ids no longer name the same images. "
             "Put the shards of the run back in their place."
         )

@@ -1,7 +1,7 @@
-"""Make or take up the run of a plain sbatch script: `... create RECIPE RUN [a.b=c ...]`.
+"""Create or continue the run of a plain sbatch script: `... create RECIPE RUN [a.b=c ...]`.
 
-The scripts in `slurm/` call it on the first node, before `srun`. A run that is there already is
-continued with this job's nodes, so a job that was queued again needs nothing else.
+The scripts in `slurm/` call it on the first node, before `srun`. A run that exists is continued
+with this job's nodes, so a job that was requeued needs nothing else.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import sys
 from pathlib import Path
 
 from cluster_jobs import job_file
-from cluster_jobs.executors import slurm as executor
+from cluster_jobs.slurm.script import prepare
 from deepclust.errors import DeepclustError
 from deepclust.launch.start import check_changes, prepare_run, resolved
 from deepclust.recipe import Recipe
 from deepclust.run import directory, lock
 
 
-def create(source: str, run: Path, overrides: list[str]) -> None:
+def create(source: str, run_dir: Path, overrides: list[str]) -> None:
     """Write the run of a recipe, or what this job changes in it. Raises `deepclust.errors`."""
-    if directory.exists(run):
-        with lock.hold(run):
-            found = directory.open_run(run)
-            if int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # then only what the job has differs
-                overrides = [o for o in overrides if o.startswith("slurm.")]
-            recipe = resolved(found.recipe.replace(*overrides))
-            check_changes(found, recipe)
-            executor.prepare(recipe, run).recipe.save(run / "recipe.yaml")
+    if directory.exists(run_dir):
+        with lock.hold(run_dir):
+            run = directory.open_run(run_dir)
+            if int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # only the resources may differ now
+                overrides = [word for word in overrides if word.startswith("slurm.")]
+            recipe = resolved(run.recipe.replace(*overrides))
+            check_changes(run, recipe)
+            prepare(recipe, run_dir).recipe.save(run_dir / "recipe.yaml")
     else:
-        plan = executor.prepare(Recipe.load(source, *overrides), run)
-        prepare_run(plan.recipe, run)
-    (run / "slurm").mkdir(exist_ok=True)
-    job_file.record(run, on="slurm", job=os.environ["SLURM_JOB_ID"], git=directory.git_commit())
+        prepare_run(prepare(Recipe.load(source, *overrides), run_dir).recipe, run_dir)
+    (run_dir / "slurm").mkdir(exist_ok=True)
+    job = os.environ["SLURM_JOB_ID"]
+    job_file.record(run_dir, on="slurm", job=job, git=directory.git_commit())
 
 
 def main() -> int:
-    """For the scripts."""
-    source, run, *overrides = sys.argv[1:]
+    """Run `create` for a script, and return the exit code."""
+    source, run_dir, *overrides = sys.argv[1:]
     try:
-        create(source, Path(run).absolute(), overrides)
+        create(source, Path(run_dir).absolute(), overrides)
     except DeepclustError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

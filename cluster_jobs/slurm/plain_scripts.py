@@ -1,4 +1,4 @@
-"""The sbatch scripts in `slurm/`, for people who want no submitit: made from the executor's plans.
+"""The sbatch scripts in `slurm/`, for use without submitit: made from the executor's plans.
 
 `tools/slurm-scripts` writes them, and a test compares them with what is made here. They differ
 from what `deepclust submit --on slurm` queues in two things: recipe and run are arguments, and what
@@ -10,13 +10,13 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from cluster_jobs.executors.slurm import BEGAN, NODES, PROGRAM, Plan, prepare
+from cluster_jobs.slurm.script import ENVIRONMENT, NODES, ON_EXIT, PROGRAM, Plan, prepare
 from deepclust.recipe import Recipe
 
-RECIPES = "deepcluster-resnet50-imagenet"  # any: only its batch decides whether a shape fits
+RECIPE = "deepcluster-resnet50-imagenet"  # any: only its batch decides whether a shape fits
 SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": (
-        "Two nodes of eight GPUs, every GPU trains; a Ray of the job's own starts the processes.",
+        "Two nodes of eight GPUs, every GPU trains; the job brings up a Ray for itself.",
         ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "cluster.gpus=0"),
     ),
     "ray-spare-gpu": (
@@ -25,7 +25,7 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "cluster.gpus=1"),
     ),
     "srun": (
-        "Two nodes of eight GPUs without Ray: srun starts a task a process.",
+        "Two nodes of eight GPUs without Ray: srun starts one task for each process.",
         ("slurm.launcher=srun", "slurm.nodes=2", "slurm.gpus_per_node=8",
          "slurm.cpus_per_node=96", "cluster.device=cpu"),
     ),
@@ -35,12 +35,7 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
          "train.device=cpu"),
     ),
 }  # fmt: skip
-BATCH = {
-    "ray": "train.batch=256",
-    "ray-spare-gpu": "train.batch=240",
-    "srun": "train.batch=256",
-    "srun-cpu": "train.batch=256",
-}
+BATCH = {"ray-spare-gpu": "train.batch=240"}  # a multiple of 15 ranks
 LIMIT = ("slurm.time=24h",)
 FROM_SLURM = {
     "slurm.nodes": '"$SLURM_JOB_NUM_NODES"', "slurm.gpus_per_node": '"${SLURM_GPUS_ON_NODE:-0}"',
@@ -51,7 +46,7 @@ BODY = """
 # What your cluster needs comes here: module load ..., source ENVIRONMENT/bin/activate
 
 set -eu
-{began}
+{environment}
 usage="usage: sbatch {name}.sbatch RECIPE RUN [a.b=c ...]"
 recipe=${{1:?$usage}} run=$(realpath -m -- "${{2:?$usage}}")
 shift 2
@@ -61,31 +56,37 @@ python=${{PYTHON:-python}}
 set +e
 srun --unbuffered --output "$run/slurm/%j_%t_log.out" {options} \\
   "$python" -u -P -m {program} "$run"
-{ended}"""
+{on_exit}"""
 
 
 def scripts() -> dict[str, str]:
-    """The text of every script, by its name."""
+    """Return the text of every script, by its name."""
     return {f"{name}.sbatch": _script(name, *shape) for name, shape in SHAPES.items()}
 
 
 def _script(name: str, what: str, overrides: tuple[str, ...]) -> str:
-    batch = (BATCH[name],) if name in BATCH else ()
-    recipe = Recipe.load(RECIPES, *LIMIT, *batch, *overrides)
+    batch = BATCH.get(name, "train.batch=256")
+    recipe = Recipe.load(RECIPE, *LIMIT, batch, *overrides)
     plan = prepare(recipe, Path("/run"))
     head = f"#!/bin/bash\n# {what}\n# Made by tools/slurm-scripts; see README.md.\n"
-    kept = [word for word in plan.srun() if not word.startswith("--cpus-per-task")]
+    kept = [word for word in plan.srun_options() if not word.startswith("--cpus-per-task")]
     options = " ".join(['--cpus-per-task="$SLURM_CPUS_PER_TASK"', *map(shlex.quote, kept)])
     given = [_given(*override.partition("=")[::2]) for override in overrides]
+    environment = [*ENVIRONMENT, f"export DEEPCLUST_REQUEUES={plan.spec.requeues}"]
     body = BODY.format(
-        name=name, overrides=" ".join(given), options=options, program=PROGRAM, began=BEGAN,
-        nodes=NODES, ended="\n".join(plan.teardown()) + "\n",
-    )  # fmt: skip
+        name=name,
+        overrides=" ".join(given),
+        options=options,
+        program=PROGRAM,
+        environment="\n".join(environment),
+        nodes=NODES,
+        on_exit=ON_EXIT.read_text(),
+    )
     return head + "\n".join(_directives(plan)) + "\n" + body
 
 
 def _directives(plan: Plan) -> list[str]:
-    """The executor's own, without what names a run; output goes where sbatch was called."""
+    """Return the executor's #SBATCH lines without those that name a run."""
     ours = [line for line in plan.script().splitlines() if line.startswith("#SBATCH")]
     named = ("#SBATCH --job-name", "#SBATCH --output")
     return [line for line in ours if not line.startswith(named)] + ["#SBATCH --job-name=deepclust"]

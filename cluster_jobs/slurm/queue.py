@@ -1,11 +1,12 @@
-"""What Slurm says of a job, in its words: `squeue` while it is known there, `sacct` afterwards.
+"""The state of a job by Slurm: `squeue` while it is known there, `sacct` afterwards.
 
 Slurm forgets a job some minutes after its end (MinJobAge), and not every cluster keeps accounts, so
-either may know nothing. Whoever asks adds what the run directory says.
+both may know nothing. The caller then has the files of the run directory.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ WHY = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class JobRecord:
     """A job's state by Slurm, why it waits, where it runs, and how it ended (exit:signal)."""
 
     state: str
@@ -35,49 +36,55 @@ class Seen:
 
     @property
     def waits(self) -> bool:
-        """Whether it is in the queue."""
+        """Whether the job is in the queue."""
         return self.state in WAITING
 
     @property
     def lives(self) -> bool:
-        """Whether it has nodes."""
+        """Whether the job has nodes."""
         return self.state in LIVING
 
     def __str__(self) -> str:
-        told = WHY.get(self.reason, "")
-        reason = f" ({self.reason}{': ' if told else ''}{told})" if self.reason else ""
+        meaning = WHY.get(self.reason, "")
+        reason = f" ({self.reason}{': ' if meaning else ''}{meaning})" if self.reason else ""
         return f"{self.state}{reason}{f' on {self.nodes}' if self.nodes else ''}"
 
 
-def look(job: str) -> Seen | None:
-    """The job as Slurm sees it now; None when it knows no such job.
+def is_installed() -> bool:
+    """Return whether this machine can ask a Slurm at all."""
+    return shutil.which("squeue") is not None
+
+
+def poll(job: str) -> JobRecord | None:
+    """Return the job as Slurm reports it now; None when Slurm does not know it.
 
     Raises `ResourceError` when Slurm does not answer.
     """
-    queued, problem = _ask("squeue", "-h", "-j", job, "-o", "%T|%r|%N")
+    queued, problem = _run("squeue", "-h", "-j", job, "-o", "%T|%r|%N")
     if queued:
         state, reason, nodes = queued.splitlines()[0].split("|")
-        seen = Seen(state, "" if reason == "None" else reason, nodes)
-        if seen.waits or (seen.lives and seen.state != "COMPLETING"):
-            return seen
-    kept, _ = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
-    if kept:
-        state, nodes, ended = kept.splitlines()[-1].split("|")  # known while it is COMPLETING
-        return Seen(state.split()[0], "", "" if nodes == "None assigned" else nodes, ended)
+        record = JobRecord(state, "" if reason == "None" else reason, nodes)
+        if record.waits or (record.lives and record.state != "COMPLETING"):
+            return record
+    kept, _ = _run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
+    if kept:  # the accounts have the exit code while squeue still says COMPLETING
+        state, nodes, ended = kept.splitlines()[-1].split("|")
+        nodes = "" if nodes == "None assigned" else nodes
+        return JobRecord(state.split()[0], "", nodes, ended)
     if problem and not any(words in problem for words in GONE):
         raise ResourceError(f"Slurm does not answer: {problem}")
-    return seen if queued else None
+    return record if queued else None
 
 
 def scancel(job: str) -> None:
-    """Take the job out of the queue, or end it. Raises `ResourceError` when Slurm does not."""
-    _, problem = _ask("scancel", job)
+    """Remove the job from the queue, or end it. Raises `ResourceError` when Slurm does not."""
+    _, problem = _run("scancel", job)
     if problem and not any(words in problem for words in GONE):
         raise ResourceError(f"job {job} could not be cancelled: {problem}")
 
 
-def _ask(*words: str) -> tuple[str, str]:
-    """What a command prints, and what is wrong when it is not there, fails or does not answer."""
+def _run(*words: str) -> tuple[str, str]:
+    """Return a command's output, and the problem when it is missing, fails or does not answer."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=PATIENCE_S, check=False

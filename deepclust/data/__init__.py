@@ -1,1 +1,1 @@
-"""Images on disk: packing, indexing, decoding, views, the plan, and the reader."""
+"""Images on disk: packing, indexing, decoding, crops, the epoch plan, and the loader."""

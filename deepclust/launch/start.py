@@ -306,7 +306,7 @@ class _WorkerGroup:
             fields = {key: value for key, value in record.items() if key != "event"}
             self.run_.event(record["event"], **fields)
             self.show(record)
-        else:
+        elif "progress" in record:
             self.show(record)
 
     def _pass_signals_on(self) -> None:

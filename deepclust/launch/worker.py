@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> 
 
 
 def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
+    run, stopping = replace(run, alive=report.alive), _beating(report, stopping)
     recipe = run.recipe
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(recipe.train.threads or 1)
@@ -65,6 +67,16 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
             f"train.ranks ({error})"
         ) from error
     close_process_group()
+
+
+def _beating(report: Report, stopping: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `stopping` as a sign of life too: who asks could stop, so it is not stuck."""
+
+    def asked() -> bool:
+        report.alive()
+        return stopping()
+
+    return asked
 
 
 def training_device(recipe: Recipe, gpu: int) -> torch.device:

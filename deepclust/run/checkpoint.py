@@ -29,6 +29,7 @@ from torch import Tensor
 from deepclust.errors import DataError
 from deepclust.files import disk_errors, file_hash, read_json, sync, write_json, write_tensors
 from deepclust.run.directory import Run, is_done, prune, verify
+from deepclust.run.signs import unwatched
 from deepclust.world import ALONE, Owned, World
 
 Tensors = dict[str, Tensor]
@@ -119,7 +120,7 @@ def _save_together(
             _commit(run, folder, state, parts, keep, files)
 
     try:
-        _attempt(world, folder, lambda: _write_owned(files[world.rank], owned))
+        _attempt(world, folder, lambda: _write_owned(files[world.rank], owned, run.alive))
         _attempt(world, folder, publish)
     finally:
         if world.is_first:
@@ -137,24 +138,27 @@ def _attempt(world: World, folder: Path, work: Callable[[], None]) -> None:
     world.raise_all(error, f"checkpoint {folder}")
 
 
-def _write_owned(file: Path, owned: OwnedTensors) -> None:
+def _write_owned(file: Path, owned: OwnedTensors, alive: Callable[[], None]) -> None:
     tensors = {name: tensor for name, (tensor, _) in owned.items()}
     ranges = {name: asdict(own) for name, (_, own) in owned.items()}
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, tensors, {"owned": json.dumps(ranges)})
         sync(file)  # on this rank's machine: rank 0 cannot flush it from there
-        file.with_suffix(HASH).write_text(file_hash(file))  # rank 0 would hash for all, one by one
+        # rank 0 would hash for all, one by one
+        file.with_suffix(HASH).write_text(file_hash(file, alive))
 
 
-def load(folder: Path, check: bool = True) -> tuple[State, dict[str, Tensors]]:
+def load(
+    folder: Path, check: bool = True, alive: Callable[[], None] = unwatched
+) -> tuple[State, dict[str, Tensors]]:
     """The state and the tensors that rank 0 saved; `DataError` when the checkpoint is damaged.
 
     Without `check` no file is compared with its hash: a rank whose rank 0 has done it.
     """
     try:
         if check:
-            verify(folder)
+            verify(folder, alive)
         state = State(**read_json(folder / "state.json"))
         files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("owned-")]
         parts = {file.stem: load_file(file) for file in files}
@@ -260,7 +264,7 @@ def load_latest(run: Run, say: Callable[[str], None]) -> Found | None:
     folders = run.checkpoints()
     for before, folder in reversed(list(enumerate(folders))):
         try:
-            return Found(folder, *load(folder))
+            return Found(folder, *load(folder, alive=run.alive))
         except DataError as error:
             say(
                 f"{error}; {'using the one before it' if before else 'starting from the beginning'}"

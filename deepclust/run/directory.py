@@ -2,7 +2,7 @@
 
 A stage is a folder that is filled under a temporary name and renamed when whole; its manifest
 holds the hash of every file and what it was made from, and DONE is written last. A stage that is
-done is never run again. Every commit first asks the lock whether this process still holds the run.
+done never runs again. Before every commit the lock is read: this process must still hold the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,77 +32,86 @@ from deepclust.files import (
 )
 from deepclust.recipe import Recipe
 from deepclust.run.lock import check_token
+from deepclust.run.signs import unwatched
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, and the token by which this process may write to it ("" = read only)."""
+    """A run directory, and the token with which this process may write to it ("" = read only)."""
 
     path: Path
     token: str = ""
     attempt: int = 0
+    # called by long work on files, to show that it still gets somewhere
+    alive: Callable[[], None] = field(default=unwatched, compare=False, repr=False)
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
-        """The resolved recipe of the run."""
+        """The resolved recipe of the run, as it was when it was first read here."""
         return Recipe.load(self.path / "recipe.yaml")
 
     def round(self, number: int) -> Path:
-        """The folder of a round."""
+        """Return the folder of a round."""
         return self.path / "rounds" / f"{number:04d}"
 
     def rounds(self) -> list[int]:
-        """The numbers of the rounds whose assignments are finished, in order."""
+        """Return the numbers of the rounds whose assignments are finished, in order."""
         folders = sorted((self.path / "rounds").glob("[0-9]*"))
         return [int(folder.name) for folder in folders if is_done(folder / "assignments")]
 
     def checkpoints(self) -> list[Path]:
-        """The finished checkpoints, oldest first."""
-        return [p for p in sorted((self.path / "checkpoints").glob("[0-9]*")) if is_done(p)]
+        """Return the finished checkpoints, oldest first."""
+        folders = sorted((self.path / "checkpoints").glob("[0-9]*"))
+        return [folder for folder in folders if is_done(folder)]
 
     def fence(self) -> None:
         """Raise `RunHeldError` when another controller has taken the run over."""
         check_token(self.path, self.token)
 
     def commit(
-        self, stage: Path, fill: Callable[[Path], None], inputs: dict[str, Any],
-        *, hashes: dict[str, str] | None = None, **facts: Any,
-    ) -> None:  # fmt: skip
+        self,
+        stage: Path,
+        fill: Callable[[Path], None],
+        inputs: dict[str, Any],
+        *,
+        hashes: dict[str, str] | None = None,
+        **facts: Any,
+    ) -> None:
         """Fill a stage, write its manifest and DONE, and let it appear in one rename.
 
-        `hashes` are those of files that whoever wrote them has hashed already.
+        `hashes` are those of files that were hashed while they were written, by name.
         """
 
         def complete(folder: Path) -> None:
             fill(folder)
-            seal(folder, inputs, hashes, **facts)
+            seal(folder, inputs, hashes, self.alive, **facts)
 
         def replace_unfinished() -> None:
             self.fence()
-            prune([stage], 0)  # left by a kill before the stage that completes it was there
+            prune([stage], 0)  # a kill can leave the stage without DONE
 
         with disk_errors(stage):
             stage.parent.mkdir(parents=True, exist_ok=True)
         atomic_folder(stage, complete, replace_unfinished)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append to events.jsonl. Only the controller does this, as long as it holds the run."""
+        """Append to events.jsonl. Only the controller that holds the run does this."""
         if self.token:
             self.fence()
         record = {"time": time.time(), "attempt": self.attempt, "event": name, **fields}
         append_json(self.path / "events.jsonl", record)
 
     def events(self) -> list[dict[str, Any]]:
-        """All events, oldest first."""
+        """Return all events, oldest first."""
         return read_jsonl(self.path / "events.jsonl")
 
     def metric(self, kind: str, **fields: Any) -> None:
-        """Append to metrics.jsonl; of two of one kind and step that of the later life counts."""
+        """Append to metrics.jsonl. Of two with one kind and step the later attempt's counts."""
         record = {"kind": kind, "attempt": self.attempt, **fields, "time": time.time()}
         append_json(self.path / "metrics.jsonl", record)
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The records of a kind, the last one for every step, in order."""
+        """Return the records of a kind, the last one for every step, in order."""
         records = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["kind"] == kind]
         records.sort(key=_attempt_of)  # an older attempt may write last
         latest: dict[int, dict[str, Any]] = {int(record["step"]): record for record in records}
@@ -109,17 +119,21 @@ class Run:
 
 
 def _attempt_of(record: dict[str, Any]) -> int:
-    return int(record.get("attempt", record.get("incarnation", 0)))  # the word of older runs
+    return int(record.get("attempt", record.get("incarnation", 0)))  # the name in older runs
 
 
 def seal(
-    folder: Path, inputs: dict[str, Any], hashes: dict[str, str] | None = None, **facts: Any
+    folder: Path,
+    inputs: dict[str, Any],
+    hashes: dict[str, str] | None = None,
+    alive: Callable[[], None] = unwatched,
+    **facts: Any,
 ) -> None:
     """Write the manifest (inputs, facts, hashes) of a filled folder, then DONE."""
     files = {
         file.name: {
             "bytes": file.stat().st_size,
-            "blake2b": (hashes or {}).get(file.name) or file_hash(file),
+            "blake2b": (hashes or {}).get(file.name) or file_hash(file, alive),
         }
         for file in sorted(folder.iterdir())
     }
@@ -128,61 +142,61 @@ def seal(
 
 
 def is_done(stage: Path) -> bool:
-    """Whether a stage is finished."""
+    """Return whether a stage is finished."""
     return (stage / "DONE").exists()
 
 
 def manifest(stage: Path) -> dict[str, Any]:
-    """The manifest of a finished stage."""
+    """Return the manifest of a finished stage."""
     return dict(read_json(stage / "manifest.json"))
 
 
-def verify(stage: Path) -> None:
+def verify(stage: Path, alive: Callable[[], None] = unwatched) -> None:
     """Raise `DataError` when a file of the stage is not what its manifest says."""
     for name, facts in manifest(stage)["files"].items():
         file = stage / name
         if not file.exists() or file.stat().st_size != facts["bytes"]:
             raise DataError(f"{file} is missing or cut short")
-        if file_hash(file) != facts["blake2b"]:
+        if file_hash(file, alive) != facts["blake2b"]:
             raise DataError(f"{file} has changed since it was written")
 
 
-def exists(path: Path) -> bool:
-    """Whether a folder holds a run."""
-    return (path / "recipe.yaml").is_file()
+def exists(run_dir: Path) -> bool:
+    """Return whether a folder holds a run."""
+    return (run_dir / "recipe.yaml").is_file()
 
 
-def open_run(path: str | Path) -> Run:
-    """A run to look at, or a clear error that there is none."""
-    path = Path(path)
-    if not exists(path):
-        raise RecipeError(f"{path} is not a run: it has no recipe.yaml (see `deepclust status`)")
-    return Run(path)
+def open_run(run_dir: str | Path) -> Run:
+    """Return a run for reading. Raises `RecipeError` when the folder does not hold one."""
+    run_dir = Path(run_dir)
+    if not exists(run_dir):
+        raise RecipeError(f"{run_dir} is not a run: it has no recipe.yaml (see `deepclust status`)")
+    return Run(run_dir)
 
 
-def sweep(path: Path) -> None:
-    """Delete what killed writers left half-written; only the holder of the lock may."""
+def sweep(run_dir: Path) -> None:
+    """Delete what killed processes left half-written; only the holder of the lock may."""
     for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
-        for leftover in path.glob(pattern):
+        for leftover in run_dir.glob(pattern):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def create(path: Path, recipe: Recipe) -> None:
+def create(run_dir: Path, recipe: Recipe) -> None:
     """Write recipe and environment into a run directory. Refuses a run that has begun."""
-    if any((path / begun).exists() for begun in ("rounds", "checkpoints")):
+    if any((run_dir / begun).exists() for begun in ("rounds", "checkpoints")):
         raise RecipeError(
-            f"{path} holds a run already. To continue it: deepclust resume {path}\n"
+            f"{run_dir} holds a run already. To continue it: deepclust resume {run_dir}\n"
             "To start another one, choose another folder."
         )
-    with disk_errors(path):
-        (path / "logs").mkdir(parents=True, exist_ok=True)
-        (path / "data.json").unlink(missing_ok=True)
-    recipe.save(path / "recipe.yaml")
-    write_json(path / "env.json", environment())
+    with disk_errors(run_dir):
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "data.json").unlink(missing_ok=True)
+    recipe.save(run_dir / "recipe.yaml")
+    write_json(run_dir / "env.json", environment())
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and code, as they were when the run started."""
+    """Return versions, machine and code, as they are when the run starts."""
     packages = ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "webdataset")
     return {
         "command": sys.argv,
@@ -196,7 +210,7 @@ def environment() -> dict[str, Any]:
 
 
 def prune(folders: list[Path], keep: int) -> None:
-    """Delete the oldest folders, so that `keep` stay."""
+    """Delete the first folders, so that the last `keep` stay."""
     for folder in folders[: max(0, len(folders) - keep)]:
         (folder / "DONE").unlink(missing_ok=True)  # a half-deleted folder must not look whole
         shutil.rmtree(folder, ignore_errors=True)
@@ -210,9 +224,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Of the code that runs, where it lies in a checkout."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    """Return the commit of this code, if it is in a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

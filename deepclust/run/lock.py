@@ -1,10 +1,12 @@
-"""One controller per run: the lock, its heartbeat, and the token that fences off a zombie.
+"""One controller for a run: the lock, its heartbeat, and the token that fences off an old one.
 
-The lock names host, boot, pid, start time and (under Slurm) job and restart. A dead process on
-this host frees it at once; one on another host when its heartbeat has stopped for two minutes.
-Whoever takes it writes a new token, and every commit compares tokens just before its rename, so
-an old controller that wakes up cannot land anything. A controller that starts its gang again renews
-the token, so that what is left of the old gang cannot either.
+The lock names host, boot, pid, start time and, inside a job, the job and its restart. A dead
+process on this host frees it at once; one on another host when its heartbeat is two minutes old.
+A process that acquires it writes a new token. Every commit compares tokens just before its rename,
+so an old controller that wakes up cannot write anything. A controller that restarts its worker
+group renews the token, which fences off what is left of the old group in the same way.
+
+A job script sets DEEPCLUST_JOB and DEEPCLUST_RESTART (how often the job was queued again).
 """
 
 from __future__ import annotations
@@ -28,85 +30,86 @@ STALE_AFTER_S = 120.0
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[str]:
+def hold(run_dir: Path) -> Iterator[str]:
     """Hold the run while the block lasts; yields the token. Raises `RunHeldError`."""
-    token = _take(run)
+    token = _acquire(run_dir)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(run, stop), daemon=True)
+    beat = threading.Thread(target=_beat, args=(run_dir, stop), daemon=True)
     beat.start()
     try:
         yield token
     finally:
         stop.set()
         beat.join()
-        if _is_mine(_read(run)):
-            (run / "lock.json").unlink(missing_ok=True)
+        if _is_mine(_read(run_dir)):
+            (run_dir / "lock.json").unlink(missing_ok=True)
 
 
-def renew(run: Path, token: str) -> str:
-    """A new token for the same holder; whoever still writes by the old one is fenced off.
+def renew(run_dir: Path, token: str) -> str:
+    """Write and return a new token for the same holder, which fences off the old one.
 
     Raises `RunHeldError` when the run is no longer held by that token.
     """
-    with _guarded(run):
-        check_token(run, token)
-        return _write(run)
+    with _guarded(run_dir):
+        check_token(run_dir, token)
+        return _write(run_dir)
 
 
-def check_token(run: Path, token: str) -> None:
-    """Raise `RunHeldError` unless the lock still bears this token."""
-    if _token(run) != token:
+def check_token(run_dir: Path, token: str) -> None:
+    """Raise `RunHeldError` unless the lock still has this token."""
+    if _token(run_dir) != token:
+        holder = owner(run_dir) or "the lock is gone"
         raise RunHeldError(
-            f"{run} was taken over by another controller ({owner(run) or 'the lock is gone'}); "
-            "this process writes nothing more"
+            f"{run_dir} was taken over by another controller ({holder}); this process writes "
+            "nothing more"
         )
 
 
-def owner(run: Path) -> str | None:
-    """Who holds the run, in words, if anyone alive does."""
-    lock = _read(run)
-    if lock is None or _is_stale(run, lock):
+def owner(run_dir: Path) -> str | None:
+    """Return who holds the run, in words; None when no living process does."""
+    lock = _read(run_dir)
+    if lock is None or _is_stale(run_dir, lock):
         return None
-    job = f", Slurm job {lock['slurm_job']}" if lock.get("slurm_job") else ""
+    job = f", job {lock['job']}" if lock["job"] else ""
     return f"process {lock['pid']} on {lock['host']}{job}"
 
 
-def owner_job(run: Path) -> str | None:
-    """The Slurm job of whoever holds the run, if it is in one."""
-    lock = _read(run)
-    return None if lock is None or _is_stale(run, lock) else lock.get("slurm_job")
+def owner_job(run_dir: Path) -> str | None:
+    """Return the job of the process that holds the run, if it is in one."""
+    lock = _read(run_dir)
+    return None if lock is None or _is_stale(run_dir, lock) else lock["job"]
 
 
-def owner_pid(run: Path) -> int | None:
-    """The pid of the living controller, when it is on this machine."""
-    lock = _read(run)
-    if lock is None or _is_stale(run, lock) or not _is_here(lock):
+def owner_pid(run_dir: Path) -> int | None:
+    """Return the pid of the living controller, when it is on this machine."""
+    lock = _read(run_dir)
+    if lock is None or _is_stale(run_dir, lock) or not _is_here(lock):
         return None
     return int(lock["pid"])
 
 
-def _take(run: Path) -> str:
-    with _guarded(run):
-        holder = owner(run)
+def _acquire(run_dir: Path) -> str:
+    with _guarded(run_dir):
+        holder = owner(run_dir)
         if holder:
             raise RunHeldError(
-                f"{run} is held by {holder}. Watch it with `deepclust status {run}`, or end it "
-                f"with `deepclust cancel {run}`."
+                f"{run_dir} is held by {holder}. Watch it with `deepclust status {run_dir}`, or "
+                f"end it with `deepclust cancel {run_dir}`."
             )
-        return _write(run)
+        return _write(run_dir)
 
 
 @contextlib.contextmanager
-def _guarded(run: Path) -> Iterator[None]:
-    """One taker at a time on this host; across hosts the token decides."""
-    with disk_errors(run), open(run / ".lock-guard", "w") as guard:
+def _guarded(run_dir: Path) -> Iterator[None]:
+    """Let one process of this host at a time write the lock; across hosts the token decides."""
+    with disk_errors(run_dir), open(run_dir / ".lock-guard", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 
 
-def _write(run: Path) -> str:
+def _write(run_dir: Path) -> str:
     token = secrets.token_hex(8)
-    write_json(run / "lock.json", {**_me(), "token": token})
+    write_json(run_dir / "lock.json", {**_me(), "token": token})
     return token
 
 
@@ -118,27 +121,27 @@ def _me() -> dict[str, Any]:
         "pid_space": _pid_space(),
         "pid": pid,
         "started": _start_time(pid),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "slurm_restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "job": os.environ.get("DEEPCLUST_JOB"),
+        "restart": int(os.environ.get("DEEPCLUST_RESTART") or 0),
     }
 
 
-def _is_stale(run: Path, lock: dict[str, Any]) -> bool:
-    if _is_earlier_start(lock):
+def _is_stale(run_dir: Path, lock: dict[str, Any]) -> bool:
+    if _is_of_earlier_restart(lock):
         return True
     if _is_here(lock):
         return bool(_start_time(int(lock["pid"])) != lock["started"])
-    return _age(run / "lock.json") > STALE_AFTER_S
+    return _age(run_dir / "lock.json") > STALE_AFTER_S
 
 
-def _is_earlier_start(lock: dict[str, Any]) -> bool:
-    """Whether an earlier start of our own Slurm job has it: that one is over for Slurm.
+def _is_of_earlier_restart(lock: dict[str, Any]) -> bool:
+    """Return whether an earlier restart of our own job has the lock; its queue has ended that one.
 
-    Its processes may still live, where a node's slurmd has died; the token fences them off.
+    Its processes may still live, where a node has left the cluster; the token fences them off.
     """
     me = _me()
-    same = lock.get("slurm_job") is not None and lock["slurm_job"] == me["slurm_job"]
-    return same and int(lock.get("slurm_restart") or 0) < int(me["slurm_restart"] or 0)
+    is_ours = lock["job"] is not None and lock["job"] == me["job"]
+    return is_ours and int(lock["restart"]) < int(me["restart"])
 
 
 def _is_here(lock: dict[str, Any]) -> bool:
@@ -147,7 +150,7 @@ def _is_here(lock: dict[str, Any]) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the last heartbeat, by the clock of the file server."""
+    """Return the seconds since the last heartbeat, by the clock of the file server."""
     probe = path.with_name(f".clock.{os.getpid()}")
     try:
         probe.touch()
@@ -163,22 +166,26 @@ def _is_mine(lock: dict[str, Any] | None) -> bool:
     return lock is not None and {**lock, "token": ""} == {**_me(), "token": ""}
 
 
-def _beat(run: Path, stop: threading.Event) -> None:
+def _beat(run_dir: Path, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_S):
         with contextlib.suppress(OSError):
-            if _is_mine(_read(run)):
-                os.utime(run / "lock.json")
+            if _is_mine(_read(run_dir)):
+                os.utime(run_dir / "lock.json")
 
 
-def _read(run: Path) -> dict[str, Any] | None:
+def _read(run_dir: Path) -> dict[str, Any] | None:
     try:
-        return dict(read_json(run / "lock.json"))
+        lock = dict(read_json(run_dir / "lock.json"))
     except FileNotFoundError:
         return None
+    # the names in locks of older versions
+    lock.setdefault("job", lock.get("slurm_job"))
+    lock.setdefault("restart", lock.get("slurm_restart") or 0)
+    return lock
 
 
-def _token(run: Path) -> str | None:
-    lock = _read(run)
+def _token(run_dir: Path) -> str | None:
+    lock = _read(run_dir)
     return None if lock is None else str(lock["token"])
 
 
@@ -195,9 +202,10 @@ def _pid_space() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None when it is gone or a zombie."""
+    """Return when a process started, in clock ticks since boot; None when it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else fields[19]
+    has_ended = fields[0] == "Z"  # it only waits for its parent to collect it
+    return None if has_ended else fields[19]

@@ -6,9 +6,12 @@ Rank 0 writes metrics; events are written by the controller alone, so a rank han
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +19,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from deepclust.run.directory import Run
+from deepclust.run.signs import BEAT_S, SignsOfLife
 
 
 class Report(Protocol):
@@ -26,6 +30,9 @@ class Report(Protocol):
 
     def progress(self, **fields: Any) -> None:
         """How far we are; it goes to the screen and is forgotten."""
+
+    def alive(self) -> None:
+        """Show that this process still gets somewhere; every loop of a long stage calls it."""
 
 
 class DirectReport:
@@ -46,12 +53,22 @@ class DirectReport:
         _log("step", fields)
         self.show({"progress": True, **fields})
 
+    def alive(self) -> None:
+        """Nobody watches the process that is its own controller."""
 
-class PipeReport:
-    """The report of a spawned rank: JSON lines down a pipe that its launcher reads."""
+
+class PipeReport(SignsOfLife):
+    """The report of a spawned rank: JSON lines down a pipe that its supervisor reads.
+
+    A thread sends every second how long ago the last sign of life was. So a process that waits
+    in a collective still answers, and one that was stopped does not.
+    """
 
     def __init__(self, descriptor: int) -> None:
+        super().__init__()
         self.descriptor = descriptor
+        self._lock = threading.Lock()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def event(self, name: str, **fields: Any) -> None:
         """Hand the event to the launcher."""
@@ -68,9 +85,17 @@ class PipeReport:
         logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
         self._send({"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code})
 
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # the supervisor is gone, and so are we in a moment
+            while True:
+                self._send({"idle_s": self.idle_s})
+                time.sleep(BEAT_S)
+
     def _send(self, record: dict[str, Any]) -> None:
-        # one write below PIPE_BUF is atomic, and a longer one has only this writer
-        os.write(self.descriptor, json.dumps(record).encode() + b"\n")
+        line = memoryview(json.dumps(record).encode() + b"\n")
+        with self._lock:  # a long line takes several writes
+            while line:
+                line = line[os.write(self.descriptor, line) :]
 
 
 def _log(name: str, fields: dict[str, Any]) -> None:

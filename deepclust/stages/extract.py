@@ -140,6 +140,7 @@ def project(job: Pass, whitening: Whitening) -> None:
         first = units[number].start
         for place, rows in _projected(job, number, first, whitening):
             _write_at(rows_file, start + (first + place) * dim * 2, rows)
+            job.report.alive()
     job.meet()
     if job.world.is_first:
         _finish_features(job, features, whitening)
@@ -208,6 +209,7 @@ def _fill(job: Pass, embed: Embed, units: list[range], missing: list[int], pivot
     batches = {n: -(-len(units[n]) // step) for n in missing}
     unit = _Open()
     for loaded in job.loader.stream(requests()):
+        job.report.alive()
         number = loaded.tag
         _add_batch(unit, embed(loaded.images[0]).float(), loaded.sample_ids, loaded.bad, pivot)
         if len(unit.rows) == batches[number]:

@@ -18,7 +18,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from deepclust.data.shards.url import shown
+from deepclust.data.shards.url import redact
 from deepclust.errors import DataError
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Cadence, parse_cadence
@@ -45,7 +45,7 @@ class Timeline:
         steps = n // recipe.train.batch
         if steps == 0:
             raise DataError(
-                f"{shown(recipe.data.shards)} has {n} images, fewer than one batch of "
+                f"{redact(recipe.data.shards)} has {n} images, fewer than one batch of "
                 f"{recipe.train.batch}: lower train.batch"
             )
         config, epochs = recipe.cluster, recipe.train.epochs

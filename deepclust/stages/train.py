@@ -93,6 +93,7 @@ def train_segment(
         for part in range(trainer.config.accumulate):
             last = part == trainer.config.accumulate - 1
             loaded = next(parts)
+            trainer.report.alive()
             _accumulate(trainer, feed.to_batch(loaded, targets, state.segment), loaded.bad, last)
         trainer.optimizers.step()
         state = state.after_step(trainer.config.batch)

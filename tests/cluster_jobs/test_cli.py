@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deepclust import __version__
 from deepclust.run.directory import Run
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
@@ -56,6 +57,23 @@ def test_help_lists_every_verb_and_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     text = deepclust("--help").stdout
     assert all(verb in text for verb in VERBS.split())
+
+
+def test_every_verb_has_an_example_and_sentences_in_its_help() -> None:
+    import typer
+
+    from cluster_jobs.cli import app
+
+    command = typer.main.get_command(app)
+    for name, verb in command.commands.items():  # type: ignore[attr-defined]
+        assert f"deepclust {name}" in verb.epilog
+        for parameter in verb.params:
+            if parameter.name != "help":
+                assert parameter.help.endswith("."), f"{name} {parameter.name}: {parameter.help}"
+
+
+def test_version_prints_the_version() -> None:
+    assert deepclust("--version").stdout == f"deepclust {__version__}\n"
 
 
 def test_a_bad_option_is_usage_and_exits_with_2() -> None:

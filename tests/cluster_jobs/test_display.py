@@ -17,3 +17,28 @@ def test_a_method_without_rounds_shows_none(round: int, words: str) -> None:
         display({"progress": True, "round": round, "done": 3, "of": 12, "loss": 1.0,
                  "images_per_s": 9.0, "waiting": 0.1})  # fmt: skip
     assert told.getvalue().startswith(words)
+
+
+def shown(*records: dict[str, object]) -> str:
+    screen = io.StringIO()
+    with Display(Console(file=screen, width=200)) as display:
+        for record in records:
+            display({"progress": True, **record})
+    return screen.getvalue()
+
+
+def test_any_stage_shows_how_far_it_is() -> None:
+    record = {"stage": "cluster", "round": 3, "done": 4, "of": 20, "inertia": 0.51234567}
+    text = shown({**record, "moved": 0.125, "eta": 3725.0})
+    assert text == "cluster, round 3: 4/20 inertia 0.51235 · moved 12.5% · 1 h 2 min left\n"
+
+
+def test_plain_lines_come_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 100.0, 105.0, 111.0, 111.0])
+    monkeypatch.setattr("cluster_jobs.display.time.monotonic", lambda: next(clock))
+    records = [{"stage": "extract", "done": done, "of": 9} for done in (1, 2, 3)]
+    assert shown(*records) == "extract: 1/9 \nextract: 3/9 \n"
+
+
+def test_a_record_without_a_count_shows_nothing() -> None:
+    assert shown({"stage": "cluster", "alive": True}) == ""

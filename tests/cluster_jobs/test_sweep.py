@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster_jobs.executors import slurm
-from cluster_jobs.sweep import place, places, points
+from cluster_jobs.slurm import script
+from cluster_jobs.sweep import points, run_dir, run_dirs
 from deepclust.errors import RecipeError
 from tests.tiny import deepclust, tiny_recipe
 
@@ -24,7 +24,7 @@ def test_a_comma_inside_of_a_list_parts_nothing() -> None:
 
 
 def test_a_run_is_named_as_its_point_is_written() -> None:
-    assert place(Path("/runs"), ["cluster.k=10", "data.shards=/a/b"]) == Path(
+    assert run_dir(Path("/runs"), ["cluster.k=10", "data.shards=/a/b"]) == Path(
         "/runs/cluster.k=10,data.shards=_a_b"
     )
 
@@ -37,11 +37,11 @@ def test_what_is_no_sweep_is_refused(text: str) -> None:
 
 def test_two_runs_of_a_sweep_may_not_have_one_name() -> None:
     with pytest.raises(RecipeError, match="the same name"):
-        places(Path("/runs"), ["data.shards=/x/y,_x_y"])
+        run_dirs(Path("/runs"), ["data.shards=/x/y,_x_y"])
 
 
 def test_a_key_may_be_swept_once() -> None:
-    with pytest.raises(RecipeError, match="same key twice"):
+    with pytest.raises(RecipeError, match="has a key twice"):
         points(["a.b=1", "a.b=2"])
 
 
@@ -66,6 +66,6 @@ def test_a_dry_run_of_a_sweep_shows_every_run(tmp_path: Path) -> None:
 
 def test_runs_that_need_different_resources_are_no_array(tmp_path: Path) -> None:
     shapes = [tiny_recipe(tmp_path, f"slurm.nodes={n}", "train.ranks=2") for n in (1, 2)]
-    plans = [slurm.prepare(r, tmp_path / str(n)) for n, r in enumerate(shapes)]
+    plans = [script.prepare(r, tmp_path / str(n)) for n, r in enumerate(shapes)]
     with pytest.raises(RecipeError, match="1 needs other resources than 0"):
-        slurm.prepare_sweep(plans, tmp_path)
+        script.prepare_sweep(plans, tmp_path)

@@ -1,1 +1,1 @@
-"""Images of any source to shuffled tar shards."""
+"""Shuffled tar shards from images of any source."""

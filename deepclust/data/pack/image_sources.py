@@ -1,4 +1,4 @@
-"""What `deepclust pack` reads: an image folder, idx files, a torchvision data set, as one value.
+"""The sources that `deepclust pack` reads: image folder, idx files, torchvision data set.
 
 DIR                              class folders of images (torchvision's ImageFolder convention)
 idx:DIR/train                    DIR/train-images-idx3-ubyte[.gz] and its labels (LeCun's format)
@@ -32,17 +32,17 @@ _PNG_LEVEL = 1  # zlib: 20 % faster than 6 on a 28 x 28 image, and 1 % larger
 
 
 @dataclass(frozen=True)
-class Originals:
-    """Images to pack. `read(i)` gives image i's extension and bytes; label -1 is "none"."""
+class ImageSource:
+    """Images to pack: `read(i)` returns image i's extension and bytes, label -1 means none."""
 
     labels: Int32[np.ndarray, " n"]
     class_names: list[str] | None
     read: Callable[[int], tuple[str, bytes]]
-    keys: list[str] | None = None  # None: the packer counts
+    keys: list[str] | None = None  # None: the packer numbers them
 
 
-def open_originals(source: str | Path) -> Originals:
-    """Open what `source` names (see above). Raises DataError with the fix if it cannot."""
+def open_source(source: str | Path) -> ImageSource:
+    """Open a source in one of the forms above, or raise DataError."""
     text = os.fspath(source)
     if text.startswith("idx:"):
         return _idx(Path(text.removeprefix("idx:")))
@@ -52,27 +52,27 @@ def open_originals(source: str | Path) -> Originals:
 
 
 def png(image: Image.Image) -> bytes:
-    """The PNG of an image, little compressed."""
+    """Return the image as a lightly compressed PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=_PNG_LEVEL)
     return buffer.getvalue()
 
 
-def _image_folder(folder: Path) -> Originals:
-    """Every image below `folder`; its class is the first folder of its path, if it has one."""
+def _image_folder(folder: Path) -> ImageSource:
+    """Return every image below `folder`, with the first folder of its path as its class."""
     files = sorted(_walk(folder))
     if not files:
         raise DataError(f"no images below {folder}. {_advice(folder)}")
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     number = {name: i for i, name in enumerate(names)}
     labels = [number.get(file.partition("/")[0], -1) if "/" in file else -1 for file in files]
-    return Originals(
+    return ImageSource(
         np.array(labels, np.int32), names or None, _FileReader(folder, files), _keys(files)
     )
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Relative paths ("/" between folders) of the images below a folder; hidden ones are left."""
+    """Yield the relative POSIX paths of the images below a folder, without hidden ones."""
     if not folder.is_dir():
         raise DataError(
             f"no folder {folder} to pack. Give an image folder, 'idx:DIR/train', or "
@@ -86,7 +86,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _unreadable(error: OSError) -> None:
-    """A folder that cannot be listed; `os.walk` would go on without its images."""
+    """Raise for a folder that cannot be listed, where `os.walk` would continue without it."""
     raise DataError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
 
 
@@ -115,10 +115,10 @@ class _FileReader:
 
 
 def _keys(files: list[str]) -> list[str]:
-    """A key for each file from which a person finds it again.
+    """Return a readable key for each file: its relative path without the extension.
 
-    The relative path without its extension; all but letters, digits, "_", "-" and "/" becomes "_"
-    (a dot would end the key). Files that this makes equal get a hash of their path after a "~".
+    All but letters, digits, "_", "-" and "/" becomes "_" (a dot would end the key). Files that
+    become equal by this get "~" and a hash of their path.
     """
     plain = [_UNSAFE.sub("_", os.path.splitext(file)[0]).lstrip("_") or "image" for file in files]
     counts = Counter(plain)
@@ -132,13 +132,13 @@ def _short_hash(file: str) -> str:
     return hashlib.blake2b(os.fsencode(file), digest_size=6).hexdigest()
 
 
-def _idx(prefix: Path) -> Originals:
+def _idx(prefix: Path) -> ImageSource:
     images = _read_idx(prefix, "images")
     labels = _read_idx(prefix, "labels") if _find_idx(prefix, "labels") else None
     if labels is not None and len(labels) != len(images):
         raise DataError(f"{prefix}: {len(images)} images, but {len(labels)} labels.")
     known = np.full(len(images), -1) if labels is None else labels
-    return Originals(
+    return ImageSource(
         known.astype(np.int32), None, lambda i: ("png", png(Image.fromarray(images[i])))
     )
 
@@ -149,7 +149,10 @@ def _find_idx(prefix: Path, what: str) -> Path | None:
 
 
 def _read_idx(prefix: Path, what: str) -> UInt8[np.ndarray, " *shape"]:
-    """LeCun's format: 0, 0, 8 (unsigned bytes), dimensions, each as big-endian int32, then data."""
+    """Read LeCun's format: 0, 0, 8 (unsigned bytes), number of dimensions, sizes, data.
+
+    The sizes are big-endian int32.
+    """
     path = _find_idx(prefix, what)
     if path is None:
         raise DataError(f"no {prefix}-{what}-idx*-ubyte[.gz]. Give 'idx:DIR/train' for DIR/train-*")
@@ -157,7 +160,7 @@ def _read_idx(prefix: Path, what: str) -> UInt8[np.ndarray, " *shape"]:
         data = path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes())
         shape = np.frombuffer(data, ">i4", data[3], 4)
         if data[:3] != b"\0\0\x08":
-            raise ValueError("no idx file of unsigned bytes")
+            raise ValueError("not an idx file of unsigned bytes")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise DataError(f"cannot read {path}: {error}. Fetch it again.") from error
@@ -172,7 +175,8 @@ def _by_split(name: str) -> Callable[[str, str], Any]:
 
 
 def _class(name: str) -> Any:
-    from torchvision import datasets  # seconds to import, and rarely wanted
+    # It takes seconds to import, and is rarely needed.
+    from torchvision import datasets
 
     return getattr(datasets, name)
 
@@ -194,11 +198,11 @@ _TORCHVISION: dict[str, Callable[[str, str], Any]] = {
 }
 
 
-def _torchvision(words: str) -> Originals:
+def _torchvision(words: str) -> ImageSource:
     match = re.fullmatch(r"(\w+):(\w+)@(.+)", words)
     if match is None or match[1] not in _TORCHVISION:
         raise DataError(
-            f"'torchvision:{words}' names no data set. Write torchvision:NAME:SPLIT@FOLDER with "
+            f"'torchvision:{words}' is not a data set. Write torchvision:NAME:SPLIT@FOLDER with "
             f"one of {', '.join(_TORCHVISION)}."
         )
     try:
@@ -206,7 +210,7 @@ def _torchvision(words: str) -> Originals:
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"torchvision's {match[1]}, {match[2]}: {error}") from error
     labels = np.asarray(data.targets if hasattr(data, "targets") else data.labels)
-    return Originals(
+    return ImageSource(
         labels.astype(np.int32),
         list(data.classes) if hasattr(data, "classes") else None,
         lambda i: ("png", png(data[i][0])),

@@ -1,8 +1,8 @@
-"""Pack images into WebDataset shards, shuffled once and for all, and index them.
+"""Pack images into shuffled WebDataset shards, and index them.
 
-Shards are read in blocks from shared storage, so the shuffle at packing time is what makes blocks
-random. The same source, seed and arguments give the same bytes, whatever the number of workers:
-order and shard borders are fixed before anybody writes, times and owners are constants.
+Shards are read in blocks from shared storage, so the shuffle at packing time makes the blocks
+random. The same source, seed and arguments give the same bytes for any number of workers.
+Order and shard borders are fixed before the first write, times and owners are constants.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.pack.image_sources import Originals, open_originals, png
+from deepclust.data.pack.image_sources import ImageSource, open_source, png
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import atomic_folder, write_json
 from deepclust.world import generator
 
 _JPEG_QUALITY = 92
-_FEWEST_SHARDS = 16  # so that a small data set still has blocks to shuffle and units to share out
+_FEWEST_SHARDS = 16  # so that a small data set has blocks to shuffle and to divide over ranks
 _LARGEST_SHARD = 10_000  # samples: about 1 GB of ImageNet
 _LOSSLESS = ("png", "ppm")
 
 
 @dataclass(frozen=True)
 class _Work:
-    """All that decides the bytes of the shards."""
+    """Everything that determines the bytes of the shards."""
 
-    originals: Originals
+    images: ImageSource
     order: Int64[np.ndarray, " n"]
     resize_short: int | None
 
@@ -51,27 +51,28 @@ def pack(
     name: str = "shard",
     class_names: Sequence[str] | None = None,
 ) -> Index:
-    """Write `out`/NAME-000000.tar, ..., dataset.json and the index; `out` must not be there yet.
+    """Write `out`/NAME-000000.tar, ..., dataset.json and the index, and return the index.
 
-    source        an image folder, "idx:DIR/train", "torchvision:NAME:SPLIT@ROOT" (`originals.py`)
-    shard_size    samples a shard at most; by default 10,000, or less to make 16 shards
-    workers       threads, worth it with resize_short; the result does not depend on them
+    source        an image folder, "idx:DIR/train", "torchvision:NAME:SPLIT@ROOT"
+    out           a folder that does not exist yet, or is empty
+    shard_size    largest number of samples of a shard: 10,000 by default, or less to make 16 shards
+    workers       number of threads (for resize_short), which changes no byte
     resize_short  images whose shorter side is longer are reduced to it: JPEG and WebP become JPEG
-                  of quality 92, PNG and PPM become PNG; dataset.json records it
+                  of quality 92, PNG and PPM become PNG
     class_names   overrides the names that the source has
 
-    An image that cannot be decoded is packed as it is: extraction excludes it and says so. Images
-    keep their bytes otherwise. Raises DataError for a source without images, DiskError.
+    Other images keep their bytes. An image that cannot be decoded is packed as it is, and reported
+    and excluded at extraction. Raises DataError for a source without images, and DiskError.
     """
-    _check(shard_size, workers, resize_short)
+    _check_positive(shard_size=shard_size, workers=workers, resize_short=resize_short)
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise DataError(f"{out} is there already. Choose another folder, or delete it first.")
-    originals = open_originals(source)
-    order = generator(seed, "pack").permutation(len(originals.labels)).astype(np.int64)
-    work = _Work(originals, order, resize_short)
+        raise DataError(f"{out} exists already. Choose another folder, or delete it first.")
+    images = open_source(source)
+    order = generator(seed, "pack").permutation(len(images.labels)).astype(np.int64)
+    work = _Work(images, order, resize_short)
     about = {
-        "class_names": list(class_names) if class_names else originals.class_names,
+        "class_names": list(class_names) if class_names else images.class_names,
         "source": str(source),
         "seed": seed,
         "resize_short": resize_short,
@@ -86,12 +87,8 @@ def pack(
     return open_index(out)
 
 
-def _check(shard_size: int | None, workers: int, resize_short: int | None) -> None:
-    for name, value in {
-        "shard_size": shard_size,
-        "workers": workers,
-        "resize_short": resize_short,
-    }.items():
+def _check_positive(**options: int | None) -> None:
+    for name, value in options.items():
         if value is not None and value < 1:
             raise RecipeError(f"{name} must be at least 1, not {value}.")
 
@@ -103,7 +100,7 @@ def _shard_count(n: int, shard_size: int | None) -> int:
 
 
 def _write_shards(work: _Work, folder: Path, name: str, shards: int, workers: int) -> None:
-    """Cut the order into shards that differ by one sample at most, and write each."""
+    """Write shards whose numbers of samples differ by at most one."""
     borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
 
     def write(shard: int) -> None:
@@ -130,8 +127,8 @@ def _write_shard(work: _Work, positions: range, path: Path) -> None:
 
 def _sample(work: _Work, position: int) -> dict[str, str | bytes]:
     i = int(work.order[position])
-    keys, label = work.originals.keys, int(work.originals.labels[i])
-    extension, data = work.originals.read(i)
+    keys, label = work.images.keys, int(work.images.labels[i])
+    extension, data = work.images.read(i)
     if work.resize_short is not None:
         extension, data = _reduce(extension, data, work.resize_short)
     sample: dict[str, str | bytes] = {
@@ -142,7 +139,7 @@ def _sample(work: _Work, position: int) -> dict[str, str | bytes]:
 
 
 def _reduce(extension: str, data: bytes, short: int) -> tuple[str, bytes]:
-    """The image with its shorter side reduced to `short` (bicubic, antialiased), encoded again."""
+    """Reduce the image's shorter side to `short` (bicubic, antialiased), and encode it again."""
     try:
         image = decode(data)
     except DecodeError:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.data.read.shard_files import ShardFiles
-from deepclust.data.shards import index_build, remote
+from deepclust.data.shards import remote
 from deepclust.data.shards.file_lock import TELL_S, held
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import Interrupted
@@ -101,8 +101,7 @@ class _Wanted:
 
 
 def _wanted(index: Index) -> list[_Wanted]:
-    known = index_build.read_manifest(index.folder)["shards"]
-    pairs = zip(index.shards, known, strict=True)
+    pairs = zip(index.shards, index.manifest["shards"], strict=True)
     return [_Wanted(source, one["size"], one["digest"]) for source, one in pairs]
 
 

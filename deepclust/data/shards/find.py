@@ -1,8 +1,8 @@
-"""Which files a user's words for "my shards" mean: a folder, one tar, or a brace pattern.
+"""Turn what a user gives as shards into files: a folder, one tar, or a brace pattern.
 
 Each may be a path or a URL (s3://, https://, ...), whose bytes `remote.py` reads. Nothing is
-unpickled and nothing goes through a shell: the `pipe:` form that WebDataset accepts is refused
-here, before anybody could open it (what `WDS_SECURE=1` does there, without the way to turn it off).
+unpickled and nothing goes through a shell. The `pipe:` form of WebDataset is always refused, as
+`WDS_SECURE=1` does there.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def expand(shards: str | Path) -> list[Source]:
-    """The shards of a folder, a file or a pattern "dir/train-{000000..000009}.tar", as full paths.
+    """Return the full paths of a folder, a file or a pattern "dir/train-{000000..000009}.tar".
 
-    Of a URL what ends in .tar is a shard, else a folder that the storage can list; the sizes are
-    asked for at once. The order is that of the base names, so that moving the folder changes no
-    sample id. Raises DataError when nothing matches, a shard is absent or cannot be had, two
-    shards share a base name, or the words name a pipe.
+    A URL that ends in .tar is a shard, any other URL a folder that the storage lists. Their sizes
+    are requested here. Shards are ordered by base name, so moving the folder changes no sample id.
+
+    Raises DataError when nothing matches, a shard is missing or unreachable, two shards share a
+    base name, or a pipe is given.
     """
     text = os.fspath(shards)
     if text.startswith(("pipe:", "file:", "local:")):
         raise DataError(
-            f"shards {text!r}: no pipes are run, and a file is named by its plain path. Give a "
+            f"shards {text!r}: pipes are not run, and a file is given by its plain path. Give a "
             "folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL (s3://, https://)."
         )
     if is_url(text):
-        return _with_unique_names(list(_behind(text)))
+        return _with_unique_names(list(_remote_shards(text)))
     path = Path(text)
-    found = _in_folder(path) if path.is_dir() else list(_matches(text))
-    return _with_unique_names([shard.absolute() for shard in found])
+    paths = _in_folder(path) if path.is_dir() else list(_matches(text))
+    return _with_unique_names([shard.absolute() for shard in paths])
 
 
-def _behind(text: str) -> Iterator[Url]:
-    """The shards of a URL, or of every URL that its braces make, with their sizes."""
-    named = [Url(one) for one in _expand_braces(text)]
-    yield from remote.sized(url for url in named if url.name.endswith(".tar"))
-    for folder in (url for url in named if not url.name.endswith(".tar")):
-        found = remote.in_folder(folder)
-        if not found:
+def _remote_shards(text: str) -> Iterator[Url]:
+    """Yield the shards of a URL, or of every URL that its braces make, with their sizes."""
+    urls = [Url(one) for one in _expand_braces(text)]
+    yield from remote.with_sizes(url for url in urls if url.name.endswith(".tar"))
+    for folder in (url for url in urls if not url.name.endswith(".tar")):
+        listed = remote.list_folder(folder)
+        if not listed:
             raise DataError(
-                f"no shards (*.tar) are listed in {folder}. Of a server that lists nothing give a "
+                f"no shards (*.tar) are listed in {folder}. For a server that cannot list, give a "
                 "pattern like 'https://host/dir/train-{000000..000009}.tar'."
             )
-        yield from remote.sized(found)
+        yield from remote.with_sizes(listed)
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -65,10 +66,10 @@ def _in_folder(folder: Path) -> list[Path]:
     except OSError as error:
         raise DataError(f"cannot read the folder {folder}: {error.strerror}.") from error
     visible = [name for name in names if not name.startswith(".")]
-    found = [folder / name for name in visible if name.endswith(".tar")]
-    if not found:
+    shards = [folder / name for name in visible if name.endswith(".tar")]
+    if not shards:
         raise DataError(f"no shards (*.tar) in {folder}. {_advice(visible)}")
-    return found
+    return shards
 
 
 def _advice(names: list[str]) -> str:
@@ -91,7 +92,7 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """Expand {000..009} (zero-padded as its ends) and {a,b}, as a shell would, the first first."""
+    """Expand {000..009} (zero-padded like its ends) and {a,b} from the left, as a shell does."""
     match = _BRACES.search(pattern)
     if match is None:
         yield pattern
@@ -118,7 +119,7 @@ def _with_unique_names(shards: Sequence[Source]) -> list[Source]:
     if twice:
         where = ", ".join(str(shard) for shard in shards if shard.name == twice[0])
         raise DataError(
-            f"two shards are called {twice[0]} ({where}): a shard is known by its base name. "
+            f"two shards are called {twice[0]} ({where}), but a shard's base name must be unique. "
             "Rename one."
         )
     return sorted(shards, key=lambda shard: shard.name)

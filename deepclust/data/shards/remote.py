@@ -1,11 +1,12 @@
-"""Bytes from object storage and web servers: range requests, tried again, never without an end.
+"""Read bytes from object storage and web servers: range requests with retries and time limits.
 
-fsspec knows the storages (s3://, gs://, ...) and is imported when the first URL is read. Each of
-its requests asks for at most `CHUNK` bytes and may take `LIMIT_S`; one that fails is made again
-after `PAUSES_S`, over HTTP from the byte where the connection broke. After that, or at once where
-no waiting helps (no such object, access denied), an `UnreachableError` says what happened.
+fsspec supports the storages (s3://, gs://, ...) and is imported when the first URL is read. Each of
+its requests asks for at most `CHUNK` bytes and may take `LIMIT_S`. A failed request is repeated
+after `PAUSES_S`, over HTTP from the byte where the connection broke. After the last attempt an
+`UnreachableError` says what happened. Where waiting cannot help (no such object, access denied),
+it is raised at once.
 
-A web server must answer ranges; one that does not would send a whole shard for each image.
+A web server must answer range requests, otherwise it would send a whole shard for each image.
 """
 
 from __future__ import annotations
@@ -21,43 +22,44 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from deepclust.data.shards.url import Source, Url, shown
+from deepclust.data.shards.url import Source, Url, redact
 from deepclust.errors import DataError, ResourceError
 
 CHUNK = 8 << 20  # bytes of one request
 PAUSES_S = (0.1, 0.5, 2.0)  # before the second, third and last attempt of a read
 LIMIT_S = 120.0  # of one request
-WINDOW = 4  # requests under way for one shard that is copied
-_SILENCE_S = 60.0  # a web server that sends nothing for so long has gone
-_ASKERS = 32  # requests for sizes under way
-_LATER = (408, 425, 429)  # HTTP statuses below 500 that ask to come again
+WINDOW = 4  # concurrent requests for one shard that is copied
+_SILENCE_S = 60.0  # after which a web server that sends nothing counts as lost
+_SIZE_REQUESTS = 32  # concurrent requests for sizes
+_LATER = (408, 425, 429)  # HTTP statuses below 500 that may pass
 _DENIED = ("PermissionError", "NoCredentialsError", "PartialCredentialsError")
 
 T = TypeVar("T")
 
 
 class UnreachableError(DataError):
-    """A remote shard that cannot be had: it says which, why, and what to do.
+    """A remote shard that cannot be read.
 
-    No sample is replaced because of it, for the whole shard would be missing in silence.
+    Its samples are not replaced by others, as single unreadable images are: a whole shard would
+    go missing without an error.
     """
 
     kind: Literal["missing", "denied", "cut", "down"] = "down"
 
 
 class Interrupted(Exception):
-    """The reader was asked to stop."""
+    """The caller's `stopped()` became true."""
 
 
 def never() -> bool:
-    """A `stopped` for those whom nobody stops."""
+    """Return False: the `stopped` of callers that nothing interrupts."""
     return False
 
 
 def read(url: Url, offset: int, size: int, stopped: Callable[[], bool] = never) -> bytes:
-    """`size` bytes at `offset`. Raises `UnreachableError`, or `Interrupted` once `stopped` says so.
+    """Return `size` bytes at `offset`, and after a broken connection request only the rest.
 
-    What has arrived before a connection broke is kept.
+    Raises `UnreachableError`, and `Interrupted` once `stopped()` is true.
     """
     data = bytearray()
 
@@ -67,12 +69,12 @@ def read(url: Url, offset: int, size: int, stopped: Callable[[], bool] = never) 
         if len(data) < size:
             raise EOFError(f"it ends at byte {offset + len(data)}")
 
-    _tried(url, rest, stopped)
+    _retry(url, rest, stopped)
     return bytes(data)
 
 
 def stream(url: Url, start: int, stop: int, stopped: Callable[[], bool] = never) -> Iterator[bytes]:
-    """The bytes [start, stop) in pieces of `CHUNK`, with `WINDOW` requests under way."""
+    """Yield the bytes [start, stop) in pieces of `CHUNK`, with `WINDOW` requests at a time."""
     left, ahead = threading.Event(), deque[futures.Future[bytes]]()
     with futures.ThreadPoolExecutor(WINDOW) as pool:
         try:
@@ -88,7 +90,7 @@ def stream(url: Url, start: int, stop: int, stopped: Callable[[], bool] = never)
 
 
 def fetch(source: Source) -> bytes | None:
-    """A small file as a whole; None where there is none (or where we may not ask)."""
+    """Return a small file as a whole, or None if it is missing or access is denied."""
     if isinstance(source, Path):
         return source.read_bytes() if source.exists() else None
     try:
@@ -101,14 +103,14 @@ def fetch(source: Source) -> bytes | None:
 
 
 def save(url: Url, path: Path) -> None:
-    """Copy a file that has to be there, through no more memory than its requests take."""
+    """Copy a file that must exist to `path`, piece by piece."""
     with open(path, "wb") as file:
         for piece in stream(url, 0, _size(url)):
             file.write(piece)
 
 
-def in_folder(folder: Url) -> list[Url]:
-    """The *.tar of a folder (no deeper, none hidden), as the storage lists them; in any order."""
+def list_folder(folder: Url) -> list[Url]:
+    """Return the *.tar of a folder in the storage's order, without hidden ones and subfolders."""
     place, query = folder._split()
     files = _filesystem(folder)
 
@@ -117,20 +119,20 @@ def in_folder(folder: Url) -> list[Url]:
         listed: list[dict[str, Any]] = _call(files, "ls", _path(files, place), detail=True)
         return listed
 
-    found = []
-    for entry in _tried(folder, ask):
+    shards = []
+    for entry in _retry(folder, ask):
         name = str(files.unstrip_protocol(str(entry["name"])))
         size = entry.get("size")
         url = Url(name + query, -1 if size is None else int(size))
         inside = name.rpartition("/")[0].endswith(place.rstrip("/").partition("://")[2])
         if inside and name.endswith(".tar") and not url.name.startswith("."):
-            found.append(url)
-    return found
+            shards.append(url)
+    return shards
 
 
-def sized(urls: Iterable[Url]) -> list[Url]:
-    """The same URLs with their sizes, asked for where the listing did not tell."""
-    with futures.ThreadPoolExecutor(_ASKERS) as pool:
+def with_sizes(urls: Iterable[Url]) -> list[Url]:
+    """Return the URLs with their sizes, requested where the listing did not give them."""
+    with futures.ThreadPoolExecutor(_SIZE_REQUESTS) as pool:
         return list(pool.map(lambda url: url if url.size >= 0 else Url(url.text, _size(url)), urls))
 
 
@@ -141,11 +143,11 @@ def _size(url: Url) -> int:
             return int(_wait(files, _http_size(files, url)))
         return int(_call(files, "info", _path(files, url.text))["size"])
 
-    return _tried(url, ask)
+    return _retry(url, ask)
 
 
 def _range(url: Url, start: int, stop: int, into: bytearray, stopped: Callable[[], bool]) -> None:
-    """Append the bytes [start, stop), or those there are, to `into`: one request."""
+    """Append the bytes [start, stop), or as far as the file goes, to `into` by one request."""
     files = _filesystem(url)
     if url.over_http:
         _wait(files, _http_range(files, url, start, stop, into), stopped)
@@ -155,7 +157,7 @@ def _range(url: Url, start: int, stop: int, into: bytearray, stopped: Callable[[
 
 
 async def _http_range(files: Any, url: Url, start: int, stop: int, into: bytearray) -> None:
-    """Unlike fsspec's own request this keeps what came before an end, and refuses a whole file."""
+    """Append a range, but keep partial data and refuse a whole file, unlike fsspec."""
     async with await _http_get(files, url, start, stop) as answer:
         limit = len(into) + stop - start
         async for piece in answer.content.iter_any():
@@ -187,22 +189,22 @@ async def _http_get(files: Any, url: Url, start: int, stop: int) -> Any:
 def _no_ranges(url: Url, status: int) -> UnreachableError:
     return UnreachableError(
         f"{url}: the server ignores range requests (HTTP {status} for a part of the file), and "
-        "shards are read in parts. Serve them with one that knows ranges (nginx, Apache, S3; "
-        "`python -m http.server` does not), or copy them here and give their folder."
+        "shards are read in parts. Serve them with nginx, Apache or S3 (`python -m http.server` "
+        "has no range requests), or copy them here and give their folder."
     )
 
 
 def _call(
     files: Any, name: str, *arguments: Any, stopped: Callable[[], bool] = never, **options: Any
 ) -> Any:
-    """A method of fsspec's file system, awaited here where it has one to await."""
+    """Call a method of fsspec's file system, and await it if it is asynchronous."""
     if not files.async_impl:
         return getattr(files, name)(*arguments, **options)
     return _wait(files, getattr(files, f"_{name}")(*arguments, **options), stopped)
 
 
 def _wait(files: Any, work: Coroutine[Any, Any, T], stopped: Callable[[], bool] = never) -> T:
-    """The result of work in fsspec's event loop; given up after `LIMIT_S` or when stopped."""
+    """Return the result of work in fsspec's event loop, cancelled after `LIMIT_S` or a stop."""
     future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, LIMIT_S), files.loop)
     try:
         while not futures.wait([future], timeout=0.2).done:
@@ -213,8 +215,8 @@ def _wait(files: Any, work: Coroutine[Any, Any, T], stopped: Callable[[], bool] 
         future.cancel()
 
 
-def _tried(url: Url, work: Callable[[], T], stopped: Callable[[], bool] = never) -> T:
-    """Do the work; again after pauses if it fails in a way that may pass."""
+def _retry(url: Url, work: Callable[[], T], stopped: Callable[[], bool] = never) -> T:
+    """Do the work, and repeat it after pauses if it fails in a way that may pass."""
     for pause in (*PAUSES_S, None):
         if stopped():
             raise Interrupted
@@ -222,14 +224,16 @@ def _tried(url: Url, work: Callable[[], T], stopped: Callable[[], bool] = never)
             return work()
         except (Interrupted, DataError, ResourceError):
             raise
-        except Exception as error:  # of whatever library this storage needs
-            if pause is None or _hopeless(error):
-                raise _unreachable(url, error) from None  # the cause may show a secret
+        # Every storage has a library with errors of another type.
+        except Exception as error:
+            if pause is None or _is_final(error):
+                # The cause may contain a secret, so it is left out.
+                raise _unreachable(url, error) from None
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _hopeless(error: Exception) -> bool:
+def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _LATER
@@ -238,17 +242,17 @@ def _hopeless(error: Exception) -> bool:
 
 def _unreachable(url: Url, error: Exception) -> UnreachableError:
     status, name = getattr(error, "status", None), type(error).__name__
-    reason = f"HTTP {status}" if isinstance(status, int) else f"{name} {shown(str(error))}".strip()
+    reason = f"HTTP {status}" if isinstance(status, int) else f"{name} {redact(str(error))}".strip()
     kind: Literal["missing", "denied", "cut", "down"] = "down"
     if status in (401, 403, 407) or name in _DENIED:
         kind = "denied"
     elif status in (404, 410) or isinstance(error, FileNotFoundError):
-        kind, reason = "missing", reason if status else "there is none"
+        kind, reason = "missing", reason if status else "it does not exist"
     elif status == 416 or isinstance(error, EOFError):
         kind = "cut"
-    found = UnreachableError(f"cannot read {url}: {reason}. {_REMEDIES[kind]}")
-    found.kind = kind
-    return found
+    unreachable = UnreachableError(f"cannot read {url}: {reason}. {_REMEDIES[kind]}")
+    unreachable.kind = kind
+    return unreachable
 
 
 _REMEDIES = {
@@ -273,18 +277,18 @@ def _filesystem(url: Url) -> Any:
         kind = fsspec.get_filesystem_class(url.protocol)
     except ImportError as error:
         raise ResourceError(
-            f"{url} needs a package that is not installed ({shown(str(error))}): "
+            f"{url} needs a package that is not installed ({redact(str(error))}): "
             "pip install 'deepclust[remote]' reads s3:// and https://, gs:// needs gcsfs as well"
         ) from None
     except ValueError as error:
-        raise DataError(f"{url}: {shown(str(error))}. Known are s3://, https://, gs://.") from None
+        raise DataError(f"{url}: {redact(str(error))}. Known are s3://, https://, gs://.") from None
     host = tuple(sorted(kind._get_kwargs_from_urls(url.text).items()))
     return _connected(url.protocol, host, os.getpid())
 
 
 @cache
 def _connected(protocol: str, host: tuple[tuple[str, Any], ...], pid: int) -> Any:
-    """One for all threads of a process; fsspec would make one for each, and list from memory."""
+    """Return one file system for all threads of a process, without fsspec's cached listings."""
     import fsspec
 
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}

@@ -1,14 +1,15 @@
-"""The members of a tar file: where each one's bytes begin, with nothing lost in silence.
+"""The members of a tar file: where each one's bytes begin.
 
-`tarfile` and `webdataset` stop without a word at a damaged header, at a missing end-of-archive
-marker, and at the end of the first of two tars joined by `cat`; here each of these is an error that
-names the file, the offset and the fix.
+`tarfile` and `webdataset` stop without an error at a damaged header and at a missing end-of-archive
+marker. They also stop at the end of the first of two tars joined by `cat`. Here each of these is an
+error that names the file, the offset and the fix.
 
-`tarfile` reads about 25,000 headers a second. Plain headers are therefore read here (one `pread` of
-512 bytes, so that several threads can wait for a slow disk together), the others (PAX, GNU long
-names, ustar prefixes, sizes in base 256) by `tarfile`. Nothing is extracted. A shard behind a URL
-is read from front to back in large blocks, for a request costs more than the images between two
-headers.
+`tarfile` reads about 25,000 headers a second. Plain headers are therefore read here, each by one
+`pread` of 512 bytes, so that several threads can wait for a slow disk together. The others (PAX,
+GNU long names, ustar prefixes, sizes in base 256) are read by `tarfile`. Nothing is extracted.
+
+A shard behind a URL is read from front to back in large blocks, because a request costs more than
+the images between two headers.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _COMPRESSIONS = {
 _REWRITE = "Copy or write the shard again."
 
 
-class Member(NamedTuple):
-    """One regular file of a tar: its name, where its bytes begin, and how many they are."""
+class TarEntry(NamedTuple):
+    """One regular file of a tar: its name, the offset of its first byte, and its size."""
 
     name: str
     offset: int
@@ -48,40 +49,40 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file that is open: `read(size, offset)` gives fewer bytes at its end only."""
+    """An open tar file, where `read(size, offset)` returns fewer bytes only at its end."""
 
     path: Source
     read: Callable[[int, int], bytes]
     size: int
 
     def wrong(self, what: str, fix: str) -> DataError:
-        """The error that names this shard."""
+        """Return the error that names this shard."""
         return DataError(f"shard {self.path}: {what}. {fix}")
 
 
 class _Blocks:
-    """A remote file, of which the last two blocks are kept: one for headers, one behind it."""
+    """A remote file with a cache of its last two blocks."""
 
     def __init__(self, url: Url, stopped: Callable[[], bool]) -> None:
         self.url, self.stopped = url, stopped
-        self._block = functools.lru_cache(2)(self._fetched)
+        self._block = functools.lru_cache(2)(self._fetch)
 
     def read(self, size: int, offset: int) -> bytes:
-        """As `pread`."""
+        """Return bytes as `pread` does."""
         data, stop = b"", min(offset + size, self.url.size)
         while (at := offset + len(data)) < stop:
             number, begin = divmod(at, remote.CHUNK)
             data += self._block(number)[begin : begin + stop - at]
         return data
 
-    def _fetched(self, number: int) -> bytes:
+    def _fetch(self, number: int) -> bytes:
         start = number * remote.CHUNK
         size = min(remote.CHUNK, self.url.size - start)
         return remote.read(self.url, start, size, self.stopped)
 
 
 class _File(io.RawIOBase):
-    """A shard as the file object that `tarfile` wants."""
+    """A shard as the file object that `tarfile` needs."""
 
     def __init__(self, shard: Shard, position: int) -> None:
         self.shard, self.position = shard, position
@@ -108,10 +109,10 @@ class _File(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: Source, stopped: Callable[[], bool] = remote.never) -> Iterator[Shard]:
-    """Open a shard; whatever the disk refuses is a DataError that names it.
+def open_shard(path: Source, stopped: Callable[[], bool] = remote.never) -> Iterator[Shard]:
+    """Open a shard, and turn errors of the disk into a DataError that names it.
 
-    One behind a URL has to know its size, and is read until `stopped` says so.
+    A shard behind a URL must have its size, and is read until `stopped()` is true.
     """
     if isinstance(path, Url):
         yield Shard(path, _Blocks(path, stopped).read, path.size)
@@ -126,25 +127,27 @@ def opened(path: Source, stopped: Callable[[], bool] = remote.never) -> Iterator
         raise DataError(f"shard {path} cannot be read: {error.strerror}.") from error
 
 
-def members(shard: Shard) -> Iterator[Member]:
-    """The regular files, in order, up to the end-of-archive marker; folders and links are skipped.
+def entries(shard: Shard) -> Iterator[TarEntry]:
+    """Yield the regular files in order, without folders and links.
 
-    Names that are no UTF-8 carry their bytes as surrogates, as in `tarfile`. Raises DataError for a
-    file that is empty, compressed, no tar, damaged, truncated, sparse, or goes on after its end.
+    Names that are not UTF-8 hold their bytes as surrogates, as in `tarfile`.
+
+    Raises DataError for a file that is empty, compressed, not a tar, damaged, truncated, or sparse,
+    or that has data after its end.
     """
     position = 0
     while (header := shard.read(_BLOCK, position)) != _END:
-        member, following = _plain(header, position) or _extended(shard, header, position)
+        entry, following = _plain(header, position) or _extended(shard, header, position)
         if following > shard.size:
             raise _truncated(shard, f"the member at offset {position} ends at {following}")
-        if member is not None:
-            yield member
+        if entry is not None:
+            yield entry
         position = following
     _check_tail(shard, position)
 
 
-def _plain(header: bytes, position: int) -> tuple[Member | None, int] | None:
-    """A regular file whose name and size stand in this one header; else None, without judging."""
+def _plain(header: bytes, position: int) -> tuple[TarEntry | None, int] | None:
+    """Return the regular file that this header alone describes, or None for `_extended`."""
     if len(header) < _BLOCK or header[156] not in _REGULAR or header[124] & 0x80 or header[345]:
         return None
     try:
@@ -158,11 +161,11 @@ def _plain(header: bytes, position: int) -> tuple[Member | None, int] | None:
         return None
     start = position + _BLOCK
     text = name.decode("utf-8", "surrogateescape")
-    return Member(text, start, size), start + -(-size // _BLOCK) * _BLOCK
+    return TarEntry(text, start, size), start + -(-size // _BLOCK) * _BLOCK
 
 
-def _extended(shard: Shard, header: bytes, position: int) -> tuple[Member | None, int]:
-    """Whatever stands at this position, read by `tarfile`; None for folders and links."""
+def _extended(shard: Shard, header: bytes, position: int) -> tuple[TarEntry | None, int]:
+    """Return the entry at this position, read by `tarfile`, or None for folders and links."""
     if len(header) < _BLOCK:
         raise _ended_early(shard, header, position)
     try:
@@ -170,16 +173,16 @@ def _extended(shard: Shard, header: bytes, position: int) -> tuple[Member | None
     except tarfile.HeaderError as error:
         raise _no_header(shard, header, position) from error
     try:
-        found, following = _read_with_tarfile(shard, position)
+        info, following = _read_with_tarfile(shard, position)
     except tarfile.TarError as error:
         raise _damaged(shard, position) from error
-    if found is None:
+    if info is None:
         raise _truncated(shard, f"the header at offset {position} has no member after it")
-    if found.issparse():
-        raise shard.wrong(f"{found.name!r} is a sparse file", "Write the tar without --sparse.")
-    if not found.isreg():
+    if info.issparse():
+        raise shard.wrong(f"{info.name!r} is a sparse file", "Write the tar without --sparse.")
+    if not info.isreg():
         return None, following
-    return Member(found.name, found.offset_data, found.size), following
+    return TarEntry(info.name, info.offset_data, info.size), following
 
 
 def _read_with_tarfile(shard: Shard, position: int) -> tuple[tarfile.TarInfo | None, int]:
@@ -189,7 +192,7 @@ def _read_with_tarfile(shard: Shard, position: int) -> tuple[tarfile.TarInfo | N
 
 
 def _check_tail(shard: Shard, position: int) -> None:
-    """Only zeros may follow the end marker: further members would be lost in silence."""
+    """Raise if anything but zeros follows the end marker: further members would be lost."""
     while block := shard.read(1 << 16, position):
         if block.count(0) != len(block):
             raise shard.wrong(
@@ -217,7 +220,7 @@ def _ended_early(shard: Shard, header: bytes, position: int) -> DataError:
         return shard.wrong("empty (0 bytes)", _REWRITE)
     if position == 0:
         return _no_header(shard, header, position)
-    return _truncated(shard, f"no end-of-archive marker stands at offset {position}")
+    return _truncated(shard, f"there is no end-of-archive marker at offset {position}")
 
 
 def _damaged(shard: Shard, position: int) -> DataError:

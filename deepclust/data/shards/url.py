@@ -1,7 +1,7 @@
-"""A shard in object storage, as a value: its URL, name, folder, and how it may be shown.
+"""A shard in object storage as a value: its URL, name and folder.
 
-Credentials may stand in a URL (user:password@, a signed ?query). They are used to read with, and
-never shown: `str` leaves them out. Nothing here opens anything.
+A URL may contain credentials (user:password@, a signed ?query). They are used for reading, and
+`str` leaves them out of messages. Nothing here opens anything.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ _HTTP = ("http", "https")
 
 
 def is_url(text: str | Path) -> bool:
-    """Whether this names something behind a URL, not a path."""
+    """Return whether this is a URL and not a path."""
     return _URL.match(os.fspath(text)) is not None
 
 
-def shown(text: str) -> str:
-    """The text with user, password and query taken out of every URL in it."""
+def redact(text: str) -> str:
+    """Return the text without user, password and query of the URLs in it."""
     return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 @dataclass(frozen=True)
 class Url:
-    """A file or folder behind a URL; `size` in bytes, -1 where nobody has asked yet.
+    """A file or folder behind a URL, with its `size` in bytes (-1 while unknown).
 
-    Like a `Path` it has a name, a parent and `/`, and it can be put into a message; unlike one it
-    cannot be opened by accident.
+    Like a `Path` it has a name, a parent and `/`, and can be put into a message. Unlike a `Path`
+    it cannot be opened by accident.
     """
 
     text: str
     size: int = -1
 
     def __str__(self) -> str:
-        """The URL without its secrets."""
-        return shown(self.text)
+        """Return the URL without its secrets."""
+        return redact(self.text)
 
     __repr__ = __str__
 
     def __truediv__(self, name: str) -> Url:
-        """A file of this folder; a signed query goes with it."""
+        """Return a file of this folder, with the folder's signed query."""
         place, query = self._split()
         return Url(f"{place.rstrip('/')}/{name}{query}")
 
     @property
     def protocol(self) -> str:
-        """What stands before ://, in small letters."""
+        """The part before ://, in lower case."""
         return self.text.partition("://")[0].lower()
 
     @property
     def over_http(self) -> bool:
-        """Whether a plain web server answers, where "?" begins a query and "%20" is a space."""
+        """Whether a web server answers, where "?" begins a query and "%20" is a space."""
         return self.protocol in _HTTP
 
     @property
     def name(self) -> str:
-        """The base name, as the file would have it on a disk."""
+        """The base name, as on a disk."""
         last = self._split()[0].rstrip("/").rpartition("/")[2]
         name = unquote(last) if self.over_http else last
         if "/" in name or "\0" in name:
-            raise DataError(f"{self}: {name!r} is no name for a shard. Rename it.")
+            raise DataError(f"{self}: {name!r} is not a name for a shard. Rename it.")
         return name
 
     @property
@@ -85,7 +85,7 @@ class Url:
         return self._split()[0].rstrip("/").count("/") > 2
 
     def _split(self) -> tuple[str, str]:
-        """The URL up to its query, and the query with its "?"."""
+        """Return the URL up to its query, and the query with its "?"."""
         query = urlsplit(self.text).query if self.over_http else ""
         return (self.text.partition("?")[0], f"?{query}") if query else (self.text, "")
 
@@ -94,7 +94,7 @@ Source: TypeAlias = Path | Url
 
 
 def common_folder(shards: Sequence[Source]) -> Source:
-    """The deepest folder that holds all shards; dataset.json and the index stand there."""
+    """Return the deepest folder that holds all shards, the place of dataset.json and index."""
     first = shards[0].parent
     if isinstance(first, Path):
         return Path(os.path.commonpath([str(shard.parent) for shard in shards]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster_jobs.executors import ray as executor
+from cluster_jobs.executors.ray import EXECUTOR
 from cluster_jobs.ray.actor import _problem
 from cluster_jobs.ray.placement import Shape, missing, shape_of
 from cluster_jobs.spec import RaySpec, ray_spec, sizes
@@ -96,7 +96,7 @@ def test_a_wrong_key_of_the_ray_section_is_named(override: str, told: str) -> No
 
 
 def test_a_plan_says_where_and_what_and_writes_nothing(tmp_path: Path) -> None:
-    plan = executor.prepare(
+    plan = EXECUTOR.prepare(
         recipe("train.ranks=2", "ray.address=http://h:8265", "ray.cpus=4", "train.threads=null"),
         tmp_path / "run with; rm -rf",
     )

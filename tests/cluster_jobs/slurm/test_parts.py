@@ -1,30 +1,26 @@
-"""The parts of a Slurm job that need no Slurm: tasks that meet, words of squeue, decisions."""
+"""The parts of a Slurm job that need no Slurm: tasks that find each other, and decisions."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import stat
-import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster_jobs import job_file, status
-from cluster_jobs.executors.slurm import ENDED
-from cluster_jobs.slurm import create, queue, task
+from cluster_jobs import job_file
+from cluster_jobs.slurm import create, task
 from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
 from cluster_jobs.slurm.rendezvous import Line, folder, hosting, join, leave
 from cluster_jobs.spec import slurm_spec
-from deepclust.errors import RequeueWanted, ResourceError, RunHeldError
+from deepclust.errors import RequeueWanted, ResourceError
 from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run
-from deepclust.run.lock import hold, renew
-from tests.tiny import deepclust, tiny_recipe
+from tests.tiny import tiny_recipe
 
 HEAD = Allocation("7", 0, ["n1", "n2"], 0, 0, 2, 0)
 OTHER = Allocation("7", 0, ["n1", "n2"], 1, 1, 2, 0)
@@ -95,120 +91,6 @@ def test_outside_of_a_job_there_is_no_allocation(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("DEEPCLUST_NODES", raising=False)
     with pytest.raises(ResourceError, match="start this by srun in a Slurm job"):
         allocation()
-
-
-def test_a_lock_of_an_earlier_start_of_the_same_job_is_free_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with hold(tmp_path):
-        with pytest.raises(RunHeldError), hold(tmp_path):
-            pass
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with hold(tmp_path):
-            monkeypatch.delenv("SLURM_RESTART_COUNT")
-            with pytest.raises(RunHeldError), hold(tmp_path):  # the old one does not come back
-                pass
-
-
-def test_a_controller_that_was_taken_over_writes_no_event(tmp_path: Path) -> None:
-    prepare_run(tiny_recipe(Path("/shards")), tmp_path)
-    with hold(tmp_path) as token:
-        run = Run(tmp_path, token)
-        run.event("started")
-        renew(tmp_path, token)
-        with pytest.raises(RunHeldError, match="taken over"):
-            run.event("stopped")
-    assert [event["event"] for event in run.events()] == ["started"]
-
-
-def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
-    """Programs of these names on PATH, before all others."""
-    for name, body in bodies.items():
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-@pytest.mark.parametrize(
-    ("squeue", "sacct", "state", "reason"),
-    [
-        ("PENDING|Priority|", "PENDING||0:0", "PENDING", "others come first"),
-        ("RUNNING|None|n[1-2]", "RUNNING|n[1-2]|0:0", "RUNNING", "on n[1-2]"),
-        ("COMPLETING|None|n1", "CANCELLED by 0|n1|0:15", "STOPPED", "CANCELLED on n1"),
-        ("", "TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
-        ("", "FAILED|n1|3:0", "FAILED", "exit code 3"),
-        ("", "OUT_OF_MEMORY|n1|0:125", "FAILED", "OUT_OF_MEMORY on n1; see"),
-        ("", "FAILED|n1|75:0", "STOPPED", "deepclust resume"),
-        ("SUSPENDED|None|n1", "", "RUNNING", "SUSPENDED on n1"),
-        ("REQUEUE_HOLD|JobHoldMaxRequeue|", "", "PENDING", "JobHoldMaxRequeue"),
-        ("", "", "PENDING", "not started yet"),
-    ],
-)
-def test_a_run_that_nobody_holds_is_in_the_state_that_slurm_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str, state: str,
-    reason: str,
-) -> None:  # fmt: skip
-    programs(tmp_path, monkeypatch, squeue=f"echo '{squeue}'", sacct=f"echo '{sacct}'")
-    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
-    job_file.record(tmp_path / "run", on="slurm", job="7")
-    found = status.status(Run(tmp_path / "run"))
-    assert found.state == state
-    assert reason in found.reason
-
-
-def test_a_slurm_that_does_not_answer_is_no_slurm_that_knows_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    down = "echo 'Unable to contact slurm controller' >&2; exit 1"
-    programs(tmp_path, monkeypatch, squeue=down, sacct=down, scancel=down)
-    for ask in (queue.look, queue.scancel):
-        with pytest.raises(ResourceError, match="Unable to contact"):
-            ask("7")
-    gone = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
-    programs(tmp_path, monkeypatch, squeue=gone, sacct=":", scancel=gone)
-    assert queue.look("7") is None
-    queue.scancel("7")
-
-
-def test_where_slurm_does_not_answer_the_run_speaks_for_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
-    job_file.record(tmp_path / "run", on="slurm", job="7")
-    monkeypatch.setenv("PATH", "")
-    found = status.status(Run(tmp_path / "run"))
-    assert found.state == "PENDING"
-    assert "Slurm does not answer" in found.reason
-
-
-def test_a_run_that_goes_on_here_is_not_in_the_state_of_its_old_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    programs(tmp_path, monkeypatch, squeue=":", sacct="echo 'CANCELLED|n1|0:15'")
-    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
-    job_file.record(tmp_path / "run", on="slurm", job="7")
-    assert status.status(Run(tmp_path / "run")).state == "STOPPED"
-    with hold(tmp_path / "run") as token:
-        Run(tmp_path / "run", token).event("started")
-        assert status.status(Run(tmp_path / "run")).state == "RUNNING"
-
-
-def test_a_run_whose_job_waits_is_not_started_a_second_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_recipe(Path("/shards")).save(tmp_path / "tiny.yaml")
-    run = tmp_path / "run"
-    prepare_run(tiny_recipe(Path("/shards")), run)
-    job_file.record(run, on="slurm", job="7")
-    programs(tmp_path, monkeypatch, squeue="echo 'PENDING|Priority|'")
-    for words in (
-        ["resume", run], ["resume", run, "--on", "local"], ["train", run],
-        ["submit", tmp_path / "tiny.yaml", "--run", run],
-        ["pretrain", tmp_path / "tiny.yaml", "--run", run],
-    ):  # fmt: skip
-        assert "has a job already" in deepclust(*words, code=7).stderr
-    assert job_file.read(run)["job"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -299,52 +181,3 @@ def test_word_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) 
     assert asked == [signal.SIGINT]
     assert task.after_stop(tmp_path, asked) == 130
     assert not job_file.stopping(tmp_path, [])
-
-
-@pytest.mark.parametrize(
-    ("code", "state", "restarts", "then"),
-    [
-        (75, "RUNNING", 0, "requeue 7"),
-        (137, "RUNNING", 0, "requeue 7"),
-        (130, "RUNNING", 0, "scancel 7"),
-        (0, "RUNNING", 0, ""),
-        (3, "RUNNING", 0, ""),
-        (75, "COMPLETING", 0, ""),  # scancel, or Slurm itself, was first
-        (75, "RUNNING", 1, ""),  # this start is over for Slurm, which has made another
-    ],
-)
-def test_the_job_script_does_what_the_exit_code_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str, restarts: int, then: str
-) -> None:
-    programs(
-        tmp_path, monkeypatch, squeue=f"echo {state} {restarts}", sleep=":", scontrol='echo "$@"',
-        scancel='echo scancel "$@"',
-    )  # fmt: skip
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    text = f"(exit {code})\n{ENDED.format(requeues=5)}"
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
-    assert done.returncode == code
-    assert done.stdout.strip() == then
-
-
-def test_the_job_script_asks_again_when_slurm_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    once = f"test -e {tmp_path}/asked && echo RUNNING 0; touch {tmp_path}/asked"
-    refuses = f"test -e {tmp_path}/tried && echo again; ! mkdir {tmp_path}/tried"
-    programs(tmp_path, monkeypatch, squeue=once, sleep=":", scontrol=refuses)
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    text = f"(exit 75)\n{ENDED.format(requeues=5)}"
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "again"
-
-
-def test_a_job_is_queued_again_only_so_often(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    programs(tmp_path, monkeypatch, squeue="echo RUNNING 5", scontrol="echo called", sleep=":")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
-    text = f"(exit 75)\n{ENDED.format(requeues=5)}"
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
-    assert done.stdout == ""

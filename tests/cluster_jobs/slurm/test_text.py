@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster_jobs.executors import slurm as executor
+from cluster_jobs import job_file
+from cluster_jobs.executors.slurm import EXECUTOR, Entry
 from cluster_jobs.slurm.layout import Layout, Place, layout
 from cluster_jobs.slurm.plain_scripts import scripts
+from cluster_jobs.slurm.script import prepare
 from cluster_jobs.spec import minutes, slurm_spec
 from deepclust import Recipe
 from deepclust.errors import RecipeError
 from deepclust.launch.role import CLUSTER_WORKER
+from tests.cluster_jobs.slurm.programs import programs
 from tests.tiny import tiny_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -62,7 +65,7 @@ def roles(found: Layout) -> list[list[int | None]]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_sbatch_text_is_the_one_that_was_reviewed(shape: str) -> None:
-    text = executor.prepare(recipe(*SHAPES[shape]), Path(f"/runs/{shape}")).script()
+    text = prepare(recipe(*SHAPES[shape]), Path(f"/runs/{shape}")).script()
     file = GOLDEN / f"{shape}.sbatch"
     if os.environ.get("DEEPCLUST_GOLDEN") == "1":
         file.write_text(text)
@@ -89,7 +92,7 @@ def test_the_cluster_worker_has_the_last_gpu_of_the_first_node() -> None:
 
 
 def test_where_nodes_differ_in_gpus_ray_seats_one_rank_less_than_there_are_gpus() -> None:
-    plan = executor.prepare(recipe(*SHAPES["nodes-with-different-numbers-of-gpus"]), Path("/r/a"))
+    plan = prepare(recipe(*SHAPES["nodes-with-different-numbers-of-gpus"]), Path("/r/a"))
     assert plan.layout.nodes == []
     assert plan.recipe.train.ranks == 11
     assert plan.recipe.ray == {"cpus": 11, "worker_cpus": 1}
@@ -105,7 +108,7 @@ def test_cpu_nodes_share_the_ranks_evenly_and_the_first_has_the_worker() -> None
 
 def test_with_srun_every_process_has_the_cpus_that_it_needs() -> None:
     shape = ("slurm.launcher=srun", "slurm.ranks=2", "data.workers=1")
-    plan = executor.prepare(recipe(*shape), Path("/runs/a"))
+    plan = prepare(recipe(*shape), Path("/runs/a"))
     assert plan.task_cpus * plan.tasks >= 2 * 2 + 1
     assert "--cpu-bind=none" in plan.script()
 
@@ -118,7 +121,7 @@ def test_a_cluster_worker_without_a_gpu_sits_beside_the_ranks(setting: str) -> N
 
 
 def test_the_prepared_recipe_says_what_was_derived() -> None:
-    plan = executor.prepare(recipe(*SHAPES["one-node-eight-gpus"]), Path("/runs/a"))
+    plan = prepare(recipe(*SHAPES["one-node-eight-gpus"]), Path("/runs/a"))
     assert plan.recipe.train.ranks == 8
     assert plan.recipe.train.threads == 1  # as the recipe has it
     assert plan.recipe.ray == {"cpus": 11, "worker_cpus": 1}
@@ -129,12 +132,12 @@ def test_hostile_names_stay_data() -> None:
     partition = 'a\'b; echo "$HOME" `id`'
     path = Path("/runs/x y; echo 'no' \"$(id)\" &")
     hostile = recipe("train.ranks=2").model_copy(update={"slurm": {"partition": partition}})
-    lines = executor.prepare(hostile, path).script().splitlines()
+    lines = prepare(hostile, path).script().splitlines()
     flags = dict(line.split("=", 1) for line in lines if line.startswith("#SBATCH --p"))
     assert shlex.split(flags["#SBATCH --partition"]) == [partition]
     command = next(line for line in lines if line.startswith("srun"))
     assert shlex.split(command)[-1] == str(path / "slurm")
-    tame = executor.prepare(recipe("train.ranks=2"), Path("/runs/a")).script().splitlines()
+    tame = prepare(recipe("train.ranks=2"), Path("/runs/a")).script().splitlines()
     ours = [line for line in lines if not line.startswith(("#SBATCH", "srun"))]
     assert ours == [line for line in tame if not line.startswith(("#SBATCH", "srun"))]
 
@@ -181,7 +184,7 @@ def test_what_does_not_work_out_is_refused_with_the_fix(overrides: list[str], to
 @pytest.mark.parametrize("name", ["50%j", "a\nb", "back\\slash"])
 def test_a_run_directory_that_slurm_would_read_otherwise_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match="--run"):
-        executor.prepare(recipe(), Path("/runs") / name)
+        prepare(recipe(), Path("/runs") / name)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +196,29 @@ def test_time_limits_become_whole_minutes(text: str, known: int) -> None:
 
 
 def test_what_is_submitted_names_the_run_and_nothing_else() -> None:
-    entry = executor.Entry("/runs/a")
+    entry = Entry("/runs/a")
     assert vars(entry) == {"run": "/runs/a"}
     assert pickle.loads(pickle.dumps(entry)) == entry
+
+
+def test_a_dry_run_shows_the_text_that_sbatch_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = f'cp "$1" {tmp_path}/submitted; echo "Submitted batch job 7"'
+    programs(tmp_path, monkeypatch, sbatch=copy, srun=":")
+    shown = prepare(recipe(*SHAPES["container-and-setup"]), tmp_path / "a run").script()
+    EXECUTOR.submit(prepare(recipe(*SHAPES["container-and-setup"]), tmp_path / "a run"))
+    assert (tmp_path / "submitted").read_text() == shown
+    assert job_file.read(tmp_path / "a run")["job"] == "7"
+
+
+def test_a_dry_run_of_a_sweep_shows_the_array_that_sbatch_gets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = f'cp "$1" {tmp_path}/submitted; echo "Submitted batch job 7"'
+    programs(tmp_path, monkeypatch, sbatch=copy, srun=":")
+    plans = [prepare(recipe(), tmp_path / "runs" / name) for name in "ab"]
+    sweep = EXECUTOR.prepare_sweep(plans, tmp_path / "runs")
+    EXECUTOR.submit_sweep(sweep)
+    assert (tmp_path / "submitted").read_text() in str(sweep)
+    assert [job_file.read(plan.run_dir)["job"] for plan in plans] == ["7_0", "7_1"]

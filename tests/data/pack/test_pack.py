@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepclust.data.images.decode import decode
-from deepclust.data.pack.image_sources import open_originals
+from deepclust.data.pack.image_sources import open_source
 from deepclust.data.pack.pack import pack
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DataError, DiskError, RecipeError
@@ -216,7 +216,7 @@ def test_a_torchvision_set_is_packed_with_its_class_names(
         ("idx:{0}/idx/t10k", r"no .*t10k-images.*Give 'idx:DIR/train'"),
         ("idx:{0}/odd/train", "40 images, but 39 labels"),
         ("idx:{0}/cut/train", "cannot read .*train-images-idx3-ubyte.*Fetch it again"),
-        ("torchvision:ImageNet", "names no data set.*CIFAR10"),
+        ("torchvision:ImageNet", "is not a data set.*CIFAR10"),
         ("torchvision:CIFAR10:valid@{0}", "splits are train and test, not 'valid'"),
     ],
 )
@@ -234,7 +234,7 @@ def test_a_source_that_cannot_be_read_says_why(tmp_path: Path, source: str, mess
 def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
     source = make_image_folder(tmp_path / "in", n=4)
     index = pack(source, tmp_path / "out")
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists already"):
         pack(source, tmp_path / "out")
     assert open_index(tmp_path / "out").fingerprint == index.fingerprint
 
@@ -270,11 +270,11 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
 
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(DataError, match=r"cannot read the folder .*class-1: Permission denied"):
-        open_originals(source)
+        open_source(source)
 
 
 def test_reading_an_image_that_vanished_names_it(tmp_path: Path) -> None:
-    originals = open_originals(make_image_folder(tmp_path / "in", n=1))
+    originals = open_source(make_image_folder(tmp_path / "in", n=1))
     (tmp_path / "in/class-0/0000.png").unlink()
     with pytest.raises(DataError, match=r"cannot read .*0000\.png: No such file"):
         originals.read(0)

@@ -120,7 +120,7 @@ def test_building_again_gives_the_same_bytes(shards: Path, tmp_path: Path) -> No
 
 def test_threads_give_the_same_index(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = build_index(shards).fingerprint
-    monkeypatch.setattr("deepclust.data.shards.index_build._WORTH_THREADS", 0)
+    monkeypatch.setattr("deepclust.data.shards.scan._WORTH_THREADS", 0)
     assert build_index(shards).fingerprint == alone
 
 
@@ -244,7 +244,7 @@ def test_two_samples_of_a_shard_with_one_key_are_an_error(
     tmp_path: Path, between: list[tuple[str, bytes]]
 ) -> None:
     shard(tmp_path, sample("a"), between, sample("a"))
-    with pytest.raises(DataError, match=r"key 'a' stands for two samples.*offset \d+"):
+    with pytest.raises(DataError, match=r"key 'a' names two samples.*offset \d+"):
         open_index(tmp_path)
 
 
@@ -272,13 +272,13 @@ def test_shards_without_labels_have_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"cat", b"", b"1.5", b"-2", b"99999999999", b"\xff"])
 def test_a_label_that_is_no_integer_names_its_key(tmp_path: Path, text: bytes) -> None:
-    with pytest.raises(DataError, match=r"key 'a': \.cls holds .* no label"):
+    with pytest.raises(DataError, match=r"key 'a': \.cls holds .* not a label"):
         open_index(shard(tmp_path, sample("a", cls=text)))
 
 
 @pytest.mark.parametrize("text", [b"{", b"[" * 100_000])
 def test_json_that_cannot_be_read_is_an_error(tmp_path: Path, text: bytes) -> None:
-    with pytest.raises(DataError, match=r"\.json holds .* no label"):
+    with pytest.raises(DataError, match=r"\.json holds .* not a label"):
         open_index(shard(tmp_path, [*sample("a"), ("a.json", text)]))
 
 

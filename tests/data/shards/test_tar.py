@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepclust.data.shards.tar import Member, members, opened
+from deepclust.data.shards.tar import TarEntry, entries, open_shard
 from deepclust.errors import DataError
 from tests.images import write_tar
 
@@ -26,14 +26,14 @@ NAMES = [
 ]
 
 
-def read(path: Path) -> list[Member]:
-    with opened(path) as shard:
-        return list(members(shard))
+def read(path: Path) -> list[TarEntry]:
+    with open_shard(path) as shard:
+        return list(entries(shard))
 
 
-def by_tarfile(path: Path) -> list[Member]:
+def by_tarfile(path: Path) -> list[TarEntry]:
     with tarfile.open(path) as tar:
-        return [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+        return [TarEntry(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
 
 
 def contents(names: list[str]) -> list[tuple[str, bytes]]:
@@ -85,7 +85,7 @@ def test_a_tar_that_is_cut_anywhere_is_an_error_with_shard_offset_and_fix(
 def test_a_missing_end_of_archive_marker_is_an_error(shard: Path) -> None:
     end = 5 * BLOCK  # header, 2 blocks, header, 1 block
     shard.write_bytes(shard.read_bytes()[:end])
-    with pytest.raises(DataError, match=f"no end-of-archive marker stands at offset {end}"):
+    with pytest.raises(DataError, match=f"no end-of-archive marker at offset {end}"):
         read(shard)
 
 

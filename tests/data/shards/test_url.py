@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deepclust.data.shards.url import Url, common_folder, is_url, shown
+from deepclust.data.shards.url import Url, common_folder, is_url, redact
 from deepclust.errors import DataError
 
 
@@ -18,21 +18,21 @@ from deepclust.errors import DataError
         ("/x//y", False),
     ],
 )
-def test_urls_are_told_from_paths(text, expected):
+def test_urls_are_known_from_paths(text, expected):
     assert is_url(text) is expected
 
 
 def test_a_url_is_shown_without_its_secrets():
     signed = "https://me:sesame@host/dir/a.tar?X-Signature=open&b=%2F"
     assert f"{Url(signed)}" == repr(Url(signed)) == "https://host/dir/a.tar"
-    told = shown(f"403, url='{signed}', then s3://key:sesame@bucket/x (and so on)")
-    assert told == "403, url='https://host/dir/a.tar', then s3://bucket/x (and so on)"
+    text = redact(f"403, url='{signed}', then s3://key:sesame@bucket/x (and so on)")
+    assert text == "403, url='https://host/dir/a.tar', then s3://bucket/x (and so on)"
 
 
 def test_names_are_those_that_a_disk_would_show():
     assert Url("https://host/a/b%20c.tar?sig=a/b").name == "b c.tar"
     assert Url("s3://bucket/a/b%20c?.tar").name == "b%20c?.tar"
-    with pytest.raises(DataError, match="is no name for a shard"):
+    with pytest.raises(DataError, match="is not a name for a shard"):
         _ = Url("https://host/..%2Fx.tar").name
 
 

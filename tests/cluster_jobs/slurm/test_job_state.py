@@ -1,0 +1,97 @@
+"""The state of a run whose job is in Slurm's queue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster_jobs import job_file, status
+from cluster_jobs.slurm import queue
+from deepclust.errors import ResourceError
+from deepclust.launch.start import prepare_run
+from deepclust.run.directory import Run
+from deepclust.run.lock import hold
+from tests.cluster_jobs.slurm.programs import programs
+from tests.tiny import deepclust, tiny_recipe
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "state", "reason"),
+    [
+        ("PENDING|Priority|", "PENDING||0:0", "PENDING", "others come first"),
+        ("RUNNING|None|n[1-2]", "RUNNING|n[1-2]|0:0", "RUNNING", "on n[1-2]"),
+        ("COMPLETING|None|n1", "CANCELLED by 0|n1|0:15", "STOPPED", "CANCELLED on n1"),
+        ("", "TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
+        ("", "FAILED|n1|3:0", "FAILED", "exit code 3"),
+        ("", "OUT_OF_MEMORY|n1|0:125", "FAILED", "OUT_OF_MEMORY on n1; see"),
+        ("", "FAILED|n1|75:0", "STOPPED", "deepclust resume"),
+        ("SUSPENDED|None|n1", "", "RUNNING", "SUSPENDED on n1"),
+        ("REQUEUE_HOLD|JobHoldMaxRequeue|", "", "PENDING", "JobHoldMaxRequeue"),
+        ("", "", "PENDING", "not started yet"),
+    ],
+)
+def test_a_run_without_a_controller_has_the_state_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str, state: str,
+    reason: str,
+) -> None:  # fmt: skip
+    programs(tmp_path, monkeypatch, squeue=f"echo '{squeue}'", sacct=f"echo '{sacct}'")
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
+    job_file.record(tmp_path / "run", on="slurm", job="7")
+    now = status.status(Run(tmp_path / "run"))
+    assert now.state == state
+    assert reason in now.reason
+
+
+def test_a_slurm_that_does_not_answer_is_an_error_and_an_unknown_job_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = "echo 'Unable to contact slurm controller' >&2; exit 1"
+    programs(tmp_path, monkeypatch, squeue=down, sacct=down, scancel=down)
+    for ask in (queue.poll, queue.scancel):
+        with pytest.raises(ResourceError, match="Unable to contact"):
+            ask("7")
+    gone = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    programs(tmp_path, monkeypatch, squeue=gone, sacct=":", scancel=gone)
+    assert queue.poll("7") is None
+    queue.scancel("7")
+
+
+def test_where_slurm_does_not_answer_the_files_of_the_run_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
+    job_file.record(tmp_path / "run", on="slurm", job="7")
+    monkeypatch.setenv("PATH", "")
+    now = status.status(Run(tmp_path / "run"))
+    assert now.state == "PENDING"
+    assert "Slurm does not answer" in now.reason
+
+
+def test_a_run_that_goes_on_here_is_not_in_the_state_of_its_old_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(tmp_path, monkeypatch, squeue=":", sacct="echo 'CANCELLED|n1|0:15'")
+    prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
+    job_file.record(tmp_path / "run", on="slurm", job="7")
+    assert status.status(Run(tmp_path / "run")).state == "STOPPED"
+    with hold(tmp_path / "run") as token:
+        Run(tmp_path / "run", token).event("started")
+        assert status.status(Run(tmp_path / "run")).state == "RUNNING"
+
+
+def test_a_run_whose_job_waits_is_not_started_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_recipe(Path("/shards")).save(tmp_path / "tiny.yaml")
+    run = tmp_path / "run"
+    prepare_run(tiny_recipe(Path("/shards")), run)
+    job_file.record(run, on="slurm", job="7")
+    programs(tmp_path, monkeypatch, squeue="echo 'PENDING|Priority|'")
+    for words in (
+        ["resume", run], ["resume", run, "--on", "local"], ["train", run],
+        ["submit", tmp_path / "tiny.yaml", "--run", run],
+        ["pretrain", tmp_path / "tiny.yaml", "--run", run],
+    ):  # fmt: skip
+        assert "has a job already" in deepclust(*words, code=7).stderr
+    assert job_file.read(run)["job"] == "7"
