@@ -23,7 +23,7 @@ from deepclust.files import read_json, write_json
 from deepclust.models import Backbone, build_backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
-from deepclust.run.checkpoint import Found, load_latest
+from deepclust.run.checkpoint import Checkpoint, load_latest
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.export import Exported, export_backbone
@@ -74,14 +74,14 @@ def load_run(run: Run) -> Backbone:
     return _backbone(run, _latest(run))
 
 
-def _latest(run: Run) -> Found:
+def _latest(run: Run) -> Checkpoint:
     latest = load_latest(run, lambda text: None)
     if latest is None:
         raise DataError(f"{run.path} has no checkpoint yet; let it run, then try again")
     return latest
 
 
-def _backbone(run: Run, latest: Found) -> Backbone:
+def _backbone(run: Run, latest: Checkpoint) -> Backbone:
     backbone = fresh_backbone(run.recipe)
     backbone.load_state_dict(backbone_part(latest.parts["model"]))
     return backbone.eval()

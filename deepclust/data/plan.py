@@ -55,7 +55,7 @@ class EpochPlan:
         `assignments` are int [n] or [heads, n] (head 0 decides), negative where excluded. `lanes`
         cuts the draws into that number of contiguous pieces of a tape that walks through the shards
         (`blocks`: `index.bases`). Each step takes equal parts of all lanes, so lanes must divide
-        the batch, and a rank reads only its own lanes if the ranks divide them. `epoch` is the key
+        the batch. A rank reads only its own lanes if the ranks divide them. `epoch` is the key
         of the draw within its `purpose`: a round that is cut by steps passes its own number.
 
         Raises `RecipeError` for a batch, lanes or mode that cannot be. Raises `DataError` if there

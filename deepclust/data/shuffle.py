@@ -13,7 +13,7 @@ LIMIT = 1 << 32  # items at most: an item's number is the low half of its key
 def random_order(
     group: UInt32[np.ndarray, " n_or_1"], n: int, key: int
 ) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " n"]]:
-    """Sort 0..n-1 by group, at random inside a group; return sorted groups and the order.
+    """Sort 0..n-1 by group, at random inside a group, and return sorted groups and the order.
 
     The random half of the sort keys is a keyed bijection of the position, so no two keys are equal.
     An unstable (vectorised) sort then gives the same order on every machine, and the sorted key

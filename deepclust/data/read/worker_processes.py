@@ -1,10 +1,10 @@
 """Reader processes that end with the rank, and ignore the signals that are meant for it.
 
 They come from a fork server, because fork hangs once the parent has used torch. The children of a
-fork server are not children of this process, and torch's own watchdog looks at the parent's pid, so
-it would not notice the end of the rank. So each worker waits on a pipe that only this process
-holds open. Signals to a whole process group or job step (Ctrl-C, Slurm's USR2 and TERM) are for the
-rank, which needs its workers to finish the step. They are blocked in the workers.
+fork server are not children of this process. So torch's own watchdog, which looks at the parent's
+pid, would not notice the end of the rank. Each worker waits on a pipe that only this process holds
+open. The workers block signals to a whole process group or job step. These are for the rank, which
+needs its workers to finish the step.
 """
 
 from __future__ import annotations
