@@ -68,9 +68,13 @@ class State:
 
 
 def save(
-    run: Run, state: State, parts: dict[str, Tensors], keep: int,
-    owned: OwnedTensors | None = None, world: World = ALONE,
-) -> bool:  # fmt: skip
+    run: Run,
+    state: State,
+    parts: dict[str, Tensors],
+    keep: int,
+    owned: OwnedTensors | None = None,
+    world: World = ALONE,
+) -> bool:
     """Write a checkpoint unless this step has one; then drop all but the newest `keep`.
 
     Return whether it was written. With `owned` (this rank's slices, by names that all ranks have)
@@ -104,9 +108,14 @@ def _commit(
 
 
 def _save_together(
-    run: Run, folder: Path, state: State, parts: dict[str, Tensors], keep: int,
-    owned: OwnedTensors, world: World,
-) -> bool:  # fmt: skip
+    run: Run,
+    folder: Path,
+    state: State,
+    parts: dict[str, Tensors],
+    keep: int,
+    owned: OwnedTensors,
+    world: World,
+) -> bool:
     """Write all ranks' slices into a scratch folder, then let rank 0 publish."""
     # a writer of an earlier attempt cannot know the name; a new holder of the run sweeps `.*.tmp`
     name = f".owned-{folder.name}-{run.token}-{secrets.token_hex(4)}.tmp"
