@@ -1,1 +1,1 @@
-"""Operations: the command line, and where and how a run is run. Imports `deepclust`, never back."""
+"""Operations: the command line, executors, results and reports; `deepclust` never imports it."""

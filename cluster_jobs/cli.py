@@ -1,5 +1,6 @@
-"""The `deepclust` command. Every verb is a few lines on top of a function that does the work.
+"""The `deepclust` command.
 
+Every verb is a few lines on top of a function that does the work.
 Imports of torch and of all that is heavy happen inside the verbs, so that `--help` is instant.
 Results go to stdout, everything else to stderr; exit codes are those of `deepclust.errors`.
 """
@@ -126,7 +127,7 @@ def index(
         Path | None, typer.Option("--index", help="The folder of the index; default: the shards'.")
     ] = None,
 ) -> None:
-    """Index WebDataset shards, whoever wrote them."""
+    """Index WebDataset shards of any origin."""
     from deepclust.data.shards.index import build_index
 
     built = build_index(shards, at, verify=verify)
@@ -339,12 +340,17 @@ def evaluate(
     run_dir: RunDir,
     train_shards: Annotated[str, typer.Option("--train", help="The labelled shards to fit on.")],
     test_shards: Annotated[str, typer.Option("--test", help="The labelled shards to score on.")],
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score the run's frozen backbone by weighted kNN, a linear probe and its clusters."""
+    """Score the run's frozen network: kNN, linear probe, clusters, prototypes of its seeds."""
     from cluster_jobs.results.evaluate import evaluate_run
 
-    scores = evaluate_run(run_dir, train_shards, test_shards, tell=_log)
+    names = None if with_ is None else with_.split(",")
+    scores = evaluate_run(run_dir, train_shards, test_shards, names, emit=_log)
     if as_json:
         typer.echo(json.dumps(scores))
         return
@@ -393,6 +399,16 @@ def report(
     from cluster_jobs.report import write_report
 
     _log(f"wrote {write_report(run_dir, out or run_dir / 'report.html')}")
+
+
+@app.command()
+def guide(
+    name: Annotated[str | None, typer.Argument(help="a guide; without it, the list")] = None,
+) -> None:
+    """Show a guide, or list the guides."""
+    from cluster_jobs import guides
+
+    typer.echo(guides.contents() if name is None else guides.read(name))
 
 
 def _follow(run_dir: Path) -> None:

@@ -62,7 +62,7 @@ def forget_cancel(run_dir: Path) -> None:
     (run_dir / "cancel").unlink(missing_ok=True)
 
 
-def fruit(run: Run) -> tuple[int, int, int]:
+def progress(run: Run) -> tuple[int, int, int]:
     """Return counts of what is on disk: they change with every commit that brings a run further."""
     steps = [int(folder.name) for folder in run.checkpoints()]
     stages = len(list(run.path.glob("rounds/*/*/DONE")))

@@ -1,5 +1,6 @@
-"""What people do with runs: submit, resume, cancel and follow them. The verbs of the CLI and the
-web page are thin over these functions; nothing here prints.
+"""What people do with runs: submit, resume, cancel and follow them.
+
+The verbs of the CLI are thin over these functions, which print nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ def points(sweep: list[str]) -> list[list[str]]:
 
 
 def run_dirs(folder: Path, sweep: list[str]) -> dict[Path, list[str]]:
-    """Return the run directory of every point. Raises `RecipeError` when two are the same."""
+    """Return the run directory of every point.
+
+    Raises `RecipeError` when two are the same.
+    """
     wanted = points(sweep)
     by_path = {run_dir(folder, point): point for point in wanted}
     if len(by_path) < len(wanted):

@@ -21,11 +21,13 @@ import time
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.methods.base import Targets
 from deepclust.run.directory import is_done, prune
+from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import cluster, warm_start
 from deepclust.stages.build import Context, build_trainer, embedder, restore
 from deepclust.stages.export import export_backbone
-from deepclust.stages.extract import Pass, extract, project
+from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.planning import plan_segment
+from deepclust.stages.project import project
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer, train_segment
 
@@ -119,13 +121,15 @@ def make_features(context: Context, trainer: Trainer, number: int) -> None:
     """Extract, whiten, project, with the present weights."""
     run, world = context.run, context.world
     world.broadcast(list(trainer.method.buffers()))  # batch statistics of rank 0, everywhere
-    job = Pass(
+    job = ExtractContext(
         run, number, world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
     )  # fmt: skip
     extract(job, embedder(context, trainer))
-    await_stage(context, number, "whitening")
-    project(job, cluster.read_whitening(run.round(number)))
+    refresh = context.recipe.method.round
+    if refresh is not None and refresh.whiten:
+        await_stage(context, number, "whitening")
+    project(job, find_whitening(run.round(number)))
 
 
 def tidy(context: Context, trainer: Trainer, number: int) -> None:
@@ -134,7 +138,7 @@ def tidy(context: Context, trainer: Trainer, number: int) -> None:
     shutil.rmtree(run.round(number) / "raw", ignore_errors=True)
     prune([run.round(r) / "features" for r in run.rounds()], context.recipe.keep.features)
     assert trainer.metrics is not None
-    trainer.metrics.record("round", number, **cluster.read_statistics(run, number))
+    trainer.metrics.record("round", number, **read_statistics(run, number))
 
 
 def await_stage(context: Context, number: int, stage: str) -> None:

@@ -59,7 +59,7 @@ def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
     """A display that asks the run to stop when it sees a step."""
 
     def show(record: dict[str, Any]) -> None:
-        if record.get("progress") and record["step"] == step:
+        if record.get("progress") and record.get("step") == step:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     return show

@@ -1,4 +1,4 @@
-"""Where a run runs. This is the table of executors; each is a file with a name `EXECUTOR`."""
+"""The table of executors, the places where a run runs; each file has a name `EXECUTOR`."""
 
 from __future__ import annotations
 

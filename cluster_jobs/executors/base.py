@@ -71,7 +71,7 @@ class SeparateJobs(Generic[PlanT]):
 
 
 class Executor(Protocol[PlanT]):
-    """A place where runs run. Errors are those of `deepclust.errors`."""
+    """A place where runs run; its errors are those of `deepclust.errors`."""
 
     name: str  # the value of --on, recorded in the run's job.json
     poll_s: float = POLL_S  # seconds between two questions about a job
@@ -100,7 +100,7 @@ class Executor(Protocol[PlanT]):
         ...
 
     def is_pending(self, run_dir: Path) -> bool:
-        """Return whether a job of the run is queued or coming up. May ask a cluster.
+        """Return whether a job of the run is queued or coming up; this may ask a cluster.
 
         Raises `ResourceError` when the cluster does not answer.
         """

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cluster_jobs import job_file
 from cluster_jobs.executors import background
 from cluster_jobs.executors.base import Executor, JobState, SeparateJobs, open_to_resume
-from cluster_jobs.spec import RaySpec, ray_spec, sizes
+from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
 from deepclust.errors import RecipeError, ResourceError
 from deepclust.launch.start import prepare_run
 from deepclust.recipe import Recipe
@@ -109,7 +109,10 @@ class RayExecutor(Executor[Plan]):
         return JobState("submitted", text)
 
     def is_pending(self, run_dir: Path) -> bool:
-        """Return whether its Ray job has not ended. Raises `ResourceError` if Ray is silent."""
+        """Return whether its Ray job has not ended.
+
+        Raises `ResourceError` when the cluster does not answer.
+        """
         facts = job_file.read(run_dir)
         if not facts.get("submission"):
             return False
@@ -120,7 +123,7 @@ class RayExecutor(Executor[Plan]):
             return False
 
     def prepare_sweep(self, plans: list[Plan], folder: Path) -> SeparateJobs[Plan]:
-        """Return the runs. Raises `RecipeError` when there is not a standing cluster."""
+        """Return the runs, or raise `RecipeError` when there is not a standing cluster."""
         if not plans[0].spec.address:
             raise RecipeError(
                 "a sweep needs a queue, and a Ray of this machine alone would run all at once: use "
@@ -167,7 +170,7 @@ def _client_of(plan: Plan) -> JobSubmissionClient | None:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    """Return a client of Ray Jobs. Raises `ResourceError` when Ray does not answer there."""
+    """Return a client of Ray Jobs, or raise `ResourceError` when Ray does not answer there."""
     from ray.job_submission import JobSubmissionClient
 
     try:

@@ -1,7 +1,7 @@
 """The Slurm executor: a run as a job that Slurm starts, preempts and requeues, by submitit.
 
-What is submitted names the run directory and nothing else, so Slurm may start it any number of
-times: every start continues from the last commit. Its program is `cluster_jobs.slurm.task`, one
+What is submitted names the run directory and nothing else. So Slurm may start it any number of
+times, and every start continues from the last commit. Its program is `cluster_jobs.slurm.task`, one
 task for each node or, with `slurm.launcher: srun`, one for each process.
 """
 
@@ -75,7 +75,7 @@ class SlurmExecutor(Executor[Plan]):
         _queue([plan])
 
     def prepare_sweep(self, plans: list[Plan], folder: Path) -> script.Sweep:
-        """Return one array for the plans. Raises `RecipeError` when their resources differ."""
+        """Return one array for the plans, or raise `RecipeError` when their resources differ."""
         return script.prepare_sweep(plans, folder)
 
     def submit_sweep(self, sweep: Sweep[Plan]) -> None:
@@ -112,7 +112,10 @@ class SlurmExecutor(Executor[Plan]):
         return f"{run_dir} was stopped, job {number}; {resume} continues it"
 
     def is_pending(self, run_dir: Path) -> bool:
-        """Return whether its job is queued or has nodes. Raises `ResourceError` if Slurm fails."""
+        """Return whether its job is queued or has nodes.
+
+        Raises `ResourceError` when Slurm does not answer.
+        """
         number = job_file.read(run_dir).get("job")
         job = queue.poll(str(number)) if number else None
         return job is not None and (job.waits or job.lives)

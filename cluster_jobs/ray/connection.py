@@ -16,7 +16,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 
-from cluster_jobs.spec import RaySpec, sizes
+from cluster_jobs.ray.spec import RaySpec, sizes
 from deepclust.errors import ResourceError
 from deepclust.recipe import Recipe
 

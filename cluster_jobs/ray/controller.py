@@ -22,8 +22,8 @@ from cluster_jobs import job_file
 from cluster_jobs.ray.connection import connected
 from cluster_jobs.ray.faults import Ending
 from cluster_jobs.ray.placement import Shape, alive, has_gpus, has_room, reserve, shape_of
+from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
 from cluster_jobs.ray.transport import WorkerGroup
-from cluster_jobs.spec import RaySpec, ray_spec, sizes
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
 from deepclust.launch.policy import FRUITLESS
 from deepclust.launch.start import collected_signals, is_finished
@@ -49,7 +49,7 @@ class Controller:
     def control(self) -> None:
         """Live until the run is finished. Raises what ended it otherwise."""
         while True:
-            before = job_file.fruit(self.run)
+            before = job_file.progress(self.run)
             ending = self._live()
             if ending.kind == "finished":
                 return self._event("finished", epochs=self.run.recipe.train.epochs)
@@ -61,7 +61,7 @@ class Controller:
                     raise RequeueWanted(ending.text)
                 self.wants_more = False
                 continue
-            self._forgive(ending, job_file.fruit(self.run) != before)
+            self._forgive(ending, job_file.progress(self.run) != before)
 
     def _live(self) -> Ending:
         """One life of the gang, from a reservation to its end."""

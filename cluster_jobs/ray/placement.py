@@ -15,7 +15,7 @@ from typing import TypeAlias
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from cluster_jobs.spec import RaySpec
+from cluster_jobs.ray.spec import RaySpec
 from deepclust.errors import ResourceError
 from deepclust.recipe import Recipe
 

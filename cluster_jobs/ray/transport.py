@@ -29,7 +29,7 @@ from cluster_jobs.ray.faults import (
     worker_left,
 )
 from cluster_jobs.ray.placement import Shape
-from cluster_jobs.spec import RaySpec
+from cluster_jobs.ray.spec import RaySpec
 from deepclust.errors import ResourceError
 from deepclust.launch.policy import AFTERMATH_S
 from deepclust.launch.role import CLUSTER_WORKER, Role

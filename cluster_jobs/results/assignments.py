@@ -22,7 +22,7 @@ from deepclust.data.shards.url import redact
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import atomic_file, read_json
 from deepclust.run.directory import Run, manifest, open_run
-from deepclust.stages.extract import read_excluded
+from deepclust.run.round_files import read_excluded
 
 SCHEMA = pa.schema(
     {

@@ -27,10 +27,11 @@ from rich.table import Table
 from cluster_jobs.results.npy_file import check_names, open_rows, read_names
 from deepclust import __version__
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.search import probed
+from deepclust.clustering.kmeans import KMeansResult, solve_kmeans
+from deepclust.clustering.options import KMeansOptions, Progress
+from deepclust.clustering.search import probe_backend
 from deepclust.clustering.statistics import describe
-from deepclust.clustering.two_level import start_of
+from deepclust.clustering.two_level_init import given_start
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
@@ -38,6 +39,7 @@ from deepclust.recipe.sections import ClusterSection
 from deepclust.run.directory import environment
 
 BLOCK = 4096  # rows that are whitened at a time
+SHOWN_EVERY_S = 3.0  # between two lines of progress
 GROUP = 2**20  # rows of a Parquet row group: all that the table has in memory
 
 
@@ -56,6 +58,20 @@ class Options:
     backend: str = "auto"
     device: str = "auto"
     ids: Path | None = None  # names of the rows
+
+    def kmeans(self, backend: str) -> KMeansOptions:
+        """Return the settings of the k-means, searched by `backend`."""
+        assert self.k is not None
+        return KMeansOptions(
+            self.k,
+            self.iterations,
+            self.seed,
+            self.init,
+            self.empty,
+            self.spherical,
+            self.min_size,
+            backend=backend,
+        )
 
 
 def is_features(source: Path) -> bool:
@@ -129,7 +145,8 @@ class _Job:
         if dim is None:
             return self.rows
         _say(f"whitening {n:,} rows from {width} to {dim} dimensions")
-        whitening = Whitening.fit(self.rows, dim)
+        progress = _Passes()
+        whitening = Whitening.fit(self.rows, dim, progress.rows)
         if whitening.warning:
             _say(f"warning: {_in_options(whitening.warning)}")
         whitening.save(folder / "whitening.safetensors")
@@ -140,21 +157,12 @@ class _Job:
         chosen = self.options
         assert chosen.k is not None
         _say(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
-        backend, device, notes = probed(chosen.backend, self.device)
+        backend, device, notes = probe_backend(chosen.backend, self.device)
         for note in notes:
             _say(f"warning: {note}; {backend} on {device} is used instead")
-        points = ArrayPoints(rows, device=device)
-        return kmeans(
-            points,
-            chosen.k,
-            iterations=chosen.iterations,
-            seed=chosen.seed,
-            init=start_of(points, chosen.init, chosen.k, chosen.seed),
-            empty=chosen.empty,
-            spherical=chosen.spherical,
-            min_size=chosen.min_size,
-            backend=backend,
-        )
+        points, options = ArrayPoints(rows, device=device), chosen.kmeans(backend)
+        given = given_start(points, options)
+        return solve_kmeans(points, options, given, _Passes())
 
     def _facts(self, result: KMeansResult) -> dict[str, Any]:
         """Everything that statistics.json says, save the times."""
@@ -265,6 +273,32 @@ def _speaking_of(source: Path) -> Iterator[None]:
 
 def _in_options(text: str) -> str:
     return text.replace("cluster.k", "--k").replace("cluster.dim=", "--whiten ")
+
+
+class _Passes:
+    """Writes how far a long computation is, at most every few seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if self._due():
+            _say(
+                f"pass {progress.pass_} of {progress.of}: inertia {progress.inertia:.6g}, "
+                f"{progress.moved:,} rows moved, {progress.eta:.0f} s left"
+            )
+
+    def rows(self, done: int, of: int) -> None:
+        """Write how many rows are read."""
+        if self._due():
+            _say(f"{done:,} of {of:,} rows read")
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < SHOWN_EVERY_S:
+            return False
+        self.last = now
+        return True
 
 
 def _say(text: str) -> None:

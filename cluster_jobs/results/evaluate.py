@@ -1,161 +1,162 @@
-"""Frozen features of a finished run for the evaluators, and the export of its backbone.
+"""Evaluation of a run's frozen network on labelled shards, and the export of its backbone.
 
-Features of the labelled train and test shards come from the exported backbone (centre crop, as in
-extraction); the evaluators in `deepclust.evaluate` see arrays only.
+What needs a run directory is here: the newest checkpoint, the recipe, the labelled seeds. The
+evaluators in `deepclust.evaluate` see a `Frozen`, and know no run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
 
-from deepclust.data.images.crops import CentreCrop, Crop, to_float
-from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DataError
-from deepclust.evaluate import evaluate_features
-from deepclust.evaluate.nearest_prototype import prototypes
+from deepclust.evaluate import Scores, evaluate, find_evaluator
+from deepclust.evaluate.frozen import (
+    DIM,
+    Embed,
+    Frozen,
+    Labelled,
+    SeedRows,
+    class_names,
+    embed_labelled,
+    folder_of,
+    freeze_shards,
+)
 from deepclust.files import read_json, write_json
-from deepclust.models import Backbone, build_backbone
+from deepclust.methods.embed import Embedder
+from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
 from deepclust.run.checkpoint import Checkpoint, load_latest
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
+from deepclust.stages.build import build_method
 from deepclust.stages.export import Exported, export_backbone
-from deepclust.stages.warm_start import backbone_part, export_meta
-
-DIM = 64  # of the whitening that judges a method without a clustering
-Scores = dict[str, dict[str, float]]
+from deepclust.stages.warm_start import export_meta
+from deepclust.world import World
 
 
 def evaluate_run(
-    run: Path, train: str, test: str, tell: Callable[[str], None] = lambda text: None
+    run_dir: Path,
+    train: str,
+    test: str,
+    names: Iterable[str] | None = None,
+    emit: Callable[[str], None] = lambda text: None,
 ) -> Scores:
-    """Evaluate a run's backbone on labelled shards; the scores also land in `evaluations/`.
+    """Evaluate a run's newest network on labelled shards and return the scores by evaluator.
 
-    A seeded run is also judged by its prototypes, where `train` are the shards it was trained on.
-    `tell` hears why not, if not.
+    They also go into `evaluations/STEP.json`, beside those of other evaluators on the same shards.
+    `names` are evaluators (default: all). `emit` is given the reason for each that is left out.
     """
-    found = open_run(run)
-    latest, data = _latest(found), found.recipe.data
-    backbone, index = _backbone(found, latest), open_index(train)
-    train_x, train_y, ids = features_of(backbone, index, data)
-    probes = labelled_features(backbone, open_index(test), data)
-    dim = found.recipe.cluster.dim if found.recipe.cluster else DIM
-    scores = evaluate_features((train_x, train_y), probes, dim=dim)
-    if (seeds := found.recipe.seeds) is not None:
-        try:
-            known, labels = seeds_of(found, index)
-            rows, place = np.searchsorted(ids, known), np.isin(known, ids)
-            nearest = prototypes(
-                train_x, rows[place], labels[place], *probes, dim=dim, refine=seeds.refine
-            )
-            scores["prototypes"] = dict(nearest)
-        except DataError as error:
-            tell(f"the seeds' prototypes are not judged: {error}")
-    record = {"step": latest.state.step, "train": train, "test": test, "scores": scores}
-    write_json(found.path / "evaluations" / f"{latest.state.step:08d}.json", record)
+    names = None if names is None else list(names)
+    for name in names or ():
+        find_evaluator(name)  # an unknown one is an error before the images are read
+    run = open_run(run_dir)
+    checkpoint = _newest_checkpoint(run)
+    index = open_index(train)
+    frozen = freeze_shards(
+        _embedder(run.recipe, checkpoint.parts["model"]),
+        index,
+        open_index(test),
+        run.recipe.data,
+        dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
+    )
+    scores = evaluate(_with_seeds(frozen, run, index), names, emit)
+    record = {"step": checkpoint.state.step, "train": train, "test": test, "scores": scores}
+    _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
     return scores
 
 
-def export_run(run: Path, out: Path, format_: str) -> Exported:
+def export_run(run_dir: Path, out: Path, format_: str) -> Exported:
     """Export the backbone of a run's newest checkpoint."""
-    found = open_run(run)
-    return export_backbone(load_run(found), out, format_, meta=export_meta(found))
+    run = open_run(run_dir)
+    return export_backbone(load_trunk(run), out, format_, meta=export_meta(run))
 
 
-def load_run(run: Run) -> Backbone:
-    """The backbone of a run's newest readable checkpoint, in eval mode."""
-    return _backbone(run, _latest(run))
+def load_embedder(run: Run) -> Embedder:
+    """Return the map from images to features of a run's newest readable checkpoint."""
+    return _embedder(run.recipe, _newest_checkpoint(run).parts["model"])
 
 
-def _latest(run: Run) -> Checkpoint:
-    latest = load_latest(run, lambda text: None)
-    if latest is None:
-        raise DataError(f"{run.path} has no checkpoint yet; let it run, then try again")
-    return latest
-
-
-def _backbone(run: Run, latest: Checkpoint) -> Backbone:
-    backbone = fresh_backbone(run.recipe)
-    backbone.load_state_dict(backbone_part(latest.parts["model"]))
-    return backbone.eval()
-
-
-def fresh_backbone(recipe: Recipe) -> Backbone:
-    """The backbone as a run of this recipe begins with it."""
-    return build_backbone(
-        recipe.backbone.name, sobel=recipe.backbone.sobel,
-        image_size=recipe.data.size, seed=recipe.seed,
-    ).eval()  # fmt: skip
-
-
-def labelled_features(
-    backbone: Backbone, index: Index, data: Data
-) -> tuple[Float32[np.ndarray, "n D"], np.ndarray]:
-    """Features and labels of every readable, labelled sample, in sample order."""
-    return features_of(backbone, index, data)[:2]
-
-
-def seeds_of(run: Run, index: Index) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-    """Sample ids and labels of a run's seeds; `DataError` when these are not the run's shards."""
-    assert run.recipe.seeds is not None
-    began = read_json(run.path / "data.json")["fingerprint"]
-    if index.fingerprint != began:
-        raise DataError(f"{index.shards[0].parent} are not the shards that {run.path} trained on")
-    seeds = load_seeds(index, run.recipe.seeds, run.recipe.seed).table
-    return seeds.ids, label_numbers(index, seeds.names)[seeds.classes]
-
-
-def label_numbers(index: Index, names: list[str]) -> Int64[np.ndarray, " classes"]:
-    """The shards' label of every class name; they are told apart by name in tables of labels."""
-    assert index.labels is not None
-    known = {int(label) for label in np.unique(index.labels)}
-    given = index.class_names or [str(label) for label in range(max(known) + 1)]
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise DataError(
-            f"the seeds' classes {missing[:5]} are not among those of {index.shards[0].parent} "
-            f"({given[:5]}, ...): name them as its dataset.json does, or evaluate on other shards"
-        )
-    return np.array([given.index(name) for name in names])
-
-
-def features_of(
-    backbone: Backbone, index: Index, data: Data
-) -> tuple[Float32[np.ndarray, "n D"], np.ndarray, Int64[np.ndarray, " n"]]:
-    """Features, labels and sample ids of every readable, labelled sample, in sample order."""
-    if index.labels is None:
-        raise DataError(
-            f"{index.shards[0].parent} has no labels: evaluation needs KEY.cls or KEY.json members"
-        )
+def fresh_embedder(recipe: Recipe) -> Embedder:
+    """Return the map from images to features of a recipe's random initial weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = backbone.to(device)
-    crops = (Crop(CentreCrop(data.size, data.short_side)),)
-    ids = np.flatnonzero(np.asarray(index.labels) >= 0)
-    requests = (
-        Request(part, positions=part, key=0, crops=crops)
-        for part in np.array_split(ids, max(1, len(ids) // data.extract_batch))
-    )
-    rows, used = [], []
-    loader = Loader(index, data.workers, max_pixels=data.max_pixels)
-    try:
-        for loaded in loader.stream(requests):
-            with torch.inference_mode():
-                images = to_float(loaded.images[0].to(device), data.mean, data.std)
-                rows.append(backbone(images).float().cpu().numpy())
-            used.append(~np.isin(loaded.sample_ids, [bad.sample_id for bad in loaded.bad]))
-    finally:
-        loader.close()
-    usable = np.concatenate(used)
-    if (~usable).mean() > data.max_bad:
+    method = build_method(recipe, World(device=device), new=False).to(device).eval()
+    method = method.to(memory_format=torch.channels_last)
+    return Embedder(method, recipe.data, recipe.train.precision, device)
+
+
+def load_trunk(run: Run) -> Backbone:
+    """Return the backbone that counts of a run's newest readable checkpoint, in eval mode."""
+    return load_embedder(run).method.backbone
+
+
+def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
+    """Return features and labels of every readable, labelled sample, in sample order."""
+    split = embed_labelled(embed, index, data)
+    return split.features, split.labels
+
+
+def _newest_checkpoint(run: Run) -> Checkpoint:
+    checkpoint = load_latest(run, lambda text: None)
+    if checkpoint is None:
         raise DataError(
-            f"{(~usable).sum()} of {len(ids)} images of {index.shards[0].parent} cannot be read, "
-            f"more than data.max_bad={data.max_bad} allows"
+            f"{run.path} has no checkpoint that can be read. Continue it: "
+            f"deepclust resume {run.path}"
         )
-    return np.concatenate(rows)[usable], np.asarray(index.labels)[ids][usable], ids[usable]
+    return checkpoint
+
+
+def _embedder(recipe: Recipe, weights: dict[str, Any]) -> Embedder:
+    """Return the embedder of saved weights.
+
+    What ranks own slices of (`Method.owned`) is not among the weights: those are heads, which
+    embedding does not use.
+    """
+    embedder = fresh_embedder(recipe)
+    missing, unexpected = embedder.method.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if name not in embedder.method.owned()]
+    if missing or unexpected:
+        raise DataError(
+            f"the checkpoint lacks {missing[:3]} and has {unexpected[:3]} beside what its recipe "
+            "describes. Evaluate with the version of deepclust that wrote it (env.json)."
+        )
+    return embedder
+
+
+def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
+    """Return `frozen` with the rows of the run's labelled seeds, or why there are none."""
+    if run.recipe.seeds is None:
+        return replace(frozen, seeds_missing=f"{run.path} was trained without labelled seeds")
+    if index.fingerprint != read_json(run.path / "data.json")["fingerprint"]:
+        reason = f"{folder_of(index)} are not the shards that {run.path} was trained on"
+        return replace(frozen, seeds_missing=reason)
+    table = load_seeds(index, run.recipe.seeds, run.recipe.seed).table
+    unknown = [name for name in table.names if name not in class_names(index)]
+    if unknown:
+        reason = (
+            f"the seeds' classes {unknown[:5]} are not among those of {folder_of(index)} "
+            f"({frozen.classes[:5]}, ...). Name them as its dataset.json does"
+        )
+        return replace(frozen, seeds_missing=reason)
+    numbers = np.array([frozen.classes.index(name) for name in table.names], np.int64)
+    rows = np.searchsorted(frozen.train.sample_ids, table.ids)
+    readable = np.isin(table.ids, frozen.train.sample_ids)
+    labels = numbers[table.classes]
+    seeds = SeedRows(rows[readable], labels[readable], run.recipe.seeds.refine)
+    return replace(frozen, seeds=seeds)
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write the scores, and keep those of other evaluators on the same shards."""
+    shards = ("train", "test")
+    before = read_json(path) if path.exists() else None
+    if before is not None and all(before[split] == record[split] for split in shards):
+        record = {**record, "scores": {**before["scores"], **record["scores"]}}
+    write_json(path, record)

@@ -19,7 +19,7 @@ from deepclust.run import directory, lock
 
 
 def create(source: str, run_dir: Path, overrides: list[str]) -> None:
-    """Write the run of a recipe, or what this job changes in it. Raises `deepclust.errors`."""
+    """Write the run of a recipe, or what this job changes in it."""
     if directory.exists(run_dir):
         with lock.hold(run_dir):
             run = directory.open_run(run_dir)

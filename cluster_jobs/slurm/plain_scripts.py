@@ -1,8 +1,8 @@
 """The sbatch scripts in `slurm/`, for use without submitit: made from the executor's plans.
 
 `tools/slurm-scripts` writes them, and a test compares them with what is made here. They differ
-from what `deepclust submit --on slurm` queues in two things: recipe and run are arguments, and what
-the job has is read from Slurm's variables, so that nodes can be changed on sbatch's command line.
+from what `deepclust submit --on slurm` queues in two things. Recipe and run are arguments. The
+job's resources are read from Slurm's variables, so that sbatch's command line can change them.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def poll(job: str) -> JobRecord | None:
 
 
 def scancel(job: str) -> None:
-    """Remove the job from the queue, or end it. Raises `ResourceError` when Slurm does not."""
+    """Remove the job from the queue, or end it; a `ResourceError` says that Slurm did not."""
     _, problem = _run("scancel", job)
     if problem and not any(words in problem for words in GONE):
         raise ResourceError(f"job {job} could not be cancelled: {problem}")

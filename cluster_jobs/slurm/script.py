@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs.slurm.layout import Layout, layout
-from cluster_jobs.spec import SlurmSpec, minutes, one_line, slurm_spec
+from cluster_jobs.slurm.spec import SlurmSpec, minutes, one_line, slurm_spec
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe
 
@@ -189,7 +189,7 @@ def prepare(recipe: Recipe, run_dir: Path) -> Plan:
 
 
 def prepare_sweep(plans: list[Plan], folder: Path) -> Sweep:
-    """Return one array for the plans. Raises `RecipeError` when their resources differ."""
+    """Return one array for the plans, or raise `RecipeError` when their resources differ."""
     plans = [replace(plan, sweep_dir=folder) for plan in plans]
     for plan in plans[1:]:
         if plan.parameters() != plans[0].parameters():

@@ -19,9 +19,9 @@ from typing import Any
 
 from cluster_jobs import job_file
 from cluster_jobs.slurm.allocation import Allocation
-from cluster_jobs.slurm.layout import Layout, Place, layout
+from cluster_jobs.slurm.layout import Layout, Slot, layout
 from cluster_jobs.slurm.rendezvous import Head, Peer
-from cluster_jobs.spec import SlurmSpec, slurm_spec
+from cluster_jobs.slurm.spec import SlurmSpec, slurm_spec
 from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, ResourceError, error_of
 from deepclust.launch.policy import AFTERMATH_S, MAY_PASS, UNEXPECTED
 from deepclust.launch.role import CLUSTER_WORKER
@@ -59,7 +59,7 @@ class WorkerGroup:
         self, run: Run, found: Allocation, roles: Layout, head: Head, asked: list[int]
     ) -> None:
         self.run, self.found, self.roles, self.head, self.asked = run, found, roles, head, asked
-        self.places: dict[int, Place] = {
+        self.places: dict[int, Slot] = {
             node * roles.tasks + slot: place
             for node, places in enumerate(roles.nodes)
             for slot, place in enumerate(places)

@@ -27,7 +27,7 @@ from cluster_jobs.slurm.allocation import Allocation, allocation, own_address
 from cluster_jobs.slurm.layout import FIRST_NODE
 from cluster_jobs.slurm.ray_daemon import Daemon, alone, private
 from cluster_jobs.slurm.rendezvous import Head, folder, hosting, join, leave
-from cluster_jobs.spec import SlurmSpec, slurm_spec
+from cluster_jobs.slurm.spec import SlurmSpec, slurm_spec
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError, RunHeldError
 from deepclust.files import read_json, write_json
 from deepclust.launch.policy import FRUITLESS
@@ -207,7 +207,7 @@ def after_stop(path: Path, asked: list[int]) -> int:
 
 def refuse_fruitless(path: Path, found: Allocation) -> None:
     """Raise `ResourceError` when this job's last starts have brought nothing to the disk."""
-    file, now = _counts(path), list(job_file.fruit(Run(path)))
+    file, now = _counts(path), list(job_file.progress(Run(path)))
     before = read_json(file) if file.exists() else {}
     counted = [*(before["fruit"] if before.get("job") == found.job else []), now]
     write_json(file, {"job": found.job, "fruit": counted[-FRUITLESS - 1 :]})

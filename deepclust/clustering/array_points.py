@@ -5,6 +5,8 @@ FAISS and torch differ in one function, the search for the nearest centroid (`se
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.exact_sums import BINS, ClusterSums, grid_of, into_bins, on_grid
+from deepclust.clustering.exact_sums import PARTIALS, ClusterSums, grid_of, into_partials, on_grid
 from deepclust.clustering.nearest import squared_distances
 from deepclust.clustering.points import (
-    Pass,
+    Assignment,
     Rows,
     as_tensor,
     inertia_of,
@@ -25,13 +27,13 @@ from deepclust.clustering.points import (
 )
 from deepclust.clustering.precision import full_precision
 from deepclust.clustering.search import SEARCHES
-from deepclust.clustering.tiles import each_tile
+from deepclust.clustering.tiles import do_nothing, each_tile
 from deepclust.errors import DataError, NumericalError
 
 # numbers of a tile: what a core's cache holds, and on a GPU (not measured there) what keeps it busy
 # between launches, half a GB of scores; 2**23 would be 104 rows for 80,000 centroids
 TILE = {"cpu": 2**21, "cuda": 2**27}
-MOST = 65_536  # rows of a tile
+MAX_TILE_ROWS = 65_536  # rows of a tile
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,17 @@ class Grids:
 
     rows: float
     weights: float
-    power: float
+    sum_sq: float
     count: int
 
 
 class ArrayPoints:
     """Points over an array: numpy, memory-mapped (read tile by tile) or torch, fp16 to fp64.
 
-    `unit=True` scales every row to unit norm as it is read (spherical k-means). A pass uses
-    `threads`, by default as many as torch has.
+    `spherical=True` scales every row to unit norm as it is read. A pass uses `threads` threads, by
+    default those that torch uses. `alive` is called after every tile: a pass can take minutes.
+
+    Raises `DataError` for an array that is not [n, d], or for a weight that is not allowed.
     """
 
     def __init__(
@@ -56,65 +60,70 @@ class ArrayPoints:
         rows: Rows,
         *,
         weights: Rows | None = None,
-        unit: bool = False,
+        spherical: bool = False,
         backend: str = "torch",
         device: torch.device | str | None = None,
-        ids: Int64[np.ndarray, " n"] | None = None,
         threads: int | None = None,
+        alive: Callable[[], None] = do_nothing,
     ) -> None:
         if rows.ndim != 2 or rows.shape[1] == 0:
             raise DataError(f"features must be an array [n, d], got shape {tuple(rows.shape)}")
         home = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
         self.device = torch.device(device) if device is not None else home
         self.rows = _resident(rows, self.device)
-        self.ids = ids
-        self.n = self.held = len(rows) if ids is None else len(ids)
+        self.ids: Int64[np.ndarray, " n"] | None = None  # of a view: its rows
+        self.n = self.n_local = len(rows)
         self.dim = int(rows.shape[1])
-        self.unit = unit
+        self.spherical = spherical
         self.backend = backend
         self.threads = (threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
         self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
-        self.grids: Grids | None = None  # see `exact.py`
-        self.power: float | None = None  # sum of w |x|^2, from the first pass
+        self.alive = alive
+        self.grids: Grids | None = None  # see `exact_sums.py`
+        self.sum_sq: float | None = None  # sum of w |x|^2, from the first pass
 
-    def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
-        """Copies of some rows, float32 on our device."""
+    def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
+        """Return copies of some rows, float32 on the points' device."""
         places = ids.cpu().numpy()
         return self._read(places if self.ids is None else self.ids[places])
 
     def select(self, ids: Int64[np.ndarray, " m"]) -> ArrayPoints:
-        """A view of some rows; ids of the view are positions in `ids`."""
-        places = ids if self.ids is None else self.ids[ids]
-        return self._view(unit=self.unit, backend=self.backend, ids=places)
+        """Return a view of some rows; ids of the view are positions in `ids`."""
+        view = self._copy()
+        view.ids = ids if self.ids is None else self.ids[ids]
+        view.n = view.n_local = len(ids)
+        return view
 
-    def configured(self, *, unit: bool, backend: str) -> ArrayPoints:
-        """The same rows, read as unit rows or as they are, searched by `backend`."""
-        return self._view(unit=unit, backend=backend, ids=self.ids)
+    def configure(self, *, spherical: bool, backend: str) -> ArrayPoints:
+        """Return the same rows, read as unit rows or as they are, searched by `backend`."""
+        view = self._copy()
+        view.spherical, view.backend = spherical, backend
+        return view
 
-    def _view(self, *, unit: bool, backend: str, ids: np.ndarray | None) -> ArrayPoints:
-        return ArrayPoints(
-            self.rows, weights=self.weights, unit=unit, backend=backend, device=self.device,
-            ids=ids, threads=self.threads,
-        )  # fmt: skip
+    def _copy(self) -> ArrayPoints:
+        """Return the same rows without what is known of their values."""
+        view = copy.copy(self)
+        view.grids, view.sum_sq = None, None
+        return view
 
-    def tile(self, start: int, size: int) -> Float32[Tensor, "m d"]:
-        """At most `size` rows from `start` on, float32 on our device."""
+    def read_tile(self, start: int, size: int) -> Float32[Tensor, "m d"]:
+        """Return at most `size` rows from `start` on, float32 on the points' device."""
         piece = slice(start, min(start + size, self.n))
         return self._read(piece if self.ids is None else self.ids[piece])
 
     def check_finite(self) -> None:
         """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
-        bad, largest = self.survey()
+        bad, largest = self.scan_values()
         if len(bad):
             raise NumericalError(not_finite(bad, len(bad), self.n))
-        self.set_grids(largest, self.heaviest(), self.n)
+        self.set_grids(largest, self.max_weight(), self.n)
 
-    def survey(self) -> tuple[Int64[np.ndarray, " b"], float]:
-        """Rows that are not finite, and the largest magnitude of a number in the others."""
+    def scan_values(self) -> tuple[Int64[np.ndarray, " b"], float]:
+        """Return the ids of rows that are not finite, and the largest magnitude in the others."""
         size, bad, largest = self._tile(1), [np.zeros(0, np.int64)], [0.0]
 
-        def look(start: int) -> None:
-            rows = self.tile(start, size)
+        def scan(start: int) -> None:
+            rows = self.read_tile(start, size)
             low, high = (float(value) for value in torch.aminmax(rows))
             if np.isfinite(high - low):
                 largest.append(max(high, -low))
@@ -122,103 +131,112 @@ class ArrayPoints:
                 wrong = ~torch.isfinite(rows).all(1)
                 bad.append(start + wrong.nonzero().flatten().cpu().numpy())
 
-        each_tile(look, self.n, size, self.threads)
+        each_tile(scan, self.n, size, self.threads, self.alive)
         return np.sort(np.concatenate(bad)), max(largest)
 
-    def heaviest(self) -> float:
-        """The largest weight; 1 without weights."""
+    def max_weight(self) -> float:
+        """Return the largest weight; 1 without weights."""
         weights = self._weights_of(0, self.n)
         if weights is None:
             return 1.0
         return float(weights.max()) if self.n else 0.0
 
-    def set_grids(self, largest: float, heaviest: float, n: int) -> None:
-        """Choose the grids for n rows of numbers up to `largest` and weights up to `heaviest`."""
-        power = heaviest * self.dim * largest * largest
+    def set_grids(self, largest: float, max_weight: float, n: int) -> None:
+        """Choose the grids for n rows of numbers up to `largest` and weights up to `max_weight`."""
+        sum_sq = max_weight * self.dim * largest * largest
         self.grids = Grids(
-            grid_of(largest * heaviest, n), grid_of(heaviest, n), grid_of(power, n), n
+            grid_of(largest * max_weight, n), grid_of(max_weight, n), grid_of(sum_sq, n), n
         )
 
-    def visit(
-        self, centroids: Float32[Tensor, "k d"], before: Pass | None = None, distances: bool = True
-    ) -> Pass:
+    def assign_to(
+        self,
+        centroids: Float32[Tensor, "k d"],
+        before: Assignment | None = None,
+        distances: bool = True,
+    ) -> Assignment:
         """Assign every point to its nearest centroid and sum up, in one pass over the rows."""
         k = len(centroids)
-        labels = torch.empty(self.n, dtype=torch.int32, device=self.device)
+        cluster_ids = torch.empty(self.n, dtype=torch.int32, device=self.device)
         reach = torch.empty(self.n if distances else 0, device=self.device)
-        sums, powers = self._sums(k), []
+        sums, squares = self._sums(k), []
         search = SEARCHES[self.backend](centroids, self.rows.dtype == torch.float16)
         size = self._tile(k)
 
         def assign(start: int) -> None:
-            rows = self.tile(start, size)
+            rows = self.read_tile(start, size)
             piece, weights = slice(start, start + len(rows)), self._weights_of(start, len(rows))
-            found = search(rows)
-            labels[piece] = found
+            nearest = search(rows)
+            cluster_ids[piece] = nearest
             if distances:
-                reach[piece] = squared_distances(rows, centroids, found)
-            if self.power is None:
-                powers.append(self._power(rows, weights))
-            sums.add(found, rows, weights, None if before is None else before.labels[piece])
+                reach[piece] = squared_distances(rows, centroids, nearest)
+            if self.sum_sq is None:
+                squares.append(self._sum_sq(rows, weights))
+            sums.add(nearest, rows, weights, None if before is None else before.cluster_ids[piece])
 
         with full_precision():
-            each_tile(assign, self.n, size, self.threads)
-        self.power = sum(powers) if self.power is None else self.power
-        total = sums.bins if before is None else before.bins + sums.bins
-        return self._finish(labels, reach, total, centroids)
+            each_tile(assign, self.n, size, self.threads, self.alive)
+        self.sum_sq = sum(squares) if self.sum_sq is None else self.sum_sq
+        total = sums.partials if before is None else before.partials + sums.partials
+        return self._finish(cluster_ids, reach, total, centroids)
 
-    def total(self, labels: Int32[Tensor, " n"], k: int) -> Pass:
-        """Sums of given labels (-1: left out), without distances; for a warm start."""
+    def sum_clusters(self, cluster_ids: Int32[Tensor, " n"], k: int) -> Assignment:
+        """Sum up the rows of given clusters (-1: left out), without distances."""
         sums = self._sums(k + 1)
-        labels = torch.where(labels < 0, k, labels)
+        cluster_ids = torch.where(cluster_ids < 0, k, cluster_ids)
         size = self._tile(1)
 
         def sum_up(start: int) -> None:
-            rows = self.tile(start, size)
-            own = labels[start : start + len(rows)].long()
+            rows = self.read_tile(start, size)
+            own = cluster_ids[start : start + len(rows)].long()
             sums.add(own, rows, self._weights_of(start, len(rows)))
 
-        each_tile(sum_up, self.n, size, self.threads)
-        counts, mass = self._sizes(labels, k + 1)
+        each_tile(sum_up, self.n, size, self.threads, self.alive)
+        counts, mass = self._sizes(cluster_ids, k + 1)
         none = torch.zeros(0, device=self.device)
-        return Pass(labels, none, sums.bins[:, :k], mass[:, :k], counts[:k], 0.0)
+        return Assignment(cluster_ids, none, sums.partials[:, :k], mass[:, :k], counts[:k], 0.0)
 
-    def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
-        """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
-        labels, k = found.labels.long(), len(found.counts)
+    def find_farthest(
+        self, assignment: Assignment
+    ) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
+        """Return each cluster's farthest member (ties: lowest id) and its distance; -1: none."""
+        cluster_ids, k = assignment.cluster_ids.long(), len(assignment.counts)
         most = torch.full((k,), -1.0, device=self.device)
-        most.scatter_reduce_(0, labels, found.distances, "amax")
-        winners = (found.distances == most[labels]).nonzero().flatten()
+        most.scatter_reduce_(0, cluster_ids, assignment.distances, "amax")
+        winners = (assignment.distances == most[cluster_ids]).nonzero().flatten()
         ids = torch.full((k,), self.n, dtype=torch.int64, device=self.device)
-        ids.scatter_reduce_(0, labels[winners], winners, "amin")
+        ids.scatter_reduce_(0, cluster_ids[winners], winners, "amin")
         return torch.where(ids == self.n, -1, ids), most
 
-    def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
-        """The pass with other labels and distances: counts and inertia anew, sums left as is."""
-        counts = torch.bincount(labels, minlength=len(found.counts))
-        inertia = self.weigh(distances, self.heaviest() * largest_of(distances), self.n)
-        return Pass(labels, distances, found.bins, found.weights, counts, inertia)
+    def recount(self, assignment: Assignment, cluster_ids: Tensor, distances: Tensor) -> Assignment:
+        """Return the assignment with other clusters and distances; its sums stay as they were."""
+        counts = torch.bincount(cluster_ids, minlength=len(assignment.counts))
+        inertia = self.weighted_sum(distances, self.max_weight() * largest_of(distances), self.n)
+        return Assignment(
+            cluster_ids, distances, assignment.partials, assignment.partial_mass, counts, inertia
+        )
 
-    def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
-        """All of them, at themselves."""
+    def locate(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
+        """Return that all ids are here, each at its own row."""
         return torch.ones_like(ids, dtype=torch.bool), ids
 
-    def at(self, values: Int32[Tensor, " n"], ids: Int64[Tensor, " m"]) -> Int32[Tensor, " m"]:
-        """The values of these ids."""
+    def gather_values(
+        self, values: Int32[Tensor, " n"], ids: Int64[Tensor, " m"]
+    ) -> Int32[Tensor, " m"]:
+        """Return the values of these ids."""
         return values[ids]
 
     def count(self, rows: Bool[Tensor, " n"]) -> int:
-        """How many rows are marked."""
+        """Return how many rows are marked."""
         return int(rows.sum())
 
-    def lowest(self, keys: Float32[Tensor, " n"], m: int) -> tuple[Tensor, Tensor]:
-        """Ids and keys of the m rows of lowest finite key, ascending, the lower id first."""
+    def find_lowest(self, keys: Float32[Tensor, " n"], m: int) -> tuple[Tensor, Tensor]:
+        """Return ids and keys of the m rows of lowest finite key, ascending, ties by id."""
         able = torch.isfinite(keys).nonzero().flatten()
         ids = able[torch.argsort(keys[able], stable=True)[:m]]
         return ids, keys[ids]
 
-    def weigh(self, distances: Float32[Tensor, " n"], bound: float, n: int) -> float:
-        """Weighted sum of distances in float64, exact after rounding for n up to `bound`."""
+    def weighted_sum(self, distances: Float32[Tensor, " n"], bound: float, n: int) -> float:
+        """Return the weighted sum of distances in float64, exact for n numbers up to `bound`."""
         if not np.isfinite(bound):
             return float("nan")
         wide = distances.double()
@@ -234,13 +252,13 @@ class ArrayPoints:
         else:
             rows = as_tensor(self.rows[where])
         rows = rows.to(device=self.device, dtype=torch.float32)
-        return unit_rows(rows) if self.unit else rows
+        return unit_rows(rows) if self.spherical else rows
 
     def _tile(self, k: int) -> int:
-        """Rows of a tile for k scores each: few enough for the cache, and for threads to share."""
+        """Return the rows of a tile of k scores each: few enough for cache and threads."""
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
         share = -(-self.n // (4 * self.threads))
-        return min(max(min(size, share), 64), MOST)
+        return min(max(min(size, share), 64), MAX_TILE_ROWS)
 
     def _grids(self) -> Grids:
         if self.grids is None:
@@ -248,15 +266,15 @@ class ArrayPoints:
         assert self.grids is not None
         return self.grids
 
-    def _power(self, rows: Tensor, weights: Tensor | None) -> float:
-        """The sum of w |x|^2 over the rows of a tile, on its grid."""
-        powers = rows.double().square_().sum(1)
+    def _sum_sq(self, rows: Tensor, weights: Tensor | None) -> float:
+        """Return the sum of w |x|^2 over the rows of a tile, on its grid."""
+        squares = rows.double().square_().sum(1)
         return float(
-            on_grid(powers if weights is None else powers * weights, self._grids().power).sum()
+            on_grid(squares if weights is None else squares * weights, self._grids().sum_sq).sum()
         )
 
     def _sums(self, k: int) -> ClusterSums:
-        zeros = torch.zeros(BINS, k, self.dim, dtype=torch.float64, device=self.device)
+        zeros = torch.zeros(PARTIALS, k, self.dim, dtype=torch.float64, device=self.device)
         return ClusterSums(zeros, self._grids().rows, self._grids().count)
 
     def _weights_of(self, start: int, count: int) -> Float64[Tensor, " m"] | None:
@@ -266,27 +284,33 @@ class ArrayPoints:
             return self.weights[start : start + count]
         return self.weights[torch.from_numpy(self.ids[start : start + count]).to(self.device)]
 
-    def _sizes(self, labels: Tensor, k: int) -> tuple[Int64[Tensor, " k"], Float64[Tensor, "b k"]]:
-        """Rows and weight of each cluster."""
-        counts = torch.bincount(labels, minlength=k)
+    def _sizes(
+        self, cluster_ids: Tensor, k: int
+    ) -> tuple[Int64[Tensor, " k"], Float64[Tensor, "b k"]]:
+        """Return the rows and the weight of each cluster."""
+        counts = torch.bincount(cluster_ids, minlength=k)
         weights = self._weights_of(0, self.n)
         if weights is None:
             return counts, counts.double()[None]
-        parts = into_bins(weights, self._grids().weights, self._grids().count)
-        return counts, torch.stack([torch.bincount(labels, part, minlength=k) for part in parts])
+        parts = into_partials(weights, self._grids().weights, self._grids().count)
+        return counts, torch.stack(
+            [torch.bincount(cluster_ids, part, minlength=k) for part in parts]
+        )
 
-    def _finish(self, labels: Tensor, distances: Tensor, sums: Tensor, centroids: Tensor) -> Pass:
-        counts, mass = self._sizes(labels, sums.shape[1])
-        found = Pass(labels, distances, sums, mass, counts, 0.0)
+    def _finish(
+        self, cluster_ids: Tensor, distances: Tensor, sums: Tensor, centroids: Tensor
+    ) -> Assignment:
+        counts, mass = self._sizes(cluster_ids, sums.shape[1])
+        assignment = Assignment(cluster_ids, distances, sums, mass, counts, 0.0)
         if len(distances):
-            bound = self.heaviest() * largest_of(distances)
-            return replace(found, inertia=self.weigh(distances, bound, self.n))
-        assert self.power is not None
-        return replace(found, inertia=inertia_of(self.power, found, centroids))
+            bound = self.max_weight() * largest_of(distances)
+            return replace(assignment, inertia=self.weighted_sum(distances, bound, self.n))
+        assert self.sum_sq is not None
+        return replace(assignment, inertia=inertia_of(self.sum_sq, assignment, centroids))
 
 
 def _resident(rows: Rows, device: torch.device) -> Rows:
-    """Rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
+    """Return rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
     if device.type == "cuda" and not (isinstance(rows, Tensor) and rows.is_cuda):
         free, _ = torch.cuda.mem_get_info(device)
         return _copied(rows, device) if rows.nbytes < 0.8 * free else rows
@@ -296,10 +320,10 @@ def _resident(rows: Rows, device: torch.device) -> Rows:
 
 
 def _copied(rows: Rows, device: torch.device) -> Tensor:
-    """A copy on the device, made piece by piece, since a memory map may not fit into memory."""
+    """Return a copy on the device, made in pieces: a memory map may not fit into memory."""
     copy = torch.empty(rows.shape, dtype=as_tensor(rows[:0]).dtype, device=device)
-    for start in range(0, len(rows), MOST):
-        copy[start : start + MOST] = as_tensor(rows[start : start + MOST])
+    for start in range(0, len(rows), MAX_TILE_ROWS):
+        copy[start : start + MAX_TILE_ROWS] = as_tensor(rows[start : start + MAX_TILE_ROWS])
     return copy
 
 

@@ -1,10 +1,12 @@
-"""Sums that do not depend on order: numbers are rounded to a grid, on which float64 is exact.
+"""Sums that do not depend on their order: numbers are rounded to a grid where float64 is exact.
 
 A float64 holds 53 bits. If every number is a multiple of g and no partial sum exceeds 2^52 g, all
 additions are exact, so threads, tiles and ranks may add in any order and agree to the bit. The grid
 is chosen from the largest number and the count: for 1M unit rows g = 2^-31, for 100M 2^-24. What
-rounding drops goes into a second bin with a grid of its own, so that small numbers beside large
-ones are not lost. Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013.
+rounding drops goes into a second partial sum with a finer grid, so that small numbers next to
+large ones are not lost.
+
+Source: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ BITS = 51  # one less than the 52 of the fraction, since `on_grid` needs the nex
 
 
 def grid_of(largest: float, count: int) -> float:
-    """A power of two g so that `count` multiples of g up to `largest` add without rounding."""
+    """Return a power of two g so that `count` multiples of g up to `largest` add exactly."""
     if largest == 0 or count == 0:
         return 0.0
     if not math.isfinite(largest):
@@ -34,28 +36,28 @@ def on_grid(values: Float64[Tensor, " *shape"], grid: float) -> Float64[Tensor, 
     return values.add_(magic).sub_(magic)
 
 
-BINS = 2
+PARTIALS = 2
 
 
-def into_bins(
+def into_partials(
     values: Float64[Tensor, " *shape"], grid: float, count: int
-) -> Float64[Tensor, "bins ..."]:
-    """Values as multiples of `grid` and, in the second bin, what is left, on the next grid."""
-    bins = torch.empty(BINS, *values.shape, dtype=values.dtype, device=values.device)
-    torch.sub(values, on_grid(bins[0].copy_(values), grid), out=bins[1])
-    on_grid(bins[1], grid_of(grid, count))
-    return bins
+) -> Float64[Tensor, "partials ..."]:
+    """Split values into multiples of `grid` and, second, of the next grid for what is left."""
+    partials = torch.empty(PARTIALS, *values.shape, dtype=values.dtype, device=values.device)
+    torch.sub(values, on_grid(partials[0].copy_(values), grid), out=partials[1])
+    on_grid(partials[1], grid_of(grid, count))
+    return partials
 
 
 class ClusterSums:
     """Weighted sums of the rows of each cluster, added tile by tile from any thread.
 
-    `before`: the clusters of another pass; the sums are then what changes since, from the rows that
-    moved alone. Added to that pass's sums it is the same to the bit, and soon much less work.
+    `before`: the clusters of an earlier pass. The sums are then the changes since, from the rows
+    that moved alone. Added to the earlier sums they give the same bits, with much less work.
     """
 
-    def __init__(self, bins: Float64[Tensor, "bins k d"], grid: float, count: int) -> None:
-        self.bins = bins
+    def __init__(self, partials: Float64[Tensor, "partials k d"], grid: float, count: int) -> None:
+        self.partials = partials
         self._grid = grid
         self._count = count
         self._lock = Lock()
@@ -67,7 +69,7 @@ class ClusterSums:
         weights: Float64[Tensor, " m"] | None,
         before: Int32[Tensor, " m"] | None = None,
     ) -> None:
-        """Add rows to the sums of their clusters; those that moved leave their old cluster's."""
+        """Add rows to their clusters' sums; those that moved are subtracted from their old ones."""
         if before is not None:
             moved = (clusters != before).nonzero().flatten()
             rows, clusters = rows.index_select(0, moved), clusters[moved]
@@ -75,8 +77,8 @@ class ClusterSums:
         wide = rows.double()
         if weights is not None:
             wide *= weights[:, None]
-        parts = into_bins(wide, self._grid, self._count)
+        parts = into_partials(wide, self._grid, self._count)
         with self._lock:
-            self.bins.index_add_(1, clusters, parts)
+            self.partials.index_add_(1, clusters, parts)
             if before is not None:
-                self.bins.index_add_(1, before.long(), parts, alpha=-1)
+                self.partials.index_add_(1, before.long(), parts, alpha=-1)

@@ -1,7 +1,7 @@
-"""Where k-means starts: distinct random rows, k-means++, given centroids, or old labels.
+"""The start of k-means: distinct random rows, k-means++, given centroids, or old assignments.
 
-FAISS draws k rows by index and may draw one value twice; such a twin never wins a row. Here the
-free centroids start on rows of distinct values, or the user is told how many there are.
+FAISS draws k rows by index and may draw one value twice, and such a twin never wins a row. Here the
+free centroids start on rows of distinct values. If there are too few, the error says how many.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
+from deepclust.clustering.options import Given, KMeansOptions
 from deepclust.clustering.points import Points, Rows, as_tensor
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import generator
@@ -19,29 +20,28 @@ SAMPLE = 32  # rows per cluster that k-means++ looks at; more cost time and chan
 
 
 def start(
-    points: Points,
-    free: int,
-    fixed: Float32[Tensor, "m d"],
-    init: str | Rows,
-    labels: Int32[Tensor, " n"] | None,
-    seed: int,
+    points: Points, fixed: Float32[Tensor, "m d"], options: KMeansOptions, given: Given
 ) -> Float32[Tensor, "free d"]:
-    """The first `free` centroids; none equals a fixed one unless `init` is an array."""
-    if labels is not None:
-        return from_labels(points, free, fixed, labels, seed)
-    if not isinstance(init, str):
-        return from_array(points, free, len(fixed), init)
-    if init == "k-means++":
+    """Return the first free centroids; none equals a fixed one unless they are given."""
+    free, seed = options.k - len(fixed), options.seed
+    if given.assignments is not None:
+        old = as_tensor(given.assignments).to(points.device, torch.int32)
+        return from_assignments(points, free, fixed, old, seed)
+    if given.centroids is not None:
+        return from_centroids(points, free, len(fixed), given.centroids)
+    if options.init == "k-means++":
         return plus_plus(points, free, fixed, seed)
-    if init == "random":
+    if options.init == "random":
         return distinct_rows(points, free, fixed, len(fixed), seed)
-    raise RecipeError(f"init={init!r} is not known; use 'random', 'k-means++' or an array [k, d]")
+    raise RecipeError(
+        f"init={options.init!r} is not known; use 'random', 'k-means++' or an array [k, d]"
+    )
 
 
 def distinct_rows(
     points: Points, count: int, taken: Float32[Tensor, "t d"], fixed: int, seed: int
 ) -> Float32[Tensor, "count d"]:
-    """Rows of `count` distinct values, none in `taken` (fixed ones first), uniform over rows.
+    """Return rows of `count` distinct values, none in `taken` (fixed ones first).
 
     Draws ever larger samples and keeps first occurrences. Raises `DataError` if all rows together
     have fewer values.
@@ -50,7 +50,7 @@ def distinct_rows(
     chosen, size = taken, max(count, 1024)
     while len(chosen) < len(taken) + count:
         ids = draws.choice(points.n, min(size, points.n), replace=False)
-        rows = points.take(torch.from_numpy(ids))
+        rows = points.gather(torch.from_numpy(ids))
         chosen = _first_occurrences(torch.cat([chosen, rows]), len(taken))
         if size >= points.n and len(chosen) < len(taken) + count:
             raise DataError(too_few(points, len(taken) - fixed + count, taken[:fixed]))
@@ -59,7 +59,7 @@ def distinct_rows(
 
 
 def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tensor, "m d"]:
-    """Rows without those that equal an earlier one; the first `keep` stay, equal or not."""
+    """Return rows without those that equal an earlier one; the first `keep` stay in any case."""
     plain = (rows + 0.0).cpu().contiguous().numpy()  # + 0.0: -0.0 equals 0.0
     bytes_of = plain.view(np.dtype((np.void, plain.dtype.itemsize * plain.shape[1])))[:, 0]
     _, first = np.unique(bytes_of, return_index=True)
@@ -68,11 +68,11 @@ def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tenso
 
 
 def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:
-    """The message for fewer distinct points than free clusters; counts them once more."""
+    """Return the message for fewer distinct points than free clusters."""
     known = fixed
     for start in range(0, points.n, 65_536):
         ids = torch.arange(start, min(start + 65_536, points.n))
-        known = _first_occurrences(torch.cat([known, points.take(ids)]), len(fixed))
+        known = _first_occurrences(torch.cat([known, points.gather(ids)]), len(fixed))
     distinct = len(known) - len(fixed)
     aside = ", those equal to a fixed centroid left aside" if len(fixed) else ""
     return (
@@ -82,8 +82,8 @@ def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:
     )
 
 
-def from_array(points: Points, free: int, fixed: int, init: Rows) -> Float32[Tensor, "free d"]:
-    """Given centroids: [k, d], of which the first `fixed` are ignored, or [free, d]."""
+def from_centroids(points: Points, free: int, fixed: int, init: Rows) -> Float32[Tensor, "free d"]:
+    """Return given centroids: [k, d], of which the first `fixed` are ignored, or [free, d]."""
     given = as_tensor(init).to(device=points.device, dtype=torch.float32)
     if given.ndim != 2 or given.shape[1] != points.dim or len(given) not in (free, free + fixed):
         raise RecipeError(
@@ -94,26 +94,28 @@ def from_array(points: Points, free: int, fixed: int, init: Rows) -> Float32[Ten
     return given[len(given) - free :].clone()
 
 
-def from_labels(
+def from_assignments(
     points: Points,
     free: int,
     fixed: Float32[Tensor, "m d"],
-    labels: Int32[Tensor, " n"],
+    old: Int32[Tensor, " n"],
     seed: int,
 ) -> Float32[Tensor, "free d"]:
-    """Means of the rows of each old label on the new features; ids without a row start at random.
+    """Return means of the new rows of each old cluster; one without a row starts at random.
 
     Old centroids are of no use, since the whitening turns and flips between rounds.
+
+    Raises `RecipeError` for cluster ids of another length, or of k or more.
     """
     k = len(fixed) + free
-    if labels.shape != (points.held,) or points.count(labels >= k):
-        wanted = f"{points.held} ids below k={k} (-1: none)"
+    if old.shape != (points.n_local,) or points.count(old >= k):
+        wanted = f"{points.n_local} ids below k={k} (-1: none)"
         raise RecipeError(f"labels must be {wanted} for a warm start")
-    found = points.total(labels, k)
-    means = (found.sums / found.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
-    empty = (found.mass[len(fixed) :] == 0).nonzero().flatten()
+    assignment = points.sum_clusters(old, k)
+    means = (assignment.sums / assignment.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
+    empty = (assignment.mass[len(fixed) :] == 0).nonzero().flatten()
     if len(empty):
-        taken = torch.cat([fixed, means[found.mass[len(fixed) :] > 0]])
+        taken = torch.cat([fixed, means[assignment.mass[len(fixed) :] > 0]])
         means[empty] = distinct_rows(points, len(empty), taken, len(fixed), seed)
     return means
 
@@ -121,15 +123,15 @@ def from_labels(
 def plus_plus(
     points: Points, free: int, fixed: Float32[Tensor, "m d"], seed: int
 ) -> Float32[Tensor, "free d"]:
-    """k-means++ (Arthur and Vassilvitskii 2007) on a random sample of 32 rows per cluster.
+    """Start by k-means++ (Arthur and Vassilvitskii 2007) on 32 random rows per cluster.
 
     Each centroid is a row drawn with probability proportional to the squared distance to the
-    nearest one so far, fixed ones included. Runs out of distinct rows: the rest start at random.
+    nearest one so far, fixed ones included. When distinct rows run out, the rest start at random.
     """
     draws = generator(seed, "kmeans", "k-means++")
     count = min(points.n, SAMPLE * free)
     ids = draws.choice(points.n, count, replace=False, shuffle=False)
-    sample = points.take(torch.from_numpy(np.sort(ids)))
+    sample = points.gather(torch.from_numpy(np.sort(ids)))
     nearest = torch.full((count,), torch.inf, device=sample.device)
     for row in fixed:
         nearest = torch.minimum(nearest, (sample - row).square().sum(1))
@@ -143,6 +145,6 @@ def plus_plus(
         aim = torch.tensor([draws.random()], dtype=torch.float64)
         place = torch.searchsorted(heights, aim * heights[-1], right=True)
         chosen.append(sample[int(place.clamp(max=count - 1))])
-    found = torch.stack(chosen) if chosen else fixed[:0]
-    taken = torch.cat([fixed, found])
-    return torch.cat([found, distinct_rows(points, free - len(found), taken, len(fixed), seed)])
+    drawn = torch.stack(chosen) if chosen else fixed[:0]
+    taken = torch.cat([fixed, drawn])
+    return torch.cat([drawn, distinct_rows(points, free - len(drawn), taken, len(fixed), seed)])

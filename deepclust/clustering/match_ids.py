@@ -1,8 +1,8 @@
-"""Which cluster of this round continues which cluster of the last one?
+"""Match the clusters of this round to those of the last one.
 
-k-means numbers its clusters anew every round. To keep the head's rows, or to say how many images
-changed cluster, ids are matched by overlap first. The contingency is sparse (at most n entries),
-and so is the assignment problem: 10,000 clusters need no 10,000 x 10,000 matrix.
+k-means numbers its clusters differently every round. To keep rows of the head, or to count images
+that changed cluster, ids are matched by overlap first. The contingency is sparse (at most n
+entries), and so is the assignment problem: 10,000 clusters need no 10,000 x 10,000 matrix.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ class Matching:
     """A one-to-one renumbering of the current clusters."""
 
     new_ids: Int64[np.ndarray, " k"]  # new id of every current cluster; a permutation
-    overlapping: Bool[
-        np.ndarray, " k"
-    ]  # by current id: shares a sample with the cluster it continues
-    unmatched: Int64[np.ndarray, " u"]  # new ids that continue nothing: their head rows start anew
+    # by current id: whether it shares a sample with the cluster it continues
+    overlapping: Bool[np.ndarray, " k"]
 
 
 def contingency(
@@ -33,7 +31,7 @@ def contingency(
     columns: Int[np.ndarray, " n"],
     shape: tuple[int, int] | None = None,
 ) -> sparse.csr_array:
-    """Counts [rows, columns] of pairs of ids, int64, sparse; pairs with a negative id left out."""
+    """Count pairs of ids: sparse int64 [rows, columns], without pairs of a negative id."""
     both = (rows >= 0) & (columns >= 0)
     pairs = (rows[both].astype(np.int64), columns[both].astype(np.int64))
     sizes = shape or tuple(int(ids.max(initial=-1)) + 1 for ids in pairs)
@@ -42,7 +40,7 @@ def contingency(
 
 
 def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: int) -> Matching:
-    """The renumbering of `current` (ids below k, -1 excluded) that agrees most with `previous`.
+    """Return the renumbering of `current` (ids below k, -1 excluded) closest to `previous`.
 
     Exact (Hungarian) up to 20,000 clusters, above greedy by overlap, which is at least half as
     good. Clusters without overlap take the ids that are left, in ascending order.
@@ -50,14 +48,13 @@ def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: in
     table = contingency(np.asarray(current), np.asarray(previous), (k, k))
     partners = _hungarian(table) if k <= EXACT_UP_TO else _greedy(table)
     overlapping = partners >= 0
-    left = np.setdiff1d(np.arange(k), partners[overlapping])
     new_ids = partners.copy()
-    new_ids[~overlapping] = left
-    return Matching(new_ids, overlapping, left)
+    new_ids[~overlapping] = np.setdiff1d(np.arange(k), partners[overlapping])
+    return Matching(new_ids, overlapping)
 
 
 def _hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
-    """Column of every row with the largest sum of overlaps, -1 without one.
+    """Return the column of every row with the largest sum of overlaps, -1 without one.
 
     A private extra column per row makes a full matching possible; one is added to every weight
     (SciPy takes zero for no edge), which adds k to every full matching and so changes none.
@@ -73,7 +70,7 @@ def _hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
 
 
 def _greedy(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
-    """Take the largest overlap, strike its row and column, and so on (ties: lowest ids).
+    """Choose the largest overlap, strike its row and column, and so on (ties: lowest ids).
 
     All edges that come first in both their row and their column are taken at once, which gives the
     same matching as one at a time.
@@ -92,7 +89,7 @@ def _greedy(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
 
 
 def _first(ids: Int[np.ndarray, " e"], place: Int[np.ndarray, " e"]) -> Bool[np.ndarray, " e"]:
-    """Where each id occurs for the first time."""
+    """Return where each id occurs for the first time."""
     best = np.full(int(ids.max()) + 1, len(ids))
     np.minimum.at(best, ids, place)
     first: Bool[np.ndarray, " e"] = best[ids] == place

@@ -1,6 +1,6 @@
 """Count, sum and second moment of rows about a fixed pivot: PCA in D x D memory, not n x D.
 
-Moments of parts merge exactly (float64 adds), so units can be extracted by anyone in any order.
+Moments of parts merge exactly (float64 adds), so chunks can be extracted by any rank in any order.
 The pivot, a row near the mean, is subtracted before squaring: `faiss.PCAMatrix` squares first and
 subtracts n * mean * mean' in float32 afterwards, which cancels when the mean is large.
 """
@@ -31,15 +31,15 @@ class Moments:
 
     @classmethod
     def zero(cls, pivot: Float[Tensor, " D"]) -> Moments:
-        """No rows yet. Take a row near the mean as pivot, e.g. the mean of the first batch."""
+        """Return the moments of no rows. The pivot should be near the mean of the rows to come."""
         total = torch.zeros_like(pivot, dtype=torch.float64)
         return cls(0, pivot.float(), total, torch.outer(total, total))
 
     def add(self, rows: Float[Tensor, "n D"]) -> Moments:
         """Add rows in place: float32 products of 4096 rows (no TF32), summed in float64.
 
-        The last digits depend on where blocks start, so whoever wants equal bits cuts the rows
-        at the same places (our units do).
+        The last digits depend on where blocks start: equal bits need rows cut at the same places,
+        as chunks of extraction are.
         """
         width = -(-len(self.pivot) // PANELS)
         with full_precision():
@@ -54,7 +54,7 @@ class Moments:
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """Add the rows of `other` in place; both must stand about the same pivot."""
+        """Add the rows of `other` in place; both must have the same pivot."""
         assert torch.equal(self.pivot, other.pivot.to(self.pivot)), "moments about two pivots"
         self.count += other.count
         self.sum += other.sum.to(self.sum)
@@ -62,13 +62,13 @@ class Moments:
         return self
 
     def mean(self) -> Float64[Tensor, " D"]:
-        """The mean row."""
+        """Return the mean row."""
         return self.pivot.double() + self.sum / max(self.count, 1)
 
     def covariance(self) -> Float64[Tensor, "D D"]:
-        """Covariance (divided by n), corrected by the pivot: E[yy'] - E[y]E[y]', y = x - pivot.
+        """Return the covariance (divided by n): E[yy'] - E[y]E[y]', y = x - pivot.
 
-        One D x D array is made, no other: at D = 4096 each would be 134 MB.
+        Only one D x D array is made: at D = 4096 each takes 134 MB.
         """
         covariance = self.outer / max(self.count, 1)
         for row in range(0, len(covariance), MIRROR):

@@ -3,14 +3,14 @@
 A product in low precision gives every row the centroids that can be its nearest: those whose score
 is within twice the error bound of the best one. Usually that is one (1.1 to 1.3 on whitened
 features). Where it is more, float32 distances by difference decide, ties to the lowest id. So the
-result is the same whatever the product was computed in, and in whatever tile a row came.
+result does not depend on the precision of the product or on the tile that a row is in.
 
 On a CPU with avx512_bf16 the bfloat16 product is four times as fast as torch's float32 one and
 twice as fast as the best BLAS's: an exact search for k = 1000 takes about the time of the float32
 arithmetic alone (`tools/bench/clustering`, kmeans-cpu).
 
-Scores are compared as int16, which orders positive bfloat16 numbers as their values; rows without
-a clearly positive best score, or with a crowd of candidates, go through float32. The bounds are
+Scores are compared as int16, which orders positive bfloat16 numbers as their values. Rows without
+a clearly positive best score, or with many candidates, are compared in float32. The bounds are
 Higham's ("Accuracy and Stability of Numerical Algorithms", 3.1), for the roundoff u of the factors
 and u' of the sum: |fl(x.e) - x.e| <= (2u + d u') |x| |e|, where u |e| is known better: what
 rounding did to the centroids is measured.
@@ -29,9 +29,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-Pairs: TypeAlias = tuple[
-    np.ndarray, np.ndarray
-]  # rows (ascending) and centroids that may be theirs
+# rows (ascending) and centroids that can be their nearest
+Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
 SCORES = 2**22  # float32 scores made at once, and
@@ -40,10 +39,10 @@ CROWD = 32  # a row with more candidates than this in bfloat16 is left to float3
 
 
 class Nearest:
-    """Call with rows float32 [m, d] to get the id of each row's nearest centroid, int64 [m]."""
+    """Search among centroids: called with rows float32 [m, d], it returns their ids, int64 [m]."""
 
     def __init__(self, centroids: Float32[Tensor, "k d"], half: bool | None = None) -> None:
-        """`half`: whether to guess in bfloat16; None asks the machine, which changes no result."""
+        """Prepare the search. `half`: guess in bfloat16; None: if that is faster on this CPU."""
         self.centroids = centroids
         self._kept = threading.local()
         wide = centroids.double()
@@ -66,7 +65,7 @@ class Nearest:
             self.error = 1.01 * (U16 + 2 * offsets.shape[1] * U32) * self.reach + 1.01 * float(lost)
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
-        """The nearest centroid of every row."""
+        """Return the nearest centroid of every row."""
         guesses: list[Pairs] = []
         left = torch.arange(len(rows))
         if self.packed is not None:
@@ -78,7 +77,7 @@ class Nearest:
         return torch.from_numpy(self._decide(rows, guesses))
 
     def _guess(self, rows: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
-        """Candidates by a bfloat16 product, and the rows that it cannot tell anything about."""
+        """Return candidates by a bfloat16 product, and the rows that it leaves undecided."""
         assert self.packed is not None
         dim = rows.shape[1]
         tile = packed_rows(rows, self.origin, self.packed)
@@ -94,7 +93,7 @@ class Nearest:
         floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
         floor[unclear] = torch.iinfo(torch.int16).max
         np.greater_equal(whole, floor.numpy()[:, None], out=mask)
-        rows_of, ids = _places(mask)
+        rows_of, ids = _true_entries(mask)
         crowded = np.bincount(rows_of, minlength=len(mask)) > CROWD
         if crowded.any():
             keep = ~crowded[rows_of]
@@ -103,7 +102,7 @@ class Nearest:
         return (rows_of, ids), unclear.nonzero().flatten()
 
     def _space(self, size: int) -> tuple[Tensor, np.ndarray]:
-        """Scores and mask of a tile, kept by each thread: fresh memory costs a fault every 4 KB."""
+        """Return a thread's scores and mask of a tile; new memory would cost a fault every 4 KB."""
         kept = self._kept
         if getattr(kept, "size", 0) < size:
             kept.size, k = size, len(self.centroids)
@@ -112,29 +111,29 @@ class Nearest:
         return kept.scores[:size], kept.mask[:size]
 
     def _score(self, rows: Tensor, part: Int64[Tensor, " u"]) -> Pairs:
-        """Candidates of some rows by a float32 product."""
+        """Return candidates of some rows by a float32 product."""
         centred = rows.index_select(0, part).sub_(self.origin)
         lengths = torch.linalg.vector_norm(centred, dim=1)
         scores = torch.addmm(self.bias, centred, self.columns)
         product = (2 * rows.shape[1] + 16) * U32 * (self.reach + lengths) ** 2
         lowest = scores.max(1).values - 4 * product
-        places, ids = _places((scores >= lowest[:, None]).numpy())
+        places, ids = _true_entries((scores >= lowest[:, None]).numpy())
         return part.numpy()[places], ids
 
     def _decide(self, rows: Tensor, guesses: list[Pairs]) -> Int64[np.ndarray, " m"]:
-        """One candidate: that is it. Several: the one at the smallest distance, lowest id first."""
-        labels = np.zeros(len(rows), np.int64)  # 0 where distances overflow
+        """Return each row's only candidate, or the one at the smallest distance, ties by id."""
+        nearest = np.zeros(len(rows), np.int64)  # 0 where distances overflow
         for places, ids in guesses:
             alone = np.ones(len(places), bool)
             same = places[1:] == places[:-1]
             alone[1:] &= ~same
             alone[:-1] &= ~same
-            labels[places[alone]] = ids[alone]
+            nearest[places[alone]] = ids[alone]
             rest = np.flatnonzero(~alone)
             for part in _whole_rows(places[rest]):
                 chosen = rest[part]
-                self._compare(rows, places[chosen], ids[chosen], labels)
-        return labels
+                self._compare(rows, places[chosen], ids[chosen], nearest)
+        return nearest
 
     def _compare(self, rows: Tensor, places: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
         """Write the nearest of each row's candidates; both arrays ascend within a row."""
@@ -143,21 +142,20 @@ class Nearest:
         starts = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
         least = np.minimum.reduceat(distances, starts)
         counts = np.diff(np.r_[starts, len(places)])
-        winners = np.flatnonzero(distances == least.repeat(counts))[
-            ::-1
-        ]  # the first is written last
+        # reversed, so that the first of equals is written last
+        winners = np.flatnonzero(distances == least.repeat(counts))[::-1]
         out[places[winners]] = ids[winners]
 
 
 def squared_distances(
     rows: Float32[Tensor, "m d"], centroids: Float32[Tensor, "k d"], ids: Int64[Tensor, " m"]
 ) -> Float32[Tensor, " m"]:
-    """|x - c|^2 of every row to its centroid, by difference: 0 for equals, no cancellation."""
+    """Return |x - c|^2 of every row, by difference: 0 for equals, no cancellation."""
     return centroids.index_select(0, ids).sub_(rows).square_().sum(1)
 
 
 def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns [d, k] in half precision, below them the bias [k] in three parts; padded to 4.
+    """Return columns [d, k] in half precision over the bias [k] in three parts, padded to 4.
 
     The parts hold 24 bits of the bias in bfloat16, so that a product adds it at no cost.
     """
@@ -174,7 +172,7 @@ def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
 def packed_rows(
     rows: Float32[Tensor, "m d"], origin: Float32[Tensor, " d"], packed: Tensor
 ) -> Tensor:
-    """Rows - origin for a product with `packed`: half precision, then ones for the bias."""
+    """Return rows - origin for a product with `packed`: half precision, then ones."""
     dim = rows.shape[1]
     tile = torch.empty(len(rows), len(packed), dtype=packed.dtype, device=rows.device)
     torch.sub(rows, origin, out=tile[:, :dim])
@@ -183,8 +181,8 @@ def packed_rows(
     return tile
 
 
-def _places(mask: np.ndarray) -> Pairs:
-    """Row and column of every true entry, row by row."""
+def _true_entries(mask: np.ndarray) -> Pairs:
+    """Return row and column of every true entry, row by row."""
     flat = np.flatnonzero(mask)
     rows = flat // mask.shape[1]
     return rows, flat - rows * mask.shape[1]
@@ -202,13 +200,13 @@ def _whole_rows(places: np.ndarray) -> Iterator[slice]:
 
 @functools.cache
 def half_is_faster() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, by a few milliseconds of trying."""
+    """Return whether this CPU multiplies bfloat16 faster than float32, from a short test."""
     rows, columns = torch.ones(512, 256), torch.ones(256, 512)
     return _seconds(rows.bfloat16(), columns.bfloat16()) < 0.7 * _seconds(rows, columns)
 
 
 def _seconds(rows: Tensor, columns: Tensor) -> float:
-    """The fastest of five products."""
+    """Return the time of the fastest of five products."""
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()

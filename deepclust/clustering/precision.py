@@ -1,4 +1,4 @@
-"""Distances and moments are computed in true float32: TF32 keeps 10 bits and flips near-ties."""
+"""True float32 for distances and moments: TF32 keeps 10 bits and flips near-ties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products in full float32 inside, whatever the trainer has chosen outside."""
+    """Compute matrix products in full float32 inside, whatever is set outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

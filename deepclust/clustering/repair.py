@@ -1,6 +1,6 @@
-"""Empty clusters: split or relocated between iterations, and none left after the last assignment.
+"""Repair of empty clusters, between iterations (split, relocate) and after the last assignment.
 
-FAISS splits between iterations and never looks again, so its last search can return empties: a
+FAISS splits between iterations and not after its last search, which can leave clusters empty: a
 +-1/1024 twin of a point mass never wins a point (370-419 of 1,500 clusters on heavy duplicates).
 The final repair moves an empty centroid onto a point, which then is at distance zero from it.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from deepclust.clustering.init import too_few
-from deepclust.clustering.points import Pass, Points
+from deepclust.clustering.points import Assignment, Points
 from deepclust.errors import DataError
 
 Ids: TypeAlias = np.ndarray
@@ -27,7 +27,7 @@ EPSILON = 1 / 1024  # FAISS's: survives float16
 def draw_donors(
     sizes: Int64[np.ndarray, " k"], wanted: int, draws: np.random.Generator
 ) -> Int64[np.ndarray, " m"]:
-    """At most `wanted` different clusters with two or more points, likelier the larger they are."""
+    """Draw at most `wanted` different clusters with two or more points, by size."""
     spare = np.maximum(sizes - 1, 0)
     able = int(np.count_nonzero(spare))
     if able == 0:
@@ -38,17 +38,17 @@ def draw_donors(
 def split(
     points: Points,
     centroids: Tensor,
-    found: Pass,
+    assignment: Assignment,
     empty: Ids,
     fixed: int,
     draws: np.random.Generator,
 ) -> Ids:
-    """FAISS's way, in place: an empty takes a donor's centroid, both perturbed oppositely.
+    """Move empties onto donors' centroids, both perturbed oppositely as in FAISS, in place.
 
     Unlike FAISS (donors scanned from id 0) and DeeperCluster (one donor for all), the donors of a
     pass differ, and are drawn in proportion to their size. Returns the donors.
     """
-    sizes = found.counts.cpu().numpy().copy()
+    sizes = assignment.counts.cpu().numpy().copy()
     sizes[:fixed] = 0  # a fixed centroid must not be perturbed
     donors = draw_donors(sizes, len(empty), draws)
     targets = empty[: len(donors)]
@@ -62,20 +62,20 @@ def split(
 def relocate(
     points: Points,
     centroids: Tensor,
-    found: Pass,
+    assignment: Assignment,
     empty: Ids,
     fixed: int,
     draws: np.random.Generator,
 ) -> Ids:
-    """In place: an empty takes the place of its donor's farthest point. Returns the donors."""
-    ids, distances = points.farthest(found)
-    sizes = np.where((distances > 0).cpu().numpy(), found.counts.cpu().numpy(), 0)
+    """Move empties onto the farthest points of donors, in place. Returns the donors."""
+    ids, distances = points.find_farthest(assignment)
+    sizes = np.where((distances > 0).cpu().numpy(), assignment.counts.cpu().numpy(), 0)
     donors = draw_donors(sizes, len(empty), draws)
-    centroids[empty[: len(donors)]] = points.take(ids[donors])
+    centroids[empty[: len(donors)]] = points.gather(ids[donors])
     return donors
 
 
-Repair: TypeAlias = Callable[[Points, Tensor, Pass, Ids, int, np.random.Generator], Ids]
+Repair: TypeAlias = Callable[[Points, Tensor, Assignment, Ids, int, np.random.Generator], Ids]
 REPAIRS: dict[str, Repair] = {"split": split, "relocate": relocate}
 
 
@@ -84,105 +84,117 @@ class Repaired:
     """The final assignment with its centroids, and what was done to it."""
 
     centroids: Float32[Tensor, "k d"]
-    found: Pass  # labels, distances, counts and inertia are right; sums and mass are not kept up
+    assignment: Assignment  # its sums and mass are those before the repair
     forced: Int64[Tensor, " m"]  # points that were given to a cluster rather than won by it
     repairs: int  # how many empties were moved
 
 
-def fill_empties(points: Points, centroids: Tensor, found: Pass, fixed: int) -> Repaired:
+def fill_empties(points: Points, centroids: Tensor, assignment: Assignment, fixed: int) -> Repaired:
     """Move every empty free centroid onto a far point, and reassign what is nearer to it.
 
-    Each round moves empties onto the farthest points of different clusters (a point at distance
-    zero equals a centroid already and is no use), then compares all points with the moved
-    centroids only. A moved centroid holds its point at distance zero, so it is never empty again
-    and the rounds end. Raises `DataError` when every point equals a centroid already.
+    Each round moves empties onto the farthest points of different clusters, then compares all
+    points with the moved centroids only. A point at distance zero is not used, since it equals a
+    centroid already. A moved centroid keeps its point at distance zero, so it stays non-empty and
+    the rounds end.
+
+    Raises `DataError` when every point equals a centroid already.
     """
     centroids, forced, repairs = centroids.clone(), [], 0
-    while len(empty := (found.counts[fixed:] == 0).nonzero().flatten() + fixed):
-        places = _far_places(points, found, len(empty), fixed)
+    while len(empty := (assignment.counts[fixed:] == 0).nonzero().flatten() + fixed):
+        places = _far_places(points, assignment, len(empty), fixed)
         if len(places) == 0:
             raise DataError(too_few(points, len(centroids) - fixed, centroids[:fixed]))
         targets = empty[: len(places)]
-        centroids[targets] = points.take(places)
-        found = _reassign(points, centroids, found, targets, places)
+        centroids[targets] = points.gather(places)
+        assignment = _reassign(points, centroids, assignment, targets, places)
         forced.append(places)
         repairs += len(places)
     ids = torch.cat(forced) if forced else torch.zeros(0, dtype=torch.int64, device=points.device)
-    return Repaired(centroids, found, torch.unique(ids), repairs)
+    return Repaired(centroids, assignment, torch.unique(ids), repairs)
 
 
-def _far_places(points: Points, found: Pass, wanted: int, fixed: int) -> Int64[Tensor, " m"]:
-    """The farthest point of each of the `wanted` most stretched clusters, of distinct values.
+def _far_places(
+    points: Points, assignment: Assignment, wanted: int, fixed: int
+) -> Int64[Tensor, " m"]:
+    """Return the farthest point of each of the `wanted` most stretched clusters, values distinct.
 
     A free cluster keeps its last point; a fixed one may end empty.
     """
-    ids, distances = points.farthest(found)
-    spare = found.counts >= 2
+    ids, distances = points.find_farthest(assignment)
+    spare = assignment.counts >= 2
     spare[:fixed] = True
     distances = torch.where(spare, distances, 0.0)
     order = torch.argsort(distances, descending=True, stable=True)[:wanted]
     places = ids[order[distances[order] > 0]]
     if len(places) == 0:
         return places
-    _, first = np.unique(points.take(places).cpu().numpy(), axis=0, return_index=True)
+    _, first = np.unique(points.gather(places).cpu().numpy(), axis=0, return_index=True)
     return places[torch.from_numpy(np.sort(first)).to(places.device)]
 
 
 def _reassign(
-    points: Points, centroids: Tensor, found: Pass, targets: Tensor, places: Tensor
-) -> Pass:
-    """Give to the moved centroids what is nearer to them, and their own points in any case."""
-    near = points.visit(centroids[targets])
-    ids = targets[near.labels.long()].to(torch.int32)
-    tie = (near.distances == found.distances) & (ids < found.labels)
-    closer = (near.distances < found.distances) | tie
-    labels = torch.where(closer, ids, found.labels)
-    distances = torch.where(closer, near.distances, found.distances)
-    ours, rows = points.holds(places)
-    labels[rows] = targets[ours].to(torch.int32)
+    points: Points, centroids: Tensor, assignment: Assignment, targets: Tensor, places: Tensor
+) -> Assignment:
+    """Assign to the moved centroids what is nearer to them, and the points they were moved to."""
+    near = points.assign_to(centroids[targets])
+    ids = targets[near.cluster_ids.long()].to(torch.int32)
+    tie = (near.distances == assignment.distances) & (ids < assignment.cluster_ids)
+    closer = (near.distances < assignment.distances) | tie
+    cluster_ids = torch.where(closer, ids, assignment.cluster_ids)
+    distances = torch.where(closer, near.distances, assignment.distances)
+    ours, rows = points.locate(places)
+    cluster_ids[rows] = targets[ours].to(torch.int32)
     distances[rows] = 0.0
-    return points.recount(found, labels, distances)
+    return points.recount(assignment, cluster_ids, distances)
 
 
-def fill_small(points: Points, done: Repaired, min_size: int, fixed: int) -> Repaired:
-    """Bring free clusters up to `min_size`: each takes the nearest points of larger clusters.
+def fill_small(points: Points, repaired: Repaired, min_size: int, fixed: int) -> Repaired:
+    """Bring free clusters up to `min_size` with the nearest points of larger clusters.
 
     No donor falls below `min_size`. Centroids stay; the points taken are in `forced`.
     """
-    found, forced = done.found, [done.forced]
-    for small in (found.counts[fixed:] < min_size).nonzero().flatten() + fixed:
-        reach = points.visit(done.centroids[small][None]).distances
-        taken = _nearest_spare(points, reach, found, int(min_size - found.counts[small]), min_size)
-        labels, distances = found.labels.clone(), found.distances.clone()
-        _, rows = points.holds(taken)
-        labels[rows] = small.to(torch.int32)
+    assignment, forced = repaired.assignment, [repaired.forced]
+    for small in (assignment.counts[fixed:] < min_size).nonzero().flatten() + fixed:
+        reach = points.assign_to(repaired.centroids[small][None]).distances
+        taken = _nearest_spare(
+            points, reach, assignment, int(min_size - assignment.counts[small]), min_size
+        )
+        cluster_ids, distances = assignment.cluster_ids.clone(), assignment.distances.clone()
+        _, rows = points.locate(taken)
+        cluster_ids[rows] = small.to(torch.int32)
         distances[rows] = reach[rows]
-        found = points.recount(found, labels, distances)
+        assignment = points.recount(assignment, cluster_ids, distances)
         forced.append(taken)
-    return replace(done, found=found, forced=torch.unique(torch.cat(forced)))
+    return replace(repaired, assignment=assignment, forced=torch.unique(torch.cat(forced)))
 
 
 def _nearest_spare(
-    points: Points, reach: Float32[Tensor, " rows"], found: Pass, wanted: int, min_size: int
+    points: Points,
+    reach: Float32[Tensor, " rows"],
+    assignment: Assignment,
+    wanted: int,
+    min_size: int,
 ) -> Int64[Tensor, " wanted"]:
-    """The nearest points that their clusters can spare; asks again when some run out of them."""
-    spare = (found.counts - min_size).clamp(min=0)
+    """Return the nearest points that their clusters can spare."""
+    spare = (assignment.counts - min_size).clamp(min=0)
     reach, taken = reach.clone(), [torch.zeros(0, dtype=torch.int64, device=points.device)]
     while wanted > 0:
-        reach[spare[found.labels.long()] == 0] = torch.inf
-        ids, _ = points.lowest(reach, wanted)
-        owners = points.at(found.labels, ids).long()
+        reach[spare[assignment.cluster_ids.long()] == 0] = torch.inf
+        ids, _ = points.find_lowest(reach, wanted)
+        owners = points.gather_values(assignment.cluster_ids, ids).long()
         ids = ids[_rank_within(owners) < spare[owners]]
-        _, rows = points.holds(ids)
+        _, rows = points.locate(ids)
         reach[rows] = torch.inf
-        spare -= torch.bincount(points.at(found.labels, ids).long(), minlength=len(spare))
+        spare -= torch.bincount(
+            points.gather_values(assignment.cluster_ids, ids).long(), minlength=len(spare)
+        )
         taken.append(ids)
         wanted -= len(ids)
     return torch.cat(taken)
 
 
 def _rank_within(owners: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
-    """Of each entry, how many earlier ones have the same owner."""
+    """Return for each entry how many earlier ones have the same owner."""
     order = torch.argsort(owners, stable=True)
     first = torch.searchsorted(owners[order], owners[order])
     rank = torch.empty_like(order)

@@ -1,4 +1,4 @@
-"""Three ways to find the nearest centroid of a tile's rows: exact on a CPU, on a GPU, by FAISS.
+"""Search for the nearest centroid of a tile's rows: exact on a CPU, on a GPU, or by FAISS.
 
 `auto` is torch everywhere. Measured on two CPU cores (`tools/bench/clustering`, kmeans-cpu: 50k x
 256, 20 iterations): at k = 1000 FAISS takes 1.04 to 2 times as long, by the kernels that its
@@ -22,12 +22,12 @@ HALF_REACH = (0.5, 100.0)  # float16 is for centroids as far as this from their 
 
 
 def torch_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
-    """Exact on a CPU (see `nearest.py`); one product and an argmin on a GPU."""
+    """Return the exact search on a CPU (see `nearest.py`), one product and an argmin on a GPU."""
     return gpu_search(centroids, half) if centroids.is_cuda else Nearest(centroids)
 
 
 def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
-    """|x - c|^2 ranked by |e|^2 / 2 - (x - o).e, where e = c - o and o is the mean centroid.
+    """Return a search that ranks by |e|^2 / 2 - (x - o).e, e = c - o, o the mean centroid.
 
     The usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin. `half` (rows are
     float16): the product is of float16 with float32 sums, on the tensor cores. Near-ties within the
@@ -56,7 +56,7 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
 
 
 def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
-    """For each centroid the lowest id with the same value.
+    """Return for each centroid the lowest id with the same value.
 
     A product rounds equal columns differently when they fall into different kernels, so an argmin
     alone does not send ties to the lowest id. Equal rows meet after a stable sort by a projection.
@@ -74,7 +74,7 @@ def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
 
 
 def faiss_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
-    """The same by FAISS's `IndexFlatL2`, on the GPU where rows and FAISS both are."""
+    """Return the search of FAISS's `IndexFlatL2`, on the GPU where rows and FAISS both are."""
     try:
         import faiss
     except (ImportError, OSError) as error:  # a missing library of a wheel is an OSError
@@ -86,18 +86,18 @@ def faiss_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Searc
     first = first_of_equals(centroids)
 
     def search(rows: Tensor) -> Tensor:
-        _, found = index.search(rows.cpu().contiguous().numpy(), 1)
-        return first[torch.from_numpy(found[:, 0]).to(rows.device)]
+        _, nearest = index.search(rows.cpu().contiguous().numpy(), 1)
+        return first[torch.from_numpy(nearest[:, 0]).to(rows.device)]
 
     return search
 
 
-def probed(backend: str, device: torch.device) -> tuple[str, torch.device, list[str]]:
-    """The backend and device that work here, found by a tiny search, and what was given up, why.
+def probe_backend(backend: str, device: torch.device) -> tuple[str, torch.device, list[str]]:
+    """Return the backend and device that work here by a tiny search, and notes of what did not.
 
     A wheel without kernels for this GPU, or with a missing library, imports well and fails at the
-    first use; better now than after an hour of extraction. FAISS falls back on torch, a GPU on the
-    CPU, which itself must work.
+    first use. That should happen before an hour of extraction. FAISS falls back on torch, a GPU on
+    the CPU. Raises `ResourceError` where that does not work either.
     """
     notes: list[str] = []
     for name, place in ((backend, device), ("torch", device), ("torch", torch.device("cpu"))):

@@ -1,10 +1,10 @@
-"""Points sharded over the ranks of a World: each rank holds some rows, all agree on the sums.
+"""Points sharded over the ranks of a World: each rank has some rows, all have the same sums.
 
 Rank r's rows follow rank r-1's, so an id is the rank's base plus its row. An iteration sends
-2 x k x d float64, 2 k numbers and a few more; rows and labels never travel, save the few that
-seeding and repairs ask for. On CPUs nearest centroids are exact and sums are on a common grid
-(`nearest.py`, `exact.py`), so centroids and assignments are the same to the bit for every number
-of ranks, for float16 and float32 rows. On GPUs near-ties may fall either way.
+2 x k x d float64, 2 k numbers and a few more. Rows and cluster ids are not sent, except the few
+that the start and the repairs need. On CPUs nearest centroids are exact and sums are on a common
+grid (`nearest.py`, `exact_sums.py`). So centroids and assignments have the same bits for every
+number of ranks, for float16 and float32 rows. On GPUs near-ties may fall either way.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.points import Pass, inertia_of, largest_of, not_finite
+from deepclust.clustering.points import Assignment, inertia_of, largest_of, not_finite
 from deepclust.errors import NumericalError
 from deepclust.world import World
 
 
 class ShardedPoints:
-    """`local` rows of every rank, one after the other; every method is called by all ranks."""
+    """The `local` rows of every rank, one after the other; all ranks call every method."""
 
     def __init__(self, local: ArrayPoints, world: World) -> None:
         self.local = local
@@ -31,23 +31,23 @@ class ShardedPoints:
         sizes = torch.zeros(world.size, dtype=torch.int64, device=world.device)
         sizes[world.rank] = local.n
         ends = world.all_reduce(sizes).cumsum(0)
-        self.n, self.held = int(ends[-1]), local.n
+        self.n, self.n_local = int(ends[-1]), local.n
         self.base = int(ends[world.rank]) - local.n
-        self.dim, self.device, self.unit = local.dim, local.device, local.unit
-        self.power: float | None = None
+        self.dim, self.device, self.spherical = local.dim, local.device, local.spherical
+        self.sum_sq: float | None = None
 
-    def configured(self, *, unit: bool, backend: str) -> ShardedPoints:
-        """The same rows, read as unit rows or as they are, searched by `backend`."""
-        return ShardedPoints(self.local.configured(unit=unit, backend=backend), self.world)
+    def configure(self, *, spherical: bool, backend: str) -> ShardedPoints:
+        """Return the same rows, read as unit rows or as they are, searched by `backend`."""
+        return ShardedPoints(self.local.configure(spherical=spherical, backend=backend), self.world)
 
     def select(self, ids: Int64[np.ndarray, " m"]) -> ShardedPoints:
-        """A view of some rows, given in ascending order and the same on all ranks."""
-        own = ids[(ids >= self.base) & (ids < self.base + self.held)] - self.base
+        """Return a view of some rows, given in ascending order and the same on all ranks."""
+        own = ids[(ids >= self.base) & (ids < self.base + self.n_local)] - self.base
         return ShardedPoints(self.local.select(own), self.world)
 
     def check_finite(self) -> None:
         """Raise `NumericalError` on every rank, naming the first rows of each that are not."""
-        bad, largest = self.local.survey()
+        bad, largest = self.local.scan_values()
         mine = torch.full((6,), -1, dtype=torch.int64, device=self.world.device)
         mine[0] = len(bad)
         mine[1 : 1 + len(bad[:5])] = torch.from_numpy(bad[:5] + self.base)
@@ -55,83 +55,103 @@ class ShardedPoints:
         if count := int(table[:, 0].sum()):
             names = table[:, 1:]
             raise NumericalError(not_finite(names[names >= 0], count, self.n))
-        heaviest = self.world.max_float(self.local.heaviest())
-        self.local.set_grids(self.world.max_float(largest), heaviest, self.n)
+        max_weight = self.world.max_float(self.local.max_weight())
+        self.local.set_grids(self.world.max_float(largest), max_weight, self.n)
 
-    def take(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
-        """Copies of some rows, on every rank; each rank gives its own, the rest are zeros."""
+    def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
+        """Return copies of some rows on every rank: the sum of what each rank has of them."""
         rows = torch.zeros(len(ids), self.dim, device=self.device)
-        ours, places = self.holds(ids.to(self.device))
-        rows[ours] = self.local.take(places)
+        ours, places = self.locate(ids.to(self.device))
+        rows[ours] = self.local.gather(places)
         return self.world.all_reduce(rows)
 
-    def holds(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
-        """Which of these ids are held here, and at which row."""
-        ours = (ids >= self.base) & (ids < self.base + self.held)
+    def locate(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
+        """Return which of these ids are in this process, and at which row."""
+        ours = (ids >= self.base) & (ids < self.base + self.n_local)
         return ours, ids[ours] - self.base
 
-    def at(self, values: Int32[Tensor, " rows"], ids: Int64[Tensor, " m"]) -> Int32[Tensor, " m"]:
-        """The values of these ids, wherever they are held."""
-        found = torch.zeros(len(ids), dtype=values.dtype, device=self.device)
-        ours, places = self.holds(ids)
-        found[ours] = values[places]
-        return self.world.all_reduce(found)
+    def gather_values(
+        self, values: Int32[Tensor, " rows"], ids: Int64[Tensor, " m"]
+    ) -> Int32[Tensor, " m"]:
+        """Return the values of these ids, from whichever rank has them."""
+        gathered = torch.zeros(len(ids), dtype=values.dtype, device=self.device)
+        ours, places = self.locate(ids)
+        gathered[ours] = values[places]
+        return self.world.all_reduce(gathered)
 
-    def visit(
-        self, centroids: Float32[Tensor, "k d"], before: Pass | None = None, distances: bool = True
-    ) -> Pass:
+    def assign_to(
+        self,
+        centroids: Float32[Tensor, "k d"],
+        before: Assignment | None = None,
+        distances: bool = True,
+    ) -> Assignment:
         """Assign every point, and sum up over the ranks."""
-        ours = before and replace(before, bins=torch.zeros_like(before.bins))
-        whole = self._merged(self.local.visit(centroids, ours, distances))
+        ours = before and replace(before, partials=torch.zeros_like(before.partials))
+        whole = self._merge(self.local.assign_to(centroids, ours, distances))
         if before is not None:
-            whole = replace(whole, bins=before.bins + whole.bins)
+            whole = replace(whole, partials=before.partials + whole.partials)
         if distances:
-            return self.recount(whole, whole.labels, whole.distances)
-        return replace(whole, inertia=inertia_of(self._power(), whole, centroids))
+            return self.recount(whole, whole.cluster_ids, whole.distances)
+        return replace(whole, inertia=inertia_of(self._sum_sq(), whole, centroids))
 
-    def total(self, labels: Int32[Tensor, " rows"], k: int) -> Pass:
-        """Sums of given labels (-1: left out), without distances; for a warm start."""
-        return self._merged(self.local.total(labels, k))
+    def sum_clusters(self, cluster_ids: Int32[Tensor, " rows"], k: int) -> Assignment:
+        """Sum up the rows of given clusters (-1: left out), without distances."""
+        return self._merge(self.local.sum_clusters(cluster_ids, k))
 
-    def _merged(self, found: Pass) -> Pass:
-        """A pass over our rows, its sums over all."""
-        bins, weights = self.world.all_reduce(found.bins), self.world.all_reduce(found.weights)
+    def _merge(self, assignment: Assignment) -> Assignment:
+        """Return an assignment of this rank's rows with the sums of all ranks."""
+        partials, mass = (
+            self.world.all_reduce(assignment.partials),
+            self.world.all_reduce(assignment.partial_mass),
+        )
         return replace(
-            found, bins=bins, weights=weights, counts=self.world.all_reduce(found.counts)
+            assignment,
+            partials=partials,
+            partial_mass=mass,
+            counts=self.world.all_reduce(assignment.counts),
         )
 
-    def _power(self) -> float:
-        """The sum of w |x|^2 over all ranks."""
-        if self.power is None:
-            ours = torch.tensor(self.local.power, dtype=torch.float64, device=self.world.device)
-            self.power = float(self.world.all_reduce(ours))
-        return self.power
+    def _sum_sq(self) -> float:
+        """Return the sum of w |x|^2 over all ranks."""
+        if self.sum_sq is None:
+            ours = torch.tensor(self.local.sum_sq, dtype=torch.float64, device=self.world.device)
+            self.sum_sq = float(self.world.all_reduce(ours))
+        return self.sum_sq
 
-    def recount(self, found: Pass, labels: Tensor, distances: Tensor) -> Pass:
-        """The pass with other labels and distances: counts and inertia anew, sums left as is."""
-        mine = torch.bincount(labels, minlength=len(found.counts))
-        bound = self.world.max_float(self.local.heaviest() * largest_of(distances))
-        inertia = torch.tensor(self.local.weigh(distances, bound, self.n), dtype=torch.float64)
+    def recount(self, assignment: Assignment, cluster_ids: Tensor, distances: Tensor) -> Assignment:
+        """Return the assignment with other clusters and distances; its sums stay as they were."""
+        mine = torch.bincount(cluster_ids, minlength=len(assignment.counts))
+        bound = self.world.max_float(self.local.max_weight() * largest_of(distances))
+        inertia = torch.tensor(
+            self.local.weighted_sum(distances, bound, self.n), dtype=torch.float64
+        )
         total = float(self.world.all_reduce(inertia.to(self.world.device)))
-        return Pass(
-            labels, distances, found.bins, found.weights, self.world.all_reduce(mine), total
+        return Assignment(
+            cluster_ids,
+            distances,
+            assignment.partials,
+            assignment.partial_mass,
+            self.world.all_reduce(mine),
+            total,
         )
 
-    def farthest(self, found: Pass) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
-        """Each cluster's farthest member (lowest id of equals) and its distance; -1 if none."""
-        ids, distances = self.local.farthest(found)
+    def find_farthest(
+        self, assignment: Assignment
+    ) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
+        """Return each cluster's farthest member (ties: lowest id) and its distance; -1: none."""
+        ids, distances = self.local.find_farthest(assignment)
         most = self.world.all_reduce_max(distances.clone())
         ours = (ids >= 0) & (distances == most)
         lowest = self.world.all_reduce_max(torch.where(ours, -(ids + self.base), -self.n))
         return torch.where(lowest == -self.n, -1, -lowest), most
 
     def count(self, rows: Bool[Tensor, " rows"]) -> int:
-        """How many rows are marked, over all ranks."""
+        """Return how many rows are marked, over all ranks."""
         return int(self.world.all_reduce(rows.sum()))
 
-    def lowest(self, keys: Float32[Tensor, " rows"], m: int) -> tuple[Tensor, Tensor]:
-        """Ids and keys of the m rows of lowest finite key: every rank proposes its own m."""
-        rows, own = self.local.lowest(keys, m)
+    def find_lowest(self, keys: Float32[Tensor, " rows"], m: int) -> tuple[Tensor, Tensor]:
+        """Return ids and keys of the m rows of lowest finite key: the best of every rank's m."""
+        rows, own = self.local.find_lowest(keys, m)
         width = self.world.max_int(len(rows))
         ids = torch.full((width,), -1, dtype=torch.int64, device=self.device)
         ids[: len(rows)] = rows + self.base

@@ -1,9 +1,9 @@
-"""What assignments look like, and how far they agree with the last round's, or with classes.
+"""Statistics of assignments, and their agreement with the last round's or with classes.
 
 Everything is computed from a sparse contingency table, 1.28M samples x 10,000 clusters in about a
 second. NMI is normalised by the geometric mean of the entropies, as in DeepCluster (section 4.1);
-scikit-learn's default is the arithmetic one. It is not adjusted for chance and grows with k, so the
-ARI stands beside it. Samples with a negative id on either side are left out.
+scikit-learn uses the arithmetic one. It is not adjusted for chance and grows with k, so the
+ARI is given with it. Samples with a negative id on either side are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def describe(
     previous: Int[np.ndarray, " n"] | None = None,
     classes: Int[np.ndarray, " n"] | None = None,
 ) -> dict[str, Any]:
-    """The statistics of one head's assignments (-1 = excluded), as written into a round.
+    """Return the statistics of one head's assignments (-1 = excluded), as written into a round.
 
     `entropy` (nats) is that of the sizes, `entropy_ratio` its share of ln k, `reassigned` the share
     of samples that changed cluster since `previous` after the ids were matched. What cannot be
@@ -67,13 +67,13 @@ def _agreement(
 
 
 def entropy(sizes: Int[np.ndarray, " k"]) -> float:
-    """Entropy in nats of the shares of these sizes; 0 for no samples."""
+    """Return the entropy in nats of the shares of these sizes; 0 for no samples."""
     shares = sizes[sizes > 0] / max(sizes.sum(), 1)
     return float(-(shares * np.log(shares)).sum()) + 0.0  # + 0.0: not -0.0
 
 
 def nmi(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
-    """Mutual information over sqrt(H(a) H(b)), in [0, 1]; two constant labelings agree: 1."""
+    """Return mutual information over sqrt(H(a) H(b)), in [0, 1]; two constant labelings: 1."""
     table = contingency(np.asarray(a), np.asarray(b))
     h_a, h_b = entropy(table.sum(1)), entropy(table.sum(0))
     if h_a == 0 or h_b == 0:
@@ -83,7 +83,7 @@ def nmi(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
 
 
 def ari(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
-    """Adjusted Rand index (Hubert and Arabie 1985): 0 expected by chance, 1 for equal labelings."""
+    """Return the adjusted Rand index (Hubert and Arabie 1985): 0 by chance, 1 for equal ones."""
     table = contingency(np.asarray(a), np.asarray(b))
     both, in_a, in_b = (_pairs(x) for x in (table.data, table.sum(1), table.sum(0)))
     everything = _pairs(np.array([table.data.sum()]))
@@ -94,13 +94,13 @@ def ari(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
 
 
 def _pairs(counts: Int[np.ndarray, " m"]) -> float:
-    """Pairs of samples inside the groups of these sizes."""
+    """Return the number of pairs of samples inside groups of these sizes."""
     wide = counts.astype(np.float64)
     return float((wide * (wide - 1)).sum() / 2)
 
 
 def accuracy(clusters: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"]) -> float:
-    """Share of samples in the cluster of their class, clusters and classes matched one to one.
+    """Return the share of samples in the cluster of their class, matched one to one.
 
     The best matching is found by the Hungarian method; with more clusters than classes, the
     samples of clusters that stay without a class count as wrong.
@@ -113,7 +113,7 @@ def accuracy(clusters: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"]) ->
 def reassigned(
     previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: int
 ) -> float | None:
-    """Share of samples (valid in both) that changed cluster once the ids are matched."""
+    """Return the share of samples (valid in both) that changed cluster, after matching ids."""
     table = contingency(np.asarray(current), np.asarray(previous), (k, k))
     if table.nnz == 0:
         return None

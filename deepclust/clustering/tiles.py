@@ -1,10 +1,9 @@
-"""Work on an array tile by tile, in several threads of our own.
+"""Work on an array tile by tile, in a pool of threads.
 
-A thread takes whole tiles through product, selection and sums, all in its own cache, with torch on
-one thread inside. So nothing waits for the slowest thread between the parts of a pass, which is
-what costs the usual parallel products dearly when the machine has something else to do too. For
-the same reason the caller stays on one thread meanwhile (`one_thread`): OpenMP's threads go on
-spinning for a while after each small operation, and with a busy neighbour that halved our speed.
+A thread does the product, the selection and the sums of a whole tile in its own cache, with torch
+on one thread inside. So no thread waits for the slowest one between the parts of a pass, which is
+expensive where other programs share the machine. The caller stays on one thread meanwhile
+(`one_thread`): OpenMP's threads spin after each small operation, which halved the speed there.
 """
 
 from __future__ import annotations
@@ -17,21 +16,35 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def each_tile(work: Callable[[int], None], n: int, size: int, threads: int) -> None:
-    """Call `work(start)` for every tile of `size` rows, in any order; raises what it raises."""
+def do_nothing() -> None:
+    """Do nothing: the default of callbacks that show that a long pass goes on."""
+
+
+def each_tile(
+    work: Callable[[int], None],
+    n: int,
+    size: int,
+    threads: int,
+    alive: Callable[[], None] = do_nothing,
+) -> None:
+    """Call `work(start)` for every tile of `size` rows, in any order; raise what it raises.
+
+    `alive` is called in the caller's thread after every tile.
+    """
     starts = range(0, n, size)
     if min(threads, len(starts)) < 2:
         for start in starts:
             work(start)
+            alive()
         return
     with one_thread():
         for _ in pool(threads).map(work, starts):
-            pass
+            alive()
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread in this one; afterwards as before, which is later threads' default."""
+    """Let torch use one thread inside, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,5 +55,5 @@ def one_thread() -> Iterator[None]:
 
 @functools.cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: a new one would have to set up torch's kernels again."""
+    """Return threads that stay: a new one would have to set up torch's kernels again."""
     return ThreadPoolExecutor(threads, "tile", initializer=torch.set_num_threads, initargs=(1,))

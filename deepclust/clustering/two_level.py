@@ -1,40 +1,42 @@
-"""k-means in two levels: m super-clusters, and inside each of them clusters of its own.
+"""k-means in two levels: m super-clusters, and inside each of them the same number of clusters.
 
-For DeeperCluster (Caron et al., ICCV 2019, section 3.2), whose labels are pairs (super-cluster,
-sub-cluster), and as a start for flat k-means with so many clusters that twenty passes over all
-centroids are too many: with k = m * m the two levels look at 2 m centroids a row instead of k.
+For DeeperCluster (Caron et al., ICCV 2019, section 3.2), whose pseudo-labels are pairs
+(super-cluster, sub-cluster).
 
-The inner jobs know nothing of each other, so ranks share them out, the largest first; where there
-are more ranks than jobs, all work on each. Level one runs on sharded points. Every rank can read
-all rows (a memory-mapped file), so no rows travel.
+The clusterings of level two are independent of each other, so ranks share them out, the largest
+first. Where there are more ranks than super-clusters, all ranks work on each. Level one runs on
+sharded points. Every rank can read all rows (a memory-mapped file), so no rows travel.
 
-The first super-clusters can be pinned (class prototypes, `prototypes.py`). A pinned one may win few
-rows or none: then it has as many sub-clusters as it has distinct rows, and its other ids are empty.
+The first super-clusters can be pinned (class prototypes, `class_prototypes.py`). A pinned one may
+win few rows or none: then it has a sub-cluster for each of its distinct rows, and its other ids are
+empty.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int32, Int64
 
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.init import distinct_rows
-from deepclust.clustering.kmeans import KMeansResult, kmeans
-from deepclust.clustering.points import Rows
+from deepclust.clustering.kmeans import KMeansResult, solve_kmeans
+from deepclust.clustering.options import (
+    NOTHING_GIVEN,
+    Given,
+    KMeansOptions,
+    OnProgress,
+    Progress,
+)
 from deepclust.clustering.sharded_points import ShardedPoints
 from deepclust.errors import DataError, RecipeError
-from deepclust.world import ALONE, World, derive, generator
+from deepclust.world import ALONE, World, derive
 
-SAMPLE = 64  # rows per cluster that a start looks at
-START_ITERATIONS = 10
-
-# Super-centroids [m, d] -> rows (ascending) and the super-clusters that they take instead
+# Super-centroids [m, d] -> rows (ascending) and the super-clusters that they are moved to
 Claim: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -45,7 +47,7 @@ class TwoLevel:
     super_centroids: Float32[np.ndarray, "m d"]
     supers: Int32[np.ndarray, " n"]
     centroids: Float32[np.ndarray, "k d"]  # zeros for an id that is empty
-    assignments: Int32[np.ndarray, " n"]  # nearest sub-centroid of the own super-cluster
+    assignments: Int32[np.ndarray, " n"]  # nearest sub-centroid of the point's super-cluster
     distances: Float32[np.ndarray, " n"]  # squared, to it
     inertia: float
     forced: Int64[np.ndarray, " f"]  # points that a repair gave to a cluster, of either level
@@ -60,106 +62,159 @@ class TwoLevel:
 def two_level(
     points: ArrayPoints,
     supers: int,
-    k: int,
-    *,
-    iterations: int = 10,
-    seed: int = 0,
-    empty: str = "split",
-    backend: str = "auto",
-    fixed: Rows | None = None,
-    init: str | Rows = "random",
-    spherical: bool = False,
+    options: KMeansOptions,
+    given: Given = NOTHING_GIVEN,
     claim: Claim | None = None,
     world: World = ALONE,
+    progress: OnProgress | None = None,
 ) -> TwoLevel:
-    """Cluster into `supers` super-clusters and each into k / supers sub-clusters.
+    """Cluster into `supers` super-clusters and each into options.k / supers sub-clusters.
 
-    `points` are all n rows, on every rank. DeeperCluster makes 10 iterations on each level. A
-    super-cluster always has room: it never ends with fewer than k / supers rows, unless it is
-    pinned. `fixed`, `init` and `spherical` are those of `kmeans`, for level one alone. `claim`
-    names rows that take another super-cluster than the nearest one, before level two; it must
-    answer the same on every rank.
+    `points` are all n rows, on every rank. A super-cluster never ends with fewer than k / supers
+    rows, unless it is pinned. `given` and the options `init` and `spherical` are for level one.
+    `claim` names rows that are moved to another super-cluster before level two, and must be the
+    same on every rank. DeeperCluster makes 10 iterations on each level.
 
     Raises `RecipeError` if `supers` does not divide k, `DataError` if a super-cluster has fewer
     distinct rows than sub-clusters (without `fixed` and `claim`), and what `kmeans` raises.
     """
-    if supers < 1 or k % supers:
-        raise RecipeError(f"cluster.supers={supers} must divide cluster.k={k}")
-    began, each = time.monotonic(), k // supers
-    options: dict[str, Any] = {"iterations": iterations, "empty": empty, "backend": backend}
-    try:
-        first = kmeans(
-            _own_part(points, world), supers, seed=derive(seed, "supers"), min_size=each,
-            fixed=fixed, init=init, spherical=spherical, **options,
-        )  # fmt: skip
-    except DataError as error:
-        raise DataError(_of_supers(error, points.n, k)) from error
-    labels = _everyones(first.assignments, points.n, world)
-    claimed = _apply(claim, labels, first.centroids)
+    if supers < 1 or options.k % supers:
+        raise RecipeError(f"cluster.supers={supers} must divide cluster.k={options.k}")
+    began = time.monotonic()
+    first = _first_level(_own_part(points, world), supers, options, given, progress)
+    of_level_one = _gather_all(first.assignments, points.n, world)
+    claimed = _apply(claim, of_level_one, first.centroids)
     middle = time.monotonic()
-    out = _Merged.zeros(points, k, supers)
-    failed: list[tuple[int, str]] = []  # what k / supers may be, and the message
-    lenient = fixed is not None or claim is not None
-    together = world.size > supers  # or some ranks would have nothing to do
-    for s, ids in _jobs(labels, supers, ALONE if together else world):
-        if len(ids) == 0:  # pinned, and won nothing
-            continue
-        try:
-            count = distinct(points.select(ids), each) if lenient else each
-            inside, own = _inside(points, ids, together, world), derive(seed, "sub", s)
-            found = kmeans(inside, count, seed=own, **options)
-            out.put(found, ids, s, each, world if together else ALONE)
-        except DataError as error:
-            failed.append(_of_subs(error, s, distinct(points.select(ids), each), k, supers))
-    if world.max_int(len(failed)):  # on every rank, or the others would wait for us
-        raise DataError(min(failed)[1] if failed else "a super-cluster of another rank failed")
-    whole = out.over(world)
-    distances = whole.distances.numpy()
+    second = _SecondLevel(
+        points, of_level_one, supers, options, world, progress,
+        lenient=given.fixed is not None or claim is not None,
+    )  # fmt: skip
+    merged = second.run()
+    distances = merged.distances.numpy()
+    bound = points.max_weight() * float(distances.max())
     return TwoLevel(
-        first.centroids, labels, whole.centroids.numpy(), whole.assignments.numpy(), distances,
-        inertia=points.weigh(
-            whole.distances.to(points.device),
-            points.heaviest() * float(distances.max()), points.n,
-        ),
-        forced=np.union1d(first.forced, np.flatnonzero(whole.forced.numpy())),
+        first.centroids,
+        of_level_one,
+        merged.centroids.numpy(),
+        merged.assignments.numpy(),
+        distances,
+        inertia=points.weighted_sum(merged.distances.to(points.device), bound, points.n),
+        forced=np.union1d(first.forced, np.flatnonzero(merged.forced.numpy())),
         claimed=claimed,
-        subs=whole.subs.numpy(),
+        subs=merged.subs.numpy(),
         empty_fixed=first.empty_fixed,
-        empty_repairs=first.empty_repairs + int(whole.repairs),
+        empty_repairs=first.empty_repairs + int(merged.repairs),
         iterations=len(first.history),
         seconds=(middle - began, time.monotonic() - middle),
-    )  # fmt: skip
+    )
+
+
+def _first_level(
+    points: ArrayPoints | ShardedPoints,
+    supers: int,
+    options: KMeansOptions,
+    given: Given,
+    progress: OnProgress | None,
+) -> KMeansResult:
+    """Return the super-clusters, each with room for its sub-clusters."""
+    k = options.k
+    seed = derive(options.seed, "supers")
+    own = replace(options, k=supers, seed=seed, min_size=k // supers)
+    try:
+        return solve_kmeans(points, own, given, progress)
+    except DataError as error:
+        raise DataError(_of_supers(error, points.n, k)) from error
+
+
+@dataclass(frozen=True)
+class _SecondLevel:
+    """Clusters the super-clusters, each by one rank or each by all."""
+
+    points: ArrayPoints
+    supers_of: Int32[np.ndarray, " n"]
+    supers: int
+    options: KMeansOptions
+    world: World
+    progress: OnProgress | None
+    lenient: bool  # a super-cluster may have fewer distinct rows than sub-clusters
+    failed: list[tuple[int, str]] = field(default_factory=list)  # k / supers at most, the message
+
+    @property
+    def each(self) -> int:
+        """Sub-clusters of a super-cluster."""
+        return self.options.k // self.supers
+
+    @property
+    def together(self) -> bool:
+        """Whether all ranks work on each super-cluster, since there are fewer than ranks."""
+        return self.world.size > self.supers
+
+    def run(self) -> _Merged:
+        """Return all ranks' sub-clusters; raise on every rank when one has failed."""
+        world, began, inertia = self.world, time.monotonic(), 0.0
+        merged = _Merged.zeros(self.points, self.options.k, self.supers)
+        jobs = _jobs(self.supers_of, self.supers, ALONE if self.together else world)
+        for done, s in enumerate(jobs, start=1):
+            ids = np.flatnonzero(self.supers_of == s)
+            if len(ids) == 0:  # pinned, and won nothing
+                continue
+            inertia += self._cluster(s, ids, merged)
+            if self.progress is not None:
+                seconds = time.monotonic() - began
+                self.progress(Progress(done, len(jobs), inertia, 0, seconds, level=2))
+        if world.max_int(len(self.failed)):  # on every rank, or the others would wait for us
+            raise DataError(
+                min(self.failed)[1] if self.failed else "a super-cluster of another rank failed"
+            )
+        return merged.over(world)
+
+    def _cluster(self, s: int, ids: Int64[np.ndarray, " m"], merged: _Merged) -> float:
+        """Cluster one super-cluster into `merged`, or note why not; return its inertia."""
+        inside, each = self.points.select(ids), self.each
+        try:
+            k = count_distinct(inside, each) if self.lenient else each
+            plain = KMeansOptions(
+                k, self.options.iterations, derive(self.options.seed, "sub", s),
+                empty=self.options.empty, backend=self.options.backend,
+            )  # fmt: skip
+            result = solve_kmeans(_inside(self.points, ids, self.together, self.world), plain)
+        except DataError as error:
+            distinct = count_distinct(inside, each)
+            self.failed.append(_of_subs(error, s, distinct, self.options.k, self.supers))
+            return 0.0
+        merged.put(result, ids, s, each, self.world if self.together else ALONE)
+        return result.inertia
 
 
 def _of_supers(error: DataError, n: int, k: int) -> str:
-    """Level one's error in the recipe's words; what `kmeans` calls k is cluster.supers here."""
+    """Return level one's error with the recipe's keys; its k is cluster.supers there."""
     if k > n:
         return f"cluster.k={k} needs as many rows, but there are only {n}. Set it to at most {n}."
     return str(error).replace("cluster.k", "cluster.supers")
 
 
-def _of_subs(error: DataError, s: int, found: int, k: int, supers: int) -> tuple[int, str]:
-    """The super-cluster's distinct rows, and its error in the recipe's words: k is k / supers."""
-    if found >= k // supers:
-        return found, f"super-cluster {s}: {error}"
-    return found, (
+def _of_subs(error: DataError, s: int, distinct: int, k: int, supers: int) -> tuple[int, str]:
+    """Return a super-cluster's distinct rows, and its error with the recipe's keys."""
+    if distinct >= k // supers:
+        return distinct, f"super-cluster {s}: {error}"
+    return distinct, (
         f"super-cluster {s}: its {k // supers} sub-clusters (cluster.k={k} over cluster.supers="
-        f"{supers}) need as many distinct feature rows, but it has only {found}. Set cluster.k to "
-        f"at most {found * supers} or take fewer super-clusters, or look for duplicate images or "
-        "a collapsed backbone."
+        f"{supers}) need as many distinct feature rows, but it has only {distinct}. Set cluster.k "
+        f"to at most {distinct * supers} or choose fewer super-clusters, or look for duplicate "
+        "images or a collapsed backbone."
     )
 
 
-def up_to(points: ArrayPoints, k: int, **options: Any) -> KMeansResult:
-    """`kmeans` into k clusters, or into as many as there are distinct rows, if those are fewer."""
-    return kmeans(points, distinct(points, k), **options)
+def kmeans_up_to(points: ArrayPoints, options: KMeansOptions) -> KMeansResult:
+    """Cluster into options.k clusters, or one for each distinct row if those are fewer."""
+    return solve_kmeans(points, replace(options, k=count_distinct(points, options.k)))
 
 
-def distinct(points: ArrayPoints, most: int) -> int:
-    """How many distinct rows there are, counted no further than `most`."""
+def count_distinct(points: ArrayPoints, most: int) -> int:
+    """Return how many distinct rows there are, counted no further than `most`."""
     known = np.zeros((0, points.dim), np.float32)
     for start in range(0, points.n, max(1024, most)):
-        rows = points.tile(start, max(1024, most)).cpu().numpy()
+        rows = points.read_tile(start, max(1024, most)).cpu().numpy()
         known = np.unique(np.concatenate([known, rows]), axis=0)
         if len(known) >= most:
             return most
@@ -167,62 +222,19 @@ def distinct(points: ArrayPoints, most: int) -> int:
 
 
 def _apply(
-    claim: Claim | None, labels: Int32[np.ndarray, " n"], centroids: Float32[np.ndarray, "m d"]
+    claim: Claim | None, supers: Int32[np.ndarray, " n"], centroids: Float32[np.ndarray, "m d"]
 ) -> Int64[np.ndarray, " c"]:
-    """Give the rows that are claimed to their super-clusters, in place; which ones have moved."""
+    """Give the rows that are claimed to their super-clusters, in place; return those moved."""
     if claim is None:
         return np.zeros(0, np.int64)
     rows, targets = claim(centroids)
-    moved = np.asarray(rows[labels[rows] != targets], np.int64)
-    labels[rows] = targets
+    moved = np.asarray(rows[supers[rows] != targets], np.int64)
+    supers[rows] = targets
     return moved
 
 
-def start_of(points: ArrayPoints, init: str, k: int, seed: int) -> str | np.ndarray:
-    """What `kmeans` takes as `init`: "two-level" is computed here, it knows the others."""
-    return two_level_start(points, k, seed) if init == "two-level" else init
-
-
-def two_level_start(points: ArrayPoints, k: int, seed: int = 0) -> Float32[np.ndarray, "k d"]:
-    """Centroids for flat k-means: about sqrt(k) super-clusters, each split by its share of rows.
-
-    Looks at no more than 64 rows a cluster. Where a super-cluster has fewer distinct rows than its
-    share, random distinct rows stand in. A few full passes (`kmeans(init=...)`) should follow.
-    """
-    draws = generator(seed, "kmeans", "two-level")
-    size = min(points.n, SAMPLE * k)
-    sample = points.select(np.sort(draws.choice(points.n, size, replace=False, shuffle=False)))
-    m = max(1, round(k**0.5))
-    try:
-        labels = kmeans(sample, m, START_ITERATIONS, derive(seed, "supers")).assignments
-    except DataError:  # duplicates: fewer distinct rows than super-clusters
-        labels = np.zeros(size, np.int32)
-    shares = _shares(np.bincount(labels, minlength=m), k)
-    parts = []
-    for s in np.flatnonzero(shares):
-        inside, own = sample.select(np.flatnonzero(labels == s)), derive(seed, "sub", int(s))
-        try:
-            parts.append(kmeans(inside, int(shares[s]), START_ITERATIONS, own).centroids)
-        except DataError:  # duplicates: fewer distinct rows than its share
-            continue
-    found = torch.from_numpy(np.concatenate([*parts, np.zeros((0, points.dim), np.float32)]))
-    found = found.to(points.device)
-    rest = distinct_rows(points, k - len(found), found, 0, seed)
-    return torch.cat([found, rest]).cpu().numpy()
-
-
-def _shares(sizes: Int64[np.ndarray, " m"], k: int) -> Int64[np.ndarray, " m"]:
-    """Of k clusters each one's, by size (largest remainders), and never more than it has rows."""
-    exact = k * sizes / sizes.sum()
-    shares = np.floor(exact).astype(np.int64)
-    order = np.argsort(shares - exact, kind="stable")
-    shares[order[: k - int(shares.sum())]] += 1
-    least: Int64[np.ndarray, " m"] = np.minimum(shares, sizes)
-    return least
-
-
 def _own_part(points: ArrayPoints, world: World) -> ArrayPoints | ShardedPoints:
-    """This rank's contiguous part of all rows, as sharded points."""
+    """Return this rank's contiguous part of all rows, as sharded points."""
     if world.size == 1:
         return points
     return ShardedPoints(points.select(np.arange(points.n)[_part(points.n, world)]), world)
@@ -231,7 +243,7 @@ def _own_part(points: ArrayPoints, world: World) -> ArrayPoints | ShardedPoints:
 def _inside(
     points: ArrayPoints, ids: Int64[np.ndarray, " m"], together: bool, world: World
 ) -> ArrayPoints | ShardedPoints:
-    """A super-cluster's rows: all of them, or of those that all ranks cluster this rank's."""
+    """Return a super-cluster's rows: all, or this rank's part where all ranks cluster them."""
     if not together:
         return points.select(ids)
     return ShardedPoints(points.select(ids[_part(len(ids), world)]), world)
@@ -242,31 +254,31 @@ def _part(n: int, world: World) -> slice:
     return slice(int(cuts[world.rank]), int(cuts[world.rank + 1]))
 
 
-def _everyones(own: Int32[np.ndarray, " held"], n: int, world: World) -> Int32[np.ndarray, " n"]:
-    """All ranks' labels one after the other; n int32 are little beside the features."""
+def _gather_all(own: Int32[np.ndarray, " m"], n: int, world: World) -> Int32[np.ndarray, " n"]:
+    """Return all ranks' cluster ids one after the other: n int32, little beside the features."""
     if world.size == 1:
         return own
-    labels = torch.zeros(n, dtype=torch.int32, device=world.device)
-    labels[_part(n, world)] = torch.from_numpy(own)
-    return world.all_reduce(labels).cpu().numpy()
+    cluster_ids = torch.zeros(n, dtype=torch.int32, device=world.device)
+    cluster_ids[_part(n, world)] = torch.from_numpy(own)
+    return world.all_reduce(cluster_ids).cpu().numpy()
 
 
-def _jobs(
-    labels: Int32[np.ndarray, " n"], supers: int, world: World
-) -> Iterator[tuple[int, Int64[np.ndarray, " m"]]]:
-    """This rank's super-clusters and their rows: each goes to the rank with least to do so far."""
-    sizes = np.bincount(labels, minlength=supers)
+def _jobs(supers_of: Int32[np.ndarray, " n"], supers: int, world: World) -> list[int]:
+    """Return this rank's super-clusters: each goes to the rank with the fewest rows so far."""
+    sizes = np.bincount(supers_of, minlength=supers)
     load = np.zeros(world.size, np.int64)
+    own = []
     for s in np.argsort(-sizes, kind="stable"):
         rank = int(load.argmin())
         load[rank] += sizes[s]
         if rank == world.rank:
-            yield int(s), np.flatnonzero(labels == s)
+            own.append(int(s))
+    return own
 
 
 @dataclass(frozen=True)
 class _Merged:
-    """What the ranks have found, zeros where another one works; the sum over ranks is all."""
+    """The sub-clusters of some super-clusters, zeros elsewhere; the sum over ranks is all."""
 
     centroids: torch.Tensor
     assignments: torch.Tensor
@@ -277,25 +289,30 @@ class _Merged:
 
     @classmethod
     def zeros(cls, points: ArrayPoints, k: int, supers: int) -> _Merged:
+        """Return the sub-clusters of no super-cluster."""
         n = points.n
         return cls(
-            torch.zeros(k, points.dim), torch.zeros(n, dtype=torch.int32), torch.zeros(n),
-            torch.zeros(n, dtype=torch.uint8), torch.zeros(supers, dtype=torch.int64),
+            torch.zeros(k, points.dim),
+            torch.zeros(n, dtype=torch.int32),
+            torch.zeros(n),
+            torch.zeros(n, dtype=torch.uint8),
+            torch.zeros(supers, dtype=torch.int64),
             torch.zeros(1, dtype=torch.int64),
-        )  # fmt: skip
+        )
 
-    def put(self, found: KMeansResult, ids: np.ndarray, s: int, each: int, world: World) -> None:
-        """A super-cluster's result; `world` are the ranks that all have it, save the labels."""
-        base, count, own = s * each, len(found.centroids), ids[_part(len(ids), world)]
-        self.assignments[own] = torch.from_numpy(found.assignments) + base
-        self.distances[own] = torch.from_numpy(found.distances)
+    def put(self, result: KMeansResult, ids: np.ndarray, s: int, each: int, world: World) -> None:
+        """Add a super-cluster; `world` are the ranks that all have it, except its assignments."""
+        base, count, own = s * each, len(result.centroids), ids[_part(len(ids), world)]
+        self.assignments[own] = torch.from_numpy(result.assignments) + base
+        self.distances[own] = torch.from_numpy(result.distances)
         if not world.is_first:
             return
-        self.centroids[base : base + count] = torch.from_numpy(found.centroids)
-        self.forced[ids[found.forced]] = 1
+        self.centroids[base : base + count] = torch.from_numpy(result.centroids)
+        self.forced[ids[result.forced]] = 1
         self.subs[s] = count
-        self.repairs.add_(found.empty_repairs)
+        self.repairs.add_(result.empty_repairs)
 
     def over(self, world: World) -> _Merged:
+        """Return the sum over the ranks."""
         parts = (getattr(self, field.name) for field in fields(self))
         return _Merged(*(world.all_reduce(part.to(world.device)).cpu() for part in parts))

@@ -1,7 +1,7 @@
 """PCA-whitening, exact and streaming: features [n, D] -> unit rows [n, dim] for k-means.
 
 Source: DeepCluster (Caron et al. 2018), section 3.4: PCA to 256, whitening, L2 normalisation.
-Their `faiss.PCAMatrix(eigen_power=-0.5)` is our reference in tests. We differ where it breaks:
+Their `faiss.PCAMatrix(eigen_power=-0.5)` is the reference in tests. This differs where it breaks:
 the covariance is streamed in float64 about a pivot (no n x D array, no cancellation), only the
 top eigenvectors are solved for, eigenvalues are clamped as in DeeperCluster, and directions that
 the data do not have give zeros instead of NaN, so the shape never changes.
@@ -9,6 +9,7 @@ the data do not have give zeros instead of NaN, so the shape never changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +40,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 @dataclass(frozen=True)
 class Whitening:
-    """y = normalise((x - mean) @ matrix). Columns of `matrix` beyond `rank` are zero."""
+    """The map y = normalise((x - mean) @ matrix); columns of `matrix` beyond `rank` are zero."""
 
     mean: Float32[np.ndarray, " D"]
     matrix: Float32[np.ndarray, "D dim"]
@@ -47,8 +48,12 @@ class Whitening:
     rank: int
 
     @classmethod
-    def fit(cls, x: Rows, dim: int = 256) -> Whitening:
-        """Whitening of x [n, D] (numpy, memory-mapped or torch; any float type), read in blocks.
+    def fit(
+        cls, x: Rows, dim: int = 256, progress: Callable[[int, int], None] | None = None
+    ) -> Whitening:
+        """Fit x [n, D] (numpy, memory-mapped or torch; any float type), read in blocks.
+
+        `progress` is called with the rows read so far and n, after every block.
 
         Raises `NumericalError` for a row that is not finite (named) or constant features.
         """
@@ -56,9 +61,11 @@ class Whitening:
         points.check_finite()
         if points.n == 0:
             raise DataError("whitening needs at least one row, got an array of 0 rows")
-        moments = Moments.zero(points.tile(0, PIVOT).double().mean(0))
+        moments = Moments.zero(points.read_tile(0, PIVOT).double().mean(0))
         for start in range(0, points.n, BLOCK):
-            moments.add(points.tile(start, BLOCK))
+            moments.add(points.read_tile(start, BLOCK))
+            if progress is not None:
+                progress(min(start + BLOCK, points.n), points.n)
         return solve(moments, dim)
 
     def __call__(self, x: Array) -> Array:
@@ -68,13 +75,13 @@ class Whitening:
         out = torch.empty(points.n, matrix.shape[1], device=points.device)
         with full_precision():
             for start in range(0, points.n, BLOCK):
-                rows = points.tile(start, BLOCK)
+                rows = points.read_tile(start, BLOCK)
                 out[start : start + len(rows)] = unit_rows((rows - mean) @ matrix)
         return out if isinstance(x, Tensor) else out.numpy()
 
     @property
     def warning(self) -> str | None:
-        """What the user should know when the features have fewer directions than asked for."""
+        """A message when the features have fewer directions than asked for; else None."""
         dim = len(self.eigenvalues)
         if self.rank == dim:
             return None
@@ -98,7 +105,7 @@ class Whitening:
 
 
 def solve(moments: Moments, dim: int, clamp: float = CLAMP) -> Whitening:
-    """The whitening of the rows behind `moments`, always of shape [D, dim].
+    """Return the whitening of the rows behind `moments`, always of shape [D, dim].
 
     Column i is eigenvector i of the covariance over the square root of its eigenvalue, which is
     raised to `clamp` times the largest if smaller (0: as in FAISS). Signs: the component of largest
@@ -136,7 +143,7 @@ def _check(count: int, mean: np.ndarray, covariance: np.ndarray) -> None:
 def _top_eigenvectors(
     covariance: Float64[np.ndarray, "D D"], count: int
 ) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
-    """Largest eigenvalues first. Overwrites the covariance, since a copy could be large."""
+    """Return the largest eigenvalues first. Overwrites the covariance, which can be large."""
     size = len(covariance)
     values, vectors = scipy.linalg.eigh(
         covariance.T, subset_by_index=[size - count, size - 1], overwrite_a=True, check_finite=False
@@ -145,7 +152,7 @@ def _top_eigenvectors(
 
 
 def _rounding(mean: np.ndarray) -> float:
-    """Variance that float32 rounding of the features alone can make: constant features have it."""
+    """Return the variance that float32 rounding alone gives to constant features."""
     return (float(np.finfo(np.float32).eps) * float(np.abs(mean).max())) ** 2
 
 

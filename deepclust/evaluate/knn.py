@@ -1,8 +1,8 @@
 """Weighted nearest neighbours on frozen features: the probe that needs no training.
 
 Wu et al. 2018 (arXiv 1805.01978), equation 10, with the protocol of DINO (`eval_knn.py`): cosine
-similarity, 20 neighbours, each with the vote exp(similarity / 0.07). Unlike DINO, similarities
-are never held for more than a tile of test x train rows, so a million training rows fit anywhere.
+similarity, 20 neighbours, each with the vote exp(similarity / 0.07). Unlike in DINO, similarities
+are held for one tile of test x train rows at a time, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -11,54 +11,50 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
+
+from deepclust.evaluate.frozen import Frozen
 
 TEST_ROWS = 512
 TRAIN_ROWS = 16_384  # a tile of similarities is 32 MiB
 
 
 def knn(
-    train_x: Float[np.ndarray, "n d"],
-    train_y: Int[np.ndarray, " n"],
-    test_x: Float[np.ndarray, "m d"],
-    test_y: Int[np.ndarray, " m"],
-    neighbours: int = 20,
-    temperature: float = 0.07,
-    seed: int = 0,
+    frozen: Frozen, neighbours: int = 20, temperature: float = 0.07
 ) -> Iterator[tuple[str, float]]:
     """Yield ("top1", share of the test rows whose class wins the vote of their neighbours).
 
-    With fewer than `neighbours` training rows all of them vote; equal votes go to the lower class.
-    `seed` is there because every evaluator takes one; nothing here is random.
+    With fewer than `neighbours` training rows all of them vote. Equal votes go to the lower class.
     """
-    classes, targets = np.unique(train_y, return_inverse=True)
-    train, votes_for = _unit(train_x), torch.from_numpy(targets.astype(np.int64))
+    classes, numbers = np.unique(frozen.train.labels, return_inverse=True)
+    train, targets = _unit(frozen.train.features), torch.from_numpy(numbers.astype(np.int64))
+    x, y = frozen.test.features, frozen.test.labels
     hits = 0
-    for start in range(0, len(test_x), TEST_ROWS):
+    for start in range(0, len(x), TEST_ROWS):
         stop = start + TEST_ROWS
-        similarity, ids = nearest(_unit(test_x[start:stop]), train, neighbours)
-        votes = torch.zeros(len(ids), len(classes), dtype=torch.float64)
-        votes.scatter_add_(1, votes_for[ids], (similarity.double() / temperature).exp())
-        hits += int((classes[votes.argmax(1).numpy()] == test_y[start:stop]).sum())
-    yield "top1", hits / len(test_x)
+        similarity, rows = nearest(_unit(x[start:stop]), train, neighbours)
+        votes = torch.zeros(len(rows), len(classes), dtype=torch.float64)
+        votes.scatter_add_(1, targets[rows], (similarity.double() / temperature).exp())
+        hits += int((classes[votes.argmax(1).numpy()] == y[start:stop]).sum())
+    yield "top1", hits / len(x)
 
 
 def nearest(
     queries: Float[Tensor, "b d"], rows: Float[Tensor, "n d"], count: int
 ) -> tuple[Float[Tensor, "b c"], Int64[Tensor, "b c"]]:
-    """The inner products and ids of each query's `count` best rows, tile by tile, best first."""
+    """Return inner products and row numbers of each query's `count` best rows, best first."""
     best = queries.new_empty(len(queries), 0)
-    ids = torch.empty(len(queries), 0, dtype=torch.int64)
+    places = torch.empty(len(queries), 0, dtype=torch.int64)
     for start in range(0, len(rows), TRAIN_ROWS):
         tile = queries @ rows[start : start + TRAIN_ROWS].T
         value, place = tile.topk(min(count, tile.shape[1]), dim=1)
-        best, ids = torch.cat([best, value], 1), torch.cat([ids, place + start], 1)
+        best, places = torch.cat([best, value], 1), torch.cat([places, place + start], 1)
         best, order = best.topk(min(count, best.shape[1]), dim=1)
-        ids = ids.gather(1, order)
-    return best, ids
+        places = places.gather(1, order)
+    return best, places
 
 
 def _unit(x: Float[np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows in fp32 of length one; a zero row stays zero, so it is equally far from all."""
+    """Return rows in fp32 of length one; a zero row stays zero, equally far from all."""
     return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(x, np.float32)))

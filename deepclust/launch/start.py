@@ -28,14 +28,13 @@ from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, Resourc
 from deepclust.files import disk_errors
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.recipe import Recipe, differences
-from deepclust.recipe.sections import SHARDS, Section
+from deepclust.recipe.sections import PLACES, SHARDS, Section
 from deepclust.run import directory
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 
 Show = Callable[[dict[str, Any]], None]
 MAY_CHANGE = ("train.ranks", "data.workers", "data.stage", "data.scratch")
-PLACES = ("ray.", "slurm.")  # where it runs is no part of what it computes
 HELD_BACK = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}
 
 
@@ -134,13 +133,13 @@ def check_changes(run: Run, recipe: Recipe) -> None:
     refused = {
         key: values
         for key, values in changed.items()
-        if key not in allowed and not key.startswith(PLACES)
+        if key not in allowed and key.partition(".")[0] not in PLACES
     }
     if refused:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in refused.items())
         raise errors.RunDiffersError(
-            f"resume may change {', '.join(MAY_CHANGE)}, ray.*, slurm.* and a larger train.epochs, "
-            f"not\n{lines}\n"
+            f"resume may change {', '.join([*MAY_CHANGE, *(f'{name}.*' for name in PLACES)])} and "
+            f"a larger train.epochs, not\n{lines}\n"
             "Start a new run instead; init.weights and init.assignments carry over what you want."
         )
 

@@ -48,16 +48,16 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     index, read = open_data(run, recipe)
     if role.rank == CLUSTER_WORKER:
         device = clustering_device(recipe, role.gpu)
-        cluster.serve(cluster.make_job(run, recipe, index, device, report, World()), stopping)
+        cluster.serve(cluster.make_context(run, recipe, index, device, report, World()), stopping)
         return
     device = training_device(recipe, role.rank if role.gpu is None else role.gpu)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
     job = None
-    if recipe.cluster is not None and recipe.cluster.where == "gang":
-        job = cluster.make_job(run, recipe, index, device, report, world)
+    if recipe.cluster is not None and recipe.cluster.where == "ranks":
+        job = cluster.make_context(run, recipe, index, device, report, world)
     elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
         place = clustering_device(recipe)
-        job = cluster.make_job(run, recipe, index, place, report, World())
+        job = cluster.make_context(run, recipe, index, place, report, World())
     context = Context(recipe, run, world, index, read, report, job, stopping, role.stage)
     try:
         pipeline.run(context)

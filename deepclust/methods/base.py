@@ -91,10 +91,10 @@ class Targets:
 
     round: int
     file: Path
-    ids: Int32[np.ndarray, "heads n"]
+    assignments: Int32[np.ndarray, "heads n"]
     centroids: Float[np.ndarray, "heads k d"]
     whitening: Whitening | None
-    kept: Bool[np.ndarray, " k"] | None
+    kept: Bool[np.ndarray, "heads k"] | None
     labelled: Int64[np.ndarray, " m"] | None = None
 
 

@@ -52,7 +52,8 @@ class Recipe(Section):
     train: TrainSection
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
-    ray: dict[str, Any] = {}  # for cluster_jobs alone, see its spec.py
+    # PLACES, for cluster_jobs alone, which checks them
+    ray: dict[str, Any] = {}
     slurm: dict[str, Any] = {}
 
     @field_validator("method", mode="before")
@@ -87,7 +88,7 @@ class Recipe(Section):
             return True
         where = self.cluster.where
         alone = self.train.ranks == 1 and not self.cluster.overlap
-        return where in ("inline", "gang") or (where == "auto" and alone)
+        return where in ("inline", "ranks") or (where == "auto" and alone)
 
     @classmethod
     def load(cls, source: str | Path, *overrides: str) -> Recipe:

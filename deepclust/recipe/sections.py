@@ -9,7 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from deepclust.recipe.declare import Refresh
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,11 @@ class MethodSection(Section):
     clusters: ClassVar[bool] = False  # whether it trains on a clustering
 
     @property
+    def round(self) -> Refresh | None:
+        """How its rounds are made; None for a method without a clustering."""
+        return None
+
+    @property
     def resets(self) -> bool:
         """Whether a round begins with a new head, so that the loss jumps."""
         return self.clusters
@@ -144,9 +159,9 @@ class DeepClusterSection(ClusteringMethodSection):
         return self.head == "reset"
 
     @property
-    def keeps_ids(self) -> bool:
-        """Whether a cluster takes the id of the old one that it continues."""
-        return self.head == "match"
+    def round(self) -> Refresh:
+        """One level; ids are matched by the policy `match`."""
+        return Refresh(keeps_ids=self.head == "match", resets=self.head == "reset")
 
 
 class DeeperClusterSection(ClusteringMethodSection):
@@ -154,6 +169,11 @@ class DeeperClusterSection(ClusteringMethodSection):
 
     name: Literal["deepercluster"]
     rotations: Literal[1, 4] = Field(4, description="4: images turned by quarters; 1: upright")
+
+    @property
+    def round(self) -> Refresh:
+        """Two levels; every round begins with a new head."""
+        return Refresh(levels=2, resets=True)
 
 
 class SimCLRSection(MethodSection):
@@ -171,6 +191,13 @@ AnyMethod = Annotated[
 ]
 
 
+def _read_old_place(value: object) -> object:
+    return "ranks" if value == "gang" else value  # the word of older recipes
+
+
+Where = Annotated[Literal["auto", "inline", "worker", "ranks"], BeforeValidator(_read_old_place)]
+
+
 class ClusterSection(Section):
     """Whitening and k-means."""
 
@@ -184,12 +211,12 @@ class ClusterSection(Section):
     empty: Literal["split", "relocate"] = "split"
     min_size: int = Field(1, ge=1, description="members that every cluster ends with")
     backend: Literal["auto", "torch", "faiss"] = "auto"
-    where: Literal["auto", "inline", "worker", "gang"] = Field(
+    where: Where = Field(
         "auto",
         description="auto: inline at one rank, else the cluster worker's own process; "
-        "gang: all ranks together, each with its part of the rows",
+        "ranks: all ranks together, each with its part of the rows",
     )
-    overlap: bool = Field(False, description="k-means while the gang trains on; a round later")
+    overlap: bool = Field(False, description="k-means while the ranks train on; a round later")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
     gpus: int = Field(
         1, ge=0, le=1, description="that the cluster worker gets where ranks have GPUs; 0: its CPU"
@@ -200,7 +227,7 @@ class ClusterSection(Section):
     def _fits(self) -> Self:
         if self.k % self.supers:
             raise ValueError(f"supers={self.supers} must divide k={self.k}")
-        if self.overlap and self.where in ("inline", "gang"):
+        if self.overlap and self.where in ("inline", "ranks"):
             raise ValueError(
                 "overlap needs the cluster worker, a process of its own: leave where at auto"
             )
@@ -208,6 +235,7 @@ class ClusterSection(Section):
 
 
 SHARDS = "shards"  # where labels come from: the shards themselves
+PLACES = ("ray", "slurm")  # sections on where a run runs, which change nothing it computes
 
 
 class SeedsSection(Section):

@@ -1,8 +1,8 @@
 """A run directory: its layout, its stages, and what makes a stage finished.
 
-A stage is a folder that is filled under a temporary name and renamed when whole; its manifest
-holds the hash of every file and what it was made from, and DONE is written last. A stage that is
-done never runs again. Before every commit the lock is read: this process must still hold the run.
+A stage is a folder that is filled under a temporary name and renamed when whole. Its manifest
+holds the hash of every file and the inputs. DONE is written last, and a stage that is done never
+runs again. Before every commit the lock is read: this process must still hold the run.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Run:
         atomic_folder(stage, complete, replace_unfinished)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append to events.jsonl. Only the controller that holds the run does this."""
+        """Append to events.jsonl; only the controller that holds the run does this."""
         if self.token:
             self.fence()
         record = {"time": time.time(), "attempt": self.attempt, "event": name, **fields}
@@ -106,7 +106,7 @@ class Run:
         return read_jsonl(self.path / "events.jsonl")
 
     def metric(self, kind: str, **fields: Any) -> None:
-        """Append to metrics.jsonl. Of two with one kind and step the later attempt's counts."""
+        """Append to metrics.jsonl; of two with one kind and step the later attempt's counts."""
         record = {"kind": kind, "attempt": self.attempt, **fields, "time": time.time()}
         append_json(self.path / "metrics.jsonl", record)
 
@@ -152,7 +152,7 @@ def manifest(stage: Path) -> dict[str, Any]:
 
 
 def verify(stage: Path, alive: Callable[[], None] = unwatched) -> None:
-    """Raise `DataError` when a file of the stage is not what its manifest says."""
+    """Raise `DataError` when a file of the stage differs from its manifest."""
     for name, facts in manifest(stage)["files"].items():
         file = stage / name
         if not file.exists() or file.stat().st_size != facts["bytes"]:
@@ -167,7 +167,7 @@ def exists(run_dir: Path) -> bool:
 
 
 def open_run(run_dir: str | Path) -> Run:
-    """Return a run for reading. Raises `RecipeError` when the folder does not hold one."""
+    """Return a run for reading, or raise `RecipeError` when the folder does not hold one."""
     run_dir = Path(run_dir)
     if not exists(run_dir):
         raise RecipeError(f"{run_dir} is not a run: it has no recipe.yaml (see `deepclust status`)")
@@ -182,7 +182,7 @@ def sweep(run_dir: Path) -> None:
 
 
 def create(run_dir: Path, recipe: Recipe) -> None:
-    """Write recipe and environment into a run directory. Refuses a run that has begun."""
+    """Write recipe and environment into a run directory; a run that has begun is refused."""
     if any((run_dir / begun).exists() for begun in ("rounds", "checkpoints")):
         raise RecipeError(
             f"{run_dir} holds a run already. To continue it: deepclust resume {run_dir}\n"

@@ -31,7 +31,7 @@ STALE_AFTER_S = 120.0
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[str]:
-    """Hold the run while the block lasts; yields the token. Raises `RunHeldError`."""
+    """Hold the run while the block lasts, and yield the token; raises `RunHeldError`."""
     token = _acquire(run_dir)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(run_dir, stop), daemon=True)
@@ -135,9 +135,9 @@ def _is_stale(run_dir: Path, lock: dict[str, Any]) -> bool:
 
 
 def _is_of_earlier_restart(lock: dict[str, Any]) -> bool:
-    """Return whether an earlier restart of our own job has the lock; its queue has ended that one.
+    """Return whether an earlier restart of our own job still has the lock.
 
-    Its processes may still live, where a node has left the cluster; the token fences them off.
+    Its processes may still live, where a node has left the cluster. The token fences them off.
     """
     me = _me()
     is_ours = lock["job"] is not None and lock["job"] == me["job"]

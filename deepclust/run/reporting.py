@@ -1,7 +1,8 @@
-"""What a run tells: metrics to JSONL and TensorBoard, events and progress to the controller.
+"""What a run reports: metrics to JSONL and TensorBoard, events and progress to the controller.
 
-Rank 0 writes metrics; events are written by the controller alone, so a rank hands them to a
-`Report`: straight to the file in the controller's own process, down a pipe from a spawned rank.
+Rank 0 writes the metrics. Only the controller writes events, so a rank hands them to a `Report`.
+In the controller's own process that writes the file, in a spawned rank it writes to a pipe. The
+names and fields of events are in `events.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import Any, Protocol
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from deepclust.run.directory import Run
+from deepclust.run.events import EventName
 from deepclust.run.signs import BEAT_S, SignsOfLife
 
 
 class Report(Protocol):
-    """Where a rank's news goes."""
+    """Where a rank's events and progress go."""
 
-    def event(self, name: str, **fields: Any) -> None:
-        """Something that happened once; it goes to events.jsonl."""
+    def event(self, name: EventName, **fields: Any) -> None:
+        """Report something that happened once; it goes to events.jsonl."""
 
     def progress(self, **fields: Any) -> None:
-        """How far we are; it goes to the screen and is forgotten."""
+        """Report how far we are; it goes to the screen and is not kept."""
 
     def alive(self) -> None:
         """Show that this process still gets somewhere; every loop of a long stage calls it."""
@@ -42,7 +44,7 @@ class DirectReport:
         self.run = run
         self.show = show
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: EventName, **fields: Any) -> None:
         """Write the event, then show it."""
         _log(name, fields)
         self.run.event(name, **fields)
@@ -70,18 +72,18 @@ class PipeReport(SignsOfLife):
         self._lock = threading.Lock()
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def event(self, name: str, **fields: Any) -> None:
-        """Hand the event to the launcher."""
+    def event(self, name: EventName, **fields: Any) -> None:
+        """Hand the event to the supervisor."""
         _log(name, fields)
         self._send({"event": name, **fields})
 
     def progress(self, **fields: Any) -> None:
-        """Hand the progress to the launcher."""
+        """Hand the progress to the supervisor."""
         _log("step", fields)
         self._send({"progress": True, **fields})
 
     def failed(self, error: BaseException, exit_code: int) -> None:
-        """Tell why this process ends, to the launcher and in our own log."""
+        """Report why this process ends, to the supervisor and in our own log."""
         logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
         self._send({"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code})
 
@@ -103,7 +105,7 @@ def _log(name: str, fields: dict[str, Any]) -> None:
 
 
 class Metrics:
-    """Numbers over time: metrics.jsonl always, TensorBoard beside it."""
+    """Numbers over time, in metrics.jsonl and for TensorBoard."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -122,7 +124,7 @@ class Metrics:
 
 
 def log_to(path: Path, rank: int) -> logging.Logger:
-    """The package's logger, writing to a file, every line with time and rank."""
+    """Let the package's logger write to a file, each line with time and rank; return it."""
     logger = logging.getLogger("deepclust")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -1,7 +1,7 @@
-"""The seeded part of a round: prototypes before k-means, claimed samples and a verdict after it.
+"""The seeded part of a round: prototypes before k-means, claimed samples and a report after it.
 
-`seeds.py` knows the labels, `clustering/prototypes.py` the arithmetic; here they meet the run's
-files. Nothing depends on who computes it, so every rank of a gang does all of it by itself.
+`seeds/table.py` reads the labels, `clustering/class_prototypes.py` has the arithmetic. This file
+connects both to the files of the run. Every rank computes all of it, with the same result.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.class_prototypes import Prototypes, averaged, claims, judged, prototypes
-from deepclust.clustering.whiten import Whitening
+from deepclust.clustering.class_prototypes import (
+    Prototypes,
+    average,
+    class_prototypes,
+    nearest_of_class,
+    score_seeds,
+)
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import read_json, write_json
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import SeedsSection
 from deepclust.run.directory import Run, manifest
+from deepclust.run.round_files import find_whitening, last_round_before
 from deepclust.seeds.table import SHOWN, Seeds, SeedTable
 
-Rows = Float[np.ndarray, "n d"]  # all samples' whitened rows, memory-mapped float16
+Rows = Float[np.ndarray, "n d"]  # all samples' features, memory-mapped float16
 
 
 @dataclass(frozen=True)
@@ -35,22 +41,22 @@ class SeededRound:
     table: SeedTable
     held_out: SeedTable | None
     prototypes: Prototypes
-    pinned: bool  # else they are only where k-means starts
+    pinned: bool  # else k-means only starts from them
     notes: list[str]
 
     @property
     def count(self) -> int:
-        """How many clusters, the first ones, are seeded."""
+        """The number of seeded clusters, which are the first ones."""
         return len(self.prototypes.rows)
 
     def names_of(self, clusters: Int64[np.ndarray, " s"]) -> str:
-        """The classes of some seeded clusters, for a message."""
+        """Return the classes of some seeded clusters, for a message."""
         names = [self.table.names[self.prototypes.class_of[j]] for j in clusters]
         return ", ".join(map(repr, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
 
-    def continues(self, before: Path) -> Bool[np.ndarray, " M"]:
-        """Which seeded clusters stood for the same class in the round of that folder."""
-        then, old = np.full(self.count, -1), read(before)
+    def continues(self, before_dir: Path) -> Bool[np.ndarray, " M"]:
+        """Return which seeded clusters had the same class in the round of that folder."""
+        then, old = np.full(self.count, -1), read(before_dir)
         if old is not None:
             both = min(self.count, len(old.class_of))
             then[:both] = old.class_of[:both]
@@ -59,16 +65,17 @@ class SeededRound:
     def claim(
         self, rows: Rows, centroids: Float32[np.ndarray, "k d"]
     ) -> tuple[Int32[np.ndarray, " m"], Float32[np.ndarray, " m"]]:
-        """The nearest cluster of its class for every labelled sample, and the distance to it."""
+        """Return every labelled sample's nearest cluster of its class, and the distance to it."""
         points = ArrayPoints(rows).select(self.table.ids)
-        return claims(points, self.table.classes, self.prototypes.class_of, centroids)
+        return nearest_of_class(points, self.table.classes, self.prototypes.class_of, centroids)
 
 
 def check(run: Run, recipe: Recipe, seeds: Seeds) -> None:
     """Raise `RecipeError` for more prototypes than clusters, `RunDiffersError` for other labels."""
-    config, cluster = recipe.seeds, recipe.clustering
+    config, cluster, refresh = recipe.seeds, recipe.clustering, recipe.method.round
     assert config is not None
-    level = "supers" if recipe.method.name == "deepercluster" else "k"
+    assert refresh is not None
+    level = "supers" if refresh.levels == 2 else "k"
     room, classes = getattr(cluster, level), len(seeds.table.names)
     if classes * config.prototypes > room:
         raise RecipeError(
@@ -93,36 +100,32 @@ def begin(
     excluded: Int64[np.ndarray, " e"],
     seed: int,
 ) -> SeededRound:
-    """The prototypes of a round, from all rows; averaged with those of the round before.
+    """Return the prototypes of a round, averaged with those of the round before.
 
     Raises `DataError` for a class without a row, `NumericalError` for one without a direction.
     """
     table, notes = seeds.in_round(excluded)
     points = ArrayPoints(rows).select(table.ids)
-    found = prototypes(points, table.classes, table.names, config.prototypes, seed)
+    new = class_prototypes(points, table.classes, table.names, config.prototypes, seed)
     if config.momentum or config.prototypes > 1:
-        found = _continued(run, number, found, config.momentum)
+        new = _continue(run, number, new, config.momentum)
     held_out = None if seeds.held_out is None else seeds.held_out.without(excluded)
     pinned = config.release_after is None or number <= config.release_after
-    return SeededRound(config, table, held_out, found, pinned, notes)
+    return SeededRound(config, table, held_out, new, pinned, notes)
 
 
-def _continued(run: Run, number: int, found: Prototypes, momentum: float) -> Prototypes:
-    """In the order of the last round's prototypes, and averaged with them."""
-    before = [r for r in run.rounds() if r < number]
-    if not before or (old := read(run.round(before[-1]))) is None:
-        return found
-    then, now = (_whitening(run.round(r)) for r in (before[-1], number))
-    return averaged(found, old, then, now, momentum)
+def _continue(run: Run, number: int, new: Prototypes, momentum: float) -> Prototypes:
+    """Return the prototypes in the order of the last round's, and averaged with them."""
+    last = last_round_before(run, number)
+    if last is None or (old := read(run.round(last))) is None:
+        return new
+    then, now = (find_whitening(run.round(r)) for r in (last, number))
+    return average(new, old, then, now, momentum)
 
 
-def _whitening(folder: Path) -> Whitening:
-    return Whitening.load(folder / "whitening" / "whitening.safetensors")
-
-
-def save(found: SeededRound, stage: Path) -> None:
-    """Write the prototypes and what they stand for into the centroids stage."""
-    parts, names = found.prototypes, found.table.names
+def save(seeded: SeededRound, stage: Path) -> None:
+    """Write the prototypes and their classes into the centroids stage."""
+    parts, names = seeded.prototypes, seeded.table.names
     np.save(stage / "prototypes.npy", parts.rows)
     clusters = [
         {"cluster": j, "class_id": int(c), "class": names[c], "labelled": int(count)}
@@ -130,13 +133,13 @@ def save(found: SeededRound, stage: Path) -> None:
     ]
     write_json(
         stage / "prototypes.json",
-        {"pinned": found.pinned, "classes": names, "clusters": clusters},
+        {"pinned": seeded.pinned, "classes": names, "clusters": clusters},
     )
 
 
-def read(folder: Path) -> Prototypes | None:
-    """The prototypes of a round's folder; None if it was not seeded."""
-    stage = folder / "centroids"
+def read(round_dir: Path) -> Prototypes | None:
+    """Return the prototypes of a round's folder; None if it was not seeded."""
+    stage = round_dir / "centroids"
     if not (stage / "prototypes.npy").exists():
         return None
     clusters = read_json(stage / "prototypes.json")["clusters"]
@@ -145,25 +148,27 @@ def read(folder: Path) -> Prototypes | None:
     return Prototypes(rows, class_of.astype(np.int32), counts.astype(np.int64))
 
 
-def verdict(
-    found: SeededRound,
+def evaluate_seeds(
+    seeded: SeededRound,
     rows: Rows,
-    clusters: Int32[np.ndarray, " n"],
+    cluster_ids: Int32[np.ndarray, " n"],
     centroids: Float32[np.ndarray, "k d"],
 ) -> dict[str, Any]:
-    """How the seeded clusters do (see `judged`), on one level's clusters (-1 = excluded).
+    """Return statistics of the seeded clusters (see `score_seeds`), on one level (-1 = excluded).
 
-    `accuracy`: held-out samples of the seeds' classes whose nearest seeded centroid is of their
-    class, free clusters left aside. None where nothing is held out.
+    `accuracy`: the share of held-out samples of the seeds' classes whose nearest seeded centroid is
+    of their class, free clusters left aside. None where nothing is held out.
     """
-    parts, names = found.prototypes, found.table.names
-    sizes: Int64[np.ndarray, " k"] = np.bincount(clusters[clusters >= 0], minlength=len(centroids))
-    held = found.held_out or found.table.where(np.zeros(len(found.table), bool))
-    facts = judged(parts, names, sizes, clusters[held.ids], held.classes)
+    parts, names = seeded.prototypes, seeded.table.names
+    valid = cluster_ids[cluster_ids >= 0]
+    sizes: Int64[np.ndarray, " k"] = np.bincount(valid, minlength=len(centroids))
+    held = seeded.held_out or seeded.table.where(np.zeros(len(seeded.table), bool))
+    facts = score_seeds(parts, names, sizes, cluster_ids[held.ids], held.classes)
     own = held.where(held.classes < len(names))
     accuracy = None
     if len(own):
-        points = ArrayPoints(rows).select(own.ids).configured(unit=True, backend="torch")
-        nearest = points.visit(torch.from_numpy(centroids[: found.count])).labels.numpy()
+        points = ArrayPoints(rows).select(own.ids).configure(spherical=True, backend="torch")
+        seeded_centroids = torch.from_numpy(centroids[: seeded.count])
+        nearest = points.assign_to(seeded_centroids).cluster_ids.numpy()
         accuracy = float((parts.class_of[nearest] == own.classes).mean())
-    return {"pinned": found.pinned, "accuracy": accuracy, **facts}
+    return {"pinned": seeded.pinned, "accuracy": accuracy, **facts}

@@ -61,7 +61,7 @@ class Feed:
         crops = [images.to(device, non_blocking=True) for images in loaded.images]
         views = [self._view(part, v, loaded, turns, key) for v, part in enumerate(crops)]
         heads = np.zeros((0, len(loaded.sample_ids)), np.int32)
-        found = heads if targets is None else targets.ids[:, loaded.sample_ids]
+        found = heads if targets is None else targets.assignments[:, loaded.sample_ids]
         labels = torch.from_numpy(found.astype(np.int64)).to(device)
         ids = torch.from_numpy(np.asarray(loaded.sample_ids))
         return Batch(ids, tuple(views), turns.to(device), labels)

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from deepclust.data.images.crops import to_float
 from deepclust.data.read.loader import Loader
 from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import RecipeError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
+from deepclust.methods.embed import Embedder
 from deepclust.models import build_backbone
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
@@ -24,8 +23,9 @@ from deepclust.recipe.sections import parse_cadence
 from deepclust.run import checkpoint
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
+from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
-from deepclust.stages import cluster, train, warm_start
+from deepclust.stages import cluster, warm_start
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
@@ -45,11 +45,11 @@ class Context:
     index: Index
     read: str  # by offset or by block of shards
     report: Report
-    inline: cluster.Job | None  # we cluster ourselves; None: the cluster worker does
+    inline: cluster.ClusterContext | None  # we cluster ourselves; None: the cluster worker does
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
 
-    def tell(self, name: str, **fields: Any) -> None:
+    def tell(self, name: EventName, **fields: Any) -> None:
         """An event of the gang, which rank 0 tells for all."""
         if self.world.is_first:
             self.report.event(name, **fields)
@@ -149,18 +149,10 @@ def save_schedule(recipe: Recipe, timeline: Timeline) -> Callable[[State], bool]
     return due
 
 
-def embedder(context: Context, trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """Images (uint8, CPU) to features (float32, device), in eval mode, without gradients."""
-    data, device = context.recipe.data, context.world.device
-
-    def embed(images: Tensor) -> Tensor:
-        trainer.method.eval()
-        with torch.inference_mode(), train.autocast(trainer):
-            floats = to_float(images.to(device, non_blocking=True), data.mean, data.std)
-            floats = floats.contiguous(memory_format=torch.channels_last)
-            return trainer.method.embed(floats).float()
-
-    return embed
+def embedder(context: Context, trainer: Trainer) -> Embedder:
+    """Return the map from images (uint8, CPU) to features (float32, device)."""
+    recipe = context.recipe
+    return Embedder(trainer.method, recipe.data, recipe.train.precision, context.world.device)
 
 
 def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:

@@ -28,7 +28,7 @@ def plan_segment(
     With `seeds.share` every batch has its share of labelled samples, uniform over their clusters.
     `read`: by offset, or by block of shards, for which the plan walks through them in lanes.
     """
-    ids = targets.ids[0] if targets else _usable(index)
+    ids = targets.assignments[0] if targets else _usable(index)
     lanes = timeline.lanes if read == "block" else None
     build = partial(
         EpochPlan.build, seed=recipe.seed, epoch=state.segment, mode=recipe.method.mode,

@@ -1,13 +1,15 @@
-"""One round's k-means of all samples: flat or in two levels, seeded or not, by any number of ranks.
+"""One round's k-means of all samples: flat or in two levels, seeded or not, on any number of ranks.
 
 Flat k-means runs on sharded points, each rank with its part of the rows. In two levels every rank
-reads all rows (a memory-mapped file), see `hierarchy.py`. Both come back as a `Partition` of all n
-samples, and both take prototypes as pinned centroids or as a start.
+reads all rows (a memory-mapped file), see `two_level.py`. Both return the `RoundClusters` of all n
+samples, and both use prototypes as pinned centroids or as a start. A round with several heads
+clusters the same rows once for each, from different seeds.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,197 +19,217 @@ from jaxtyping import Float, Float32, Int32, Int64
 
 from deepclust.clustering import class_prototypes
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.kmeans import KMeansResult, kmeans
+from deepclust.clustering.kmeans import KMeansResult, solve_kmeans
+from deepclust.clustering.options import Given, KMeansOptions, OnProgress, Progress
 from deepclust.clustering.points import Points
 from deepclust.clustering.sharded_points import ShardedPoints
-from deepclust.clustering.two_level import TwoLevel, start_of, two_level
+from deepclust.clustering.two_level import TwoLevel, two_level
+from deepclust.clustering.two_level_init import given_start
+from deepclust.recipe.declare import Refresh
 from deepclust.recipe.sections import ClusterSection
+from deepclust.run.reporting import Report
 from deepclust.seeds.round import SeededRound
 from deepclust.world import World
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is clustered, how, and who does it."""
+class RoundTask:
+    """What is clustered, how, and by which ranks."""
 
-    rows: Float[np.ndarray, "n d"]  # whitened, memory-mapped
+    rows: Float[np.ndarray, "n d"]  # features, memory-mapped
     valid: Int64[np.ndarray, " m"]  # sample ids that are not excluded, ascending
     config: ClusterSection
-    two_level: bool
+    refresh: Refresh
     seeds: SeededRound | None
-    seed: int
+    random_seeds: tuple[int, ...]  # one for each head
     device: torch.device
     world: World
+    report: Report
+    progress: Callable[[int, Progress], None]  # called with the head, from 0
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What every k-means of it takes."""
+    def options(self, head: int) -> KMeansOptions:
+        """Return the settings of a head's k-means."""
         config = self.config
-        return {"iterations": config.iterations, "empty": config.empty, "backend": config.backend}
+        return KMeansOptions(
+            config.k,
+            config.iterations,
+            self.random_seeds[head],
+            init=config.init,
+            empty=config.empty,
+            spherical=self.refresh.spherical or self.seeds is not None,
+            min_size=config.min_size,
+            backend=config.backend,
+        )
+
+    def on_progress(self, head: int) -> OnProgress:
+        """Return what is called after each pass of a head's k-means."""
+        return lambda progress: self.progress(head, progress)
 
 
 @dataclass(frozen=True)
-class Partition:
-    """The clusters of all n samples."""
+class RoundClusters:
+    """The clusters of all n samples, of one head."""
 
-    labels: Int32[np.ndarray, " n"]  # -1 = excluded
-    distances: Float32[np.ndarray, " n"]  # squared, to the own centroid; NaN = excluded
+    assignments: Int32[np.ndarray, " n"]  # -1 = excluded
+    distances: Float32[np.ndarray, " n"]  # squared, to the sample's centroid; NaN = excluded
     centroids: Float32[np.ndarray, "k d"]
     inertia: float
     empty_fixed: Int64[np.ndarray, " e"]  # pinned clusters that won nothing
-    claimed: Int64[np.ndarray, " c"]  # labelled samples that their class's cluster took
+    claimed: Int64[np.ndarray, " c"]  # labelled samples moved to a cluster of their class
     facts: dict[str, Any]  # for the statistics
-    read_s: float = 0.0  # until the rows were on the device; on a CPU the first pass reads them
     levels: TwoLevel | None = None
 
     def first_level(self) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, "s d"]]:
-        """The clusters that seeds can pin, and their centroids: super-clusters where there are."""
+        """Return the clusters that seeds can pin, super-clusters if any, and their centroids."""
         if self.levels is None:
-            return self.labels, self.centroids
-        supers = np.full_like(self.labels, -1)
-        supers[self.labels >= 0] = self.levels.supers
+            return self.assignments, self.centroids
+        supers = np.full_like(self.assignments, -1)
+        supers[self.assignments >= 0] = self.levels.supers
         return supers, self.levels.super_centroids
 
 
-def partition(task: Task) -> Partition:
-    """Cluster, and let labelled samples take their class's cluster if they shall.
+def cluster_round(task: RoundTask) -> tuple[list[RoundClusters], float]:
+    """Cluster once for each head; return the clusters, and the seconds spent on reading rows.
 
-    Called by all ranks of `task.world`, which all get the whole result. Raises what `kmeans` and
-    `two_level` raise.
+    Labelled samples are moved to their class's cluster where the seeds force them. On a CPU the
+    first pass reads the rows, so that the seconds are few. Called by all ranks of `task.world`,
+    which all return the same. Raises what `kmeans` and `two_level` raise.
     """
     started = time.monotonic()
-    if task.two_level:
-        whole = ArrayPoints(task.rows, device=task.device).select(task.valid)
-        read = time.monotonic()
-        found = _in_two_levels(task, whole)
-    else:
-        points = _points(task, _part(task))
-        read = time.monotonic()
-        found = _flat(task, points)
-    return replace(found, read_s=read - started)
+    heads = range(len(task.random_seeds))
+    if task.refresh.levels == 2:
+        whole = ArrayPoints(task.rows, device=task.device, alive=task.report.alive)
+        whole = whole.select(task.valid)
+        read_s = time.monotonic() - started
+        return [_cluster_two_levels(task, whole, head) for head in heads], read_s
+    points = _points(task)
+    read_s = time.monotonic() - started
+    return [_cluster_flat(task, points, head) for head in heads], read_s
 
 
-def refined(task: Task) -> SeededRound | None:
-    """The task's seeds, their prototypes refined by all rows if they shall be; see `prototypes`."""
+def refine_seeds(task: RoundTask) -> SeededRound | None:
+    """Return the task's seeds, their prototypes refined by all rows if `seeds.refine` is set."""
     seeds = task.seeds
     if seeds is None or seeds.config.refine == 0:
         return seeds
-    points = _points(task, _part(task))
-    better = class_prototypes.refined(points, seeds.prototypes, seeds.config.refine)
+    better = class_prototypes.refine(_points(task), seeds.prototypes, seeds.config.refine)
     return replace(seeds, prototypes=better)
 
 
-def _part(task: Task) -> Int64[np.ndarray, " o"]:
-    """The valid rows that this rank holds when all cluster together."""
+def _part(task: RoundTask) -> Int64[np.ndarray, " o"]:
+    """Return the valid rows of this rank when all cluster together."""
     part: Int64[np.ndarray, " o"] = np.array_split(task.valid, task.world.size)[task.world.rank]
     return part
 
 
-def _flat(task: Task, points: ArrayPoints | ShardedPoints) -> Partition:
+def _points(task: RoundTask) -> ArrayPoints | ShardedPoints:
+    """Return the valid rows, of which this rank's part is on its device."""
     own = _part(task)
-    result = _kmeans(task, points)
-    labels, distances = _spread(result, own, len(task.rows), task.world)
-    found = Partition(
-        labels, distances, result.centroids, result.inertia, result.empty_fixed,
-        claimed=np.zeros(0, np.int64),
-        facts={
-            "forced": len(result.forced), "empty_repairs": result.empty_repairs,
-            "iterations": len(result.history),
-        },
-    )  # fmt: skip
-    if task.seeds is None or not task.seeds.config.forces:
-        return found
-    return _claimed(found, task.rows, task.seeds)
-
-
-def _kmeans(task: Task, points: ArrayPoints | ShardedPoints) -> KMeansResult:
-    """k-means of the valid rows, of which this rank may hold a part."""
-    config, world = task.config, task.world
-    mine = points.local if isinstance(points, ShardedPoints) else points
-    if task.seeds is not None:
-        options = _seeded_start(task, points, config.k)
-    else:
-        options = {"init": world.broadcast_object(_start(task, mine) if world.is_first else "")}
-    return kmeans(
-        points, config.k, seed=task.seed, min_size=config.min_size, **options, **task.options
-    )
-
-
-def _points(task: Task, own: Int64[np.ndarray, " o"]) -> ArrayPoints | ShardedPoints:
-    """The valid rows, of which `own` are on this rank's device."""
     stretch = task.rows[own[0] : own[-1] + 1] if len(own) else task.rows[:0]
-    mine = ArrayPoints(stretch, device=task.device)
+    mine = ArrayPoints(stretch, device=task.device, alive=task.report.alive)
     if len(own) < len(stretch):
         mine = mine.select(own - own[0])
     return mine if task.world.size == 1 else ShardedPoints(mine, task.world)
 
 
-def _start(task: Task, mine: ArrayPoints) -> str | np.ndarray:
-    """What an unseeded k-means starts from; "two-level" looks at rows of all ranks."""
-    config = task.config
-    alone = task.world.size == 1 or config.init != "two-level"
-    whole = mine if alone else ArrayPoints(task.rows).select(task.valid)
-    return start_of(whole, config.init, config.k, task.seed)
+def _cluster_flat(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> RoundClusters:
+    options, given = task.options(head), _given(task, points, head)
+    result = solve_kmeans(points, options, given, task.on_progress(head))
+    assignments, distances = _spread(result, _part(task), len(task.rows), task.world)
+    clusters = RoundClusters(
+        assignments,
+        distances,
+        result.centroids,
+        result.inertia,
+        result.empty_fixed,
+        claimed=np.zeros(0, np.int64),
+        facts={
+            "forced": len(result.forced),
+            "empty_repairs": result.empty_repairs,
+            "iterations": len(result.history),
+        },
+    )
+    if task.seeds is None or not task.seeds.config.forces:
+        return clusters
+    return _claim(clusters, task.rows, task.seeds)
 
 
-def _seeded_start(task: Task, points: Points, k: int) -> dict[str, Any]:
-    """Prototypes pinned among k centroids, or, once released, where those start."""
-    assert task.seeds is not None
-    found, init = task.seeds.prototypes, task.config.init
-    if task.seeds.pinned:
-        return {"fixed": found.rows, "init": init, "spherical": True}
-    return {
-        "init": class_prototypes.start_from(points, found, k, init, task.seed),
-        "spherical": True,
-    }
+def _given(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> Given:
+    """Return the centroids that flat k-means starts from, or keeps."""
+    options = task.options(head)
+    if task.seeds is not None:
+        return _seeded_start(task.seeds, points, options)
+    if options.init != "two-level":
+        return Given()
+    # it looks at rows of all ranks, and is computed once for all
+    mine = points.local if isinstance(points, ShardedPoints) else points
+    whole = mine if task.world.size == 1 else ArrayPoints(task.rows).select(task.valid)
+    given = given_start(whole, options) if task.world.is_first else Given()
+    return Given(task.world.broadcast_object(given.centroids))
+
+
+def _seeded_start(seeds: SeededRound, points: Points, options: KMeansOptions) -> Given:
+    """Return prototypes to pin, or, once released, the centroids that begin with them."""
+    if seeds.pinned:
+        return Given(fixed=seeds.prototypes.rows)
+    return Given(class_prototypes.start_from_prototypes(points, seeds.prototypes, options))
 
 
 def _spread(
     result: KMeansResult, own: Int64[np.ndarray, " o"], n: int, world: World
 ) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-    """This rank's labels and distances at their ids, and those of all others added."""
-    labels = np.zeros(n, np.int32)
+    """Return all ranks' assignments and distances by sample id."""
+    shifted = np.zeros(n, np.int32)  # by one, so that excluded samples are 0 on every rank
     distances = np.zeros(n, np.float32)
-    labels[own] = result.assignments + 1
+    shifted[own] = result.assignments + 1
     distances[own] = result.distances
     both = (
-        world.all_reduce(torch.from_numpy(x).to(world.device)).cpu() for x in (labels, distances)
+        world.all_reduce(torch.from_numpy(x).to(world.device)).cpu() for x in (shifted, distances)
     )
-    labels, distances = (x.numpy() for x in both)
-    distances[labels == 0] = np.nan
-    return labels - 1, distances
+    shifted, distances = (x.numpy() for x in both)
+    distances[shifted == 0] = np.nan
+    return shifted - 1, distances
 
 
-def _claimed(found: Partition, rows: np.ndarray, seeds: SeededRound) -> Partition:
-    """Labelled samples in the nearest cluster of their class, whatever k-means has said."""
-    ids = seeds.table.ids
-    targets, distances = seeds.claim(rows, found.centroids)
-    moved = targets != found.labels[ids]
-    ids, targets, distances = ids[moved], targets[moved], distances[moved]
-    change = distances.sum(dtype=np.float64) - found.distances[ids].sum(dtype=np.float64)
-    found.labels[ids], found.distances[ids] = targets, distances
-    return replace(found, inertia=found.inertia + float(change), claimed=ids)
+def _claim(clusters: RoundClusters, rows: np.ndarray, seeds: SeededRound) -> RoundClusters:
+    """Move labelled samples to the nearest cluster of their class."""
+    sample_ids = seeds.table.ids
+    targets, distances = seeds.claim(rows, clusters.centroids)
+    moved = targets != clusters.assignments[sample_ids]
+    sample_ids, targets, distances = sample_ids[moved], targets[moved], distances[moved]
+    before = clusters.distances[sample_ids].sum(dtype=np.float64)
+    change = float(distances.sum(dtype=np.float64) - before)
+    clusters.assignments[sample_ids], clusters.distances[sample_ids] = targets, distances
+    return replace(clusters, inertia=clusters.inertia + change, claimed=sample_ids)
 
 
-def _in_two_levels(task: Task, points: ArrayPoints) -> Partition:
+def _cluster_two_levels(task: RoundTask, points: ArrayPoints, head: int) -> RoundClusters:
     config, rows, valid, seeds = task.config, task.rows, task.valid, task.seeds
-    options = task.options
+    options, given, claim = task.options(head), Given(), None
     if seeds is not None:
-        options |= _seeded_start(task, points, config.supers)
+        given = _seeded_start(seeds, points, replace(options, k=config.supers))
         if seeds.config.forces:
-            places = np.searchsorted(valid, seeds.table.ids)
-            options["claim"] = lambda centroids: (places, seeds.claim(rows, centroids)[0])
-    found = two_level(points, config.supers, config.k, seed=task.seed, world=task.world, **options)
-    labels = np.full(len(rows), -1, np.int32)
+            places, force = np.searchsorted(valid, seeds.table.ids), seeds.claim
+            claim = lambda centroids: (places, force(rows, centroids)[0])  # noqa: E731
+    levels = two_level(
+        points, config.supers, options, given, claim, task.world, task.on_progress(head)
+    )
+    assignments = np.full(len(rows), -1, np.int32)
     distances = np.full(len(rows), np.nan, np.float32)
-    labels[valid], distances[valid] = found.assignments, found.distances
-    return Partition(
-        labels, distances, found.centroids, found.inertia, found.empty_fixed,
-        claimed=valid[found.claimed],
+    assignments[valid], distances[valid] = levels.assignments, levels.distances
+    return RoundClusters(
+        assignments,
+        distances,
+        levels.centroids,
+        levels.inertia,
+        levels.empty_fixed,
+        claimed=valid[levels.claimed],
         facts={
-            "forced": len(found.forced), "empty_repairs": found.empty_repairs,
-            "iterations": found.iterations, "level_seconds": list(found.seconds),
-            "super_sizes": np.bincount(found.supers, minlength=config.supers).tolist(),
+            "forced": len(levels.forced),
+            "empty_repairs": levels.empty_repairs,
+            "iterations": levels.iterations,
+            "level_seconds": list(levels.seconds),
+            "super_sizes": np.bincount(levels.supers, minlength=config.supers).tolist(),
         },
-        levels=found,
-    )  # fmt: skip
+        levels=levels,
+    )

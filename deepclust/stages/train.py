@@ -24,6 +24,7 @@ from deepclust.data.read.loader import Bad, Loader
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import write_json
+from deepclust.methods import embed
 from deepclust.methods.base import Batch, Method, Now, Targets
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe.sections import TrainSection
@@ -126,10 +127,8 @@ def _no_sync(model: torch.nn.Module, sync: bool) -> contextlib.AbstractContextMa
 
 
 def autocast(trainer: Trainer) -> torch.autocast:
-    """bf16 on a GPU unless the recipe says otherwise; fp32 on a CPU unless it asks."""
-    wanted = trainer.config.precision
-    on = wanted == "bf16" or (wanted == "auto" and trainer.world.device.type == "cuda")
-    return torch.autocast(trainer.world.device.type, torch.bfloat16, enabled=on)
+    """Return the autocast context that embedding has too."""
+    return embed.autocast(trainer.config.precision, trainer.world.device)
 
 
 def _check_and_tell(trainer: Trainer, state: State, plan: EpochPlan, rate: float) -> None:

@@ -17,7 +17,7 @@ from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import load, load_latest
 from deepclust.run.directory import Run, exists, is_done, manifest
-from deepclust.stages import cluster
+from deepclust.run.round_files import read_whitening
 from deepclust.stages.export import load_backbone
 
 
@@ -120,7 +120,7 @@ def _write_round(
     inputs = {"data": index.fingerprint, "from": str(source)}
     folder = run.round(0)
     if (source / "whitening").exists():
-        whitening = cluster.read_whitening(source)
+        whitening = read_whitening(source)
         run.commit(
             folder / "whitening", lambda d: whitening.save(d / "whitening.safetensors"), inputs
         )

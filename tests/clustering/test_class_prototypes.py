@@ -9,15 +9,16 @@ import torch
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.class_prototypes import (
     Prototypes,
-    averaged,
-    carried,
-    claims,
-    judged,
-    prototypes,
-    refined,
-    start_from,
+    average,
+    carry_over,
+    class_prototypes,
+    nearest_of_class,
+    refine,
+    score_seeds,
+    start_from_prototypes,
 )
 from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.options import KMeansOptions
 from deepclust.clustering.sharded_points import ShardedPoints
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import NumericalError
@@ -54,7 +55,7 @@ def given(x: np.ndarray, class_of: list[int] | None = None) -> Prototypes:
 
 def test_a_prototype_is_the_unit_mean_of_its_class() -> None:
     x, y = rows(), labels()
-    found = prototypes(ArrayPoints(x), y, NAMES)
+    found = class_prototypes(ArrayPoints(x), y, NAMES)
     wide = unit(x.astype(np.float64))
     expected = unit(np.stack([wide[y == c].mean(0) for c in range(3)]))
     np.testing.assert_allclose(found.rows, expected, atol=1e-6)
@@ -66,8 +67,8 @@ def test_a_prototype_is_the_unit_mean_of_its_class() -> None:
 def test_the_order_of_rows_changes_no_bit() -> None:
     x, y = rows(), labels()
     order = np.random.default_rng(2).permutation(len(x))
-    one = prototypes(ArrayPoints(x), y, NAMES)
-    other = prototypes(ArrayPoints(x[order]), y[order], NAMES)
+    one = class_prototypes(ArrayPoints(x), y, NAMES)
+    other = class_prototypes(ArrayPoints(x[order]), y[order], NAMES)
     np.testing.assert_array_equal(one.rows, other.rows)
 
 
@@ -76,17 +77,17 @@ def test_a_class_whose_rows_cancel_is_named() -> None:
     x[3] *= -1
     y = np.array([0, 1, 2, 2], np.int32)
     with pytest.raises(NumericalError, match="2 labelled rows of class 'cat' cancel"):
-        prototypes(ArrayPoints(x), y, NAMES)
+        class_prototypes(ArrayPoints(x), y, NAMES)
 
 
 def test_several_prototypes_are_spherical_k_means_inside_the_class() -> None:
     x, y = rows(), labels()
-    found = prototypes(ArrayPoints(x), y, NAMES, each=4)
+    found = class_prototypes(ArrayPoints(x), y, NAMES, each=4)
     assert found.class_of.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert found.counts.reshape(3, 4).sum(1).tolist() == np.bincount(y).tolist()
     np.testing.assert_allclose(np.linalg.norm(found.rows, axis=1), 1, atol=1e-6)
     own = found.rows[4:8] @ unit(x[y == 1].astype(np.float64)).T
-    mean = prototypes(ArrayPoints(x), y, NAMES).rows[1] @ unit(x[y == 1].astype(np.float64)).T
+    mean = class_prototypes(ArrayPoints(x), y, NAMES).rows[1] @ unit(x[y == 1].astype(np.float64)).T
     assert own.max(0).mean() > mean.mean() + 0.05
 
 
@@ -94,7 +95,7 @@ def test_a_class_with_few_distinct_rows_has_fewer_prototypes() -> None:
     x = rows(20)
     x[:6], x[6:8] = x[0], x[6]
     y = np.array([0] * 6 + [1] * 4 + [2] * 10, np.int32)
-    found = prototypes(ArrayPoints(x), y, NAMES, each=5)
+    found = class_prototypes(ArrayPoints(x), y, NAMES, each=5)
     assert np.bincount(found.class_of).tolist() == [1, 3, 5]
     assert found.counts.tolist()[0] == 6
 
@@ -106,7 +107,7 @@ def pinned(world: World, x: np.ndarray, fixed: np.ndarray) -> np.ndarray:
 
 def test_pinned_prototypes_keep_every_bit_on_sharded_half_precision_rows() -> None:
     x, y = rows(), labels()
-    fixed = prototypes(ArrayPoints(x), y, NAMES, each=2).rows
+    fixed = class_prototypes(ArrayPoints(x), y, NAMES, each=2).rows
     alone = kmeans(x, 20, fixed=fixed, spherical=True).centroids
     assert alone[:6].tobytes() == fixed.tobytes()
     for part in on_ranks(2, pinned, x, fixed):
@@ -115,13 +116,13 @@ def test_pinned_prototypes_keep_every_bit_on_sharded_half_precision_rows() -> No
 
 def test_refined_prototypes_are_those_of_a_slow_reference() -> None:
     x, y = rows(), labels()
-    begun = prototypes(ArrayPoints(x), y, NAMES)
+    begun = class_prototypes(ArrayPoints(x), y, NAMES)
     wide, near = unit(x.astype(np.float64)), begun.rows.astype(np.float64)
     for _ in range(2):
         own = (wide @ near.T).argmax(1)
         centres = np.stack([unit(wide[own == c].sum(0)) for c in range(3)])
         near = unit(begun.counts[:, None] * begun.rows + 50.0 * centres)
-    found = refined(ArrayPoints(x), begun, 50.0, passes=2)
+    found = refine(ArrayPoints(x), begun, 50.0, passes=2)
     np.testing.assert_allclose(found.rows, near, atol=1e-5)
     np.testing.assert_array_equal(found.counts, begun.counts)
     assert np.abs(found.rows - begun.rows).max() > 0.01
@@ -133,20 +134,20 @@ def test_refining_by_all_rows_mends_the_prototypes_of_few_labels() -> None:
     truth = draws.integers(0, 3, 3000)
     x = unit(centres[truth] + 0.3 * draws.normal(size=(3000, 12)))
     few = np.array([int(np.flatnonzero(truth == c)[0]) for c in range(3)])
-    begun = prototypes(ArrayPoints(x[few]), truth[few].astype(np.int32), NAMES)
-    near, far = ((p.rows * centres).sum(1) for p in (refined(ArrayPoints(x), begun, 4.0), begun))
+    begun = class_prototypes(ArrayPoints(x[few]), truth[few].astype(np.int32), NAMES)
+    near, far = ((p.rows * centres).sum(1) for p in (refine(ArrayPoints(x), begun, 4.0), begun))
     assert (near > far + 0.02).all()
 
 
 def refined_rows(world: World, x: np.ndarray, begun: Prototypes) -> np.ndarray:
     own = ArrayPoints(np.array_split(x, world.size)[world.rank])
-    return refined(ShardedPoints(own, world), begun, 4.0).rows
+    return refine(ShardedPoints(own, world), begun, 4.0).rows
 
 
 def test_refined_prototypes_have_the_same_bits_on_any_number_of_ranks() -> None:
     x = rows()
-    begun = prototypes(ArrayPoints(x), labels(), NAMES, each=2)
-    alone = refined(ArrayPoints(x), begun, 4.0).rows
+    begun = class_prototypes(ArrayPoints(x), labels(), NAMES, each=2)
+    alone = refine(ArrayPoints(x), begun, 4.0).rows
     for size in (2, 3):
         for part in on_ranks(size, refined_rows, x, begun):
             assert part.tobytes() == alone.tobytes()
@@ -155,12 +156,12 @@ def test_refined_prototypes_have_the_same_bits_on_any_number_of_ranks() -> None:
 def test_a_prototype_that_no_row_is_near_stays() -> None:
     x = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]]
     begun = given(np.eye(4)[[0, 3]])
-    assert refined(ArrayPoints(x[:2]), begun, 4.0).rows.tobytes() == begun.rows.tobytes()
+    assert refine(ArrayPoints(x[:2]), begun, 4.0).rows.tobytes() == begun.rows.tobytes()
 
 
 def test_equal_whitenings_carry_prototypes_to_themselves() -> None:
     p = given(np.random.default_rng(3).normal(size=(5, 4))).rows
-    np.testing.assert_allclose(carried(p, whitening(), whitening()), p, atol=1e-5)
+    np.testing.assert_allclose(carry_over(p, whitening(), whitening()), p, atol=1e-5)
 
 
 def test_carried_prototypes_follow_flipped_and_swapped_axes() -> None:
@@ -168,7 +169,7 @@ def test_carried_prototypes_follow_flipped_and_swapped_axes() -> None:
     swap, signs = [2, 0, 1, 3], np.array([1, -1, -1, 1], np.float32)
     matrix = np.ascontiguousarray(one.matrix[:, swap] * signs)
     other = Whitening(one.mean, matrix, one.eigenvalues[swap], one.rank)
-    np.testing.assert_allclose(carried(p, one, other), p[:, swap] * signs, atol=1e-5)
+    np.testing.assert_allclose(carry_over(p, one, other), p[:, swap] * signs, atol=1e-5)
 
 
 def test_carried_rows_are_those_of_the_same_features() -> None:
@@ -178,7 +179,7 @@ def test_carried_rows_are_those_of_the_same_features() -> None:
     centred = x[:9] - full.mean
     expected = unit(centred.astype(np.float64) @ turned.matrix)
     np.testing.assert_allclose(
-        carried(unit(centred @ full.matrix), full, turned), expected, atol=1e-4
+        carry_over(unit(centred @ full.matrix), full, turned), expected, atol=1e-4
     )
 
 
@@ -187,20 +188,20 @@ def test_dead_directions_carry_nothing_and_no_nan() -> None:
     dead = Whitening.fit(flat.astype(np.float32), 4)
     assert dead.rank == 2
     p = given(np.eye(4)[[0, 2]]).rows
-    moved = carried(p, dead, dead)
+    moved = carry_over(p, dead, dead)
     np.testing.assert_allclose(moved, [[1, 0, 0, 0], [0, 0, 0, 0]], atol=1e-5)
     old, new = given(np.eye(4)[[0, 2]]), given(np.eye(4)[[1, 1]])
-    mixed = averaged(new, old, dead, dead, 0.5)
+    mixed = average(new, old, dead, dead, 0.5)
     np.testing.assert_array_equal(mixed.rows[1], new.rows[1])  # nothing to average with
 
 
 def test_the_average_is_that_of_the_formula() -> None:
     random = np.random.default_rng(5)
     old, new = (given(random.normal(size=(3, 4))) for _ in range(2))
-    found = averaged(new, old, whitening(), whitening(), 0.7)
+    found = average(new, old, whitening(), whitening(), 0.7)
     expected = unit(0.7 * old.rows + 0.3 * new.rows.astype(np.float64))
     np.testing.assert_allclose(found.rows, expected, atol=1e-5)
-    same = averaged(new, old, whitening(), whitening(), 0.0)
+    same = average(new, old, whitening(), whitening(), 0.0)
     np.testing.assert_array_equal(same.rows, new.rows)
 
 
@@ -209,15 +210,15 @@ def test_several_prototypes_meet_their_nearest_predecessor_and_take_its_place() 
     old = given(x, [0, 0, 0, 1, 1, 1])
     order = [2, 0, 1, 4, 5]  # shuffled inside the classes; class 1 has lost one
     new = given(x[order] + 0.01, [0, 0, 0, 1, 1])
-    found = averaged(new, old, whitening(), whitening(), 0.9)
+    found = average(new, old, whitening(), whitening(), 0.9)
     np.testing.assert_allclose(found.rows[:3], old.rows[:3], atol=0.05)
     np.testing.assert_allclose(found.rows[3:], old.rows[[4, 5]], atol=0.05)
 
 
 def test_released_k_means_starts_from_the_prototypes_and_distinct_rows() -> None:
     x, y = rows(), labels()
-    found = prototypes(ArrayPoints(x), y, NAMES)
-    start = start_from(ArrayPoints(x), found, 10, "random", 0)
+    found = class_prototypes(ArrayPoints(x), y, NAMES)
+    start = start_from_prototypes(ArrayPoints(x), found, KMeansOptions(10))
     np.testing.assert_array_equal(start[:3], found.rows)
     assert len(np.unique(start, axis=0)) == 10
     moved = kmeans(x, 10, init=start, spherical=True).centroids
@@ -228,7 +229,7 @@ def test_claimed_samples_take_the_nearest_cluster_of_their_class() -> None:
     x, y = rows(), labels()
     centroids = unit(np.random.default_rng(7).normal(size=(9, 12))).astype(np.float32)
     class_of = np.array([0, 0, 1, 2, 2, 2], np.int32)
-    targets, distances = claims(ArrayPoints(x), y, class_of, centroids)
+    targets, distances = nearest_of_class(ArrayPoints(x), y, class_of, centroids)
     table = ((unit(x.astype(np.float64))[:, None] - centroids[:6]) ** 2).sum(2)
     table[class_of != y[:, None]] = np.inf
     np.testing.assert_array_equal(targets, table.argmin(1))
@@ -240,7 +241,7 @@ def test_the_verdict_counts_like_a_loop() -> None:
     found = given(random.normal(size=(4, 5)), [0, 0, 1, 2])
     clusters = random.integers(0, 7, 200).astype(np.int32)
     classes = random.integers(0, 4, 200).astype(np.int32)  # 3 has no seeds
-    facts = judged(found, NAMES, np.bincount(clusters, minlength=7), clusters, classes)
+    facts = score_seeds(found, NAMES, np.bincount(clusters, minlength=7), clusters, classes)
     owner = [0, 0, 1, 2, 3, 3, 3]
     for j, cluster in enumerate(facts["clusters"]):
         inside = clusters == j
@@ -260,7 +261,7 @@ def test_the_verdict_counts_like_a_loop() -> None:
 
 def test_nothing_held_out_is_no_number() -> None:
     none = np.zeros(0, np.int32)
-    facts = judged(given(np.eye(3)), NAMES, np.array([2, 0, 1, 5]), none, none)
+    facts = score_seeds(given(np.eye(3)), NAMES, np.array([2, 0, 1, 5]), none, none)
     assert facts["purity"] is None
     assert facts["recall"] is None
     assert facts["share"] == 3 / 8

@@ -45,4 +45,4 @@ def test_weighted_sums_by_cluster_equal_a_slow_reference() -> None:
     for part in np.array_split(np.arange(200), 7):
         sums.add(*(torch.from_numpy(a[part]) for a in (ids, rows, weights)))
     slow = np.stack([(rows * weights[:, None])[ids == j].sum(0) for j in range(4)])
-    np.testing.assert_allclose(sums.bins.sum(0), slow, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(sums.partials.sum(0), slow, rtol=1e-12, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 from deepclust.clustering import array_points
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.points import unit_rows
-from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probed
+from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probe_backend
 from deepclust.errors import DataError, NumericalError, ResourceError
 
 
@@ -22,10 +22,10 @@ def noise(n: int, dim: int = 8) -> np.ndarray:
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
 def test_a_pass_equals_a_slow_reference(backend: str) -> None:
     x, c = noise(1000), noise(7)
-    found = ArrayPoints(x, backend=backend).visit(torch.from_numpy(c))
+    found = ArrayPoints(x, backend=backend).assign_to(torch.from_numpy(c))
     table = ((x.astype(np.float64)[:, None] - c) ** 2).sum(2)
     labels = table.argmin(1)
-    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.cluster_ids, labels)
     np.testing.assert_allclose(found.distances, table.min(1), rtol=1e-5, atol=1e-9)
     np.testing.assert_array_equal(found.counts, np.bincount(labels, minlength=7))
     sums = np.stack([x[labels == j].astype(np.float64).sum(0) for j in range(7)])
@@ -40,18 +40,18 @@ def test_memory_map_view_and_memory_agree(tmp_path: Path) -> None:
     c = torch.from_numpy(noise(5))
     ids = np.random.default_rng(1).permutation(3000)[:500]
     for points in (mapped, ArrayPoints(torch.from_numpy(x))):
-        whole, part = points.visit(c), points.select(ids).visit(c)
-        torch.testing.assert_close(part.labels, whole.labels[ids])
-        np.testing.assert_array_equal(whole.sums, ArrayPoints(x).visit(c).sums)
-        np.testing.assert_array_equal(points.select(ids).take(torch.tensor([3])), x[ids[[3]]])
+        whole, part = points.assign_to(c), points.select(ids).assign_to(c)
+        torch.testing.assert_close(part.cluster_ids, whole.cluster_ids[ids])
+        np.testing.assert_array_equal(whole.sums, ArrayPoints(x).assign_to(c).sums)
+        np.testing.assert_array_equal(points.select(ids).gather(torch.tensor([3])), x[ids[[3]]])
     np.testing.assert_array_equal(mapped.select(ids).select(ids[:0]).n, 0)
 
 
 def test_sums_of_half_precision_rows_are_exact_in_any_order() -> None:
     x = (noise(4000) / 3).astype(np.float16)
     c = torch.from_numpy(noise(3))
-    shuffled = ArrayPoints(x[np.random.default_rng(0).permutation(4000)]).visit(c)
-    np.testing.assert_array_equal(ArrayPoints(x).visit(c).sums, shuffled.sums)
+    shuffled = ArrayPoints(x[np.random.default_rng(0).permutation(4000)]).assign_to(c)
+    np.testing.assert_array_equal(ArrayPoints(x).assign_to(c).sums, shuffled.sums)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -59,16 +59,16 @@ def test_a_pass_after_another_has_the_same_bits_from_the_rows_that_moved(weighte
     weights = np.random.default_rng(2).uniform(0, 2, 2000) if weighted else None
     points = ArrayPoints(noise(2000), weights=weights)
     first, second = torch.from_numpy(noise(9)), torch.from_numpy(noise(9) + 0.1)
-    before = points.visit(first, distances=False)
-    found, anew = points.visit(second, before), ArrayPoints(noise(2000), weights=weights)
-    for one, other in zip(vars(found).values(), vars(anew.visit(second)).values(), strict=True):
+    before = points.assign_to(first, distances=False)
+    found, anew = points.assign_to(second, before), ArrayPoints(noise(2000), weights=weights)
+    for one, other in zip(vars(found).values(), vars(anew.assign_to(second)).values(), strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 def test_the_inertia_without_distances_is_that_of_the_sums() -> None:
     for offset in (0, 30):
         points, c = ArrayPoints(noise(3000) + offset), torch.from_numpy(noise(9) + offset)
-        exact, quick = points.visit(c), points.visit(c, distances=False)
+        exact, quick = points.assign_to(c), points.assign_to(c, distances=False)
         assert quick.inertia == pytest.approx(exact.inertia, rel=1e-6)
         assert len(quick.distances) == 0
 
@@ -76,7 +76,7 @@ def test_the_inertia_without_distances_is_that_of_the_sums() -> None:
 def test_ties_go_to_the_lowest_id() -> None:
     c = torch.from_numpy(noise(6)[[0, 1, 1, 2, 0, 0]])
     for backend in ("torch", "faiss"):
-        labels = ArrayPoints(noise(500), backend=backend).visit(c).labels
+        labels = ArrayPoints(noise(500), backend=backend).assign_to(c).cluster_ids
         assert set(labels.tolist()) <= {0, 1, 3}
 
 
@@ -84,7 +84,7 @@ def test_rows_far_from_the_origin_find_their_centroid() -> None:
     x = noise(2000) + np.float32(5e3)
     c = x[:20].copy()
     truth = ((x.astype(np.float64)[:, None] - c) ** 2).sum(2)
-    labels = ArrayPoints(x).visit(torch.from_numpy(c)).labels.numpy()
+    labels = ArrayPoints(x).assign_to(torch.from_numpy(c)).cluster_ids.numpy()
     excess = truth[np.arange(2000), labels] - truth.min(1)
     assert excess.max() < 0.05
     assert (labels == truth.argmin(1)).mean() > 0.99
@@ -93,7 +93,7 @@ def test_rows_far_from_the_origin_find_their_centroid() -> None:
 def test_more_than_2_to_the_24_rows_in_one_cluster_are_counted() -> None:
     n = 2**24 + 3
     x = torch.full((1, 1), 0.3).expand(n, 1)
-    found = ArrayPoints(x).visit(torch.tensor([[0.0], [9.0]]))
+    found = ArrayPoints(x).assign_to(torch.tensor([[0.0], [9.0]]))
     assert found.counts.tolist() == [n, 0]
     assert float(found.sums[0, 0]) / n == pytest.approx(float(x[0, 0]), rel=1e-12)
     assert found.inertia == pytest.approx(n * 0.09, rel=1e-6)
@@ -102,18 +102,18 @@ def test_more_than_2_to_the_24_rows_in_one_cluster_are_counted() -> None:
 def test_farthest_members_are_found_and_empty_clusters_have_none() -> None:
     x, c = noise(400), noise(5)
     c[3] = 1e4
-    found = ArrayPoints(x).visit(torch.from_numpy(c))
-    ids, far = ArrayPoints(x).farthest(found)
+    found = ArrayPoints(x).assign_to(torch.from_numpy(c))
+    ids, far = ArrayPoints(x).find_farthest(found)
     assert ids[3] == -1
     for j in (0, 1, 2, 4):
-        own = np.flatnonzero(found.labels.numpy() == j)
+        own = np.flatnonzero(found.cluster_ids.numpy() == j)
         assert ids[j] == own[found.distances.numpy()[own].argmax()]
         assert far[j] == found.distances[ids[j]]
 
 
 def test_farthest_of_equals_is_the_lowest_id() -> None:
     points = ArrayPoints(np.array([[0.0], [2], [2], [-2]], np.float32))
-    ids, _ = points.farthest(points.visit(torch.zeros(1, 1)))
+    ids, _ = points.find_farthest(points.assign_to(torch.zeros(1, 1)))
     assert ids.tolist() == [1]
 
 
@@ -138,9 +138,9 @@ def test_unit_rows_leave_zero_rows_zero() -> None:
 
 def test_unit_points_are_read_as_unit_rows_in_a_pass() -> None:
     x, c = noise(300), torch.nn.functional.normalize(torch.from_numpy(noise(4)), dim=1)
-    found = ArrayPoints(x, unit=True).visit(c)
-    again = ArrayPoints(unit_rows(torch.from_numpy(x))).visit(c)
-    torch.testing.assert_close(found.labels, again.labels)
+    found = ArrayPoints(x, spherical=True).assign_to(c)
+    again = ArrayPoints(unit_rows(torch.from_numpy(x))).assign_to(c)
+    torch.testing.assert_close(found.cluster_ids, again.cluster_ids)
     torch.testing.assert_close(found.distances, again.distances)
 
 
@@ -155,30 +155,30 @@ def test_a_backend_is_tried_before_it_is_used_and_the_fallback_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = torch.device("cpu")
-    assert probed("faiss", cpu) == ("faiss", cpu, [])
+    assert probe_backend("faiss", cpu) == ("faiss", cpu, [])
 
     def no_kernel(*_: object) -> None:
         raise RuntimeError("no kernel image is available for execution on the device")
 
     monkeypatch.setitem(SEARCHES, "faiss", no_kernel)
-    backend, device, notes = probed("faiss", cpu)
+    backend, device, notes = probe_backend("faiss", cpu)
     assert (backend, device) == ("torch", cpu)
     assert "cluster.backend=faiss does not work on cpu: no kernel image" in notes[0]
     monkeypatch.setitem(SEARCHES, "torch", no_kernel)
     with pytest.raises(ResourceError, match="no kernel image"):
-        probed("faiss", cpu)
+        probe_backend("faiss", cpu)
 
 
 def test_a_gpus_search_finds_the_nearest_too() -> None:
     rows, centroids = torch.from_numpy(noise(400)), torch.from_numpy(noise(9))[[0, 1, 1, 2, 3]]
     found = gpu_search(centroids, half=False)(rows)
-    np.testing.assert_array_equal(found, ArrayPoints(rows).visit(centroids).labels)
+    np.testing.assert_array_equal(found, ArrayPoints(rows).assign_to(centroids).cluster_ids)
 
 
 def test_rows_for_a_device_are_copied_in_pieces(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(array_points, "MOST", 64)
+    monkeypatch.setattr(array_points, "MAX_TILE_ROWS", 64)
     np.save(tmp_path / "x.npy", noise(500).astype(np.float16))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     copy = array_points._copied(mapped, torch.device("cpu"))

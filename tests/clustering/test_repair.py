@@ -92,7 +92,7 @@ def test_split_moves_twins_apart_and_leaves_fixed_rows_alone() -> None:
     x = np.concatenate([noise(90) + 50, noise(10) - 50])
     points = ArrayPoints(x)
     centroids = torch.tensor([[50.0] * 4, [-50.0] * 4, [1e4] * 4])
-    found = points.visit(centroids)
+    found = points.assign_to(centroids)
     before = centroids.clone()
     donors = split(points, centroids, found, np.array([2]), 1, generator(0, "test"))
     assert donors.tolist() == [1]
@@ -106,7 +106,7 @@ def test_relocate_takes_the_farthest_point_of_its_donor() -> None:
     x[37] *= 100
     points = ArrayPoints(x)
     centroids = torch.tensor([[0.0] * 4, [1e5] * 4])
-    found = points.visit(centroids)
+    found = points.assign_to(centroids)
     assert relocate(points, centroids, found, np.array([1]), 0, generator(0, "t")).tolist() == [0]
     np.testing.assert_array_equal(centroids[1].numpy(), x[37])
 
@@ -114,9 +114,9 @@ def test_relocate_takes_the_farthest_point_of_its_donor() -> None:
 def test_fill_empties_never_touches_a_fixed_centroid() -> None:
     points = ArrayPoints(noise(50))
     centroids = torch.full((5, 4), 1e4)
-    done = fill_empties(points, centroids, points.visit(centroids), 2)
+    done = fill_empties(points, centroids, points.assign_to(centroids), 2)
     torch.testing.assert_close(done.centroids[:2], centroids[:2], rtol=0, atol=0)
-    assert (done.found.counts[2:] > 0).all()
+    assert (done.assignment.counts[2:] > 0).all()
 
 
 @pytest.mark.parametrize("min_size", [2, 10, 25])

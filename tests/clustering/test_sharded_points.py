@@ -113,18 +113,18 @@ def test_too_few_distinct_rows_are_counted_over_all_ranks() -> None:
 def sent(world: World, x: np.ndarray) -> list[tuple[int, ...]]:
     """The shapes that one iteration sends."""
     points, shapes = shard(world, x), []
-    before = points.visit(torch.from_numpy(x[:7].copy()), distances=False)
-    whole = type(world).sum
+    before = points.assign_to(torch.from_numpy(x[:7].copy()), distances=False)
+    whole = type(world).all_reduce
 
     def spy(self: World, tensor: torch.Tensor) -> torch.Tensor:
         shapes.append(tuple(tensor.shape))
         return whole(self, tensor)
 
-    World.sum = spy  # type: ignore[method-assign]
+    World.all_reduce = spy  # type: ignore[method-assign]
     try:
-        points.visit(torch.from_numpy(x[1:8].copy()), before, distances=False)
+        points.assign_to(torch.from_numpy(x[1:8].copy()), before, distances=False)
     finally:
-        World.sum = whole  # type: ignore[method-assign]
+        World.all_reduce = whole  # type: ignore[method-assign]
     return shapes
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.two_level import TwoLevel, distinct, two_level, two_level_start, up_to
+from deepclust.clustering.options import Given, KMeansOptions
+from deepclust.clustering.two_level import TwoLevel, count_distinct, kmeans_up_to, two_level
+from deepclust.clustering.two_level_init import two_level_start
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import World
 from tests.clustering.test_sharded_points import rows
@@ -18,7 +20,7 @@ from tests.ranks import on_ranks
 
 def test_every_row_is_in_the_nearest_sub_cluster_of_its_super_cluster() -> None:
     x = rows()
-    found = two_level(ArrayPoints(x), 4, 40)
+    found = two_level(ArrayPoints(x), 4, KMeansOptions(40, 10))
     table = ((x.astype(np.float64)[:, None] - found.centroids) ** 2).sum(2)
     other = found.supers[:, None] != np.arange(40) // 10
     nearest = np.where(other, np.inf, table).argmin(1)
@@ -30,19 +32,19 @@ def test_every_row_is_in_the_nearest_sub_cluster_of_its_super_cluster() -> None:
 
 def test_no_sub_cluster_is_empty_even_where_super_clusters_are_small() -> None:
     x = np.concatenate([rows(600), 50 + rows(12)])  # 12 rows far away would be a super-cluster
-    found = two_level(ArrayPoints(x), 3, 90)
+    found = two_level(ArrayPoints(x), 3, KMeansOptions(90, 10))
     assert np.bincount(found.assignments, minlength=90).min() >= 1
     assert np.bincount(found.supers, minlength=3).min() >= 30
 
 
 def test_one_super_cluster_is_flat_k_means() -> None:
-    found = two_level(ArrayPoints(rows(400)), 1, 8)
+    found = two_level(ArrayPoints(rows(400)), 1, KMeansOptions(8, 10))
     assert np.bincount(found.supers).tolist() == [400]
     assert len(np.unique(found.assignments)) == 8
 
 
 def split(world: World, x: np.ndarray, supers: int = 5) -> TwoLevel:
-    return two_level(ArrayPoints(x), supers, 50, world=world)
+    return two_level(ArrayPoints(x), supers, KMeansOptions(50, 10), world=world)
 
 
 @pytest.mark.parametrize(("size", "supers"), [(2, 5), (3, 5), (2, 1), (3, 2)])
@@ -57,9 +59,9 @@ def test_any_number_of_ranks_gives_the_same_two_levels(size: int, supers: int) -
 
 def test_bad_numbers_and_too_few_distinct_rows_are_named() -> None:
     with pytest.raises(RecipeError, match=r"cluster.supers=3 must divide cluster.k=10"):
-        two_level(ArrayPoints(rows(100)), 3, 10)
+        two_level(ArrayPoints(rows(100)), 3, KMeansOptions(10, 10))
     with pytest.raises(DataError, match=r"super-cluster \d: .* distinct"):
-        two_level(ArrayPoints(rows(20).repeat(10, 0)), 2, 40)
+        two_level(ArrayPoints(rows(20).repeat(10, 0)), 2, KMeansOptions(40, 10))
 
 
 def test_a_two_level_start_and_three_passes_come_close_to_twenty_passes() -> None:
@@ -77,7 +79,7 @@ def test_a_two_level_start_survives_few_distinct_rows_among_many() -> None:
 
 def failing(world: World, x: np.ndarray) -> str:
     with pytest.raises(DataError) as caught:
-        two_level(ArrayPoints(x), 2, 40, world=world)
+        two_level(ArrayPoints(x), 2, KMeansOptions(40, 10), world=world)
     return str(caught.value)
 
 
@@ -111,8 +113,8 @@ def pinned(world: World, x: np.ndarray) -> TwoLevel:
     away = -x.mean(0) / np.linalg.norm(x.mean(0))
     fixed = np.stack([x[5], away]).astype(np.float32)
     return two_level(
-        ArrayPoints(x), 4, 40, fixed=fixed, spherical=True, claim=claim, world=world
-    )  # fmt: skip
+        ArrayPoints(x), 4, KMeansOptions(40, 10, spherical=True), Given(fixed=fixed), claim, world
+    )
 
 
 def test_pinned_super_clusters_stay_and_may_be_small() -> None:
@@ -134,7 +136,7 @@ def test_a_pinned_super_cluster_has_no_more_sub_clusters_than_distinct_rows() ->
     found = pinned(World(), x)
     assert found.subs.tolist() == [10, 2, 10, 10]
     assert not found.centroids[12:20].any()
-    away = two_level(ArrayPoints(x), 4, 40, fixed=-x[:1], spherical=True)
+    away = two_level(ArrayPoints(x), 4, KMeansOptions(40, 10, spherical=True), Given(fixed=-x[:1]))
     assert away.subs.tolist() == [0, 10, 10, 10]
     assert np.bincount(away.assignments, minlength=40)[:10].sum() == 0
 
@@ -152,13 +154,13 @@ def test_any_number_of_ranks_gives_the_same_pinned_levels(size: int) -> None:
 def test_distinct_rows_are_counted_up_to_a_bound() -> None:
     x = rows(50).repeat(60, 0)
     np.random.default_rng(0).shuffle(x)
-    assert distinct(ArrayPoints(x), 100) == 50
-    assert distinct(ArrayPoints(x), 7) == 7
-    assert len(up_to(ArrayPoints(x), 100).centroids) == 50
-    assert distinct(ArrayPoints(x).select(np.zeros(0, np.int64)), 3) == 0
+    assert count_distinct(ArrayPoints(x), 100) == 50
+    assert count_distinct(ArrayPoints(x), 7) == 7
+    assert len(kmeans_up_to(ArrayPoints(x), KMeansOptions(100)).centroids) == 50
+    assert count_distinct(ArrayPoints(x).select(np.zeros(0, np.int64)), 3) == 0
 
 
 def test_one_cluster_of_one_super_cluster_is_everything() -> None:
-    found = two_level(ArrayPoints(rows(100)), 1, 1)
+    found = two_level(ArrayPoints(rows(100)), 1, KMeansOptions(1, 10))
     assert not found.assignments.any()
     assert found.subs.tolist() == [1]

@@ -10,12 +10,13 @@ from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError
 from deepclust.evaluate.clusters import clusters
+from deepclust.evaluate.frozen import Labelled, freeze
 from deepclust.world import derive
 from tests.evaluate.blobs import splits
 
 
-def scores(train: tuple, test: tuple, **options: int) -> dict[str, float]:
-    return dict(clusters(*train, *test, **options))
+def scores(train: Labelled, test: Labelled, dim: int = 64, **options: int) -> dict[str, float]:
+    return dict(clusters(freeze(train, test, dim=dim), **options))
 
 
 def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
@@ -26,19 +27,19 @@ def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
     )
     centroids = np.asarray(fitted.centroids)
     labels = ((whiten(x)[:, None] - centroids) ** 2).sum(2).argmin(1)
-    found = scores(train, (x, y), dim=4, restarts=1)
-    assert 0.1 < found["nmi"] < 0.99
+    values = scores(train, (x, y), dim=4, restarts=1)
+    assert 0.1 < values["nmi"] < 0.99
     expected = normalized_mutual_info_score(y, labels, average_method="geometric")
-    assert found["nmi"] == pytest.approx(expected, abs=1e-6)
-    assert found["ari"] == pytest.approx(adjusted_rand_score(y, labels), abs=1e-6)
+    assert values["nmi"] == pytest.approx(expected, abs=1e-6)
+    assert values["ari"] == pytest.approx(adjusted_rand_score(y, labels), abs=1e-6)
 
 
-def test_blobs_far_apart_are_found_exactly() -> None:
+def test_blobs_far_apart_are_recovered_exactly() -> None:
     perfect = {"nmi": 1.0, "ari": 1.0, "accuracy": 1.0}
     assert scores(*splits(400, noise=0.05), restarts=1) == pytest.approx(perfect, abs=1e-9)
 
 
-def test_the_whitening_keeps_as_many_directions_as_are_asked_for_or_there_are() -> None:
+def test_the_whitening_keeps_dim_directions_or_all_of_fewer() -> None:
     train, test = splits(400, noise=1.2)
     assert scores(*splits(400, noise=1.2)) == scores(train, test, dim=64)
     assert scores(train, test, dim=4)["nmi"] > scores(train, test, dim=16)["nmi"]  # only noise
@@ -62,16 +63,16 @@ def test_scores_are_means_over_the_restarts() -> None:
         fitted = kmeans(whiten(train[0]), 12, seed=start, init="k-means++")
         labels = ((whiten(x)[:, None] - fitted.centroids) ** 2).sum(2).argmin(1)
         singles.append(normalized_mutual_info_score(y, labels, average_method="geometric"))
-    found = scores(train, (x, y), dim=12, restarts=3)["nmi"]
+    mean = scores(train, (x, y), dim=12, restarts=3)["nmi"]
     assert min(singles) < max(singles)
-    assert found == pytest.approx(np.mean(singles), abs=1e-6)
+    assert mean == pytest.approx(np.mean(singles), abs=1e-6)
 
 
 def test_features_without_structure_score_about_nothing() -> None:
     train, test = splits(600, noise=1e4)
-    found = scores(train, test)
-    assert found["nmi"] < 0.05
-    assert abs(found["ari"]) < 0.05
+    values = scores(train, test)
+    assert values["nmi"] < 0.05
+    assert abs(values["ari"]) < 0.05
 
 
 def test_twice_gives_the_same_numbers() -> None:

@@ -1,4 +1,4 @@
-"""The border of the room: which labels and rows are refused, and what the message tells."""
+"""Evaluators on arrays: which ones run, and which labels and rows are refused."""
 
 from __future__ import annotations
 
@@ -6,25 +6,52 @@ import numpy as np
 import pytest
 
 from deepclust.errors import DataError, RecipeError
-from deepclust.evaluate import EVALUATORS, evaluate_features
+from deepclust.evaluate import EVALUATORS, evaluate, evaluate_features, find_evaluator
+from deepclust.evaluate.frozen import freeze
 from tests.evaluate.blobs import splits
 
 
-def test_every_evaluator_answers_under_its_name() -> None:
-    found = evaluate_features(*splits(200))
-    assert list(found) == list(EVALUATORS) == ["knn", "linear", "clusters"]
-    assert {"top1"} <= set(found["knn"]) & set(found["linear"])
-    assert {"nmi", "ari", "accuracy"} <= set(found["clusters"])
-    assert all(isinstance(value, float) for numbers in found.values() for value in numbers.values())
+def test_every_evaluator_answers_under_its_name_but_prototypes_need_seeds() -> None:
+    reasons: list[str] = []
+    scores = evaluate(freeze(*splits(200)), emit=reasons.append)
+    assert list(EVALUATORS) == ["knn", "linear", "clusters", "prototypes"]
+    assert list(scores) == ["knn", "linear", "clusters"]
+    assert reasons == ["prototypes is not evaluated: no labelled seeds were given"]
+    assert {"top1"} <= set(scores["knn"]) & set(scores["linear"])
+    assert {"nmi", "ari", "accuracy"} <= set(scores["clusters"])
+    assert all(
+        isinstance(value, float) for numbers in scores.values() for value in numbers.values()
+    )
 
 
 def test_only_what_is_asked_for_runs() -> None:
     assert set(evaluate_features(*splits(100), names=["knn"])) == {"knn"}
 
 
+def test_one_that_is_asked_for_and_cannot_run_is_an_error() -> None:
+    with pytest.raises(DataError, match="prototypes cannot be evaluated: no labelled seeds"):
+        evaluate_features(*splits(100), names=["prototypes"])
+
+
 def test_an_unknown_evaluator_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="'svm'; choose from knn, linear, clusters"):
+    with pytest.raises(RecipeError, match="'svm'; choose from knn, linear, clusters, prototypes"):
         evaluate_features(*splits(100), names=["svm"])
+
+
+def test_a_module_is_an_evaluator_without_an_edit_of_the_package() -> None:
+    (x, y), (test_x, test_y) = splits(200)
+    scores = evaluate_features((x, y), (test_x, test_y), names=["tests.toys.evaluator", "knn"])
+    means = np.stack([x[y == c].mean(0) for c in range(4)])
+    nearest = ((test_x[:, None] - means) ** 2).sum(2).argmin(1)
+    assert scores["tests.toys.evaluator"]["top1"] == pytest.approx((nearest == test_y).mean())
+    assert list(scores) == ["tests.toys.evaluator", "knn"]
+
+
+def test_a_module_that_is_not_an_evaluator_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"no.such cannot be imported.*PYTHONPATH"):
+        find_evaluator("no.such")
+    with pytest.raises(RecipeError, match=r"tests.evaluate.blobs has no function evaluate"):
+        find_evaluator("tests.evaluate.blobs")
 
 
 def test_shards_without_labels_are_refused_with_the_fix() -> None:

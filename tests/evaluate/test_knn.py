@@ -7,12 +7,13 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from deepclust.evaluate.frozen import Labelled, freeze
 from deepclust.evaluate.knn import knn, nearest
 from tests.evaluate.blobs import splits
 
 
-def top1(train: tuple, test: tuple, **options: float) -> float:
-    return dict(knn(*train, *test, **options))["top1"]
+def top1(train: Labelled, test: Labelled, **options: float) -> float:
+    return dict(knn(freeze(train, test), **options))["top1"]
 
 
 def test_top1_is_that_of_scikit_learn_with_the_same_weights() -> None:

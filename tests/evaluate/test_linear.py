@@ -9,13 +9,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from deepclust.errors import DataError
+from deepclust.evaluate.frozen import Labelled, freeze
 from deepclust.evaluate.linear import C_PATH, linear
 from tests.evaluate.blobs import splits
 
 
+def scores(train: Labelled, test: Labelled) -> dict[str, float]:
+    return dict(linear(freeze(train, test)))
+
+
 def test_top1_is_that_of_a_tight_solution_at_the_same_c() -> None:
     train, test = splits(1000, noise=2.0)
-    ours = dict(linear(*train, *test))
+    ours = scores(train, test)
     tight = make_pipeline(
         StandardScaler(), LogisticRegression(C=ours["C"], tol=1e-8, max_iter=10_000)
     ).fit(*train)
@@ -28,42 +33,42 @@ def test_noisy_labels_in_many_dimensions_call_for_a_small_c() -> None:
     (x, y), test = splits(300, noise=0.2, dim=128)
     wrong = np.random.default_rng(0).integers(0, 4, len(y))
     noisy = np.where(np.random.default_rng(1).random(len(y)) < 0.5, wrong, y)
-    assert dict(linear(x, noisy, *test))["C"] == C_PATH[0]
+    assert scores((x, noisy), test)["C"] == C_PATH[0]
 
 
 def test_scale_and_shift_of_a_column_do_not_count() -> None:
     (x, y), (tx, ty) = splits(400, noise=2.0)
     scale, shift = np.float32(2) ** np.arange(16, dtype=np.float32), np.float32(3)
-    moved = dict(linear(x * scale + shift, y, tx * scale + shift, ty))
-    assert moved["top1"] == pytest.approx(dict(linear(x, y, tx, ty))["top1"], abs=0.01)
+    moved = scores((x * scale + shift, y), (tx * scale + shift, ty))
+    assert moved["top1"] == pytest.approx(scores((x, y), (tx, ty))["top1"], abs=0.01)
 
 
 def test_twice_gives_the_same_numbers() -> None:
     train, test = splits(300, noise=2.0)
-    assert dict(linear(*train, *test)) == dict(linear(*train, *test))
+    assert scores(train, test) == scores(train, test)
 
 
-def test_an_unfinished_fit_is_told_and_warns_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_fit_is_reported_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(linear.__globals__, "MAX_ITERATIONS", 2)
     train, test = splits(300, noise=2.0)
-    assert dict(linear(*train, *test))["converged"] == 0.0
+    assert scores(train, test)["converged"] == 0.0
 
 
 def test_dead_columns_do_no_harm() -> None:
     (x, y), (tx, ty) = splits(300)
     pad = np.full((len(x), 2), 7, np.float32)
-    dead = dict(linear(np.hstack([x, pad]), y, np.hstack([tx, pad[: len(tx)]]), ty))
-    assert dead["top1"] == pytest.approx(dict(linear(x, y, tx, ty))["top1"], abs=0.01)
+    dead = scores((np.hstack([x, pad]), y), (np.hstack([tx, pad[: len(tx)]]), ty))
+    assert dead["top1"] == pytest.approx(scores((x, y), (tx, ty))["top1"], abs=0.01)
 
 
 def test_the_only_row_of_a_class_is_never_held_out() -> None:
     (x, y), test = splits(300)
     y[0] = 99
-    result = dict(linear(x, y, *test))
+    result = scores((x, y), test)
     assert result["top1"] > 0.9
 
 
 def test_one_row_a_class_is_too_few() -> None:
     (x, _), test = splits(20)
     with pytest.raises(DataError, match=r"20 training rows of 20 classes.*knn"):
-        list(linear(x, np.arange(20), *test))
+        scores((x, np.arange(20)), test)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cluster_jobs.results.evaluate import fresh_backbone, labelled_features, load_run
+from cluster_jobs.results.evaluate import fresh_embedder, labelled_features, load_embedder
 from deepclust import Recipe, open_index, pretrain
 from deepclust.evaluate import evaluate_features
-from deepclust.models import Backbone
+from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from tests.images import encode, write_tar
 
@@ -60,10 +60,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {split: folder / split for split in ("train", "test")}
 
 
-def knn(backbone: Backbone, recipe: Recipe, digits: dict[str, Path]) -> float:
+def knn(embed: Embedder, recipe: Recipe, digits: dict[str, Path]) -> float:
     """20-NN accuracy of frozen features."""
     splits = (
-        labelled_features(backbone, open_index(digits[split]), recipe.data)
+        labelled_features(embed, open_index(digits[split]), recipe.data)
         for split in ("train", "test")
     )
     return evaluate_features(*splits, names=["knn"])["knn"]["top1"]
@@ -76,6 +76,6 @@ def test_neighbours_are_better_after_training(
 ) -> None:
     data = {**TREE["data"], "shards": str(digits["train"])}
     recipe = Recipe.parse({**TREE, **METHODS[name], "data": data, "seed": seed})
-    before = knn(fresh_backbone(recipe), recipe, digits)
+    before = knn(fresh_embedder(recipe), recipe, digits)
     pretrain(recipe, tmp_path / "run")
-    assert knn(load_run(Run(tmp_path / "run")), recipe, digits) >= before + 0.03
+    assert knn(load_embedder(Run(tmp_path / "run")), recipe, digits) >= before + 0.03

@@ -70,7 +70,7 @@ def test_prototypes_are_means_of_the_labelled_rows(seeded: Path) -> None:
     assert [c["cluster"] for c in facts["clusters"]] == [c["class_id"] for c in facts["clusters"]]
 
 
-def test_the_verdict_agrees_with_the_labels(seeded: Path) -> None:
+def test_the_report_of_the_seeds_agrees_with_the_labels(seeded: Path) -> None:
     facts = read(seeded, 1, "assignments/seeds.json")
     labels = assignments(seeded)[1][0]
     sizes = np.bincount(labels, minlength=8)
@@ -233,11 +233,11 @@ def test_evaluation_judges_the_prototypes_of_the_runs_own_shards_only(
     seeded: Path, shards: Path, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    own = evaluate_run(seeded, str(shards), str(shards), told.append)
+    own = evaluate_run(seeded, str(shards), str(shards), emit=told.append)
     assert own["prototypes"]["top1"] > 0.5
     assert told == []
     others = str(tiny_shards(tmp_path / "others", n=120))
-    foreign = evaluate_run(seeded, others, str(shards), told.append)
+    foreign = evaluate_run(seeded, others, str(shards), emit=told.append)
     assert "prototypes" not in foreign
     assert foreign["knn"]
     assert "are not the shards" in told[0]
@@ -268,7 +268,7 @@ def test_pinned_clusters_keep_ids_and_head_rows_when_the_others_are_matched(
     pretrain(recipe(shards, *options), tmp_path / "run")
     first, second = (labels[0] for labels in assignments(tmp_path / "run"))
     assert (first == second).mean() > 0.5
-    assert read(tmp_path / "run", 1, "assignments/kept.npy")[:4].all()
+    assert read(tmp_path / "run", 1, "assignments/kept.npy")[0, :4].all()
     pins = read(tmp_path / "run", 1, "centroids/prototypes.npy")
     assert np.array_equal(read(tmp_path / "run", 1, "centroids/centroids.npy")[0, :4], pins)
 

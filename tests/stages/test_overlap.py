@@ -1,4 +1,4 @@
-"""`cluster.overlap`: k-means of the next round while the gang trains on, one boundary later."""
+"""`cluster.overlap`: k-means of the next round while the ranks train on, one boundary later."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from cluster_jobs.results.evaluate import fresh_backbone, labelled_features
+from cluster_jobs.results.evaluate import fresh_embedder, labelled_features
 from deepclust import Recipe, open_index, pretrain
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.launch.start import prepare_run, resume, run_stage
 from deepclust.run.directory import Run, is_done
-from deepclust.stages import cluster
-from deepclust.stages.warm_start import backbone_part
+from deepclust.run.round_files import read_whitening
 from tests.killing import Moment, extracting, kill_when, pause_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe
 
@@ -38,11 +37,11 @@ def trained_on(run: Path) -> dict[int, int]:
 
 def features(run: Run, number: int, step: int) -> np.ndarray:
     """What a round's features are if they are made from the weights of a step."""
-    backbone = fresh_backbone(run.recipe)
+    embed = fresh_embedder(run.recipe)
     weights = load_file(run.path / "checkpoints" / f"{step:08d}" / "model.safetensors")
-    backbone.load_state_dict(backbone_part(weights))
-    rows, _ = labelled_features(backbone, open_index(run.recipe.data.shards), run.recipe.data)
-    return np.asarray(cluster.read_whitening(run.round(number))(rows))
+    embed.method.load_state_dict(weights)
+    rows, _ = labelled_features(embed, open_index(run.recipe.data.shards), run.recipe.data)
+    return np.asarray(read_whitening(run.round(number))(rows))
 
 
 @slow
@@ -113,7 +112,7 @@ def stop_at(recipe: Recipe, run: Path, step: int) -> None:
     """Start a run, and ask it to stop when it tells of a step."""
 
     def show(record: dict[str, Any]) -> None:
-        if record.get("progress") and record["step"] == step:
+        if record.get("progress") and record.get("step") == step:
             signal.raise_signal(signal.SIGUSR2)
 
     with pytest.raises(RequeueWanted):
@@ -152,7 +151,7 @@ def recipe(many_shards: Path, folder: Path, ranks: int) -> Path:
 
 
 def pending(run: Path) -> bool:
-    """The features of round 1 are there and the gang trains on, on round 0."""
+    """The features of round 1 are there and the ranks train on, on round 0."""
     folder = Run(run).round(1)
     return is_done(folder / "features") and not is_done(folder / "assignments")
 
@@ -163,7 +162,7 @@ def pending_between_boundaries(run: Path) -> bool:
 
 
 def waited_for(run: Path) -> bool:
-    """The gang stands at boundary 2 and waits for round 1."""
+    """The ranks wait at boundary 2 for round 1."""
     return pending(run) and is_done(run / "checkpoints" / "00000040")
 
 

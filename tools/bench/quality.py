@@ -166,57 +166,51 @@ def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
     return Recipe.load(name, where, *overrides, *own, *args.overrides, f"seed={seed}")
 
 
-class Flat:
-    """Images as they are, one channel where all three are equal."""
-
-    def to(self, _device: Any) -> Flat:
-        return self
-
-    def __call__(self, images: Any) -> Any:
-        grey = bool((images[:, 0] == images[:, 2]).all())
-        return (images[:, :1] if grey else images).flatten(1)
+def flatten(images: Any) -> Any:
+    """Return images as rows of numbers, one channel where all three are equal."""
+    grey = bool((images[:, 0] == images[:, 2]).all())
+    return (images[:, :1] if grey else images).flatten(1).float() / 255
 
 
 def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Pixels as features: raw, or their 64 principal components (not whitened)."""
+    """Return pixels as features: raw, or their 64 principal components (not whitened)."""
     from sklearn.decomposition import PCA
 
-    from cluster_jobs.results.evaluate import labelled_features
-    from deepclust import open_index
-
-    data = recipe(args, "pixels", 0).data.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
+    data = recipe(args, "pixels", 0).data
     if args.data == "photos":
         data = data.model_copy(update={"size": 32, "resize": 32})
-    folders = shards(args)
-    train, test = (
-        labelled_features(Flat(), open_index(folders[split]), data) for split in ("train", "test")
-    )
+    train, test = embed_splits(args, flatten, data)
     if how:
-        found = PCA(64, random_state=0).fit(train[0])
-        train, test = ((found.transform(x).astype(np.float32), y) for x, y in (train, test))
+        fitted = PCA(64, random_state=0).fit(train[0])
+        train, test = ((fitted.transform(x).astype(np.float32), y) for x, y in (train, test))
     return train, test, {}
 
 
 def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Features of the recipe's backbone: at random initialisation, or trained."""
-    from cluster_jobs.results.evaluate import fresh_backbone, labelled_features, load_run
-    from deepclust import open_index
+    """Return features of the recipe's network: at random initialisation, or trained."""
+    from cluster_jobs.results.evaluate import fresh_embedder, load_embedder
     from deepclust.run.directory import Run
 
-    wanted, facts = recipe(args, kind, seed), {}
+    wanted = recipe(args, kind, seed)
     if kind == "random":
-        backbone = fresh_backbone(wanted)
-    else:
-        run = args.work / f"{args.data}-{kind}-{seed}-{recipe_key(args, kind)}"
-        train_run(wanted, run, shuffled=kind == "shuffled")
-        backbone = load_run(Run(run))
-        facts = cost(Run(run), wanted.train.batch)
+        return (*embed_splits(args, fresh_embedder(wanted), wanted.data), {})
+    run_dir = args.work / f"{args.data}-{kind}-{seed}-{recipe_key(args, kind)}"
+    train_run(wanted, run_dir, shuffled=kind == "shuffled")
+    run = Run(run_dir)
+    facts = cost(run, wanted.train.batch)
+    return (*embed_splits(args, load_embedder(run), wanted.data), facts)
+
+
+def embed_splits(args: argparse.Namespace, embed: Any, data: Any) -> tuple[Any, Any]:
+    """Return features and labels of the train and of the test shards."""
+    from cluster_jobs.results.evaluate import labelled_features
+    from deepclust import open_index
+
     folders = shards(args)
     train, test = (
-        labelled_features(backbone, open_index(folders[split]), wanted.data)
-        for split in ("train", "test")
+        labelled_features(embed, open_index(folders[split]), data) for split in ("train", "test")
     )
-    return train, test, facts
+    return train, test
 
 
 def cost(run: Any, batch: int) -> dict[str, Any]:
@@ -255,14 +249,14 @@ def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
     from deepclust.stages import round_kmeans
     from deepclust.world import generator
 
-    honest = round_kmeans.kmeans
+    honest = round_kmeans.solve_kmeans
 
-    def permuted(*arguments: Any, **options: Any) -> Any:
-        found = honest(*arguments, **options)
-        order = generator(options["seed"], "shuffle").permutation(len(found.assignments))
+    def permuted(points: Any, options: Any, *rest: Any) -> Any:
+        found = honest(points, options, *rest)
+        order = generator(options.seed, "shuffle").permutation(len(found.assignments))
         return replace(found, assignments=found.assignments[order])
 
-    round_kmeans.kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
+    round_kmeans.solve_kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
     with Display() as display:
         if directory.exists(run):
             resume(run, show=display)

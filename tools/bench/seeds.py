@@ -21,7 +21,6 @@ import hashlib
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +113,9 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
         left = classes != seed  # class 0, 1, 2 by seed
         ids, classes = ids[left], classes[left]
     started = time.monotonic()
-    wanted, backbone, head = network(args, kind, int(count), seed, index, ids, classes)
+    wanted, embed, head = network(args, kind, int(count), seed, index, ids, classes)
     seconds = round(time.monotonic() - started, 1)
-    from cluster_jobs.results.evaluate import labelled_features
-
-    folders = quality.shards(args)
-    train, test = (
-        labelled_features(backbone, open_index(folders[split]), wanted.data)
-        for split in ("train", "test")
-    )
+    train, test = quality.embed_splits(args, embed, wanted.data)
     if head is not None:
         return {"top1": float((head(test[0]) == test[1]).mean()), "seconds": seconds}
     return {**judge(kind, seed, wanted, train, test, ids, classes), "seconds": seconds}
@@ -131,17 +124,16 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
 def network(
     args: argparse.Namespace, kind: str, count: int, seed: int, index: Any, ids: Any, classes: Any
 ) -> tuple[Any, Any, Any]:
-    """The recipe, the backbone, and for "supervised" the classifier of features."""
-    from cluster_jobs.results.evaluate import fresh_backbone, load_run
+    """Return the recipe, the embedder, and for "supervised" the classifier of features."""
+    from cluster_jobs.results.evaluate import fresh_embedder, load_embedder
     from deepclust.run.checkpoint import load_latest
     from deepclust.run.directory import Run
 
     wanted = recipe(args, seed)
     if kind == "pixels":
-        data = wanted.data.model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
-        return wanted.model_copy(update={"data": data}), quality.Flat(), None
+        return wanted, quality.flatten, None
     if kind == "random":
-        return wanted, fresh_backbone(wanted), None
+        return wanted, fresh_embedder(wanted), None
     name = f"unseeded-{seed}" if kind == "unseeded" else f"{kind}-{count}-{seed}"
     run = args.work / f"seeds-{name}-{key(args)}"
     more = []
@@ -159,7 +151,7 @@ def network(
         tensors = load_latest(Run(run), lambda text: None).parts["model"]
         weight, bias = (tensors[f"head.{name}"].numpy() for name in ("weight", "bias"))
         head = lambda rows: (rows @ weight.T + bias).argmax(1)  # noqa: E731
-    return wanted, load_run(Run(run)), head
+    return wanted, load_embedder(Run(run)), head
 
 
 def supervised(wanted: Any, run: Path, index: Any, ids: Any, classes: Any) -> list[str]:
@@ -186,15 +178,18 @@ def judge(
     kind: str, seed: int, wanted: Any, train: Any, test: Any, ids: Any, classes: Any
 ) -> dict[str, Any]:
     """Nearest prototype, and for seeded ones what one more clustering does with the points."""
+    from deepclust.evaluate.frozen import SeedRows, freeze
     from deepclust.evaluate.nearest_prototype import prototypes
 
-    dim = wanted.cluster.dim
-    near = partial(prototypes, train[0], ids, classes, *test, dim=dim)
-    found = dict(near(refine=wanted.seeds.refine if wanted.seeds else 0.0))
-    found["refined"] = dict(near(refine=REFINE))["top1"]
+    def scores(refine: float) -> dict[str, float]:
+        seeds = SeedRows(ids, classes, refine)
+        return dict(prototypes(freeze(train, test, dim=wanted.cluster.dim, seeds=seeds)))
+
+    facts: dict[str, Any] = {**scores(wanted.seeds.refine if wanted.seeds else 0.0)}
+    facts["refined"] = scores(REFINE)["top1"]
     if kind in ("seeded", "leftout"):
-        found |= clustered(seed, wanted, train, test, ids, classes, kind == "leftout")
-    return found
+        facts |= clustered(seed, wanted, train, test, ids, classes, kind == "leftout")
+    return facts
 
 
 def clustered(
@@ -205,21 +200,21 @@ def clustered(
 
     from deepclust import Whitening, kmeans
     from deepclust.clustering.array_points import ArrayPoints
-    from deepclust.clustering.class_prototypes import prototypes, refined
+    from deepclust.clustering.class_prototypes import class_prototypes, refine
 
     whiten = Whitening.fit(train[0], wanted.cluster.dim)
     rows = whiten(train[0])
     names = sorted({str(c) for c in classes})
     numbers = np.array([names.index(str(c)) for c in classes], np.int32)
-    start = prototypes(ArrayPoints(rows[ids]), numbers, names)
-    fixed = refined(ArrayPoints(rows), start, REFINE).rows
+    start = class_prototypes(ArrayPoints(rows[ids]), numbers, names)
+    fixed = refine(ArrayPoints(rows), start, REFINE).rows
     found = kmeans(rows, wanted.cluster.k, fixed=fixed, spherical=True, seed=seed)
     sizes = np.bincount(found.assignments, minlength=wanted.cluster.k)
     facts: dict[str, Any] = {"shares": (sizes[: len(fixed)] / sizes.sum()).round(4).tolist()}
     if not leftout:
         return facts
-    probes = ArrayPoints(whiten(test[0])).configured(unit=True, backend="torch")
-    nearest = probes.visit(torch.from_numpy(found.centroids)).labels.numpy()
+    probes = ArrayPoints(whiten(test[0])).configure(spherical=True, backend="torch")
+    nearest = probes.assign_to(torch.from_numpy(found.centroids)).cluster_ids.numpy()
     table = np.zeros((wanted.cluster.k, CLASSES))
     np.add.at(table, (found.assignments, train[1]), 1)
     own = np.flatnonzero(table.argmax(1) == seed)  # majority by the training labels

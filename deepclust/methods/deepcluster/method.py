@@ -58,7 +58,7 @@ class DeepCluster(Method):
             return torch.zeros(k, dtype=torch.bool)
         fresh = torch.ones(k, dtype=torch.bool)
         if self.policy == "match" and targets.kept is not None:
-            fresh = torch.from_numpy(~targets.kept)
+            fresh = torch.from_numpy(~targets.kept[0])
         self.head.reset(derive(seed, "head", targets.round), fresh.nonzero().flatten())
         return fresh
 

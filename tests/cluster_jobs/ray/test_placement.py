@@ -9,7 +9,7 @@ import pytest
 from cluster_jobs.executors.ray import EXECUTOR
 from cluster_jobs.ray.actor import _problem
 from cluster_jobs.ray.placement import Shape, missing, shape_of
-from cluster_jobs.spec import RaySpec, ray_spec, sizes
+from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
 from deepclust import Recipe
 from deepclust.errors import RecipeError
 from deepclust.run.lock import hold

@@ -16,7 +16,7 @@ from cluster_jobs import job_file
 from cluster_jobs.slurm import create, task
 from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
 from cluster_jobs.slurm.rendezvous import Line, folder, hosting, join, leave
-from cluster_jobs.spec import slurm_spec
+from cluster_jobs.slurm.spec import slurm_spec
 from deepclust.errors import RequeueWanted, ResourceError
 from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run

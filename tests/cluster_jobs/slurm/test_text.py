@@ -15,10 +15,10 @@ import pytest
 
 from cluster_jobs import job_file
 from cluster_jobs.executors.slurm import EXECUTOR, Entry
-from cluster_jobs.slurm.layout import Layout, Place, layout
+from cluster_jobs.slurm.layout import Layout, Slot, layout
 from cluster_jobs.slurm.plain_scripts import scripts
 from cluster_jobs.slurm.script import prepare
-from cluster_jobs.spec import minutes, slurm_spec
+from cluster_jobs.slurm.spec import minutes, slurm_spec
 from deepclust import Recipe
 from deepclust.errors import RecipeError
 from deepclust.launch.role import CLUSTER_WORKER
@@ -85,7 +85,7 @@ def test_the_cluster_worker_has_the_last_gpu_of_the_first_node() -> None:
     found = layout(recipe(*SHAPES["spare-gpu-for-the-cluster-worker"]))
     assert roles(found)[0] == [0, 1, 2, 3, 4, 5, 6, CLUSTER_WORKER]
     assert roles(found)[3] == [23, 24, 25, 26, 27, 28, 29, 30]
-    assert found.worker == Place(CLUSTER_WORKER, 7)
+    assert found.worker == Slot(CLUSTER_WORKER, 7)
     assert found.ranks == 31
     assert found.rank_cpus * 7 + found.worker_cpus <= 96
     assert found.rank_cpus * 8 <= 96
@@ -117,7 +117,7 @@ def test_with_srun_every_process_has_the_cpus_that_it_needs() -> None:
 def test_a_cluster_worker_without_a_gpu_sits_beside_the_ranks(setting: str) -> None:
     found = layout(recipe("slurm.nodes=2", "slurm.gpus_per_node=2", setting))
     assert roles(found) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
-    assert found.worker == Place(CLUSTER_WORKER, None)
+    assert found.worker == Slot(CLUSTER_WORKER, None)
 
 
 def test_the_prepared_recipe_says_what_was_derived() -> None:
@@ -148,11 +148,11 @@ def test_hostile_names_stay_data() -> None:
         ('slurm.partition="a\\nb"', "no sbatch line can hold"),
         ("slurm.nods=2", "slurm.nods: unknown key; did you mean 'nodes'"),
         ("slurm.time=24:00:00", "a plain number has no unit"),
-        ("slurm.time=soon", "'soon' is no time limit; write 90m, 24h, 2d"),
+        ("slurm.time=soon", "'soon' is not a time limit; write 90m, 24h, 2d"),
         ("slurm.mem=lots", "slurm.mem"),
         ("slurm.sbatch={nodes: 3}", "nodes: use slurm.nodes"),
         ("slurm.sbatch={output: x}", "output: use nothing: we set it"),
-        ('slurm.sbatch={"x y": 1}', "is no long option of sbatch"),
+        ('slurm.sbatch={"x y": 1}', "is not a long option of sbatch"),
         ("slurm.launcher=mpirun", "slurm.launcher"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_wrong_key_is_named(override: str, told: str) -> None:
         (["slurm.cpus_per_node=2", "train.ranks=2"], "cpus_per_node=2 is too few"),
         (["train.device=cuda"], "set slurm.gpus_per_node"),
         (["slurm.gpus_per_node=2"], "set cluster.gpus=0|cluster.gpus=0"),
-        (["slurm.time=2m"], "is no more than signal=120 s"),
+        (["slurm.time=2m"], "is not more than signal=120 s"),
         (["slurm.container_image=a", "slurm.python=null"], "container_image needs python"),
         (["slurm.gpus=4"], "gpus=4 of all nodes needs cpus_per_node"),
         (["slurm.gpus=4", "slurm.cpus_per_node=8", "slurm.ranks=4"], "the job's 4"),

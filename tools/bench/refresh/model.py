@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from stages import BATCH
 
-from deepclust.clustering.array_points import MOST, TILE
+from deepclust.clustering.array_points import MAX_TILE_ROWS, TILE
 from deepclust.clustering.moments import PANELS
-from deepclust.stages.extract import LARGEST_UNIT
+from deepclust.stages.extract import LARGEST_CHUNK
 
 HALF, SINGLE, BANDWIDTH = 0.6, 0.75, 0.8  # shares of a GPU's peaks that we assume
 LAUNCH_S = 6e-6  # of one operation from Python
@@ -160,7 +160,7 @@ def kmeans(size: Size, gpu: Gpu, rows: float, k: int, bins: float) -> Cost:
 
 def tile_rows(k: int, d: int) -> int:
     """Rows of a tile on a GPU, `ArrayPoints._tile`."""
-    return min(max(TILE["cuda"] // max(k, d), 64), MOST)
+    return min(max(TILE["cuda"] // max(k, d), 64), MAX_TILE_ROWS)
 
 
 def resident(size: Size, gpu: Gpu) -> bool:
@@ -178,8 +178,8 @@ def volumes(size: Size) -> dict[str, float]:
     n, D, d, each = size.n, size.D, size.d, size.each
     return {
         "raw rows, float16 (units, scratch)": 2 * n * D,
-        "moments in the unit files": max(64, -(-n // LARGEST_UNIT)) * 8 * D**2,
-        "one unit's rows, float16": 2 * min(n / 64, LARGEST_UNIT) * D,
+        "moments in the unit files": max(64, -(-n // LARGEST_CHUNK)) * 8 * D**2,
+        "one unit's rows, float16": 2 * min(n / 64, LARGEST_CHUNK) * D,
         "rows.npy = rows on every GPU, as built": 2 * n * d,
         "rows on each of 8, if sharded": 2 * n * d / 8,
         "rows on each of 64, if sharded": 2 * n * d / 64,

@@ -24,10 +24,11 @@ from deepclust.clustering import statistics
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.moments import Moments
 from deepclust.clustering.nearest import half_is_faster
+from deepclust.clustering.options import KMeansOptions
 from deepclust.clustering.two_level import TwoLevel, two_level
 from deepclust.clustering.whiten import Whitening, solve
 from deepclust.files import write_json
-from deepclust.stages.extract import unit_ranges
+from deepclust.stages.extract import chunk_ranges
 
 BATCH = 256  # rows that moments get at once: the default of data.extract_batch
 LEVELS = ("level one", "level two")
@@ -111,7 +112,7 @@ def run(job: dict, laps: Laps) -> tuple[TwoLevel, dict]:
     rows = Counted(folder / "rows.npy", np.float16, "r", offset, shape)
     with laps.stage("both levels"):
         found = two_level(
-            ArrayPoints(rows), job["m"], job["k"], iterations=job["iterations"], seed=job["seed"]
+            ArrayPoints(rows), job["m"], KMeansOptions(job["k"], job["iterations"], job["seed"])
         )
     split_levels(laps, found)
     with laps.stage("assignments"):
@@ -126,7 +127,7 @@ def moments_of(stream: Stream, n: int) -> Moments:
     """Each unit's moments, merged in unit order, about the first batch's mean."""
     pivot = stream.rows(range(BATCH)).mean(0)
     total = Moments.zero(pivot)
-    for unit in unit_ranges(np.array([0, n])):
+    for unit in chunk_ranges(np.array([0, n])):
         own = Moments.zero(pivot)
         for block in blocks(unit):
             for batch in stream.rows(block).split(BATCH):
@@ -138,7 +139,7 @@ def moments_of(stream: Stream, n: int) -> Moments:
 def project(stream: Stream, n: int, whitening: Whitening, file: Path) -> None:
     """The same rows again, whitened, to float16."""
     out = np.lib.format.open_memmap(file, "w+", np.float16, (n, whitening.matrix.shape[1]))
-    for unit in unit_ranges(np.array([0, n])):
+    for unit in chunk_ranges(np.array([0, n])):
         for block in blocks(unit):
             out[block.start : block.stop] = whitening(stream.rows(block)).half().numpy()
     out.flush()

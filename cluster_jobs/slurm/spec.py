@@ -1,4 +1,4 @@
-"""What a recipe says about where it runs: `ray.*` and `slurm.*`; `deepclust` looks at neither."""
+"""The `slurm` section of a recipe: what a run asks of a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -7,76 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, checked
 from deepclust.recipe.sections import Section
 
 
-class RankRange(Section):
-    """How few ranks a gang may begin with, and how many it wants."""
-
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min={self.min} is more than max={self.max}")
-        return self
-
-
-class RaySpec(Section):
-    """A run on Ray: which cluster, what a rank gets, and how much is forgiven."""
-
-    address: str | None = Field(
-        None, description="of a standing cluster, http://HOST:8265 or HOST:6379; none: our own here"
-    )
-    python: str | None = Field(None, description="Python on the cluster; default: that of submit")
-    env: dict[str, str] = Field({}, description="environment of the controller and of every rank")
-    ranks: RankRange | None = Field(
-        None, description="{min: 2, max: 8}: fewer ranks when nodes are lost, more when they return"
-    )
-    cpus: int = Field(1, ge=1, description="CPUs of a rank, its reader processes included")
-    worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker")
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    wait: float = Field(900.0, ge=0, description="seconds to wait for a cluster that is too small")
-    settle: float = Field(15.0, ge=0, description="seconds before fewer ranks are good enough")
-    start: float = Field(300.0, gt=0, description="seconds for all processes to come up")
-    hang: float = Field(600.0, gt=0, description="seconds without progress that are a hang")
-    stop: float = Field(
-        120.0,
-        gt=0,
-        description="seconds for all ranks to stop at a step; then the last commit counts",
-    )
-    worker_resources: dict[str, float] = Field(
-        {}, description="of the cluster worker's node, as it was given to `ray start --resources`"
-    )
-    max_failures: int = Field(10, ge=0, description="deaths and hangs before the run gives up")
-    max_preemptions: int = Field(100, ge=0, description="nodes taken away before it gives up")
-
-
-def ray_spec(recipe: Recipe) -> RaySpec:
-    """The `ray` section, checked; a `RecipeError` names every key that is wrong."""
-    spec = checked(RaySpec, recipe.ray, "recipe", within="ray.")
-    if spec.ranks is not None and not sizes(recipe, spec):
-        raise RecipeError(
-            f"ray.ranks: no number from {spec.ranks.min} to {spec.ranks.max} divides train.batch="
-            f"{recipe.train.batch}"
-        )
-    return spec
-
-
-def sizes(recipe: Recipe, spec: RaySpec) -> list[int]:
-    """The numbers of ranks that the gang may have, most first; each divides the batch."""
-    if spec.ranks is None:
-        return [recipe.train.ranks]
-    wanted = range(spec.ranks.max, spec.ranks.min - 1, -1)
-    parts = recipe.train.accumulate
-    return [size for size in wanted if recipe.train.batch % (size * parts) == 0]
-
-
 def one_line(text: str) -> str:
-    """The text, if a line of an sbatch script can hold it; that syntax has no way to end a line."""
+    """Return the text if a line of an sbatch script can hold it, else raise `ValueError`.
+
+    The syntax of #SBATCH lines has no escape for the end of a line.
+    """
     if not text or not text.isprintable() or "\\" in text:
         raise ValueError(f"{text!r} is empty or has a character that no sbatch line can hold")
     return text
@@ -89,26 +28,26 @@ def _as_text(value: object) -> object:
 Line = Annotated[str, AfterValidator(one_line)]
 TIMES = ((r"(\d+)m", 1), (r"(\d+)h", 60), (r"(\d+)d", 24 * 60))
 CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))(?::(\d\d))?")
-OURS = {
+SET_BY_US = {
     "array", "chdir", "error", "job-name", "ntasks", "ntasks-per-node", "open-mode", "output",
     "requeue", "no-requeue",
 }  # fmt: skip
 
 
 def minutes(text: str) -> int:
-    """A time limit in whole minutes, rounded up: 90m, 24h, 2d, D-HH:MM[:SS] or HH:MM:SS."""
+    """Return a time limit (90m, 24h, 2d, D-HH:MM[:SS], HH:MM:SS) in minutes, rounded up."""
     for pattern, factor in TIMES:
         if match := re.fullmatch(pattern, text):
             return int(match[1]) * factor
     match = CLOCK.fullmatch(text)
     if match is None or (match[1] is None and match[4] is None):
-        raise ValueError(f"{text!r} is no time limit; write 90m, 24h, 2d or 1-12:00:00")
+        raise ValueError(f"{text!r} is not a time limit; write 90m, 24h, 2d or 1-12:00:00")
     days, hours, rest, seconds = (int(part or 0) for part in match.groups())
     return (days * 24 + hours) * 60 + rest + (seconds > 0)
 
 
 class SlurmSpec(Section):
-    """A run on Slurm: what it asks for, and how its processes are started there."""
+    """A run on Slurm: what it asks for, and how its processes are started."""
 
     partition: Line | None = None
     nodes: int = Field(1, ge=1)
@@ -133,15 +72,15 @@ class SlurmSpec(Section):
     container_image: Line | None = Field(None, description="for srun --container-image (pyxis)")
     container_mounts: list[Line] = []
     launcher: Literal["ray", "srun"] = Field(
-        "ray", description="who starts the ranks: a Ray of the job's own, or srun alone"
+        "ray", description="what starts the ranks: a Ray that the job brings up, or srun alone"
     )
-    ranks: int | None = Field(None, ge=1, description="default: a rank a GPU, or train.ranks")
+    ranks: int | None = Field(None, ge=1, description="default: one for each GPU, or train.ranks")
     cpus_per_rank: int | None = Field(None, ge=1, description="default: data.workers + 1, or more")
     worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker")
-    signal: int = Field(120, ge=1, description="seconds before the limit that USR2 comes")
+    signal: int = Field(120, ge=1, description="seconds between USR2 and the time limit")
 
     requeues: int = Field(
-        1000, ge=0, description="times that the job is queued again, by us or by Slurm"
+        1000, ge=0, description="times that the job may be requeued, by us or by Slurm"
     )
     start: float = Field(300.0, gt=0, description="seconds for all nodes to come up")
     snapshot: bool = Field(
@@ -151,7 +90,7 @@ class SlurmSpec(Section):
 
     @property
     def stop(self) -> float:
-        """Seconds for all ranks to stop: half of those between the signal and the end, or 30."""
+        """The seconds for all ranks to stop: half of those between signal and end, or 30."""
         return max(30.0, self.signal / 2)
 
     @field_validator("time", mode="before")
@@ -172,7 +111,7 @@ class SlurmSpec(Section):
     def _time_to_stop(self) -> Self:
         if self.time is not None and minutes(self.time) * 60 <= self.signal:
             raise ValueError(
-                f"time={self.time} is no more than signal={self.signal} s, in which the run stops"
+                f"time={self.time} is not more than signal={self.signal} s, the time to stop"
             )
         return self
 
@@ -189,7 +128,7 @@ class SlurmSpec(Section):
         if self.gpus_per_node or self.launcher != "ray" or self.cpus_per_node is None:
             raise ValueError(
                 f"gpus={self.gpus} of all nodes needs cpus_per_node, no gpus_per_node, and "
-                "launcher=ray: srun has as many tasks on every node"
+                "launcher=ray: srun has the same number of tasks on every node"
             )
         return self
 
@@ -197,10 +136,12 @@ class SlurmSpec(Section):
     @classmethod
     def _options(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         given = {name.replace("-", "_"): name for name in value}
-        known = set(cls.model_fields) | {name.replace("-", "_") for name in OURS}
+        known = set(cls.model_fields) | {name.replace("-", "_") for name in SET_BY_US}
         for option, name in given.items():
             if not re.fullmatch(r"[a-z][a-z-]*", name):
-                raise ValueError(f"{name!r} is no long option of sbatch; write it without dashes")
+                raise ValueError(
+                    f"{name!r} is not a long option of sbatch; write it without leading dashes"
+                )
             if option in known:
                 place = f"slurm.{option}" if option in cls.model_fields else "nothing: we set it"
                 raise ValueError(f"{name}: use {place}")
@@ -208,5 +149,5 @@ class SlurmSpec(Section):
 
 
 def slurm_spec(recipe: Recipe) -> SlurmSpec:
-    """The `slurm` section, checked; a `RecipeError` names every key that is wrong."""
+    """Return the `slurm` section, checked; a `RecipeError` names every key that is wrong."""
     return checked(SlurmSpec, recipe.slurm, "recipe", within="slurm.")

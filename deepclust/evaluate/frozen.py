@@ -1,0 +1,207 @@
+"""What evaluators measure: features of a frozen network, with labels compared by class name.
+
+`freeze` takes arrays, `freeze_shards` embeds labelled shards. Two tables may number their classes
+differently, so both are renumbered by name into the list `Frozen.classes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int64, UInt8
+from torch import Tensor
+
+from deepclust.data.images.crops import CentreCrop, Crop
+from deepclust.data.read.loader import Loader, Request
+from deepclust.data.shards.index import Index
+from deepclust.errors import DataError
+from deepclust.recipe.sections import Data
+
+Embed: TypeAlias = Callable[[UInt8[Tensor, "b 3 s s"]], Float32[Tensor, "b d"]]
+Labelled: TypeAlias = tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"] | None]
+
+LABEL = "Pack them from class folders, add a KEY.cls to each sample, or name other shards."
+DIM = 64  # directions that the whitening keeps where no recipe says how many
+
+
+class Skipped(Exception):
+    """An evaluator cannot measure these features; the message says why."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The labelled samples of the training or the test shards."""
+
+    features: Float[np.ndarray, "n d"]
+    labels: Int64[np.ndarray, " n"]  # positions in `Frozen.classes`
+    sample_ids: Int64[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class SeedRows:
+    """The rows of the training split that were labelled seeds in pretraining."""
+
+    rows: Int64[np.ndarray, " s"]
+    labels: Int64[np.ndarray, " s"]  # positions in `Frozen.classes`
+    refine: float = 0.0  # of the recipe, seeds.refine
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Features and labels of both splits, and the facts of the recipe that evaluators use."""
+
+    classes: list[str]
+    train: Split
+    test: Split
+    dim: int = DIM  # of the recipe, cluster.dim
+    seed: int = 0  # of every random choice
+    seeds: SeedRows | None = None
+    seeds_missing: str = "no labelled seeds were given"  # why there are no seeds
+    embed: Embed | None = None  # the network, where the features come from one
+
+
+def freeze(
+    train: Labelled,
+    test: Labelled,
+    seed: int = 0,
+    dim: int = DIM,
+    seeds: SeedRows | None = None,
+) -> Frozen:
+    """Return what evaluators measure, from (features [n, d], labels [n]) of both splits.
+
+    `seeds.labels` are numbers as in `train`; a label's decimal digits are its class name. Raises
+    `DataError` for labels that are missing (None or -1), and what `check` raises.
+    """
+    labels = [_labels(name, *split) for name, split in (("train", train), ("test", test))]
+    given = np.unique(np.concatenate([*labels, [] if seeds is None else seeds.labels]))
+    given = given.astype(np.int64)
+
+    def split(x: Float[np.ndarray, "n d"], y: Int[np.ndarray, " n"]) -> Split:
+        return Split(x, np.searchsorted(given, y), np.arange(len(y)))
+
+    if seeds is not None:
+        seeds = replace(seeds, labels=np.searchsorted(given, seeds.labels))
+    frozen = Frozen(
+        [str(label) for label in given],
+        split(train[0], labels[0]),
+        split(test[0], labels[1]),
+        dim=dim,
+        seed=seed,
+        seeds=seeds,
+    )
+    check(frozen)
+    return frozen
+
+
+def freeze_shards(embed: Embed, train: Index, test: Index, data: Data, dim: int = DIM) -> Frozen:
+    """Return what evaluators measure, from labelled shards and a network.
+
+    Raises `DataError` for shards without labels, for two tables that share no class name, for
+    more unreadable images than `data.max_bad` allows, and what `check` raises.
+    """
+    splits = [embed_labelled(embed, index, data) for index in (train, test)]
+    names = [class_names(index) for index in (train, test)]
+    classes = list(dict.fromkeys(names[0] + names[1]))
+    number = {name: i for i, name in enumerate(classes)}
+    if not set(names[0]) & set(names[1]):
+        raise DataError(
+            f"{folder_of(train)} and {folder_of(test)} share no class name ({names[0][:5]} and "
+            f"{names[1][:5]}). Give both the names of one table (class_names in dataset.json)."
+        )
+    fit, score = (
+        replace(split, labels=np.array([number[name] for name in own], np.int64)[split.labels])
+        for split, own in zip(splits, names, strict=True)
+    )
+    frozen = Frozen(classes, fit, score, dim=dim, embed=embed)
+    check(frozen)
+    return frozen
+
+
+def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
+    """Return features and labels of every readable, labelled sample, in sample order.
+
+    Images are cropped at the centre, as in extraction. Labels are the numbers of the index.
+    """
+    if index.labels is None:
+        raise DataError(f"{folder_of(index)} has no labels, and evaluation needs them. {LABEL}")
+    labels = np.asarray(index.labels).astype(np.int64)
+    sample_ids = np.flatnonzero(labels >= 0)
+    if len(sample_ids) == 0:
+        raise DataError(f"no sample of {folder_of(index)} has a label. {LABEL}")
+    parts = np.array_split(sample_ids, max(1, len(sample_ids) // data.extract_batch))
+    crops = (Crop(CentreCrop(data.size, data.short_side)),)
+    requests = (Request(part, positions=part, key=0, crops=crops) for part in parts)
+    rows, readable = [], []
+    loader = Loader(index, data.workers, max_pixels=data.max_pixels)
+    try:
+        for loaded in loader.stream(requests):
+            rows.append(embed(loaded.images[0]).cpu().numpy())
+            readable.append(~np.isin(loaded.sample_ids, [bad.sample_id for bad in loaded.bad]))
+    finally:
+        loader.close()
+    usable = np.concatenate(readable)
+    if (~usable).mean() > data.max_bad:
+        raise DataError(
+            f"{(~usable).sum()} of {len(sample_ids)} images of {folder_of(index)} cannot be read, "
+            f"more than data.max_bad={data.max_bad} allows. Repair the shards, or name others."
+        )
+    sample_ids = sample_ids[usable]
+    return Split(np.concatenate(rows)[usable], labels[sample_ids], sample_ids)
+
+
+def class_names(index: Index) -> list[str]:
+    """Return the name of every label of an index; its decimal digits where it has no name."""
+    if index.class_names is not None:
+        return index.class_names
+    assert index.labels is not None
+    return [str(label) for label in range(int(np.max(index.labels)) + 1)]
+
+
+def folder_of(index: Index) -> str:
+    """Return where the shards of an index lie, for messages."""
+    return str(index.shards[0].parent)
+
+
+def check(frozen: Frozen) -> None:
+    """Raise `DataError` for rows that are not finite, other widths, or fewer than two classes."""
+    train, test = frozen.train, frozen.test
+    for name, x in (("train", train.features), ("test", test.features)):
+        broken = np.flatnonzero(~np.isfinite(x.sum(1, dtype=np.float64)))
+        if len(broken):
+            raise DataError(
+                f"{len(broken)} {name} rows are not finite, the first of them row {broken[0]}. "
+                "Leave out the samples that extraction excluded (features/excluded.parquet)."
+            )
+    if train.features.shape[1] != test.features.shape[1]:
+        raise DataError(
+            f"training features have {train.features.shape[1]} columns and test features "
+            f"{test.features.shape[1]}. Extract both with the same backbone."
+        )
+    if train.labels.min() == train.labels.max():
+        raise DataError(
+            f"all {len(train.labels)} training rows have label {frozen.classes[train.labels[0]]}: "
+            "there is nothing to separate. Evaluate on shards with two classes or more."
+        )
+
+
+def _labels(
+    split: str, x: Float[np.ndarray, "n d"], y: Int[np.ndarray, " n"] | None
+) -> Int[np.ndarray, " n"]:
+    """Return the labels of a split, or raise `DataError` with what is missing."""
+    if y is None:
+        raise DataError(f"the {split} shards have no labels, and evaluation needs them. {LABEL}")
+    if len(x) != len(y) or len(x) == 0:
+        raise DataError(
+            f"{split}: {len(x)} rows of features and {len(y)} labels. "
+            "Evaluation needs one label for each row, and one row or more: extract them again."
+        )
+    missing = np.flatnonzero(y < 0)
+    if len(missing):
+        raise DataError(
+            f"{len(missing)} of the {len(y)} {split} samples have no label, the first of them row "
+            f"{missing[0]}. {LABEL}"
+        )
+    return y

@@ -1,0 +1,44 @@
+"""Images to features as a method embeds them: one function for extraction and for evaluation.
+
+Precision, memory layout and evaluation mode are decided here and nowhere else, so what is
+evaluated is what was clustered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from deepclust.data.images.crops import to_float
+from deepclust.methods.base import Method
+from deepclust.recipe.sections import Data
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The map from images to the features that a method clusters."""
+
+    method: Method
+    data: Data
+    precision: str  # of the recipe, train.precision
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b d"]:
+        """Return the features of a batch, on the device, computed in evaluation mode."""
+        self.method.eval()
+        with autocast(self.precision, self.device):
+            floats = to_float(
+                images.to(self.device, non_blocking=True), self.data.mean, self.data.std
+            )
+            floats = floats.contiguous(memory_format=torch.channels_last)
+            return self.method.embed(floats).float()
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the autocast context of `train.precision`: bf16 by default on a GPU, else fp32."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -1,0 +1,60 @@
+"""The events of a run: every name in events.jsonl, and the fields that its record has.
+
+Each record also has `time` (seconds since 1970), `attempt` (from 1; `incarnation` in runs of
+earlier versions) and `event`, its name. Writers and readers share this table, and the names and
+fields of runs on disk never change their meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+EventName: TypeAlias = Literal[
+    "started",  # a worker group begins an attempt
+    "placed",  # its members are on their machines
+    "waiting",  # for room in the cluster
+    "growing",  # room for more ranks: a larger group takes over
+    "fault",  # a member failed, and the group starts again
+    "restored",  # training goes on from a checkpoint
+    "unit",  # a chunk of an extraction is on disk
+    "extracted",  # all chunks are
+    "whitening",  # it is solved
+    "features",  # the whitened rows are on disk
+    "clustered",  # a round's assignments are on disk, with their statistics
+    "published",  # how long the parts of the clustering took
+    "waited",  # how long the ranks waited for a stage
+    "training",  # a segment of training begins
+    "replaced",  # unreadable samples had others in their place
+    "checkpoint",  # a step is saved
+    "warning",
+    "exported",  # the backbone is written
+    "finished",
+    "stopped",  # an attempt ended before the run was finished
+]
+Number = (int, float)
+SECONDS = dict.fromkeys(("prepare", "read", "cluster", "write"), Number)
+FIELDS: dict[EventName, dict[str, Any]] = {
+    "started": {"pid": int, "ranks": int, "job": str},
+    "placed": {"members": list},
+    "waiting": {"text": str},
+    "growing": {"text": str},
+    "fault": {"who": str, "cause": str, "text": str},
+    "restored": {"step": int, "segment": int, "round": int},
+    "unit": {"round": int, "unit": int, "of": int},
+    "extracted": {"round": int, "units": int, "excluded": int},
+    "whitening": {"round": int, "rank": int, "seconds": Number},
+    "features": {"round": int},
+    "clustered": {"round": int, "k": int, "n": int, "empty": int},
+    "published": {"round": int, **SECONDS},
+    "waited": {"round": int, "stage": str, "seconds": Number},
+    "training": {"round": int, "segment": int, "step": int},
+    "replaced": {"step": int, "count": int, "first": list},
+    "checkpoint": {"step": int},
+    "warning": {"text": str},
+    "exported": {"file": str},
+    "finished": {"epochs": int},
+    "stopped": {"kind": str, "text": str},
+}
+OPEN: set[EventName] = {"clustered"}  # all of statistics.json are fields of it
+OPTIONAL = {("started", "job")}  # of Slurm alone
+NAMES: tuple[EventName, ...] = get_args(EventName)

@@ -1,0 +1,104 @@
+"""Evaluation of a run: the network as the method embeds, with the evaluators that are asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster_jobs.results.evaluate import (
+    evaluate_run,
+    export_run,
+    fresh_embedder,
+    labelled_features,
+    load_embedder,
+)
+from deepclust import load_backbone, open_index, pretrain
+from deepclust.errors import DataError, RecipeError
+from deepclust.methods.embed import Embedder
+from deepclust.run.directory import Run
+from deepclust.stages.cluster import read_whitening
+from tests.tiny import deepclust, tiny_recipe, tiny_shards
+
+TOY = "tests.toys.evaluator"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"), n=120)
+
+
+@pytest.fixture(scope="module")
+def run_dir(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    recipe = tiny_recipe(shards, "train.epochs=1", "train.precision=bf16", "keep.checkpoints=9")
+    pretrain(recipe, path)
+    return path
+
+
+def test_the_toy_evaluator_measures_a_run_without_an_edit_of_the_package(
+    run_dir: Path, shards: Path
+) -> None:
+    scores = evaluate_run(run_dir, str(shards), str(shards), [TOY])
+    assert scores[TOY]["top1"] > 0.3
+    assert scores[TOY]["grey"] > 0
+    done = deepclust(
+        "evaluate", run_dir, "--train", shards, "--test", shards, "--with", f"knn,{TOY}", "--json"
+    )
+    assert json.loads(done.stdout).keys() == {"knn", TOY}
+    assert json.loads(done.stdout)[TOY] == scores[TOY]
+
+
+def test_the_record_keeps_the_scores_of_other_evaluators_on_the_same_shards(
+    run_dir: Path, shards: Path, tmp_path: Path
+) -> None:
+    evaluate_run(run_dir, str(shards), str(shards), [TOY])
+    knn = evaluate_run(run_dir, str(shards), str(shards), ["knn"])
+    (file,) = (run_dir / "evaluations").iterdir()
+    record = json.loads(file.read_text())
+    assert {TOY, "knn"} <= set(record["scores"])
+    assert record["scores"]["knn"] == knn["knn"]
+    others = str(tiny_shards(tmp_path / "others", n=60))
+    evaluate_run(run_dir, others, others, ["knn"])
+    assert set(json.loads(file.read_text())["scores"]) == {"knn"}
+
+
+def test_what_is_evaluated_is_what_was_clustered(run_dir: Path, shards: Path) -> None:
+    run, index = Run(run_dir), open_index(shards)
+    embed = fresh_embedder(run.recipe)  # round 0 was made from the initial weights
+    clustered = np.load(run.round(0) / "features" / "rows.npy").astype(np.float32)
+    whitening = read_whitening(run.round(0))
+
+    def difference(embed: Embedder) -> float:
+        rows, _ = labelled_features(embed, index, run.recipe.data)
+        return float(np.abs(whitening(rows) - clustered).max())
+
+    assert difference(embed) < 2e-3
+    assert difference(replace(embed, precision="fp32")) > 2e-3  # the run's precision is bf16
+
+
+def test_the_exported_backbone_is_that_of_the_embedder(run_dir: Path, tmp_path: Path) -> None:
+    export_run(run_dir, tmp_path / "b.safetensors", "safetensors")
+    ours = load_embedder(Run(run_dir)).method.backbone.export_state()
+    state = load_backbone(tmp_path / "b.safetensors").export_state()
+    assert all(torch.equal(state[key], value) for key, value in ours.items())
+
+
+def test_prototypes_are_skipped_with_a_reason_in_a_run_without_seeds(
+    run_dir: Path, shards: Path
+) -> None:
+    reasons: list[str] = []
+    scores = evaluate_run(run_dir, str(shards), str(shards), emit=reasons.append)
+    assert set(scores) == {"knn", "linear", "clusters"}
+    assert reasons == [f"prototypes is not evaluated: {run_dir} was trained without labelled seeds"]
+    with pytest.raises(DataError, match="prototypes cannot be evaluated"):
+        evaluate_run(run_dir, str(shards), str(shards), ["prototypes"])
+
+
+def test_an_unknown_evaluator_is_refused_before_an_image_is_read(run_dir: Path) -> None:
+    with pytest.raises(RecipeError, match="'svm'; choose from knn"):
+        evaluate_run(run_dir, "no-such-shards", "no-such-shards", ["svm"])
