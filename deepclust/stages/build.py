@@ -68,7 +68,8 @@ def build_trainer(context: Context) -> Trainer:
         optimizers=optimizers,
         epoch_samples=timeline.epoch_steps * recipe.train.batch,
         loader=Loader(
-            mirror_shards(context.index, data.stage, world, context.stopping), data.workers,
+            mirror_shards(context.index, data.stage, world, context.stopping, context.run.alive),
+            data.workers,
             read="offset" if data.stage else context.read, scratch=data.scratch,
             max_pixels=data.max_pixels,
         ),
