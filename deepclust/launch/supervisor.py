@@ -95,12 +95,13 @@ class Supervisor:
 
     def begin(self, ranks: int, **facts: Any) -> None:
         """Fence off and clean up what is left of the last attempt, and begin one of `ranks`."""
-        token = renew(self.run.path, self.run.token)
-        self.run = replace(self.run, token=token, attempt=attempts_of(self.run) + 1)
-        directory.sweep(self.run.path)
-        recipe = self.run.recipe
+        run_dir, recipe = self.run.path, self.run.recipe
+        token = renew(run_dir, self.run.token)
+        directory.sweep(run_dir)
         if recipe.train.ranks != ranks:
-            recipe.replace(f"train.ranks={ranks}").save(self.run.path / "recipe.yaml")
+            recipe.replace(f"train.ranks={ranks}").save(run_dir / "recipe.yaml")
+        # a new Run, which reads the recipe again
+        self.run = replace(self.run, token=token, attempt=attempts_of(self.run) + 1)
         self.event("started", pid=os.getpid(), ranks=ranks, **facts)
 
     def watch(
