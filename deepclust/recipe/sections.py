@@ -310,6 +310,8 @@ class TrainSection(Section):
     )
     log: int = Field(20, ge=1, description="steps between two lines of metrics")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
+    hang: float = Field(600.0, gt=0, description="seconds without a sign of life that are a hang")
+    restarts: int = Field(3, ge=0, description="deaths and hangs before the run gives up")
 
     @field_validator("sync_bn", mode="before")
     @classmethod

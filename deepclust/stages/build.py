@@ -99,7 +99,9 @@ def build_method(recipe: Recipe, world: World, new: bool) -> Method:
 def build_loader(context: Context) -> Loader:
     """Return the loader of this rank, with a local copy of the shards if the recipe wants one."""
     data = context.recipe.data
-    index = mirror_shards(context.index, data.stage, context.world, context.stopping)
+    index = mirror_shards(
+        context.index, data.stage, context.world, context.stopping, context.run.alive
+    )
     return Loader(
         index,
         data.workers,

@@ -20,6 +20,7 @@ from deepclust.stages.train_state import put_back, split
 from deepclust.world import ALONE, World
 from tests.methods.cases import method, recipe
 from tests.ranks import on_ranks
+from tests.tiny import assert_resumes_undisturbed, tiny_recipe, tiny_shards
 
 KINDS = ["sgd", "lars", "adamw"]
 
@@ -159,3 +160,14 @@ def test_the_norm_and_the_clipped_step_are_those_of_one_rank(clip: float | None)
         assert shared_norm == pytest.approx(norm, rel=1e-5)
         for name, weight in shared.items():
             torch.testing.assert_close(weight, weights[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", [["method.head=match"], ["method.name=deepercluster", "cluster.supers=2"]]
+)
+def test_a_run_with_adamw_resumes_as_if_undisturbed(tmp_path: Path, method: list[str]) -> None:
+    optimizer = ["train.optimizer=adamw", "train.lr=0.001", "train.schedule=cosine"]
+    optimizer += ["train.weight_decay=0.04", "train.weight_decay_end=0.4", "train.clip=3"]
+    shards = tiny_shards(tmp_path / "shards", n=96)
+    recipe = tiny_recipe(shards, "train.epochs=3", "train.log=1", *optimizer, *method)
+    assert_resumes_undisturbed(recipe, tmp_path, step=6)
