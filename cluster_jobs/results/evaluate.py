@@ -94,7 +94,7 @@ def fresh_embedder(recipe: Recipe) -> Embedder:
 
 def load_trunk(run: Run) -> Backbone:
     """Return the backbone that counts of a run's newest readable checkpoint, in eval mode."""
-    return load_embedder(run).method.backbone
+    return load_embedder(run).method.trunk
 
 
 def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:

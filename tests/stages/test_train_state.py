@@ -15,10 +15,10 @@ from deepclust.run import checkpoint
 from deepclust.run.checkpoint import OwnedTensors, State, Tensors
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
-from deepclust.stages.build import groups_of
+from deepclust.stages.build import parameter_groups
 from deepclust.stages.train_state import put_back, split
 from deepclust.world import ALONE, World
-from tests.methods.cases import method
+from tests.methods.cases import method, recipe
 from tests.ranks import on_ranks
 from tests.tiny import assert_resumes_undisturbed, tiny_recipe, tiny_shards
 
@@ -34,11 +34,11 @@ def run(tmp_path: Path) -> Iterator[Run]:
 def build(kind: str, world: World = ALONE, clip: float | None = None) -> tuple[Method, Optimizers]:
     """DeeperCluster, whose sub-head is owned by slices; weights and gradients are reproducible."""
     torch.manual_seed(0)
-    one = method("deepercluster", world)
+    one = method(recipe("deepercluster"), world)
     config = TrainSection.model_validate(
         {"epochs": 1, "optimizer": kind, "head_momentum": 0.9, "clip": clip}
     )
-    return one, Optimizers(groups_of(one), config, one.owned(), world)
+    return one, Optimizers(parameter_groups(one), config, one.owned(), world)
 
 
 def train(one: Method, optimizers: Optimizers, first: int, steps: int = 2) -> float:
