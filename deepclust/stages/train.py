@@ -117,6 +117,7 @@ def train_segment(
             method.before_step(batch)
             scalars = forward_backward(trainer, batch, last=part == config.accumulate - 1)
             meter.add(scalars, len(batch.sample_ids), loaded.bad)
+            trainer.report.alive()
         drop_gradients(method, method.frozen(now))
         norm = trainer.optimizers.step()
         method.after_step(now)
