@@ -8,9 +8,9 @@ Every rank runs `run` with the same recipe. A segment is the stretch between two
 or the steps of a round. What is on disk decides where it begins: a finished stage is skipped, and
 the newest checkpoint says which step of which plan comes next.
 
-With `cluster.overlap` the chain is one round deep: at a boundary the round begun at the boundary
-before is adopted, then the next one's features are made, and its k-means is left to the cluster
-worker while we train on. When that is ready changes nothing: the next boundary waits for it.
+With `cluster.overlap` the chain is one round deep. At a boundary the round that was begun at the
+boundary before is adopted. Then the features of the next one are made. The cluster worker runs its
+k-means while the ranks train on, and the next boundary waits for it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def check_stage(context: Context, number: int, steps: int) -> None:
 
 
 def make_round(context: Context, trainer: Trainer, number: int) -> None:
-    """Extract, whiten, project, cluster. Each stage that is done is skipped."""
+    """Extract, whiten, project and cluster; a stage that is done is skipped."""
     if number == 0 and context.recipe.init.assignments:
         if context.world.is_first:
             warm_start.import_assignments(context.run, context.recipe, context.index)

@@ -64,14 +64,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """What a method computes of a batch; `told` are scalars for the metrics.
+    """What a method computes of a batch: the loss, and other scalars for the metrics.
 
     `features` (before the last activation) and `logits` are those of the first crop. They are None
     where a method has none, and are what terms work on.
     """
 
     loss: Float[Tensor, ""]
-    told: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    told: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     features: Float[Tensor, "b D"] | None = None
     logits: Float[Tensor, "b k"] | None = None
 

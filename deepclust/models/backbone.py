@@ -14,16 +14,15 @@ from deepclust.models.sobel import Sobel
 class Backbone(nn.Module):
     """A network without its classifier, behind the optional Sobel filters.
 
-    `backbone(images)` are the features that are clustered and exported. What a trained linear
-    head sees is `backbone.activation(features)`: DeepCluster clusters fc7 *before* its last ReLU
-    and trains through the ReLU, so for alexnet_bn and vgg16_bn the activation is a ReLU; for
-    all others, whose features are pooled already, it is the identity. A head on clustering
-    centroids (`CentroidHead`) takes the features themselves.
+    `backbone(images)` are the features that are clustered and exported. A trained linear head gets
+    `backbone.activation(features)`. DeepCluster clusters fc7 *before* its last ReLU and trains
+    through the ReLU, so for alexnet_bn and vgg16_bn the activation is a ReLU. For all others, whose
+    features are pooled already, it is the identity. A head on clustering centroids (`CentroidHead`)
+    takes the features themselves.
 
-    name: how `build_backbone` was asked for it · dim: width of a feature row ·
-    image_size: pixels it was built for · torchvision: the function in torchvision.models that
-    loads `export_state()` (classifier aside), or None · meta: what an exported file says of
-    itself, empty for a network that comes from no file.
+    name: the name given to `build_backbone`. dim: width of a feature row. image_size: pixels it was
+    built for. torchvision: the function in torchvision.models that loads `export_state()`
+    (classifier aside), or None. meta: the header of an exported file, empty for other networks.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Backbone(nn.Module):
         return features
 
     def export_state(self) -> dict[str, Tensor]:
-        """The network's weights and statistics under its own names: CPU, contiguous, copied."""
+        """Return copies of the network's weights and statistics by its names: CPU, contiguous."""
         state = self.net.state_dict()
         return {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

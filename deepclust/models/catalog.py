@@ -102,7 +102,7 @@ def build_backbone(
 
 
 def _find(name: str, import_module: bool) -> tuple[str, Builder]:
-    """The full name and its builder; the table comes first, then timm, then modules."""
+    """Return the full name and its builder; the table comes first, then timm, then modules."""
     if name in BACKBONES:
         return name, BACKBONES[name]
     short = name.removeprefix("timm/")
@@ -114,7 +114,7 @@ def _find(name: str, import_module: bool) -> tuple[str, Builder]:
 
 
 def _module(name: str, import_it: bool) -> Any:
-    """The module of that name, which has a function `build`."""
+    """Return the module of that name, which has a function `build`."""
     try:
         module = importlib.import_module(name) if import_it else sys.modules.get(name)
     except ImportError as error:
@@ -157,7 +157,7 @@ def _width(net: nn.Module, name: str, channels: int, image_size: int) -> int:
 
 
 def _smallest(net: nn.Module, channels: int, image_size: int) -> int | None:
-    """The smallest image that passes through, found by bisection between what fails and fits."""
+    """Return the smallest image that fits, by bisection between what fails and what fits."""
     low, high = image_size, LARGEST_PROBE
     if not _fits(net, channels, high):
         return None
@@ -176,7 +176,7 @@ def _fits(net: nn.Module, channels: int, image_size: int) -> bool:
 
 
 def _features(net: nn.Module, channels: int, image_size: int) -> Tensor:
-    """One image through the network, shapes only: nothing is computed, the weights stay put."""
+    """Pass one image through the network, shapes only: nothing is computed."""
     state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     meta = {name: tensor.to("meta") for name, tensor in state.items()}
     image = torch.empty(1, channels, image_size, image_size, device="meta")

@@ -12,7 +12,7 @@ from deepclust.errors import RecipeError
 
 
 def torchvision_net(name: str, in_channels: int, image_size: int) -> nn.Module:
-    """The torchvision network `name`, random weights, features instead of logits.
+    """Build the torchvision network `name`, random weights, features instead of logits.
 
     Every parameter keeps torchvision's name, so the weights load back into
     `torchvision.models.NAME()`. Raises RecipeError when a ViT's patches do not fill the image.
@@ -24,7 +24,7 @@ def torchvision_net(name: str, in_channels: int, image_size: int) -> nn.Module:
 
 
 def torchvision_plain(name: str, image_size: int) -> nn.Module:
-    """The whole torchvision network `name`, classifier and all; a ViT is built for `image_size`."""
+    """Build the torchvision network `name` with classifier; a ViT for `image_size`."""
     net: nn.Module
     if not name.startswith("vit_"):
         net = torchvision.models.get_model(name, weights=None)
@@ -43,8 +43,8 @@ def torchvision_plain(name: str, image_size: int) -> nn.Module:
 def headless(net: nn.Module) -> nn.Module:
     """Take the classifier off a torchvision network, in place; what remains gives features.
 
-    A VGG is cut before the ReLU of fc7, as DeepCluster does (its `models/vgg16.py` has the same
-    layers and initialisation); the others after their global pooling or class token.
+    A VGG is cut before the ReLU of fc7, as in DeepCluster's `models/vgg16.py`, which has the same
+    layers and initialisation. The others are cut after their global pooling or class token.
     """
     if isinstance(net, torchvision.models.VGG):
         net.classifier = net.classifier[:4]
@@ -60,8 +60,8 @@ def headless(net: nn.Module) -> nn.Module:
 def _narrow_first_conv(net: nn.Module, in_channels: int) -> None:
     """Keep the first channels of the first convolution's random filters.
 
-    Filters are drawn independently for every channel, so a slice is a fair draw too; where the
-    scale depends on the number of channels it is off by sqrt(3/2), which the norm evens out.
+    Filters are drawn independently for every channel, so a slice is a fair draw too. A scale that
+    depends on the number of channels is off by sqrt(3/2), which the norm evens out.
     """
     conv = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
     conv.weight = nn.Parameter(conv.weight.detach()[:, :in_channels].clone())
@@ -69,17 +69,17 @@ def _narrow_first_conv(net: nn.Module, in_channels: int) -> None:
 
 
 def has_timm() -> bool:
-    """Whether the optional package timm is installed."""
+    """Return whether the optional package timm is installed."""
     return importlib.util.find_spec("timm") is not None
 
 
 def is_timm(name: str) -> bool:
-    """Whether timm is installed and knows this architecture."""
+    """Return whether timm is installed and knows this architecture."""
     return name in timm_names()
 
 
 def timm_names() -> list[str]:
-    """Every architecture that the installed timm can build; empty without timm."""
+    """Return every architecture that the installed timm can build; none without timm."""
     if not has_timm():
         return []
     import timm
@@ -88,7 +88,7 @@ def timm_names() -> list[str]:
 
 
 def timm_net(name: str, in_channels: int, image_size: int) -> nn.Module:
-    """The timm network `name`, random weights, no classifier (num_classes=0).
+    """Build the timm network `name`, random weights, no classifier (num_classes=0).
 
     Raises RecipeError when it cannot be built for these channels or this image size.
     """

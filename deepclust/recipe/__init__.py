@@ -1,4 +1,4 @@
-"""The recipe: the typed configuration of a run. Nothing here imports torch.
+"""The recipe: the typed configuration of a run, read without torch.
 
 The names are imported when first used, so that a method's `config.py` can import
 `deepclust.recipe.sections` while `recipe.py` is being read.

@@ -26,7 +26,7 @@ def misfit(recipe: Recipe) -> str | None:
 
 
 def _unused(recipe: Recipe) -> str | None:
-    """The first key that is there and means nothing without a clustering."""
+    """Return the first key that is there and means nothing without a clustering."""
     if recipe.cluster is not None:
         return "cluster"
     if recipe.seeds is not None and not recipe.uses_labels:

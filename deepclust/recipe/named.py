@@ -1,8 +1,8 @@
 """Parts that a recipe chooses by name: a row of a table, or any importable module.
 
 A table maps names to packages that have a `config.py` (the part's section, torch-free) and a module
-with the part itself. A name with a dot is a module or package of the same kind that comes from
-elsewhere, so that a user's own part needs no edit of ours.
+with the part itself. A name with a dot is any module or package of the same kind. So a user's part
+needs no edit of this package.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _path(name: str, table: Mapping[str, str]) -> str:
 
 
 def _module(path: str, part: str) -> ModuleType:
-    """The module `part` of a package, or the module itself where all is in one file."""
+    """Import the module `part` of a package, or a module that holds all in one file."""
     try:
         whole = sys.modules.get(path) or importlib.import_module(path)
         if not hasattr(whole, "__path__"):

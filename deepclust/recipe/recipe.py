@@ -1,8 +1,8 @@
 """The recipe: everything that decides what a run computes, typed, frozen and printable.
 
 A recipe is YAML (a path, or the name of a shipped one) plus dotted overrides such as
-`cluster.k=1000`. An unknown key, a wrong type or a bad choice is a `RecipeError` that names the
-key and, where there is one, the nearest known name. The section of a method or a term is chosen by
+`cluster.k=1000`. An unknown key, a wrong type or a bad choice is a `RecipeError`. It names the key
+and, where there is one, the nearest known name. The section of a method or a term is chosen by
 its name, from the tables in `deepclust.methods`.
 """
 
@@ -98,12 +98,12 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Check a tree of plain values. One `RecipeError` lists every problem."""
+        """Check a tree of plain values; one `RecipeError` lists every problem."""
         tree, sections, problems = choose_sections(tree)
         return checked(_recipe_with(*sections), tree, source, problems=problems)
 
     def dump(self) -> str:
-        """The resolved recipe as YAML; `load` gives the same recipe back."""
+        """Return the resolved recipe as YAML; `load` gives the same recipe back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def save(self, path: Path) -> None:
@@ -111,13 +111,13 @@ class Recipe(Section):
         write_text(path, self.dump())
 
     def replace(self, *overrides: str) -> Recipe:
-        """A copy with overrides applied and checked."""
+        """Return a copy with overrides applied and checked."""
         return Recipe.parse(
             apply_overrides(self.model_dump(mode="json"), overrides, default_method())
         )
 
     def flat(self) -> dict[str, Any]:
-        """The recipe as dotted keys, to compare two of them."""
+        """Return the recipe as dotted keys, to compare two of them."""
         return dict(_flatten(self.model_dump(mode="json")))
 
 
@@ -130,13 +130,13 @@ def _recipe_with(method: type[MethodSection], terms: Terms) -> type[Recipe]:
 
 
 def shipped() -> list[str]:
-    """The names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     folder = resources.files("deepclust.recipe") / "shipped"
     return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ, with both values."""
+    """Return the keys whose values differ, with both values."""
     before, after = old.flat(), new.flat()
     pairs = {key: (before.get(key), after.get(key)) for key in [*before, *after]}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

@@ -133,7 +133,7 @@ class BackboneSection(Section):
 
 
 class MethodSection(Section, ABC):
-    """What a method declares. Its `Config` in `methods/NAME/config.py` derives from this."""
+    """What a method declares; `Config` in its `config.py` derives from this."""
 
     name: str = Field(description="a method of the table, or an importable module: a.b.c")
 
@@ -181,7 +181,7 @@ class ClusteringMethodSection(MethodSection):
 
 
 class TermSection(Section):
-    """A weighted regulariser beside the method's loss. Its `Config` may add keys of the term."""
+    """A weighted regulariser beside the loss; the `Config` of a term may add keys."""
 
     uses_labels: ClassVar[bool] = False
 

@@ -23,7 +23,7 @@ def checked(
     within: str = "",
     problems: Sequence[str] = (),
 ) -> M:
-    """Return a tree of plain values as a model. Raises RecipeError with keys `within` + key.
+    """Return a tree of plain values as a model; a RecipeError has keys `within` + key.
 
     `problems` are already known. Together with them nothing is said about the whole recipe.
     """
@@ -61,7 +61,7 @@ def _keys_at(section: Any, location: list[str]) -> list[str]:
 
 
 def _keys(section: Any) -> dict[str, Any]:
-    """The keys of a section or of a dictionary of sections, and their types."""
+    """Return the keys of a section or of a dictionary of sections, and their types."""
     if is_typeddict(section):
         return typing.get_type_hints(section)
     return {key: field.annotation for key, field in section.model_fields.items()}

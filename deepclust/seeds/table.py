@@ -3,7 +3,7 @@
 A table (Parquet or CSV) has the columns `key` and `class`, any text, and, where keys repeat across
 shards, `shard` (a file name). It is joined to the index's keys a stretch of shards at a time.
 Classes are numbered by their sorted names, numerically if all are decimals, so neither the order of
-rows nor who reads them changes a number. What cannot be used is counted and told in `notes`.
+rows nor who reads them changes a number. What cannot be used is counted in `notes`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SeedTable:
     names: list[str]
 
     def __len__(self) -> int:
-        """The number of labelled samples."""
+        """Return the number of labelled samples."""
         return len(self.ids)
 
     @property
@@ -58,11 +58,11 @@ class SeedTable:
         return state.hexdigest()
 
     def where(self, wanted: Bool[np.ndarray, " m"]) -> SeedTable:
-        """Some of its samples; the classes keep their numbers."""
+        """Return some of its samples; the classes keep their numbers."""
         return SeedTable(self.ids[wanted], self.classes[wanted], self.names)
 
     def without(self, samples: Int64[np.ndarray, " s"]) -> SeedTable:
-        """All of its samples but these."""
+        """Return all of its samples but these."""
         return self.where(~np.isin(self.ids, samples))
 
 
@@ -75,7 +75,7 @@ class Seeds:
     notes: list[str]
 
     def in_round(self, excluded: Int64[np.ndarray, " e"]) -> tuple[SeedTable, list[str]]:
-        """The labelled samples that have a feature row this round.
+        """Return the labelled samples that have a feature row this round.
 
         Raises `DataError` naming a class that has none left.
         """
@@ -87,9 +87,9 @@ class Seeds:
 def load(index: Index, config: SeedsSection, seed: int) -> Seeds:
     """Read the labels of a recipe's `seeds` section and set aside those that are held out.
 
-    Held out are the labels of `config.held_out`; or what `per_class` leaves; or, beside a table,
-    the shards' other labels. Raises `DataError` for a table that cannot be read or joined, for
-    conflicting rows, a class without a sample, and held-out labels that are seeds too.
+    Held out are the labels of `config.held_out`, or what `per_class` leaves, or, with a table, the
+    shards' other labels. Raises `DataError` for a table that cannot be read or joined, and for
+    conflicting rows. It also does for a class without a sample, and for held-out seeds.
     """
     notes: list[str] = []
     everything = _read(index, config.labels, "seeds.labels", notes)
@@ -108,7 +108,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def _read(index: Index, source: str, option: str, notes: list[str]) -> SeedTable:
-    """All labels of "shards" or of a table; `option` is the recipe's key, for messages."""
+    """Read all labels of "shards" or of a table; `option` is the recipe's key, for messages."""
     if source == SHARDS:
         return _from_shards(index, option)
     path = Path(source)
@@ -129,7 +129,7 @@ def _from_shards(index: Index, option: str) -> SeedTable:
 
 
 def _numbered(ids: Int64[np.ndarray, " m"], codes: np.ndarray, names: list[str]) -> SeedTable:
-    """The table of samples whose class is `names[code]`, numbered as all tables are."""
+    """Return the table of samples of class `names[code]`, numbered as all tables are."""
     final = ordered(names)
     number = {name: i for i, name in enumerate(final)}
     classes = np.array([number[name] for name in names], np.int32)[codes]
@@ -138,7 +138,7 @@ def _numbered(ids: Int64[np.ndarray, " m"], codes: np.ndarray, names: list[str])
 
 
 def _read_table(path: Path, option: str) -> pa.Table:
-    """The columns key, class and perhaps shard of a Parquet or CSV file, all of them text."""
+    """Read the columns key, class and perhaps shard of a Parquet or CSV file, as text."""
     if not path.is_file():
         raise DataError(f'{option}: {path} is not a file; give "shards", or a Parquet or CSV table')
     try:
@@ -174,7 +174,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> SeedTable:
-    """A table's classes by sample id; keys that no shard has are counted."""
+    """Return a table's classes by sample id; keys that no shard has are counted."""
     key = table["key"]
     if by_shard := "shard" in table.column_names:
         key = _in_shard(table["shard"], key)
@@ -183,19 +183,19 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
     classes = _one_class_each(keys, key_of, names, class_of, path)
     ids = _sample_ids(index, keys, by_shard, path)
     known = ids >= 0
-    _tell_unknown(keys, known, path, notes, index.shards[0].name if by_shard else None)
+    _note_unknown(keys, known, path, notes, index.shards[0].name if by_shard else None)
     found = _numbered(ids[known], classes[known], names.to_pylist())
     _check_classes(found, f"{path} names")
     return found
 
 
 def _in_shard(shards: Any, keys: Any) -> Any:
-    """Keys that are unique over all shards; a slash cannot be part of a shard's name."""
+    """Return keys that are unique over all shards: no shard's name has a slash."""
     return pc.binary_join_element_wise(shards, keys, "/")
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int64[np.ndarray, " rows"]]:
-    """The distinct values of a column, and each row's position among them."""
+    """Return the distinct values of a column, and each row's position among them."""
     encoded = column.combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):  # older pyarrow keeps the chunks
         encoded = encoded.combine_chunks()
@@ -209,7 +209,7 @@ def _one_class_each(
     class_of: Int64[np.ndarray, " rows"],
     path: Path,
 ) -> Int64[np.ndarray, " keys"]:
-    """The class of every key; rows that say the same twice are one, others a `DataError`."""
+    """Return the class of every key; raise `DataError` for a key with two."""
     pairs = np.unique(key_of * len(names) + class_of)
     key, classes = np.divmod(pairs, len(names))
     twice = np.flatnonzero(key[1:] == key[:-1])
@@ -226,7 +226,7 @@ def _one_class_each(
 def _sample_ids(
     index: Index, keys: pa.Array, by_shard: bool, path: Path
 ) -> Int64[np.ndarray, " keys"]:
-    """The sample id of every key, -1 for unknown ones; a key of two samples is a `DataError`."""
+    """Return each key's sample id, -1 for unknown; raise `DataError` for a key of two samples."""
     pairs = [np.zeros((2, 0), np.int64)]
     for base, stretch in _stretches(index, len(keys), by_shard):
         places = pc.index_in(stretch, value_set=keys)
@@ -247,7 +247,7 @@ def _sample_ids(
 
 
 def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, pa.Array]]:
-    """First sample id and keys of stretches of shards, about as many keys as the table has."""
+    """Yield first sample id and keys of stretches of shards, about the length of the table."""
     wanted, held, base = min(STRETCH, max(keys, STRETCH // 4)), [], 0
     with pq.ParquetFile(index.folder / "keys.parquet") as file:
         for number, shard in enumerate(index.shards):
@@ -260,7 +260,7 @@ def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, p
                 held, base = [], end
 
 
-def _tell_unknown(
+def _note_unknown(
     keys: pa.Array,
     known: Bool[np.ndarray, " keys"],
     path: Path,
@@ -282,7 +282,7 @@ def _tell_unknown(
 
 
 def _usable(table: SeedTable, excluded: Int64[np.ndarray, " e"], notes: list[str]) -> SeedTable:
-    """The table without samples that are excluded; they are counted."""
+    """Return the table without samples that are excluded; they are counted."""
     left = table.without(excluded)
     if len(left) < len(table):
         notes.append(f"{len(table) - len(left)} of {len(table)} labelled samples are excluded")
@@ -303,7 +303,7 @@ def _check_classes(table: SeedTable, whose: str) -> None:
 
 
 def _draw(table: SeedTable, per_class: int | None, seed: int) -> Bool[np.ndarray, " m"]:
-    """Which labels are used: `per_class` of each class (all, if it has fewer), by its name."""
+    """Draw which labels are used: `per_class` of each class (all, if it has fewer)."""
     if per_class is None:
         return np.ones(len(table), bool)
     chosen = np.zeros(len(table), bool)
@@ -318,7 +318,7 @@ def _draw(table: SeedTable, per_class: int | None, seed: int) -> Bool[np.ndarray
 def _held_out(
     index: Index, config: SeedsSection, table: SeedTable, rest: SeedTable, notes: list[str]
 ) -> SeedTable | None:
-    """The labels to judge by, as classes of the seeds; None if there are none."""
+    """Return the labels to judge by, as classes of the seeds; None if there are none."""
     if config.held_out is not None:
         found = _read(index, config.held_out, "seeds.held_out", notes)
         if config.held_out != SHARDS:
@@ -347,7 +347,7 @@ def _check_apart(index: Index, table: SeedTable, found: SeedTable) -> None:
 
 
 def _renamed(found: SeedTable, names: list[str]) -> SeedTable:
-    """Held-out labels in the classes of the seeds; `len(names)` for a class that those lack."""
+    """Return held-out labels in the classes of the seeds; `len(names)` for any other class."""
     number = {name: i for i, name in enumerate(names)}
     final = np.array([number.get(name, len(names)) for name in found.names], np.int32)
     return SeedTable(found.ids, final[found.classes], [*names, "other"])

@@ -1,7 +1,7 @@
 """From the round to what a method gets: the plan of a segment, its reads, and its batches.
 
-Crops, turns and colours are drawn from (seed, segment, position in the plan), so they depend on
-nothing else: not on ranks, reader processes, restarts, or on where the colours are computed.
+Crops, turns and colours are drawn from (seed, segment, position in the plan) and depend on nothing
+else. So ranks, reader processes, restarts, and where colours are computed make no difference.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Feed:
     def _labelled_groups(
         self, cluster_ids: np.ndarray, targets: Targets | None
     ) -> Int32[np.ndarray, " n"]:
-        """What the labelled samples are drawn uniformly from; -1 for all others."""
+        """Return the groups that labelled samples are drawn from; -1 for all other samples."""
         assert self.table is not None
         groups = np.full(len(cluster_ids), -1, np.int32)
         ids = self.table.ids
@@ -195,7 +195,7 @@ def labels_of(
 
 
 def _colour(data: Data, number: int, full_size: bool) -> Colour:
-    """The colours of a crop; small crops have those of the last full-size one, if not their own."""
+    """Return the colours of a crop; a small one has those of the last full-size one by default."""
     chances = {}
     for name in ("blur", "solarise"):
         chance = getattr(data, name)

@@ -1,7 +1,7 @@
 """When a run clusters again, and how long each plan is: pure arithmetic on the recipe.
 
-With `cluster.every: "n epochs"` a segment is an epoch; with "n steps" it is a round of n steps
-(small sets need it: on 1,797 images 90 steps a round learn, 11 do not).
+With `cluster.every: "n epochs"` a segment is an epoch. With "n steps" it is a round of n steps.
+Small sets need that: on 1,797 images 90 steps a round learn, 11 do not.
 
 Boundary b, before a segment that may change its round, is where round b's features are made.
 `cluster.overlap` delays its adoption by one boundary, so that k-means has a period to run in:
@@ -25,7 +25,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Cadence, parse_cadence
 from deepclust.run.checkpoint import State
 
-LANES = 8  # a node's worth of ranks, each with shards of its own
+LANES = 8  # the ranks of a node, each with its shards
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,29 @@ class Timeline:
         return state.step % steps == 0
 
     def finished(self, state: State) -> bool:
-        """Whether the state stands at the end; the last round of steps may be a short one."""
+        """Return whether the state is at the end; the last round of steps may be a short one."""
         if self.every.unit == "epoch":
             return state.segment >= self.epochs
         return state.offset == 0 and state.step >= self.epochs * self.epoch_steps
 
     def steps(self, state: State) -> int | None:
-        """Length of the state's segment; None = one pass over all valid samples."""
+        """Return the length of the state's segment; None is one pass over all valid samples."""
         if self.every.unit == "epoch":
             return None
         return min(self.every.count, self._steps_left(state))
 
     def round_of(self, state: State) -> int:
-        """The round that the state's segment trains on; -1 where nothing is clustered."""
+        """Return the round that the state's segment trains on; -1 where nothing is clustered."""
         if not self.clusters:
             return -1
         return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)
 
     def refresh_due(self, state: State) -> bool:
-        """Whether the segment begins with a new round."""
+        """Return whether the segment begins with a new round."""
         return state.offset == 0 and self.round_of(state) > state.round
 
     def round_ahead(self, state: State) -> int | None:
-        """With overlap: the round to begin at the state's boundary, for the next one to adopt."""
+        """Return the round to begin at the state's boundary for the next one, with overlap."""
         number = self._boundary(state)
         at_boundary = state.offset == 0 and state.segment == number * self._period
         if not (self.overlap and at_boundary and number > 0 and self._goes_on(state)):
@@ -113,11 +113,11 @@ class Timeline:
         return self.every.count if self.every.unit == "epoch" else 1
 
     def _boundary(self, state: State) -> int:
-        """The newest boundary at or before the state, counted from 0."""
+        """Return the newest boundary at or before the state, counted from 0."""
         return min(state.segment, self._last_refresh()) // self._period
 
     def _goes_on(self, state: State) -> bool:
-        """Whether another boundary follows the one where the state stands."""
+        """Return whether another boundary follows the one where the state is."""
         if state.segment + self._period > self._last_refresh():
             return False
         if self.every.unit == "epoch":
@@ -125,11 +125,11 @@ class Timeline:
         return self._steps_left(state) > self.every.count
 
     def _steps_left(self, state: State) -> int:
-        """Steps of the run from the beginning of the state's segment on."""
+        """Return the steps of the run from the beginning of the state's segment on."""
         return self.epochs * self.epoch_steps - (state.step - state.offset)
 
     def _last_refresh(self) -> int:
-        """The last segment that may begin with a new round."""
+        """Return the last segment that may begin with a new round."""
         if self.until is None:
             return sys.maxsize
         if self.every.unit == "epoch":

@@ -1,8 +1,8 @@
 """Training on the pseudo-labels of one round: the one visible loop.
 
 The plan says which samples form each global batch; this rank takes its share, in `accumulate`
-parts. Batches, crops and dropout depend on (seed, step, rank) alone, so a run that was killed
-and resumed computes the same steps, bit for bit on a CPU.
+parts. Batches, crops and dropout depend on (seed, step, rank) alone. So a run that was killed and
+resumed computes the same steps, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.plan import EpochPlan
-from deepclust.data.read.loader import Bad, Loader
+from deepclust.data.read.loader import Bad, Loaded, Loader
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import write_json
 from deepclust.methods.base import Batch, Method, Targets
@@ -53,7 +53,7 @@ class Trainer:
     metrics: Metrics | None  # of the first rank
 
     def save(self, state: State) -> None:
-        """Write a checkpoint, unless the step has one. All ranks call it."""
+        """Write a checkpoint unless the step has one; all ranks call it."""
         keep = self.recipe.keep.checkpoints
         save(state, self.run, keep, self.world, self.report, self.method, self.optimizers)
 
@@ -103,25 +103,12 @@ def train_segment(
     `targets` are None for a method that trains without a clustering. Raises NumericalError on a
     loss that is not finite, RequeueWanted when asked to stop.
     """
-    method, feed, config = trainer.method, trainer.feed, trainer.recipe.train
+    config = trainer.recipe.train
     trainer.model.train()
     meter = Meter(trainer.loader.waited)
-    loaded_parts = trainer.loader.stream(feed.requests(plan, targets, state))
+    loaded_parts = trainer.loader.stream(trainer.feed.requests(plan, targets, state))
     while state.offset < plan.steps:
-        now = trainer.timeline.now(state)
-        torch.manual_seed(derive(trainer.recipe.seed, "step", state.step, trainer.world.rank))
-        rate = trainer.optimizers.set_schedule(now)
-        for part in range(config.accumulate):
-            loaded = next(loaded_parts)
-            batch = feed.to_batch(loaded, targets, state.segment, now)
-            method.before_step(batch)
-            scalars = forward_backward(trainer, batch, last=part == config.accumulate - 1)
-            meter.add(scalars, len(batch.sample_ids), loaded.bad)
-            trainer.report.alive()
-        drop_gradients(method, method.frozen(now))
-        norm = trainer.optimizers.step()
-        method.after_step(now)
-        meter.norms += [] if norm is None else [norm]
+        rate = train_step(trainer, meter, loaded_parts, targets, state)
         state = state.after_step(config.batch)
 
         # Ranks agree on a stop where they meet for the metrics. A single rank stops at once.
@@ -141,6 +128,32 @@ def train_segment(
             trainer.world.barrier()  # no rank leaves before the first has written
             raise RequeueWanted(f"stopped at step {state.step}, as asked; resume continues there")
     return state
+
+
+def train_step(
+    trainer: Trainer,
+    meter: Meter,
+    loaded_parts: Iterator[Loaded],
+    targets: Targets | None,
+    state: State,
+) -> float:
+    """Take one optimizer step and return its learning rate; the method's hooks are called here."""
+    method, accumulate = trainer.method, trainer.recipe.train.accumulate
+    now = trainer.timeline.now(state)
+    torch.manual_seed(derive(trainer.recipe.seed, "step", state.step, trainer.world.rank))
+    rate = trainer.optimizers.set_schedule(now)
+    for part in range(accumulate):
+        loaded = next(loaded_parts)
+        batch = trainer.feed.to_batch(loaded, targets, state.segment, now)
+        method.before_step(batch)
+        scalars = forward_backward(trainer, batch, last=part == accumulate - 1)
+        meter.add(scalars, len(batch.sample_ids), loaded.bad)
+        trainer.report.alive()
+    drop_gradients(method, method.frozen(now))
+    norm = trainer.optimizers.step()
+    method.after_step(now)
+    meter.norms += [] if norm is None else [norm]
+    return rate
 
 
 def forward_backward(trainer: Trainer, batch: Batch, last: bool) -> dict[str, Tensor]:

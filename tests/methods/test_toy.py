@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_the_teacher_is_exported_and_rounds_have_two_heads(shards: Path, tmp_pat
     deepclust("pretrain", tmp_path / "toy.yaml", "--run", tmp_path / "run")
     run = Run(tmp_path / "run")
     weights = load_file(run.checkpoints()[-1] / "model.safetensors")
+    import_module("tests.toys.backbone")  # no file's word is enough to import a module
     net = load_backbone(tmp_path / "run/export/backbone.safetensors")
     for name, value in net.net.state_dict().items():
         np.testing.assert_array_equal(value, weights[f"teacher.backbone.net.{name}"])

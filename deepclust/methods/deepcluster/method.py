@@ -1,10 +1,10 @@
 """DeepCluster: classify every image into the cluster that the last round put it in.
 
 Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", ECCV 2018, eq. 1 and
-2; reference implementation facebookresearch/deepcluster. Head policies: `reset` draws a new
-classifier every round (the paper); `match` keeps the rows of clusters that continue an old one;
-`centroids` has no classifier to learn, its rows are the round's centroids (as DeepCluster-v2 in
-facebookresearch/swav, but behind this round's whitening).
+2. The reference implementation is facebookresearch/deepcluster. There are three head policies:
+`reset` draws a new classifier every round, as the paper does. `match` keeps the rows of clusters
+that continue an old one. `centroids` learns no classifier: its rows are the round's centroids, as
+in DeepCluster-v2 of facebookresearch/swav, but behind this round's whitening.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """DeeperCluster: classify an image into its turned super-cluster, and there into its sub-cluster.
 
 Caron et al., "Unsupervised Pre-Training of Image Features on Non-Curated Data", ICCV 2019, section
-3.2; reference implementation facebookresearch/DeeperCluster. An image of super-cluster c (of m),
-turned by q quarters, is of super-class s = 4 c + q; inside its super-cluster it is of sub-cluster
-z. The loss is -log p(s | x) - log p(z | s, x), a softmax over all (s, z) in two factors. The four
-turns of an image share z but not the classifier of z.
+3.2. The reference implementation is facebookresearch/DeeperCluster. An image of super-cluster c (of
+m), turned by q quarters, is of super-class s = 4 c + q. Inside its super-cluster it is of
+sub-cluster z. The loss is -log p(s | x) - log p(z | s, x), a softmax over all (s, z) in two
+factors. The four turns of an image share z but not the classifier of z.
 
 The reference gives each rank one turn and one super-cluster, with a process group for each. Here
 batches are mixed and all sub-classifiers are one packed head (`parts/sharded_head.py`), so any
-number of ranks will do. m = 1 without turns is DeepCluster; one sub-cluster in each is RotNet.
+number of ranks will do. m = 1 without turns is DeepCluster. One sub-cluster in each is RotNet.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Method(base.Method):
         logits = self.super_head(active).float()
         outer = F.cross_entropy(logits, s)
         inner = self.sub_head(active, s, z)
-        told = {"super": outer.detach(), "sub": inner.detach()}
-        return Output(outer + inner, told, features, logits)
+        scalars = {"super": outer.detach(), "sub": inner.detach()}
+        return Output(outer + inner, scalars, features, logits)
 
     @torch.no_grad()
     def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:
-        """Renew the heads. With one super-cluster the outer head classifies turns, and stays."""
+        """Renew the heads; with one super-cluster the outer head classifies turns, and stays."""
         self.sub_head.reset(derive(seed, "sub", targets.round))
         if self.supers > 1:
             self.super_head.reset(derive(seed, "head", targets.round))

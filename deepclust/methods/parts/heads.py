@@ -39,8 +39,8 @@ class LinearHead(nn.Linear):
 class CentroidHead(nn.Module):
     """Logits from the round's own clustering: normalise((f - mean) W) c^T / temperature.
 
-    DeepCluster-v2's frozen prototypes (SwAV repository, `main_deepclusterv2.py`), taken through
-    our whitening, so that a sample's largest logit is its k-means assignment when the centroids
+    These are DeepCluster-v2's frozen prototypes (SwAV repository, `main_deepclusterv2.py`), behind
+    a round's whitening. A sample's largest logit is its k-means assignment when the centroids
     c [k, d] are unit rows. Everything is a frozen, persistent buffer: mean [D], matrix W [D, d].
     """
 

@@ -1,11 +1,11 @@
 """DeeperCluster's second classifiers: one for each super-class, with rows sharded over ranks.
 
-An image has a super-class s (rotation and super-cluster) and a sub-cluster z, and its loss is
--log p(s|x) - log p(z|s,x) (Caron et al., "Unsupervised Pre-Training of Image Features on
-Non-Curated Data", ICCV 2019, eq. 5). Here is the second term: a softmax over the sub-clusters of
-the true s alone. At paper scale that is 16 x 80,000 rows of 4096 numbers, 21 GB, three times that
-with gradient and momentum, so every rank owns the same share of z of *every* super-class: the work
-is balanced whatever the batch holds and for any number of ranks. DDP must ignore the parameters.
+Caron et al., "Unsupervised Pre-Training of Image Features on Non-Curated Data", ICCV 2019, eq. 5.
+An image has a super-class s (rotation and super-cluster) and a sub-cluster z. Its loss is
+-log p(s|x) - log p(z|s,x). Here is the second term: a softmax over the sub-clusters of the true s
+alone. At paper scale that is 16 x 80,000 rows of 4096 numbers, 21 GB, and three times that with
+gradient and momentum. So every rank owns the same share of z of *every* super-class. The work is
+balanced for any batch and any number of ranks. DDP must ignore the parameters.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ DEVIATION = 0.01  # of a fresh weight, as of every head
 class SubHead(nn.Module):
     """weight [S, own, D] and bias [S, own] of S super-classes with k_s sub-clusters each.
 
-    With W ranks, G = W b rows in a step, own = ceil(k_s / W) at most, and e bytes in a number of
-    the product (4, or 2 under autocast):
+    Let W be the ranks, G = W b the rows of a step, and own = ceil(k_s / W) at most. Let e be the
+    bytes of a number in the product, 4, or 2 under autocast.
 
-    - memory of a rank: 12 S own (D + 1) bytes of weights, gradients and momentum in float32 (16
-      while an accumulated gradient is added, or SGD adds weight decay to a copy of it); from
-      forward to backward e G (D + own); at most 12 G own + 4 G D + 2 e own D more while it works;
-    - sent by a rank in a step, times (W - 1) / W: e G D (features) and 16 G (s and z) gathered,
-      2 x 4 G and 2 x 8 G all-reduced (softmax), 4 G D scattered (the features' gradient). The
-      weights, their gradients and the logits never travel.
+    A rank's weights, gradients and momentum take 12 S own (D + 1) bytes in float32. It is 16 while
+    an accumulated gradient is added, or SGD adds weight decay to a copy of it. From forward to
+    backward it holds e G (D + own). While it works it takes at most 12 G own + 4 G D + 2 e own D.
 
-    All ranks must give equally many rows, and call forward and backward together.
+    In a step a rank sends (W - 1) / W times the following. Features e G D and ids 16 G are
+    gathered. 2 x 4 G and 2 x 8 G are all-reduced for the softmax. Gradients of features, 4 G D, are
+    scattered. The weights, their gradients and the logits stay where they are.
+
+    All ranks must give the same number of rows, and call forward and backward together.
     """
 
     def __init__(self, dim: int, supers: int, subs: int, world: World, *, seed: int) -> None:
@@ -50,14 +51,15 @@ class SubHead(nn.Module):
         self.reset(seed)
 
     def owned(self) -> dict[str, Owned]:
-        """What this rank holds of each parameter."""
+        """Return what this rank holds of each parameter."""
         return {"weight": self.range, "bias": self.range}
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Weights N(0, 0.01), bias 0; a row's draw depends on (seed, s, z) alone, not on the world.
+        """Draw weights N(0, 0.01) and set the bias to 0.
 
-        The parameters stay the same objects; momentum is its optimizer's owner's to clear.
+        A row's draw depends on (seed, s, z) alone, not on the world. The parameters stay the same
+        objects. The optimizer's state of them is not touched.
         """
         own = self.range
         self.bias.zero_()
@@ -74,10 +76,10 @@ class SubHead(nn.Module):
     def forward(
         self, features: Float[Tensor, "b D"], s: Int64[Tensor, " b"], z: Int64[Tensor, " b"]
     ) -> Float[Tensor, ""]:
-        """The mean of -log p(z|s,x) over this rank's rows, in float32.
+        """Return the mean of -log p(z|s,x) over this rank's rows, in float32.
 
-        Its gradients are those of the mean over all ranks' rows: the weights' whole, the features'
-        such that DDP's mean over the ranks gives the trunk's.
+        Its gradients are those of the mean over all ranks' rows. Those of the weights are complete.
+        Those of the features are such that DDP's mean over the ranks gives the trunk's.
         """
         loss: Tensor = _SubLoss.apply(
             features.to(self._dtype()), s, z, self.weight, self.bias, self.range, self.world
@@ -88,7 +90,7 @@ class SubHead(nn.Module):
     def logits(
         self, features: Float[Tensor, "b D"], s: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b own"]:
-        """This rank's columns of its own rows' logits, without gradient, to look at."""
+        """Return this rank's columns of the logits of its rows, without gradient."""
         order, groups = _groups(s, len(self.weight))
         rows = features.to(self._dtype())[order]
         return _unsorted(_logits(rows, groups, self.weight, self.bias), order)
@@ -113,7 +115,7 @@ class _Group:
 
 
 def _groups(s: Int64[Tensor, " g"], supers: int) -> tuple[Int64[Tensor, " g"], list[_Group]]:
-    """The order that sorts by super-class, and the super-classes that are there: one host read."""
+    """Return the order that sorts by super-class, and the super-classes in the batch."""
     ordered, order = torch.sort(s, stable=True)
     ends = torch.searchsorted(ordered, torch.arange(supers + 1, device=s.device)).tolist()
     assert (ends[0], ends[-1]) == (0, len(s)), f"a class outside [0, {supers}), or its sub-cluster"
@@ -160,7 +162,7 @@ class _SubLoss(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         rows, slip, order, weight = ctx.saved_tensors
         world, share = ctx.world, len(rows) // ctx.world.size
-        # each rank's loss may have been scaled in its own way
+        # each rank's loss may have been scaled differently
         slopes = (world.all_gather(slope) / share).repeat_interleave(share)[order]
         slip = (slip * slopes[:, None]).to(rows.dtype)
         grads = _weight_gradients(rows, slip, ctx.groups, weight, world.size)
@@ -174,9 +176,9 @@ class _SubLoss(torch.autograd.Function):
 def _softmax(
     logits: Float[Tensor, "g own"], column: Int64[Tensor, " g"], world: World
 ) -> tuple[Float[Tensor, " g"], Float[Tensor, "g own"]]:
-    """Losses over all ranks' columns, and softmax minus one-hot of ours; float32, two all-reduces.
+    """Return losses over all ranks' columns, and softmax minus one-hot of this rank's, in float32.
 
-    `column` is the target's among ours; outside [0, own) it is another rank's.
+    `column` is the target's among this rank's. Outside [0, own) it is another rank's.
     """
     logits, width = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.shape[1]
     top = logits.amax(1) if width else logits.new_full((len(logits),), -torch.inf)
@@ -197,7 +199,7 @@ def _weight_gradients(
     rows: Float[Tensor, "g D"], slip: Float[Tensor, "g own"], groups: list[_Group],
     weight: Float[Tensor, "S own D"], size: int,
 ) -> tuple[Float[Tensor, "S own D"], Float[Tensor, "S own"]]:  # fmt: skip
-    """The mean over ranks, written into one tensor; autograd's `select` would make S of them."""
+    """Return the mean over ranks in one tensor; autograd's `select` would make S of them."""
     whole, bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
     for group in groups:
         part = slip[group.rows]
@@ -209,7 +211,7 @@ def _weight_gradients(
 def _feature_gradients(
     slip: Float[Tensor, "g own"], groups: list[_Group], weight: Float[Tensor, "S own D"]
 ) -> Float[Tensor, "g D"]:
-    """What our columns say, for all ranks' rows in sorted order; in the weights' precision."""
+    """Return this rank's part, for all ranks' rows in sorted order, in the weights' precision."""
     partial = weight.new_empty(len(slip), weight.shape[2])
     for group in groups:
         partial[group.rows] = slip[group.rows] @ weight[group.s].to(slip.dtype)
@@ -217,5 +219,5 @@ def _feature_gradients(
 
 
 def _unsorted(values: Tensor, order: Int64[Tensor, " g"]) -> Tensor:
-    """Rows that stand in sorted order, back in the batch's."""
+    """Return sorted rows in the order of the batch."""
     return torch.empty_like(values).index_copy_(0, order, values)

@@ -1,9 +1,8 @@
 """Entropy of the mean prediction: answers are spread over all classes, so none stays unused.
 
-Joulin and Bach, "A Convex Relaxation for Weakly Supervised Classifiers", ICML 2012, section 2.2;
-used by Assran et al., "Semi-Supervised Learning of Visual Features by Non-Parametrically Predicting
-View Assignments with Support Samples", ICCV 2021, eq. 3. With p the mean softmax over the samples
-of all ranks, the term is -H(p) = sum over classes of p ln p, between -ln k and 0.
+Joulin and Bach, "A Convex Relaxation for Weakly Supervised Classifiers", ICML 2012, section 2.2.
+Also "mean entropy maximisation" of PAWS (Assran et al., ICCV 2021). Let p be the mean softmax over
+the samples of all ranks. The term is sum over classes of p ln p = -H(p), between -ln k and 0.
 """
 
 from __future__ import annotations
