@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -99,6 +99,18 @@ def build_backbone(
         net, name=name, dim=dim, image_size=image_size, sobel=sobel, relu=builder.relu,
         torchvision=None if sobel else builder.torchvision,
     )  # fmt: skip
+
+
+def check_sizes(backbone: Backbone, sizes: Iterable[int]) -> None:
+    """Raise RecipeError unless the backbone takes square crops of every size, in pixels."""
+    channels = Sobel.channels if backbone.sobel is not None else 3
+    for size in set(sizes) - {backbone.image_size}:
+        if not _fits(backbone.net, channels, size):
+            raise RecipeError(
+                f"backbone.name: {backbone.name}, built for {backbone.image_size} pixels, cannot "
+                f"take crops of {size}: set another data.local.size, or choose another backbone. "
+                "A ViT takes one size, unless it comes from timm with dynamic_img_size."
+            )
 
 
 def _find(name: str, import_module: bool) -> tuple[str, Builder]:

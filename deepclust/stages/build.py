@@ -17,7 +17,7 @@ from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import read_json, write_json
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
-from deepclust.models import build_backbone
+from deepclust.models import build_backbone, check_sizes
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
 from deepclust.recipe.named import part_of
@@ -89,6 +89,7 @@ def build_method(recipe: Recipe, world: World, new: bool) -> Method:
         image_size=recipe.data.size,
         seed=recipe.seed,
     )
+    check_sizes(backbone, (kind.size for kind in recipe.method.crops(recipe.data)))
     if recipe.init.weights and new:
         warm_start.load_weights(backbone, recipe.init.weights)
     setting = Setting(recipe.method, recipe.cluster, recipe.seed, world, recipe.terms)
