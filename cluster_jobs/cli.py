@@ -401,9 +401,11 @@ def report(
     _log(f"wrote {write_report(run_dir, out or run_dir / 'report.html')}")
 
 
-@app.command()
+@app.command(epilog=_examples("guide", "guide imagenet-on-slurm"))
 def guide(
-    name: Annotated[str | None, typer.Argument(help="a guide; without it, the list")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The name of a guide; default: the list of guides.")
+    ] = None,
 ) -> None:
     """Show a guide, or list the guides."""
     from cluster_jobs import guides

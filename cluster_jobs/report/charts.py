@@ -58,7 +58,7 @@ def _loss(facts: Facts) -> Chart | None:
     if not facts.train:
         return None
     steps, losses = (_column(facts.train, name) for name in ("step", "loss"))
-    guess = facts.recipe.guess
+    guess = facts.recipe.chance_loss
 
     def draw(axes: Axes) -> None:
         axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")
@@ -67,7 +67,7 @@ def _loss(facts: Facts) -> Chart | None:
         _legend(axes)
 
     reading = "It should fall well below the dashed line."
-    if facts.recipe.method.resets:
+    if (refresh := facts.recipe.method.round) is not None and refresh.resets:
         reading = "It falls within a round, and jumps at each new one, because the head is new."
     return Chart("Training loss", reading, _svg(draw))
 

@@ -13,7 +13,7 @@ from cluster_jobs.status import status as status_of
 from deepclust.data.shards.url import redact
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
-from deepclust.recipe.sections import AnyMethod, ClusterSection
+from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.run.directory import Run
 
 Record = dict[str, Any]
@@ -141,7 +141,7 @@ def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _choices(method: AnyMethod) -> str:
+def _choices(method: MethodSection) -> str:
     """Return what a method's section holds beside its name."""
     chosen = method.model_dump(exclude={"name", "sampling"})
     return ", ".join(f"{key} {value}" for key, value in chosen.items())

@@ -95,7 +95,7 @@ def load_backbone(path: str | Path) -> Backbone:
         raise DataError(f"{path}: the weights are not those that were exported. Export it again.")
     name, size = meta["name"], meta["image_size"]
     try:
-        backbone = build_backbone(name, sobel=meta["sobel"], image_size=size)
+        backbone = build_backbone(name, sobel=meta["sobel"], image_size=size, import_module=False)
         backbone.net.load_state_dict(state)
     except (RecipeError, RuntimeError) as error:
         raise DataError(

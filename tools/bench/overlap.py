@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What does `cluster.overlap` save? A round with k-means inside it, and beside it.
+"""Measure what `cluster.overlap` saves: rounds with k-means between training, and during it.
 
     python tools/bench/overlap.py [--k 1000] [--epochs 6] [--times 1] [--out FILE] [a.b=c ...]
 
-Recipe demo-fashion on Fashion-MNIST. One training rank (with its reader) and the cluster worker
-are each pinned to a core of their own, with one thread, so both modes have the same machine:
-without overlap each waits for the other. A round is an epoch: from the end of training on one plan
-to the end of training on the next. Not counted are the first two rounds (the first is clustered
-before any training, in both modes) and the last (with overlap, it begins no other one).
+Recipe demo-fashion on Fashion-MNIST. The training rank (with its reader) and the cluster worker
+are each pinned to one core, with one thread, so both modes have the same machine. Without overlap
+each waits for the other. A round is an epoch: from the end of training on one plan to the end of
+training on the next. The first two rounds are left out, because the first is clustered before any
+training. The last is left out, because with overlap it starts no other round.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from deepclust.run.directory import Run  # noqa: E402
 from tests.killing import family, role, start  # noqa: E402 - the harness of the tests
 
 MODES = {"without": ("cluster.where=worker",), "with": ("cluster.overlap=true",)}
-SEATS = ("rank 0", "cluster worker")  # in the order of their cores
+ROLES = ("rank 0", "cluster worker")  # in the order of their cores
 COLUMNS = {
-    "round_s": "round, s", "images_per_s": "images/s", "idle": "gang not training",
+    "round_s": "round, s", "images_per_s": "images/s", "idle": "ranks not training",
     "waiting": "waiting for the worker", "training_images_per_s": "images/s while training",
     "kmeans_s": "k-means, s",
 }  # fmt: skip
@@ -42,7 +42,7 @@ PATIENCE_S = 60.0
 
 
 def main() -> None:
-    """Run both modes in turn, print the table, write the facts."""
+    """Run both modes in turn, print the table, and write the measurements."""
     args = arguments()
     records = []
     for number in range(args.times):
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--k", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=6, help="4 or more: three are not counted")
@@ -69,13 +69,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-overlap.json"))
     parser.add_argument("overrides", nargs="*", help="recipe values, for both modes")
     args = parser.parse_args()
-    if args.epochs < 4 or len(os.sched_getaffinity(0)) < len(SEATS):
+    if args.epochs < 4 or len(os.sched_getaffinity(0)) < len(ROLES):
         parser.error("needs 4 epochs or more, and two cores")
     return args
 
 
 def train(args: argparse.Namespace, name: str, settings: tuple[str, ...]) -> Run:
-    """One whole run, rank and cluster worker on their cores."""
+    """Return a whole run with rank and cluster worker on their cores."""
     run = args.work / name
     shutil.rmtree(run, ignore_errors=True)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, name: str, settings: tuple[str, ...]) -> Run
 
 
 def shards(args: argparse.Namespace) -> Path:
-    """The packed training images."""
+    """Return the packed training images."""
     if not args.shards.exists():
         from cluster_jobs.demo.fashion_mnist import fetch
         from deepclust.data.pack.pack import pack
@@ -105,8 +105,8 @@ def shards(args: argparse.Namespace) -> Path:
 
 
 def pin(process: subprocess.Popen[bytes]) -> None:
-    """Give every role a core, before it has threads: what it starts later inherits the core."""
-    cores = dict(zip(SEATS, sorted(os.sched_getaffinity(0)), strict=False))
+    """Give every role a core before it has threads, which then inherit the core."""
+    cores = dict(zip(ROLES, sorted(os.sched_getaffinity(0)), strict=False))
     deadline = time.monotonic() + PATIENCE_S
     while cores and process.poll() is None and time.monotonic() < deadline:
         for pid in family(process.pid):
@@ -120,11 +120,12 @@ def pin(process: subprocess.Popen[bytes]) -> None:
 
 
 def measured(run: Run) -> Iterator[dict[str, float]]:
-    """The rounds that count, seconds and shares of each."""
-    events, told = run.events(), run.metrics("train")
+    """Yield seconds and shares of the rounds that count."""
+    events, lines = run.events(), run.metrics("train")
     began = {e["segment"]: e["time"] for e in events if e["event"] == "training"}
-    ended = {r["segment"]: r["time"] for r in told}  # the last line of a plan is written at its end
-    steps = {r["segment"]: r["step"] for r in told}
+    # The last line of a plan is written at its end.
+    ended = {line["segment"]: line["time"] for line in lines}
+    steps = {line["segment"]: line["step"] for line in lines}
     for number in sorted(began)[2:-1]:
         first, last = ended[number - 1], ended[number]
         images = (steps[number] - steps[number - 1]) * run.recipe.train.batch
@@ -140,18 +141,18 @@ def measured(run: Run) -> Iterator[dict[str, float]]:
 
 
 def kmeans_seconds(events: list[dict[str, Any]], before: float) -> float:
-    """How long the newest k-means before a moment took."""
+    """Return the seconds of the last k-means before a time."""
     took = [e["seconds"] for e in events if e["event"] == "clustered" and e["time"] <= before]
     return float(took[-1])
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The median round."""
+    """Return the median round."""
     return {name: round(statistics.median(r[name] for r in rounds), 4) for name in COLUMNS}
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The median round of each mode, over all its runs, as Markdown."""
+    """Return the median round of each mode, over all its runs, as Markdown."""
     lines = ["| overlap | " + " | ".join(COLUMNS.values()) + " |", "|---" * 7 + "|"]
     median = {
         mode: summary([r for one in records if one["mode"] == mode for r in one["rounds"]])

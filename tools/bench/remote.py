@@ -1,11 +1,12 @@
-"""Reading shards from a web server against reading them from this disk.
+"""Compare reading shards from a web server with reading them from this disk.
 
     python tools/bench/remote.py --out remote.json
 
-The server is a Python process on loopback (`tests/data/shards/servers.py`): figures are the price
-of our client and of HTTP, not of a network. `copy` reads every shard once, as block reading and
-data.stage do; `images` are batches of the loader over a plan in lanes, decoded and cropped to 96
-pixels. Contenders take turns; a figure is the median. Photos are noise of 256 x 256, about 45 kB.
+The server is a Python process on loopback (`tests/data/shards/servers.py`), so the figures show
+the cost of our client and of HTTP, not of a network. `copy` reads every shard once, as block
+reading and data.stage do. `images` are batches of the loader over a plan in lanes, decoded and
+cropped to 96 pixels. Contenders take turns, and a figure is the median. Photos are noise of
+256 x 256, about 45 kB.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BATCH = 64
 
 
 def make(folder: Path, shards: int, per_shard: int) -> None:
-    """Shards of the same 200 photos under ever new keys."""
+    """Write shards of the same 200 photos under new keys."""
     import torch
 
     draws = np.random.default_rng(0)
@@ -47,7 +48,7 @@ def make(folder: Path, shards: int, per_shard: int) -> None:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The URL of the folder, served by another process."""
+    """Serve the folder by another process, and yield its URL."""
     command = [sys.executable, __file__, "--serve", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -57,14 +58,14 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def serve(folder: Path) -> None:
-    """What that process does."""
+    """Serve the folder until the process is killed."""
     with web(folder) as server:
         print(server.url, flush=True)
         time.sleep(10_000)
 
 
 def copy(shards: list) -> float:
-    """MB/s of reading all shards from first to last byte."""
+    """Return the MB/s of reading all shards from first to last byte."""
     from deepclust.data.shards import remote
     from deepclust.data.shards.url import Url
 
@@ -80,7 +81,7 @@ def copy(shards: list) -> float:
 
 
 def images(index, read: str, workers: int, scratch: Path) -> float:
-    """Images/s from the first batch to the last."""
+    """Return the images/s from the first batch to the last."""
     from deepclust.data.images.crops import Crop, RandomResizedCrop
     from deepclust.data.plan import EpochPlan
     from deepclust.data.read.loader import Loader, Request
@@ -94,14 +95,14 @@ def images(index, read: str, workers: int, scratch: Path) -> float:
     stream = loader.stream(asked)
     next(stream)
     began = time.perf_counter()
-    done = sum(len(loaded.ids) for loaded in stream)
+    done = sum(len(loaded.sample_ids) for loaded in stream)
     seconds = time.perf_counter() - began
     loader.close()
     return done / seconds
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
-    """All contenders, turn by turn."""
+    """Measure all contenders, turn by turn."""
     from deepclust.data.shards.index import open_index
 
     make(folder / "shards", args.shards, args.per_shard)
@@ -123,7 +124,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print a table, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--serve", type=Path)
     parser.add_argument("--shards", type=int, default=8)

@@ -130,7 +130,7 @@ class Index:
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """The names of the labels, from the dataset.json beside the shards, if there is one."""
+        """The names of the labels, from the dataset.json next to the shards, if there is one."""
         path = common_folder(self.shards) / "dataset.json"
         names: list[str] | None = json.loads(fetch(path) or b"{}").get("class_names")
         if names is not None and self.labels is not None and self.labels.max() >= len(names):
@@ -164,21 +164,21 @@ class Index:
 
 
 def open_index(
-    shards: str | Path, index: str | Path | None = None, run: Path | None = None
+    shards: str | Path, index: str | Path | None = None, run_dir: Path | None = None
 ) -> Index:
     """Open the index of a folder, brace pattern or URL of shards, and build it if there is none.
 
-    The index is the folder `index`, if that is given, else a folder beside the shards. Its name is
+    The index is the folder `index`, if that is given, else a folder next to the shards. Its name is
     `deepclust-index` for all *.tar of one folder, and `deepclust-index-<8 hex digits>` for some.
-    For shards behind a URL it is `index`, or `run / "index"` of the run that reads them. One that
-    was uploaded beside the shards is copied. Otherwise one process reads all shards once, and
-    others wait for it.
+    For shards behind a URL it is `index`, or `run_dir / "index"` of the run that reads them. An
+    index that was uploaded next to such shards is copied. Otherwise one process reads all shards
+    once, and others wait for it.
 
     Raises DataError if the shards' names or sizes are not those that were indexed, and whatever
     `build_index` raises.
     """
     sources = expand(shards)
-    folder = _place(shards, sources, index, run)
+    folder = _place(shards, sources, index, run_dir)
     if not (folder / MANIFEST).exists():
         _make(folder, sources)
     manifest = read_manifest(folder)
@@ -220,17 +220,17 @@ def _make(folder: Path, shards: list[Source]) -> None:
 
 
 def _place(
-    shards: str | Path, sources: list[Source], index: str | Path | None, run: Path | None = None
+    shards: str | Path, sources: list[Source], index: str | Path | None, run_dir: Path | None = None
 ) -> Path:
     """Return the folder of the index of `sources`, which `shards` was expanded to."""
     if index is not None:
         return Path(index).absolute()
     folder = common_folder(sources)
     if isinstance(folder, Url):
-        if run is not None:
-            return run / "index"
+        if run_dir is not None:
+            return run_dir / "index"
         raise RecipeError(
-            f"the index of {folder} cannot be beside the shards: set data.index=FOLDER, or run "
+            f"the index of {folder} cannot be next to the shards: set data.index=FOLDER, or run "
             "`deepclust index URL --index FOLDER`"
         )
     # A folder was listed already; what a pattern names may be all of its folder, or a part.

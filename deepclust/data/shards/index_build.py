@@ -1,4 +1,4 @@
-"""Write an index: from scans of the shards, or as a copy of one that lies beside remote shards.
+"""Write an index: from scans of the shards, or as a copy of one that lies next to remote shards.
 
 The columns are described in `index.py`. An index is filled in a temporary folder, which is then
 renamed, so that a half-written one is never visible.
@@ -40,7 +40,7 @@ def write(folder: Path, scans: Iterator[Scan], *, replace: bool) -> None:
 
 
 def copy_remote(folder: Path, shards: Sequence[Source]) -> bool:
-    """Copy the index beside remote shards, and return whether there is one of just these."""
+    """Copy the index next to remote shards, and return whether there is one of just these."""
     place = common_folder(shards) / FOLDER
     if not isinstance(place, Url) or (data := remote.fetch(place / MANIFEST)) is None:
         return False
@@ -71,7 +71,7 @@ def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
         atomic_folder(folder, fill, make_room)
     except DiskError as error:
         raise DiskError(
-            f"{error} The index need not be beside the shards: set data.index=FOLDER, or run "
+            f"{error} The index need not be next to the shards: set data.index=FOLDER, or run "
             "`deepclust index SHARDS --index FOLDER`."
         ) from error
     except OSError as error:
