@@ -37,7 +37,7 @@ STAGE_FACTS = {  # of a progress record, in this order
     "images_per_s": "{:,.0f} images/s",
     "waiting": "waiting for data {:.0%}",
     "inertia": "inertia {:.5g}",
-    "moved": "moved {:.1%}",
+    "moved": "{:,d} moved",
 }
 
 
@@ -54,7 +54,6 @@ class Display:
         self.console = console or Console(stderr=True)
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.units = 0
         self.last_plain = 0.0
 
     def __enter__(self) -> Self:
@@ -85,11 +84,7 @@ class Display:
         """Show one event or one piece of progress."""
         if "progress" in record:
             self._show_progress(record)
-        elif record["event"] == "unit":
-            self.units += 1
-            self._move(f"extract, round {record['round']}", self.units, record["of"], "units")
         elif record["event"] == "clustered":
-            self.units = 0
             self.console.print(_round_line(record), highlight=False, markup=False)
         elif record["event"] in ("warning", "replaced"):
             text = record.get("text") or f"{record['count']} unreadable images replaced"

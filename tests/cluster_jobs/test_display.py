@@ -29,8 +29,8 @@ def shown(*records: dict[str, object]) -> str:
 
 def test_any_stage_shows_how_far_it_is() -> None:
     record = {"stage": "cluster", "round": 3, "done": 4, "of": 20, "inertia": 0.51234567}
-    text = shown({**record, "moved": 0.125, "eta": 3725.0})
-    assert text == "cluster, round 3: 4/20 inertia 0.51235 · moved 12.5% · 1 h 2 min left\n"
+    text = shown({**record, "moved": 1234, "eta": 3725.0})
+    assert text == "cluster, round 3: 4/20 inertia 0.51235 · 1,234 moved · 1 h 2 min left\n"
 
 
 def test_plain_lines_come_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

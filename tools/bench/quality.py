@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""What are the features worth? Each method beside pixels, random weights, shuffled pseudo-labels.
+"""Compare the features of each method with pixels, random weights and shuffled pseudo-labels.
 
     python tools/bench/quality.py                      Fashion-MNIST, recipe demo-fashion, 3 seeds
     python tools/bench/quality.py --data photos --seeds 1        the photos of ../shared/data
     python tools/bench/quality.py --rows deepcluster simclr      only these, and what has no seed
 
-All methods have the same backbone, and it sees the same number of images: SimCLR, which looks at
-two views of each, gets half as many epochs.
+All methods have the same backbone, which sees the same number of images. SimCLR has two crops of
+each image, so it trains for half the epochs.
 
-One row at a time, each in a process of its own; finished rows are kept in --out, so the command can
-be stopped and given again. The names of rows and runs end in a hash of the resolved recipe, so that
-those of a changed recipe never mix. Every row gets the same evaluators (deepclust/evaluate):
-weighted 20-NN, logistic regression, and k-means with k = the number of classes on the features
-PCA-whitened as in the recipe, the mean of 10 starts, for every row. "shuffled" is our whole
-pipeline at equal budget, with each round's pseudo-labels permuted between the images.
+Rows run one after another, each in a separate process. Finished rows are kept in --out, so the
+command can be stopped and given again. The names of rows and runs end in a hash of the resolved
+recipe, so that those of a changed recipe never mix. Every row has the same evaluators
+(deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has one cluster
+for each class, on features whitened as in the recipe, and its scores are means of 10 starts.
+"shuffled" is the whole pipeline, with each round's pseudo-labels permuted between the images.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run_rows(
     one_row: Callable[[argparse.Namespace], dict[str, Any]],
     table: Callable[[argparse.Namespace], str],
 ) -> None:
-    """A row in this process if one is asked for; else all that are missing, and the table."""
+    """Run one row in this process if `args` name it, else all that are missing; print the table."""
     if args.row:
         row_file(args, args.row).write_text(json.dumps(one_row(args)))
         return
@@ -90,7 +90,7 @@ def run_rows(
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=DATA, default="fashion")
     parser.add_argument("--seeds", type=int, default=3)
@@ -105,24 +105,24 @@ def arguments() -> argparse.Namespace:
 
 
 def recipe_key(args: argparse.Namespace, row: str) -> str:
-    """Eight digits for what a row's seeds have in common: the resolved recipe at seed 0."""
+    """Return eight digits for what a row's seeds share: the resolved recipe at seed 0."""
     text = recipe(args, row.partition("-")[0], 0).dump()
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def row_file(args: argparse.Namespace, row: str) -> Path:
-    """Where the scores of a row are kept."""
+    """Return the file that keeps the scores of a row."""
     return Path(args.out, f"{row}-{recipe_key(args, row)}.json")
 
 
 def rows(args: argparse.Namespace) -> list[str]:
-    """The rows; those without randomness once."""
+    """Return the names of the rows, one for each seed where anything is random."""
     kinds = [f"{kind}-{seed}" for seed in range(args.seeds) for kind in args.rows]
     return ["pixels", "pixels-pca64", *kinds]
 
 
 def one_row(args: argparse.Namespace) -> dict[str, Any]:
-    """The scores of a row, and what it cost."""
+    """Return the scores of a row, and what it cost."""
     from deepclust.evaluate import evaluate_features
 
     started = time.monotonic()
@@ -157,7 +157,7 @@ def shards(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
-    """The recipe of a kind of rows; of DeepCluster for those that train nothing."""
+    """Return the recipe of a kind of rows, DeepCluster's for those that train nothing."""
     from deepclust import Recipe
 
     name, overrides = DATA[args.data]
@@ -230,9 +230,9 @@ def cost(run: Any, batch: int) -> dict[str, Any]:
 
 
 def working_seconds(events: list[dict[str, Any]]) -> float:
-    """How long a run was worked on: from start to last event of each attempt, stops left out.
+    """Return how long a run was worked on: from the first to the last event of each attempt.
 
-    What a killed attempt did after its last event is not seen.
+    What a killed attempt did after its last event is not counted.
     """
     times: dict[int, list[float]] = {}
     for event in events:

@@ -21,7 +21,7 @@ from deepclust import load_backbone, open_index, pretrain
 from deepclust.errors import DataError, RecipeError
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
-from deepclust.stages.cluster import read_whitening
+from deepclust.run.round_files import read_whitening
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
 TOY = "tests.toys.evaluator"
