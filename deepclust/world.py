@@ -1,4 +1,4 @@
-"""Who am I among the ranks, what may I compute on, and how do we agree: the World value.
+"""The World of a rank: its number, its device and its collectives; and all random seeds.
 
 Every collective is a no-op at size 1, so no other file asks whether it is distributed. All
 randomness is `derive(seed, purpose, ...)`: the same for every rank, worker and restart.
@@ -27,19 +27,19 @@ T = TypeVar("T")
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """A number in [0, 2^63) that depends on every part of the purpose, and on nothing else."""
+    """Return a number in [0, 2^63) that depends on the seed and every part of the purpose alone."""
     text = repr((seed, *purpose)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A counter-based NumPy generator (Philox) for one purpose."""
+    """Return a counter-based NumPy generator (Philox) for one purpose."""
     return np.random.Generator(np.random.Philox(derive(seed, *purpose)))
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place in the gang. Shapes and meanings are those of torch.distributed."""
+    """A rank of a worker group. Names, shapes and meanings are those of torch.distributed."""
 
     rank: int = 0
     size: int = 1
@@ -48,7 +48,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for all: writes checkpoints, reports progress."""
+        """Whether this is the rank that writes checkpoints and reports progress for all."""
         return self.rank == 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ class World:
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The largest of the ranks' numbers, place by place, in place."""
+        """Return the elementwise maximum over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors (of one shape) on every rank, [size, ...]; for small ones only."""
+        """Return the ranks' tensors (of one shape) on every rank, [size, ...]; for small ones."""
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -72,7 +72,7 @@ class World:
         return torch.stack(parts)
 
     def all_gather_rows(self, tensor: Float[Tensor, "b d"]) -> Float[Tensor, "g d"]:
-        """All ranks' rows (b of each), one rank after the other; differentiable.
+        """Return all ranks' rows (b of each), one rank after the other; differentiable.
 
         The backward adds the gradients over the ranks and returns this rank's rows of the sum.
         """
@@ -82,7 +82,7 @@ class World:
         return gathered
 
     def reduce_scatter_rows(self, tensor: Float[Tensor, "g d"]) -> Float[Tensor, "b d"]:
-        """The ranks' sum, of which each rank gets its own b = g / size rows."""
+        """Return this rank's b = g / size rows of the sum over the ranks."""
         if self.size == 1:
             return tensor
         share = len(tensor) // self.size
@@ -94,28 +94,28 @@ class World:
         return self.all_reduce(tensor.clone())[self.rank * share : (self.rank + 1) * share]
 
     def raise_all(self, error: Exception | None, where: str) -> None:
-        """Raise on every rank when one brings an error, so that no rank waits for one that left."""
+        """Raise on every rank when one has an error, so that no rank waits for one that ended."""
         failed = self.max_int(0 if error is None else self.rank + 1) - 1
         if error is not None:
             raise error
         if failed >= 0:
             raise FollowedError(
                 f"{where}: rank {failed} failed, so this rank stops too; the cause and the fix "
-                f"stand in its log, logs/rank-{failed:05d}.log"
+                f"are in its log, logs/rank-{failed:05d}.log"
             )
 
     def max_float(self, value: float) -> float:
-        """The largest of the ranks' numbers."""
+        """Return the largest of the ranks' numbers."""
         return float(
             self.all_reduce_max(torch.tensor(value, dtype=torch.float64, device=self.device))
         )
 
     def max_int(self, value: int) -> int:
-        """The largest of the ranks' numbers; a flag raised by one is raised for all."""
+        """Return the largest of the ranks' numbers; a flag of one rank is one of all."""
         return int(self.max_float(value))
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, on every rank (a small picklable object, or a tuple of them)."""
+        """Return rank 0's value on every rank (a small picklable object, or a tuple of them)."""
         if self.size == 1:
             return value
         box = [value]
@@ -123,7 +123,7 @@ class World:
         return box[0]
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        """Overwrite every rank's tensors by rank 0's, in place."""
+        """Overwrite every rank's tensors with rank 0's, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -134,7 +134,7 @@ class World:
             dist.barrier()
 
     def ticket(self, queue: str) -> int:
-        """The next number (0, 1, 2, ...) of a queue that all ranks draw from, each number once."""
+        """Return the next number (0, 1, 2, ...) of a queue of all ranks, each number once."""
         if self.size > 1:
             return int(dist.distributed_c10d._get_default_store().add(f"ticket/{queue}", 1)) - 1
         number = self._tickets.get(queue, 0)
@@ -146,7 +146,7 @@ ALONE = World()  # one rank on the CPU
 
 
 class _Rows(torch.autograd.Function):
-    """See `World.all_gather_rows`."""
+    """The differentiable gather of `World.all_gather_rows`."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
@@ -163,10 +163,10 @@ class _Rows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Owned:
-    """What this rank holds of a parameter whose rows are shared out: [start, stop) of `total`.
+    """This rank's rows of a parameter that is sharded over the ranks: [start, stop) of `total`.
 
-    The rows lie along dimension `dim`. Nobody else has them: DDP must ignore the parameter, and
-    every rank saves its own.
+    The rows lie along dimension `dim`. No other rank has them: DDP must ignore the parameter, and
+    every rank saves its slice.
     """
 
     dim: int
@@ -176,21 +176,21 @@ class Owned:
 
     @classmethod
     def of(cls, total: int, world: World, *, dim: int) -> Owned:
-        """Ranges in rank order, of lengths that differ by one at most; some may be empty."""
+        """Return this rank's range: lengths differ by one at most, and may be zero."""
         least, more = divmod(total, world.size)
         start = world.rank * least + min(world.rank, more)
         return cls(dim, start, start + least + (world.rank < more), total)
 
     @property
     def count(self) -> int:
-        """How many rows are held here."""
+        """The number of rows of this rank."""
         return self.stop - self.start
 
 
 def join(
     rank: int, size: int, rendezvous: str | Path, device: torch.device, timeout_s: float
 ) -> World:
-    """Meet the other ranks and return our World (gloo on a CPU, nccl on a GPU).
+    """Join the process group and return this rank's World (gloo on a CPU, nccl on a GPU).
 
     `rendezvous` is a file that all ranks see, on one machine, or tcp://HOST:PORT, on which rank 0
     listens; it must run on that host.
@@ -208,7 +208,7 @@ def join(
 
 
 def _store(rendezvous: str, rank: int, size: int, wait: timedelta) -> Store:
-    """The key-value store through which ranks find each other and draw tickets."""
+    """Return the key-value store through which ranks find each other and draw tickets."""
     if not rendezvous.startswith("tcp://"):
         return FileStore(rendezvous, size)
     host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")

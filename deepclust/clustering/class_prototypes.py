@@ -231,31 +231,40 @@ def score_seeds(
     cells = classes.astype(np.int64) * (m + 1) + column
     table = np.bincount(cells, minlength=(other + 1) * (m + 1)).reshape(other + 1, m + 1)
     hits = table[prototypes.class_of, np.arange(m)]
-    inside, of_class = table[:, :m].sum(0), table.sum(1)
-    shares = sizes / max(int(sizes.sum()), 1)
-    seeded = [
-        {
-            "cluster": j,
-            "class": names[prototypes.class_of[j]],
-            "labelled": int(prototypes.counts[j]),
-            "size": int(sizes[j]),
-            "share": float(shares[j]),
-            "purity": _share(hits[j], inside[j]),
-            "recall": _share(hits[j], of_class[prototypes.class_of[j]]),
-        }
-        for j in range(m)
-    ]
+    seeded = _describe_clusters(prototypes, names, sizes, table)
     confusion = np.zeros((other + 1, other + 1), np.int64)
     np.add.at(confusion.T, np.append(prototypes.class_of, other), table.T)
     return {
         "held_out": len(classes),
         "share": float(sizes[:m].sum() / max(int(sizes.sum()), 1)),
-        "purity": _share(hits.sum(), inside.sum()),
-        "recall": _share(hits.sum(), of_class[:other].sum()),
+        "purity": _share(hits.sum(), table[:, :m].sum()),
+        "recall": _share(hits.sum(), table[:other].sum()),
         "clusters": seeded,
         "classes": [*names, "other"],
         "confusion": confusion.tolist(),
     }
+
+
+def _describe_clusters(
+    prototypes: Prototypes,
+    names: list[str],
+    sizes: Int64[np.ndarray, " k"],
+    table: Int64[np.ndarray, "c M1"],
+) -> list[dict[str, Any]]:
+    """Return a record of each seeded cluster; `table` counts classes by clusters."""
+    total, inside, of_class = max(int(sizes.sum()), 1), table.sum(0), table.sum(1)
+    return [
+        {
+            "cluster": j,
+            "class": names[c],
+            "labelled": int(prototypes.counts[j]),
+            "size": int(sizes[j]),
+            "share": float(sizes[j] / total),
+            "purity": _share(table[c, j], inside[j]),
+            "recall": _share(table[c, j], of_class[c]),
+        }
+        for j, c in enumerate(prototypes.class_of)
+    ]
 
 
 def _share(part: Any, whole: Any) -> float | None:

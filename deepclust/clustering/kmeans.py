@@ -83,20 +83,10 @@ def kmeans(
     Raises `NumericalError` naming rows that are not finite, `DataError` for fewer (distinct) points
     than clusters need, `RecipeError` for an argument that is not allowed.
     """
-    named = isinstance(init, str)
-    options = KMeansOptions(
-        k,
-        iterations=iterations,
-        seed=seed,
-        init=str(init) if named else "random",
-        empty=empty,
-        spherical=spherical,
-        min_size=min_size,
-        tol=tol,
-        backend=backend,
-    )
-    given = Given(None if isinstance(init, str) else init, fixed, labels)
+    name, centroids = (init, None) if isinstance(init, str) else ("random", init)
+    options = KMeansOptions(k, iterations, seed, name, empty, spherical, min_size, tol, backend)
     _check_options(options)
+    given = Given(centroids, fixed, labels)
     return solve_kmeans(_points(x, weights, device), options, given, progress)
 
 
@@ -111,7 +101,7 @@ def solve_kmeans(
     _check_options(options)
     points = points.configure(spherical=options.spherical, backend=options.backend)
     points.check_finite()
-    with one_thread():  # beside the threads of the points
+    with one_thread():  # the points have their threads
         anchors = _anchors(points, options, given.fixed)
         _check_counts(points, options)
         centroids = torch.cat([anchors, start(points, anchors, options, given)])

@@ -44,7 +44,7 @@ def each_tile(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside, and as many as before afterwards."""
+    """Let torch use one thread inside, and its former number of threads afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

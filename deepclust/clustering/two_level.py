@@ -70,35 +70,27 @@ def two_level(
 ) -> TwoLevel:
     """Cluster into `supers` super-clusters and each into options.k / supers sub-clusters.
 
-    `points` are all n rows, on every rank. A super-cluster never ends with fewer than k / supers
-    rows, unless it is pinned. `given` and the options `init` and `spherical` are for level one.
-    `claim` names rows that are moved to another super-cluster before level two, and must be the
-    same on every rank. DeeperCluster makes 10 iterations on each level.
+    `points` are all n rows, on every rank. A super-cluster has k / supers rows or more, unless
+    it is pinned. `given`, `init` and `spherical` are for level one. `claim` moves rows to other
+    super-clusters before level two, the same on every rank.
 
-    Raises `RecipeError` if `supers` does not divide k, `DataError` if a super-cluster has fewer
-    distinct rows than sub-clusters (without `fixed` and `claim`), and what `kmeans` raises.
+    Raises `RecipeError` if `supers` does not divide k, `DataError` if a super-cluster cannot be
+    split (without `fixed` and `claim`), and what `kmeans` raises.
     """
-    if supers < 1 or options.k % supers:
-        raise RecipeError(f"cluster.supers={supers} must divide cluster.k={options.k}")
     began = time.monotonic()
     first = _first_level(_own_part(points, world), supers, options, given, progress)
     of_level_one = _gather_all(first.assignments, points.n, world)
     claimed = _apply(claim, of_level_one, first.centroids)
     middle = time.monotonic()
-    second = _SecondLevel(
-        points, of_level_one, supers, options, world, progress,
-        lenient=given.fixed is not None or claim is not None,
-    )  # fmt: skip
-    merged = second.run()
-    distances = merged.distances.numpy()
-    bound = points.max_weight() * float(distances.max())
+    lenient = given.fixed is not None or claim is not None
+    merged = _SecondLevel(points, of_level_one, supers, options, world, progress, lenient).run()
     return TwoLevel(
         first.centroids,
         of_level_one,
         merged.centroids.numpy(),
         merged.assignments.numpy(),
-        distances,
-        inertia=points.weighted_sum(merged.distances.to(points.device), bound, points.n),
+        merged.distances.numpy(),
+        inertia=merged.inertia(points),
         forced=np.union1d(first.forced, np.flatnonzero(merged.forced.numpy())),
         claimed=claimed,
         subs=merged.subs.numpy(),
@@ -118,6 +110,8 @@ def _first_level(
 ) -> KMeansResult:
     """Return the super-clusters, each with room for its sub-clusters."""
     k = options.k
+    if supers < 1 or k % supers:
+        raise RecipeError(f"cluster.supers={supers} must divide cluster.k={k}")
     seed = derive(options.seed, "supers")
     own = replace(options, k=supers, seed=seed, min_size=k // supers)
     try:
@@ -255,7 +249,7 @@ def _part(n: int, world: World) -> slice:
 
 
 def _gather_all(own: Int32[np.ndarray, " m"], n: int, world: World) -> Int32[np.ndarray, " n"]:
-    """Return all ranks' cluster ids one after the other: n int32, little beside the features."""
+    """Return all ranks' cluster ids one after the other: n int32, few bytes each."""
     if world.size == 1:
         return own
     cluster_ids = torch.zeros(n, dtype=torch.int32, device=world.device)
@@ -311,6 +305,11 @@ class _Merged:
         self.forced[ids[result.forced]] = 1
         self.subs[s] = count
         self.repairs.add_(result.empty_repairs)
+
+    def inertia(self, points: ArrayPoints) -> float:
+        """Return the weighted sum of the distances."""
+        bound = points.max_weight() * float(self.distances.max())
+        return points.weighted_sum(self.distances.to(points.device), bound, points.n)
 
     def over(self, world: World) -> _Merged:
         """Return the sum over the ranks."""

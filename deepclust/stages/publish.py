@@ -192,7 +192,7 @@ def _check_collapse(statistics: dict[str, Any], max_share: float, round_dir: Pat
     if statistics["k"] > 1 and share > max_share:
         raise NumericalError(
             f"the clustering of {round_dir} has collapsed: one cluster holds {share:.1%} of the "
-            f"images (cluster.max_share is {max_share:.0%}). The features no longer tell images "
-            "apart: start a new run with a lower train.lr or more clusters, from an earlier "
+            f"images (cluster.max_share is {max_share:.0%}). The features no longer separate "
+            "images: start a new run with a lower train.lr or more clusters, from an earlier "
             "checkpoint (init.weights) or from the beginning."
         )

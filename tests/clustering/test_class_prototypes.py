@@ -266,3 +266,9 @@ def test_nothing_held_out_is_no_number() -> None:
     assert facts["recall"] is None
     assert facts["share"] == 3 / 8
     assert torch.tensor(facts["confusion"]).sum() == 0
+
+
+def test_prototypes_of_rows_that_are_not_whitened_stay_in_their_space() -> None:
+    rows = np.eye(3, 5, dtype=np.float32)
+    np.testing.assert_array_equal(carry_over(rows, None, None), rows)
+    np.testing.assert_array_equal(carry_over(rows, None, whitening()), rows)

@@ -103,14 +103,14 @@ def test_every_place_and_number_of_ranks_clusters_alike(
 ) -> None:
     pretrain(recipe(shards, *options, "train.epochs=1"), tmp_path / "alone")
     two = recipe(shards, *options, "train.ranks=2")
-    for where in ("worker", "gang"):
+    for where in ("worker", "ranks"):
         pretrain(two.replace(f"cluster.where={where}"), tmp_path / where)
-    assert_same_run(tmp_path / "gang", tmp_path / "worker")
-    one, both = assignments(tmp_path / "alone"), assignments(tmp_path / "gang")
+    assert_same_run(tmp_path / "ranks", tmp_path / "worker")
+    one, both = assignments(tmp_path / "alone"), assignments(tmp_path / "ranks")
     np.testing.assert_array_equal(one[0], both[0])
     for name in ("centroids/prototypes.npy", "centroids/centroids.npy", "assignments/forced.npy"):
-        alone, gang = (read(tmp_path / run, 0, name) for run in ("alone", "gang"))
-        assert alone.tobytes() == gang.tobytes(), name
+        alone, ranks = (read(tmp_path / run, 0, name) for run in ("alone", "ranks"))
+        assert alone.tobytes() == ranks.tobytes(), name
 
 
 @pytest.mark.parametrize("options", [RICH, (*DEEPER, *SEEDS)])
@@ -167,10 +167,10 @@ def test_a_labelled_image_that_cannot_be_read_is_left_out_and_told(tmp_path: Pat
     np.testing.assert_allclose(pins[0], mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_bad_labels_stop_a_gang_with_their_own_error(shards: Path, tmp_path: Path) -> None:
-    gang = ("train.ranks=2", "train.epochs=1", *SEEDS, "seeds.prototypes=3")
+def test_bad_labels_stop_all_ranks_with_their_own_error(shards: Path, tmp_path: Path) -> None:
+    together = ("train.ranks=2", "train.epochs=1", *SEEDS, "seeds.prototypes=3")
     with pytest.raises(RecipeError, match=r"seeds\.prototypes=3"):
-        pretrain(recipe(shards, *gang), tmp_path / "worker")
+        pretrain(recipe(shards, *together), tmp_path / "worker")
 
 
 def test_seeds_may_be_clustered_while_training_goes_on(shards: Path, tmp_path: Path) -> None:
