@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard.writer import SummaryWriter
-
 from deepclust.run.directory import Run
 from deepclust.run.signs import BEAT_S, SignsOfLife
 
@@ -115,6 +113,8 @@ class Metrics:
     """Numbers over time: metrics.jsonl always, TensorBoard beside it."""
 
     def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # slow: it imports torch
+
         self.run = run
         self.board = SummaryWriter(str(run.path / "tensorboard"))
 
