@@ -78,7 +78,7 @@ def own_address(allocation: Allocation) -> str:
 
 
 def _gpus() -> int:
-    """The GPUs that this task sees."""
+    """Return how many GPUs this task sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name and name != "NoDevFiles"])

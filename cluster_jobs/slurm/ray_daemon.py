@@ -79,7 +79,7 @@ class Daemon:
         return True
 
     def wait(self, patience: float) -> None:
-        """Until it is up. Raises `ResourceError` with its last words when it does not come up."""
+        """Wait until it is up. Raises `ResourceError` with the end of its log when it does not."""
         deadline = time.monotonic() + patience
         while STARTED not in (text := self.log.read_text(errors="replace")):
             if not self.alive or time.monotonic() > deadline:
@@ -102,7 +102,7 @@ class Daemon:
 
 
 def private(notes: Path) -> dict[str, str]:
-    """The variables by which a process may use this Ray."""
+    """Return the variables by which a process may use this Ray."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(notes / "token")}
 
 
@@ -112,7 +112,7 @@ def alone(address: str) -> dict[str, str]:
 
 
 def members(session: int) -> list[int]:
-    """The processes of a session, without those that have ended."""
+    """Return the processes of a session, without those that have ended."""
     pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""How the tasks of a job find each other: the head listens, and a file in the run says where.
+"""The rendezvous of a job's tasks: the head listens, and a file in the run holds its address.
 
 The file is keyed by job and restart, so none of an older start is taken for it, and only its owner
 can read it: it holds the word that a peer must say. Every peer then keeps its connection, JSON
@@ -42,7 +42,7 @@ class Line:
     received: list[dict[str, Any]] = field(default_factory=list)  # and not returned yet
 
     def __post_init__(self) -> None:
-        """A machine that falls silent is noticed within half a minute."""
+        """Set keepalive, so that a machine that falls silent is noticed within half a minute."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in SILENCE:
             self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -168,14 +168,14 @@ class Head:
         line.close()
 
     def close(self) -> None:
-        """Everyone may go."""
+        """Close all connections, and stop listening."""
         for peer in self.peers.values():
             peer.line.close()
         self.server.close()
 
 
 def folder(run: Path, allocation: Allocation) -> Path:
-    """Where this start of the job leaves its notes."""
+    """Return the folder in which this start of the job leaves its notes."""
     return run / "slurm" / allocation.life
 
 

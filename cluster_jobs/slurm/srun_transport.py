@@ -132,8 +132,10 @@ class Tasks:
                 order = asdict(replace(role, rendezvous=rendezvous))
                 line = self.peers[role.rank].line
                 line.send(role=order, token=self.run.token, attempt=self.run.attempt)
-            self.head.await_all("pid", self.patience, self.stopping)
-        places = [{"who": _name(r), "node": p.node, "pid": p.said["pid"]} for r, p in self._ranked]
+            self.head.await_all("process", self.patience, self.stopping)
+        places = [
+            {"who": _name(r), "node": p.node, "pid": p.said["process"]} for r, p in self._ranked
+        ]
         for peer in self.peers.values():
             peer.said = {"address": peer.said["address"]}
         return places

@@ -41,7 +41,7 @@ def serve(line: Line, run_dir: Path) -> None:
         for order in line.receive():
             if "role" in order:
                 process = start(run_dir, order)
-                line.send(pid=process.process.pid)
+                line.send(process=process.process.pid)
             elif "stop" in order and process is not None:
                 process.stop()
             elif "kill" in order:
@@ -51,6 +51,7 @@ def serve(line: Line, run_dir: Path) -> None:
         for record in process.read() if process is not None else ():
             line.send(**record)
     end(process)
+    line.close()
 
 
 def wait(line: Line, process: WorkerProcess | None) -> None:

@@ -120,7 +120,7 @@ def control_by_ray(
 
 
 def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
-    """A node that leaves the job does not come back to it: stop, and let it be queued again.
+    """Stop when a node leaves the job: it does not come back, so the job is queued again.
 
     Nor does Ray's head. Its users hang for a minute, and are then ended by Ray.
     """
@@ -146,7 +146,7 @@ def _bring_up(
     patience: float,
     stopping: Callable[[], bool],
 ) -> None:
-    """Until every node has come and is part of the Ray."""
+    """Wait until every node has come and is part of the Ray."""
     head.gather(dict(list(enumerate(allocation.nodes))[1:]), patience, stopping)
     head.note("all here")
     daemon.wait(patience)
@@ -168,7 +168,7 @@ def _stop_recorded(path: Path) -> Iterator[None]:
 
 
 def follow(path: Path, allocation: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
-    """A node's task: its Ray, as long as the head is there."""
+    """Keep this node's Ray up as long as the head is there."""
     line = join(path, allocation, spec.start)
     order = line.first(2 * spec.start) if line else None
     if line is None or order is None:

@@ -96,7 +96,7 @@ def classify(
         return Ending("stopped", text=next(m.result["failed"] for m in trainers if m.result))
     if stop_asked is not None and now - stop_asked > policy.stop:
         return Ending("stopped", text=f"it did not stop within {policy.stop:g} s and was killed")
-    return hang([m for m in members if not m.is_over], now, policy)
+    return hang(members, now, policy)
 
 
 def culprit(members: list[Member]) -> Ending:
@@ -122,11 +122,11 @@ def culprit(members: list[Member]) -> Ending:
 def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:
     """Return the fault of a process that does not answer, or of ranks that get nowhere.
 
-    A rank may wait long for another one, which then has signs of life. So ranks hang when none
-    of them has any, and the one that has been without for longest is named.
+    A rank may wait long for another one, which then has signs of life, its end among them. So
+    ranks hang when none has any, and the one that has been without for longest is named.
     """
     limits = f"{policy.hang_key}={policy.hang:g}"
-    for member in members:
+    for member in (m for m in members if not m.is_over):
         silent = now - (member.began if member.answered is None else member.answered)
         starts = member.idle_s is None  # importing torch can keep it from answering
         if silent > (max(policy.hang, policy.start) if starts else policy.hang):
@@ -137,14 +137,16 @@ def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:
         [m for m in members if m.rank == CLUSTER_WORKER],
     ):
         idle = {m.name: _idle_s(m, now) for m in group}
-        if idle and min(idle.values()) > GRACE * policy.hang:
-            name = max(idle, key=idle.__getitem__)
+        if idle and min(idle.values()) > GRACE * policy.hang and not all(m.is_over for m in group):
+            name = max((m.name for m in group if not m.is_over), key=idle.__getitem__)
             text = f"no sign of life for {idle[name]:.0f} s ({limits})"
             return Ending("fault", name, "hang", text)
     return None
 
 
 def _idle_s(member: Member, now: float) -> float:
+    if member.ended is not None:
+        return now - member.ended
     if member.idle_s is None or member.answered is None:
         return 0.0
     return member.idle_s + now - member.answered

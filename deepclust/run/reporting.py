@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard.writer import SummaryWriter
-
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.signs import BEAT_S, SignsOfLife
@@ -117,6 +115,8 @@ class Metrics:
     """Numbers over time, in metrics.jsonl and for TensorBoard."""
 
     def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # slow: it imports torch
+
         self.run = run
         self.board = SummaryWriter(str(run.path / "tensorboard"))
 

@@ -6,10 +6,12 @@ The attempt number is the seconds; rank 0 shows signs of life unless the stage i
 from __future__ import annotations
 
 import argparse
+import os
 import time
 
 from deepclust.launch.role import die_with
 from deepclust.run.reporting import PipeReport
+from deepclust.run.signs import BEAT_S
 
 
 def main() -> None:
@@ -23,6 +25,8 @@ def main() -> None:
     die_with(args.parent)
     report = PipeReport(args.pipe)
     report.alive()
+    time.sleep(1.5 * BEAT_S)  # until the supervisor knows that we have begun
+    report.event("training", rank=args.rank, pid=os.getpid())
     deadline = time.monotonic() + args.attempt
     while time.monotonic() < deadline:
         time.sleep(0.1)

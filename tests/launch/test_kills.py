@@ -85,8 +85,8 @@ def test_a_group_that_loses_a_process_begins_again_and_loses_nothing(
     moment: str, cause: str,
 ) -> None:  # fmt: skip
     run, file = tmp_path / "run", recipe(many_shards, tmp_path, 2)
-    workers = 1 if victim == "reader" else 0
-    settings = ("train.hang=6", f"data.workers={workers}")
+    workers, hang = (1, 12) if victim == "reader" else (0, 6)  # readers take seconds to come up
+    settings = (f"train.hang={hang}", f"data.workers={workers}")
     Recipe.load(file).replace(*settings).save(file)
     process = start("pretrain", file, "--run", run)
     members = strike(process, run, MOMENTS[moment], victim, number)

@@ -127,6 +127,15 @@ def test_a_hang_is_no_answer_or_no_sign_of_life(
     assert decided is None or (decided.kind, decided.cause) == ("fault", "hang")
 
 
+def test_a_rank_that_waited_for_one_that_has_ended_has_time_to_end_too() -> None:
+    members = group(WELL, WORKS, WORKS)
+    members[1].idle_s = 40.0
+    assert classify(members, NOW + 1, POLICY) is None
+    members[1].answered = members[2].answered = NOW + 16
+    decided = classify(members, NOW + 16, POLICY)
+    assert (decided and decided.who, decided and decided.cause) == ("rank 1", "hang")
+
+
 def test_a_process_that_still_starts_has_longer() -> None:
     members = group(WORKS, WORKS, WORKS)
     members[1].answered, members[1].idle_s, members[1].began = None, None, NOW - 29

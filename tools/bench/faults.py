@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Lost processes of a run on every executor: noticed when, ended how, and with which result.
 
-    python tools/bench/faults.py [--where local ray slurm-ray slurm-srun] [--out FILE]
+    python tools/bench/faults.py [--where local ray ...] [--victims reader ...] [--hang 6]
 
 One run on every executor: two ranks, each with a reader process, and the cluster worker. In every
 attempt, after its first checkpoint, one of them is killed, or stopped with SIGSTOP. Seconds are
@@ -33,15 +33,9 @@ from deepclust.run.directory import Run  # noqa: E402
 from tests import killing, tiny  # noqa: E402 - the harness of the tests
 from tests.cluster_jobs.ray.nodes import Nodes, begin  # noqa: E402
 
-SETTINGS = (
-    "train.ranks=2",
-    "train.epochs=40",
-    "train.hang=6",
-    "train.restarts=10",
-    "data.workers=1",
-)
+SETTINGS = ("train.ranks=2", "train.epochs=40", "train.restarts=10")
 SIGNALS = {"SIGSTOP": signal.SIGSTOP, "kill": signal.SIGKILL}
-VICTIMS = ("rank 1", "cluster worker", "reader of rank 1")
+VICTIMS = ("rank 1", "cluster worker", "reader")  # the readers of rank 1
 WHERE = ("local", "ray", "slurm-ray", "slurm-srun")
 ENDS = ("started", "stopped")
 PATIENCE_S = 600.0
@@ -52,13 +46,14 @@ def main() -> None:
     """Run all, print the table, write the facts."""
     args = arguments()
     shutil.rmtree(args.work, ignore_errors=True)
-    recipe = tiny.tiny_recipe(tiny.tiny_shards(args.work / "shards"), *SETTINGS)
-    recipe.save(args.work / "recipe.yaml")
+    workers = f"data.workers={int('reader' in args.victims)}"
+    recipe = tiny.tiny_recipe(tiny.tiny_shards(args.work / "shards"), *SETTINGS, workers)
+    recipe.replace(f"train.hang={args.hang}").save(args.work / "recipe.yaml")
     pretrain(recipe, args.work / "undisturbed")
     records: list[dict[str, Any]] = []
     for where in args.where:
         with executor(where, args.work) as start:
-            records += struck(start, args.work, where)
+            records += struck(start, args.work, where, args.victims)
     args.out.write_text(json.dumps(records, indent=1))
     print(table(records))
 
@@ -67,6 +62,8 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--where", nargs="+", choices=WHERE, default=WHERE)
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)
+    parser.add_argument("--hang", type=float, default=6.0, help="more on a machine that is busy")
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-faults"))
     parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-faults.json"))
     return parser.parse_args()
@@ -93,11 +90,11 @@ def executor(where: str, work: Path) -> Iterator[Begin]:
             yield lambda run: tiny.deepclust(*words, "--run", run)
 
 
-def struck(start: Begin, work: Path, where: str) -> list[dict[str, Any]]:
+def struck(start: Begin, work: Path, where: str, victims: list[str]) -> list[dict[str, Any]]:
     """Make one run, strike once in each of its attempts, and return what became of each."""
     run, records = work / where, []
     process = start(run)
-    for attempt, (victim, sent) in enumerate(itertools.product(VICTIMS, SIGNALS), 1):
+    for attempt, (victim, sent) in enumerate(itertools.product(victims, SIGNALS), 1):
         moment = strike(run, attempt, victim, SIGNALS[sent])
         fault, then = await_event(run, moment, "fault"), await_event(run, moment, *ENDS)
         records.append({
@@ -118,10 +115,10 @@ def strike(run: Path, attempt: int, victim: str, number: int) -> float:
     trained = {"training", "checkpoint"}
     wait(lambda: trained <= {e["event"] for e in Run(run).events() if e["attempt"] == attempt})
     wait(lambda: any(e["step"] and e["attempt"] == attempt for e in events(run, "checkpoint")))
-    who = "rank 1" if "reader" in victim else victim
+    who = "rank 1" if victim == "reader" else victim
     places = events(run, "placed")[-1]["members"]
     (pid,) = [place["pid"] for place in places if place["who"] == who]
-    for one in killing.readers(pid) if "reader" in victim else [pid]:
+    for one in killing.readers(pid) if victim == "reader" else [pid]:
         os.kill(one, number)
     return time.time()
 
