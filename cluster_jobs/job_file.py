@@ -13,7 +13,6 @@ from typing import Any
 
 from deepclust.files import disk_errors, read_json, write_json
 from deepclust.run import lock
-from deepclust.run.directory import Run
 
 LOCAL = {"on": "local"}
 
@@ -60,14 +59,6 @@ def stopping(run_dir: Path, signals: list[int]) -> bool:
 def forget_cancel(run_dir: Path) -> None:
     """Remove the cancel request, if there is one."""
     (run_dir / "cancel").unlink(missing_ok=True)
-
-
-def progress(run: Run) -> tuple[int, int, int]:
-    """Return counts of what is on disk: they change with every commit that brings a run further."""
-    steps = [int(folder.name) for folder in run.checkpoints()]
-    stages = len(list(run.path.glob("rounds/*/*/DONE")))
-    units = len(list(run.path.glob("rounds/*/raw/unit-*")))
-    return max(steps, default=0), stages, units
 
 
 def log_to(run_dir: Path) -> None:

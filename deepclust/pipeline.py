@@ -18,24 +18,25 @@ from __future__ import annotations
 import shutil
 import time
 
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
 from deepclust.errors import RecipeError, RequeueWanted
-from deepclust.methods.base import Targets
+from deepclust.methods.base import Method, Targets
 from deepclust.run.directory import is_done, prune
 from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import cluster, warm_start
-from deepclust.stages.build import Context, build_trainer, embedder, restore
+from deepclust.stages.build import Context, build_trainer, restore
 from deepclust.stages.export import export_backbone
 from deepclust.stages.extract import ExtractContext, extract
-from deepclust.stages.planning import plan_segment
 from deepclust.stages.project import project
-from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer, train_segment
 
 
 def run(context: Context) -> None:
     """Take the run from where it is to its end."""
-    recipe, timeline = context.recipe, Timeline.of(context.recipe, len(context.index))
     trainer = build_trainer(context)
+    recipe, timeline = context.recipe, trainer.timeline
     try:
         state, targets = restore(context, trainer)
         began = state.step
@@ -46,18 +47,16 @@ def run(context: Context) -> None:
                 if targets is None:  # only one stage was wanted
                     return check_stage(context, timeline.round_of(state), state.step - began)
                 state = state.in_round(targets.round)
-                fresh = trainer.method.adopt(targets, recipe.seed)
-                heads = trainer.optimizers.groups.get("head", {})
-                trainer.optimizers.renew(dict.fromkeys(heads, fresh))
+                trainer.optimizers.renew(trainer.method.adopt(targets, recipe.seed))
             if context.stage in ("extract", "cluster"):
                 return
             if (ahead := timeline.round_ahead(state)) is not None:
                 trainer.save(state)  # before a refresh here, which has saved the same step
                 begin_round(context, trainer, ahead)
-            plan = plan_segment(recipe, context.index, context.read, timeline, state, targets)
-            context.tell("training", round=state.round, segment=state.segment, step=state.step)
+            plan = trainer.feed.plan(timeline, state, targets)
+            context.emit("training", round=state.round, segment=state.segment, step=state.step)
             state = train_segment(trainer, plan, targets, state).after_segment()
-            if trainer.save_due(state):
+            if timeline.save_due(state):
                 trainer.save(state)
         trainer.save(state)
         finish(context, trainer)
@@ -95,7 +94,7 @@ def warn_if_late(context: Context, number: int) -> None:
     if context.recipe.clustering.overlap and number > 0 and not begun:
         why = "the run has been made longer, or that round's features were lost"
         text = f"round {number} is made from the present weights, not those of a boundary ago: "
-        context.tell("warning", text=text + why)
+        context.emit("warning", text=text + why)
 
 
 def check_stage(context: Context, number: int, steps: int) -> None:
@@ -120,16 +119,22 @@ def make_round(context: Context, trainer: Trainer, number: int) -> None:
 def make_features(context: Context, trainer: Trainer, number: int) -> None:
     """Extract, whiten, project, with the present weights."""
     run, world = context.run, context.world
-    world.broadcast(list(trainer.method.buffers()))  # batch statistics of rank 0, everywhere
+    world.broadcast(norm_statistics(trainer.method))  # those of rank 0, on every rank
     job = ExtractContext(
         run, number, world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
     )  # fmt: skip
-    extract(job, embedder(context, trainer))
+    extract(job, trainer.embedder)
     refresh = context.recipe.method.round
     if refresh is not None and refresh.whiten:
         await_stage(context, number, "whitening")
     project(job, find_whitening(run.round(number)))
+
+
+def norm_statistics(method: Method) -> list[Tensor]:
+    """Return the running statistics of all batch norms; other buffers may differ between ranks."""
+    norms = (module for module in method.modules() if isinstance(module, _NormBase))
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def tidy(context: Context, trainer: Trainer, number: int) -> None:
@@ -150,7 +155,7 @@ def await_stage(context: Context, number: int, stage: str) -> None:
     stopped = not cluster.wait_for(folder, context.stopping)
     if context.world.max_int(int(stopped)):
         raise RequeueWanted(f"stopped while waiting for {folder}")
-    context.tell("waited", round=number, stage=stage, seconds=time.monotonic() - began)
+    context.emit("waited", round=number, stage=stage, seconds=time.monotonic() - began)
 
 
 def finish(context: Context, trainer: Trainer) -> None:
@@ -158,7 +163,7 @@ def finish(context: Context, trainer: Trainer) -> None:
     if context.world.is_first:
         out = context.run.path / "export" / "backbone.safetensors"
         export_backbone(
-            trainer.method.backbone, out, "safetensors", meta=warm_start.export_meta(context.run)
+            trainer.method.trunk, out, "safetensors", meta=warm_start.export_meta(context.run)
         )
         context.report.event("exported", file=str(out))
     context.world.barrier()

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deepclust.errors import ResourceError
 from deepclust.files import read_jsonl
 from deepclust.launch.role import CLUSTER_WORKER
 from deepclust.run.directory import Run, is_done
 from tests.tiny import command
 
 Moment = Callable[[Path], bool]
-PATIENCE_S = 90.0  # a controller gives the ranks that are left 30 s
+PATIENCE_S = 300.0
 
 
 def _round(run: Path, number: int, stage: str) -> Path:
@@ -72,7 +71,7 @@ MOMENTS: dict[str, Moment] = {
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """A `deepclust` command in the background, a process group of its own."""
+    """A `deepclust` command in the background, in a new session."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
@@ -82,12 +81,14 @@ def start(*arguments: object) -> subprocess.Popen[bytes]:
 
 def family(pid: int) -> list[int]:
     """A process and all that descend from it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [pid, *(member for child in _children(pid) for member in family(child))]
+
+
+def _children(pid: int) -> list[int]:
     try:
-        direct = [int(child) for child in children.read_text().split()]
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
-        direct = []
-    return [pid, *(grandchild for child in direct for grandchild in family(child))]
+        return []
 
 
 def kill_when(
@@ -99,8 +100,8 @@ def kill_when(
 ) -> bool:
     """Kill the victim when the moment has come; whether it was killed while the moment lasted.
 
-    The victim is the controller, or "rank 0", "rank 1", "cluster worker" of a gang. When it is not
-    the controller, that is waited for too: it must stop the rest.
+    The victim is the controller, or "rank 0", "rank 1", "cluster worker" of a worker group. When
+    it is not the controller, that must begin again, and is waited for until the run has finished.
     """
     while not moment(run):
         if process.poll() is not None:
@@ -127,9 +128,31 @@ def pause_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, vict
             os.kill(pid, signal.SIGSTOP)
 
 
+def strike(
+    process: subprocess.Popen[bytes], run: Path, moment: Moment, victim: str, number: int
+) -> list[int]:
+    """Send a signal when the moment has come; returns all processes that the run had then.
+
+    The victim is "rank N", "cluster worker", or "reader" for the readers of rank 1.
+    """
+    while not moment(run):
+        assert process.poll() is None, "the run ended before the moment came"
+        time.sleep(0.0005)
+    members, of = family(process.pid), "rank 1" if victim == "reader" else victim
+    (struck,) = [pid for pid in members if role(pid, process.pid) == of]
+    for pid in readers(struck) if victim == "reader" else [struck]:
+        os.kill(pid, number)
+    return members
+
+
+def readers(rank: int) -> list[int]:
+    """The reader processes of a rank: the children of its fork server."""
+    return [pid for pid in family(rank) if pid not in (rank, *_children(rank))]
+
+
 def code_after(victim: str) -> int:
-    """How the controller ends when the victim is killed: by the same signal, or with code 4."""
-    return -signal.SIGKILL if victim == "controller" else ResourceError.exit_code
+    """How the controller ends when the victim is killed: by the same signal, or well."""
+    return -signal.SIGKILL if victim == "controller" else 0
 
 
 def role(pid: int, controller: int) -> str:
@@ -180,11 +203,11 @@ def stages_done_twice(run: Path) -> list[tuple[str, int]]:
 
 
 def redone_steps(run: Path) -> int:
-    """The most steps that a restart did again: the last step told before it, minus its first."""
-    told = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
+    """The most steps that a restart did again: the last step before it, minus its first."""
+    recorded = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
     most = 0
     for event in Run(run).events():
         if event["event"] == "restored":
-            before = [r["step"] for r in told if r["attempt"] < event["attempt"]]
+            before = [r["step"] for r in recorded if r["attempt"] < event["attempt"]]
             most = max(most, max(before, default=0) - event["step"])
     return most

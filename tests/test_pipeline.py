@@ -113,15 +113,15 @@ def test_two_ranks_cluster_and_batch_as_one_does(
 
 
 def test_three_ranks_stopped_and_resumed_are_undisturbed(shards: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(shards, "train.ranks=3", "cluster.where=gang")
+    recipe = tiny_recipe(shards, "train.ranks=3", "cluster.where=ranks")
     assert_resumes_undisturbed(recipe, tmp_path, 6)
 
 
-def test_a_gang_that_clusters_together_gives_the_workers_run(shards: Path, tmp_path: Path) -> None:
+def test_ranks_that_cluster_together_give_the_workers_run(shards: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(shards, "train.ranks=2")
-    for where in ("worker", "gang"):
+    for where in ("worker", "ranks"):
         pretrain(recipe.replace(f"cluster.where={where}"), tmp_path / where)
-    assert_same_run(tmp_path / "gang", tmp_path / "worker")
+    assert_same_run(tmp_path / "ranks", tmp_path / "worker")
 
 
 def test_k_means_may_start_in_two_levels(shards: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 DONE = [  # to be widened to both packages and README.md
-    "deepclust/data/shards", "deepclust/data/pack", "deepclust/files.py", "deepclust/errors.py",
+    "deepclust/data", "deepclust/optim", "deepclust/files.py", "deepclust/errors.py",
     "deepclust/__init__.py", "deepclust/recipe/shipped", "cluster_jobs/demo",
     "cluster_jobs/guides", "README.md",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from deepclust.errors import error_of
 from deepclust.run import lock
 
-CANCEL_PATIENCE_S = 60.0
+CANCEL_PATIENCE_S = 150.0  # longer than the supervisor gives its ranks (launch.policy)
 START_PATIENCE_S = 30.0
 
 

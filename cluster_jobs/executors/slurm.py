@@ -25,7 +25,8 @@ from cluster_jobs.executors.base import Executor, JobState, Sweep, open_to_resum
 from cluster_jobs.slurm import queue, script
 from cluster_jobs.slurm.script import PROGRAM, Plan
 from deepclust.errors import ResourceError
-from deepclust.launch.start import HELD_BACK, prepare_run
+from deepclust.launch.signals import HELD_BACK
+from deepclust.launch.start import prepare_run
 from deepclust.recipe import Recipe
 from deepclust.run import directory, lock
 

@@ -9,20 +9,18 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import ray
 from ray._private import ray_constants
 
+from cluster_jobs.ray.folders import make_folder
 from cluster_jobs.ray.spec import RaySpec, sizes
 from deepclust.errors import ResourceError
 from deepclust.recipe import Recipe
 
 STORE_BYTES = 100 * 2**20  # nothing of size goes through Ray's object store
 NAMESPACE = "deepclust"
-TEMPORARY, PREFIX = Path("/tmp"), "dc-ray-"  # short: a socket's path has 107 letters at most
 # Else Ray on Linux takes the machine's outer address even for itself, and listens on all of them.
 # And it makes its workers nice (15): whatever else runs on the machine would come before a rank.
 ALONE = {
@@ -65,23 +63,14 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
     os.environ.update(ALONE)
     ray_constants.ENABLE_RAY_CLUSTER = False  # the same, for this process, which has read it
     needed = max(sizes(recipe, spec)) * spec.cpus + spec.worker_cpus
-    _remove_orphans()
-    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=TEMPORARY)
+    folder = make_folder("dc-ray")
     try:
         ray.init(
             "local", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING,
             num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=STORE_BYTES,
-            _temp_dir=folder,
+            _temp_dir=str(folder),
         )  # fmt: skip
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_orphans() -> None:
-    """Delete the folders that killed controllers of this machine left behind."""
-    for folder in TEMPORARY.glob(f"{PREFIX}*-*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,174 +1,132 @@
-"""The controller of a run on Ray: one life of the gang after the other, until the run is finished.
+"""The controller of a run on Ray: one attempt after the other, until the run is finished.
 
     python -m cluster_jobs.ray.controller RUN       # what `deepclust submit --on ray` starts
 
-It holds the run's lock, writes the events, and decides: begin again from the last commit when a
-member, a node or a preemption was the cause, with a budget for each; with fewer ranks when there
-is no room for more, and with more again at the next round; give up when three lives in a row
-brought nothing. It computes nothing and keeps nothing: whatever it knows stands in the run.
+It holds the run's lock and supervises. Every attempt gets the most ranks that there is room for,
+within `ray.ranks`; a smaller group stops at the next round when nodes have come back. It computes
+nothing and keeps nothing: what it knows is in the run.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster_jobs import job_file
 from cluster_jobs.ray.connection import connected
-from cluster_jobs.ray.faults import Ending
 from cluster_jobs.ray.placement import Shape, alive, has_gpus, has_room, reserve, shape_of
 from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
-from cluster_jobs.ray.transport import WorkerGroup
-from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
-from deepclust.launch.policy import FRUITLESS
-from deepclust.launch.start import collected_signals, is_finished
+from cluster_jobs.ray.transport import Actors
+from deepclust.errors import DeepclustError
+from deepclust.launch.endings import Ending, Record
+from deepclust.launch.policy import Policy
+from deepclust.launch.role import roles_of
+from deepclust.launch.signals import collected_signals
+from deepclust.launch.start import is_finished
+from deepclust.launch.supervisor import Supervisor
 from deepclust.run import directory
 from deepclust.run.directory import Run
-from deepclust.run.lock import hold, renew
+from deepclust.run.lock import hold
 
 log = logging.getLogger("cluster_jobs")
 
 
-@dataclass
 class Controller:
-    """What is known of the lives so far; the rest stands in the run."""
+    """The attempts of a run on Ray, each as large as there is room for."""
 
-    run: Run
-    spec: RaySpec
-    signals: list[int]
-    failures: int = 0
-    preemptions: int = 0
-    fruitless: int = 0
-    wants_more: bool = False  # the gang is asked to stop only to come back larger
+    def __init__(self, run: Run, spec: RaySpec) -> None:
+        self.spec = spec
+        self.signals: list[int] = []
+        self.larger: list[Shape] = []  # than the group of this attempt
+        self.shape: Shape | None = None
+        self.wants_more = False  # the group is asked to stop only to come back larger
+        self.supervisor = Supervisor(run, policy_of(run, spec), self.asked, self.grow)
 
-    def control(self) -> None:
-        """Live until the run is finished. Raises what ended it otherwise."""
-        while True:
-            before = job_file.progress(self.run)
-            ending = self._live()
-            if ending.kind == "finished":
-                return self._event("finished", epochs=self.run.recipe.train.epochs)
-            if ending.kind == "failed":
-                assert ending.error is not None
-                raise ending.error
-            if ending.kind == "stopped":
-                if not self.wants_more or self._asked():
-                    raise RequeueWanted(ending.text)
-                self.wants_more = False
-                continue
-            self._forgive(ending, job_file.progress(self.run) != before)
+    def asked(self) -> bool:
+        """Return whether a signal or a file asks the run to stop."""
+        return job_file.stopping(self.supervisor.run.path, self.signals)
 
-    def _live(self) -> Ending:
-        """One life of the gang, from a reservation to its end."""
-        recipe, gpus = self.run.recipe, has_gpus(alive())
-        shapes = [shape_of(recipe, self.spec, n, gpus) for n in sizes(recipe, self.spec)]
-        found = reserve(shapes, self.spec, self._wait, self._asked)
-        if found is None:
+    def attempt(self) -> Ending:
+        """Make one attempt, from a reservation to its end."""
+        supervisor, spec = self.supervisor, self.spec
+        recipe, gpus = supervisor.run.recipe, has_gpus(alive())
+        shapes = [shape_of(recipe, spec, n, gpus) for n in sizes(recipe, spec)]
+        reserved = reserve(shapes, spec, self.wait, self.asked)
+        if reserved is None:
             return Ending("stopped", text="cancelled before it was placed")
-        shape, group = found
-        self._begin(shape)
-        gang = WorkerGroup(self.run, self.spec, shape, group)
-        try:
-            return gang.watch(self._taking(shape, shapes), lambda: self.wants_more or self._asked())
-        finally:
-            gang.close()
-
-    def _begin(self, shape: Shape) -> None:
-        """Fence off what is left of the last gang, clean up after it, and say that we begin."""
-        token = renew(self.run.path, self.run.token)
-        self.run = replace(self.run, token=token, attempt=_lives(self.run) + 1)
-        directory.sweep(self.run.path)
-        recipe = self.run.recipe
-        if recipe.train.ranks != shape.ranks:
-            resized = recipe.replace(f"train.ranks={shape.ranks}")
-            resized.save(self.run.path / "recipe.yaml")
-        self._event("started", pid=os.getpid(), ranks=shape.ranks)
-
-    def _taking(self, shape: Shape, shapes: list[Shape]) -> Callable[[dict[str, Any]], None]:
-        """What is done with a member's news: events are written, and a new round may bring more."""
-        larger = [other for other in shapes if other.ranks > shape.ranks]
-
-        def take(record: dict[str, Any]) -> None:
-            if "event" not in record:
-                return
-            fields = {key: value for key, value in record.items() if key != "event"}
-            self._event(record["event"], **fields)
-            if record["event"] == "clustered" and any(has_room(shape, o) for o in larger):
-                self._event("growing", text="nodes are back: a larger gang takes over")
-                self.wants_more = True
-
-        return take
-
-    def _forgive(self, ending: Ending, fruitful: bool) -> None:
-        """Count a fault, and raise `ResourceError` when there have been too many."""
-        self._event("fault", who=ending.who, cause=ending.cause, text=ending.text)
-        if self._asked():
-            raise RequeueWanted(f"cancelled while {ending.who} was lost")
+        self.shape, group = reserved
+        self.larger = [other for other in shapes if other.ranks > self.shape.ranks]
         self.wants_more = False
-        self.fruitless = 0 if fruitful else self.fruitless + 1
-        preempted = ending.cause == "preemption"
-        self.preemptions += preempted
-        self.failures += not preempted
-        last = f"The last: {ending.who}, {ending.cause}: {ending.text}"
-        if self.fruitless >= FRUITLESS:
-            raise ResourceError(f"{FRUITLESS} lives of the gang in a row brought nothing. {last}")
-        for name in ("failures", "preemptions"):
-            limit = getattr(self.spec, f"max_{name}")
-            if getattr(self, name) > limit:
-                raise ResourceError(f"more than ray.max_{name}={limit} {name}. {last}")
+        supervisor.begin(self.shape.ranks)
+        transport = Actors(supervisor.run, spec, self.shape, group)
+        roles = roles_of(supervisor.run.recipe)
+        ending = supervisor.watch(transport, roles, lambda: self.wants_more or self.asked())
+        if ending.kind == "stopped" and self.wants_more and not self.asked():
+            return replace(ending, kind="resized")
+        return ending
 
-    def _asked(self) -> bool:
-        """Whether a signal or a file asks us to stop."""
-        return job_file.stopping(self.run.path, self.signals)
+    def wait(self, reason: str) -> None:
+        """Write why the run waits for room."""
+        self.supervisor.event("waiting", text=reason)
 
-    def _wait(self, reason: str) -> None:
-        self._event("waiting", text=reason)
+    def grow(self, record: Record) -> None:
+        """Let the group grow at a new round, if there is room."""
+        if record.get("event") == "clustered" and self.has_room():
+            self.wants_more = True
+            self.supervisor.event("growing", text="nodes are back: a larger group takes over")
 
-    def _event(self, name: str, **fields: Any) -> None:
-        self.run.event(name, **fields)
-        log.info("%s %s", name, fields)
+    def has_room(self) -> bool:
+        """Return whether a larger group would fit now."""
+        return self.shape is not None and any(has_room(self.shape, o) for o in self.larger)
+
+
+def policy_of(run: Run, spec: RaySpec) -> Policy:
+    """Return the policy of a run on Ray: the keys of `ray` before those of `train`."""
+    common = Policy.of(run.recipe)
+    return replace(
+        common, hang=spec.hang or common.hang, stop=spec.stop, start=spec.start,
+        failures=spec.max_failures, preemptions=spec.max_preemptions,
+        hang_key="ray.hang" if spec.hang else common.hang_key, failures_key="ray.max_failures",
+    )  # fmt: skip
 
 
 def control(
-    path: Path, asked: list[int] | None = None, changed: dict[str, Any] | None = None
+    run_dir: Path, asked: list[int] | None = None, changed: dict[str, Any] | None = None
 ) -> None:
     """Bring the run to its end. Raises the errors of `deepclust.errors`.
 
     `asked` are the signals of a caller who collects them already, `changed` what is different in
     its `ray` section where the caller has started that Ray.
     """
-    found = directory.open_run(path)
-    spec = ray_spec(found.recipe).model_copy(update=changed or {})
-    with hold(path) as token:
-        controller = Controller(Run(path, token, _lives(found)), spec, [])
-        if is_finished(controller.run):
+    recipe = directory.open_run(run_dir).recipe
+    spec = ray_spec(recipe).model_copy(update=changed or {})
+    with hold(run_dir) as token:
+        controller = Controller(Run(run_dir, token), spec)
+        supervisor = controller.supervisor
+        if is_finished(supervisor.run):
             return
         try:
-            # after Ray has come, which has a way of its own to take TERM
-            with connected(spec, found.recipe), collected_signals(asked) as controller.signals:
-                controller.control()
-        except BaseException as error:
-            told = str(error) or "interrupted"
-            controller.run.event("stopped", kind=type(error).__name__, text=told)
-            job_file.forget_cancel(path)
+            # signals after Ray has come up, which sets a handler for TERM
+            with (
+                supervisor.recorded(),
+                connected(spec, recipe),
+                collected_signals(asked) as controller.signals,
+            ):
+                supervisor.control(controller.attempt)
+        except BaseException:
+            job_file.forget_cancel(run_dir)
             raise
-
-
-def _lives(run: Run) -> int:
-    return sum(event["event"] == "started" for event in run.events())
 
 
 def main() -> int:
     """Control the run that is named, and end with the exit code of what ended it."""
-    path = Path(sys.argv[1])
-    job_file.log_to(path)
+    run_dir = Path(sys.argv[1])
+    job_file.log_to(run_dir)
     try:
-        control(path)
+        control(run_dir)
     except DeepclustError as error:
         log.error("%s: %s", type(error).__name__, error)
         return error.exit_code

@@ -1,7 +1,7 @@
-"""Where the gang goes: one bundle a rank, one for the cluster worker, on devices of their own.
+"""The place of a worker group: a bundle for each rank and one for the cluster worker.
 
-Ray's placement group holds them all or none. Before it is asked, the cluster is looked at, so that
-one which can never hold the gang is told by what is missing instead of by silence.
+Ray's placement group reserves all of them or none. The cluster's nodes are compared with the
+bundles first, so that the user learns what a cluster that is too small lacks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OFFER_S = 10.0  # for a group that the nodes' totals could hold; others may be u
 
 @dataclass(frozen=True)
 class Shape:
-    """What a gang asks for: a bundle for every rank and, last, one for the cluster worker."""
+    """What a worker group asks for: a bundle for every rank, then one for the cluster worker."""
 
     ranks: int
     rank: Resources
@@ -35,16 +35,16 @@ class Shape:
 
     @property
     def bundles(self) -> list[Resources]:
-        """In the order of the roles."""
+        """The bundles, in the order of the roles."""
         return [self.rank] * self.ranks + ([self.worker] if self.worker else [])
 
     def __str__(self) -> str:
-        worker = f" and the cluster worker ({_told(self.worker)})" if self.worker else ""
-        return f"{self.ranks} ranks ({_told(self.rank)} each){worker}"
+        worker = f" and the cluster worker ({_in_words(self.worker)})" if self.worker else ""
+        return f"{self.ranks} ranks ({_in_words(self.rank)} each){worker}"
 
 
 def shape_of(recipe: Recipe, spec: RaySpec, ranks: int, with_gpus: bool) -> Shape:
-    """The shape of a gang of so many ranks; `with_gpus`: the cluster has GPUs."""
+    """Return the shape of a group of so many ranks; `with_gpus`: the cluster has GPUs."""
     device = recipe.train.device
     on_gpus = with_gpus if device == "auto" else device != "cpu"
     rank = {"CPU": float(spec.cpus), **({"GPU": 1.0} if on_gpus else {})}
@@ -58,20 +58,20 @@ def shape_of(recipe: Recipe, spec: RaySpec, ranks: int, with_gpus: bool) -> Shap
 
 
 def has_gpus(nodes: list[Resources]) -> bool:
-    """Whether any node has one."""
+    """Return whether any node has a GPU."""
     return any(node.get("GPU", 0) > 0 for node in nodes)
 
 
 def alive() -> list[Resources]:
-    """What every living node has in all."""
+    """Return the resources of every living node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def missing(shape: Shape, nodes: list[Resources]) -> str:
-    """What the cluster lacks for the shape, in words; empty when it could hold it.
+    """Return what the cluster lacks for the shape, in words; empty when it could hold it.
 
     First fit, the most particular bundles first, then the largest: exact for the few kinds of
-    bundle that a gang has, unless nodes differ wildly. Then the placement group, not this, has the
+    bundle that a group has, unless nodes differ wildly. Then the placement group, not this, has the
     last word.
     """
     free = [dict(node) for node in nodes]
@@ -85,8 +85,8 @@ def missing(shape: Shape, nodes: list[Resources]) -> str:
             home[name] -= amount
     if not lacking:
         return ""
-    there = "; ".join(_told(node) for node in nodes) or "no node"
-    return f"{_told(lacking)} more than the cluster has ({there}) is needed for {shape}"
+    there = "; ".join(_in_words(node) for node in nodes) or "no node"
+    return f"{_in_words(lacking)} more than the cluster has ({there}) is needed for {shape}"
 
 
 def _particular(bundle: Resources) -> tuple[float, ...]:
@@ -95,7 +95,7 @@ def _particular(bundle: Resources) -> tuple[float, ...]:
 
 
 def has_room(now: Shape, wanted: Shape) -> bool:
-    """Whether a gang of the shape `now` could be one of the shape `wanted` instead."""
+    """Return whether a group of the shape `now` could have the shape `wanted` instead."""
     free = Counter(ray.available_resources())
     more = Counter(_total(wanted))
     more.subtract(_total(now))
@@ -111,7 +111,7 @@ def _total(shape: Shape) -> Counter[str]:
     return total
 
 
-def _told(resources: Resources | Counter[str] | None) -> str:
+def _in_words(resources: Resources | Counter[str] | None) -> str:
     known = ((name, (resources or {}).get(name, 0)) for name in ("GPU", "CPU"))
     return ", ".join(f"{amount:g} {name}" for name, amount in known if amount) or "nothing"
 
@@ -119,16 +119,16 @@ def _told(resources: Resources | Counter[str] | None) -> str:
 def reserve(
     shapes: list[Shape],
     spec: RaySpec,
-    tell: Callable[[str], None],
+    emit: Callable[[str], None],
     stopping: Callable[[], bool],
 ) -> tuple[Shape, PlacementGroup] | None:
-    """The first of the shapes (most ranks first) that there is room for; None when asked to stop.
+    """Reserve the first of the shapes (most ranks first) that fits; None when asked to stop.
 
-    `tell` hears why we wait, once for each reason. Fewer ranks than wanted are good enough after
-    `spec.settle` seconds. Raises `ResourceError`, naming what is missing, when the cluster is
-    still too small for the smallest shape after `spec.wait` seconds.
+    `emit` is called with why we wait, once for each reason. Fewer ranks than wanted are good
+    enough after `spec.settle` seconds. Raises `ResourceError`, naming what is missing, when the
+    cluster is still too small for the smallest shape after `spec.wait` seconds.
     """
-    began, told = time.monotonic(), ""
+    began, last = time.monotonic(), ""
     while not stopping():
         patient = time.monotonic() - began < spec.settle
         for shape in shapes[:1] if patient else shapes:
@@ -136,9 +136,9 @@ def reserve(
             if not lack and (group := _offer(shape, spec, stopping)):
                 return shape, group
             reason = lack or f"the cluster is busy: waiting for {shape}"
-            if reason != told:
-                tell(reason)
-                told = reason
+            if reason != last:
+                emit(reason)
+                last = reason
         lack = missing(shapes[-1], alive())
         if lack and time.monotonic() - began >= spec.wait + spec.settle * (len(shapes) > 1):
             raise ResourceError(
@@ -150,7 +150,7 @@ def reserve(
 
 
 def _offer(shape: Shape, spec: RaySpec, stopping: Callable[[], bool]) -> PlacementGroup | None:
-    """A placement group of that shape, if there is room for it now."""
+    """Return a placement group of that shape, if there is room for it now."""
     group: PlacementGroup = placement_group(shape.bundles, strategy=spec.strategy)
     deadline = time.monotonic() + OFFER_S
     while time.monotonic() < deadline and not stopping():

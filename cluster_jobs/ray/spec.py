@@ -45,10 +45,10 @@ class RaySpec(Section):
         15.0, ge=0, description="seconds before the run begins with fewer ranks than `max`"
     )
     start: float = Field(300.0, gt=0, description="seconds for all processes to come up")
-    hang: float = Field(
-        600.0,
+    hang: float | None = Field(
+        None,
         gt=0,
-        description="seconds without a sign of life after which a process counts as hung",
+        description="seconds without a sign of life that are a hang; default: train.hang",
     )
     stop: float = Field(
         120.0,

@@ -1,15 +1,13 @@
-"""One life of the gang: place it, see it up, watch it, and say how it ended.
+"""The Ray transport: the processes of a worker group as actors on a placement group.
 
-The controller is the only one who watches. It asks every member for news; a member that dies is
-told by Ray at once, one that hangs by its silence, and then the whole gang ends: a process group
-cannot lose a member. Nothing is lost by that but the steps since the last checkpoint, and the next
-life begins from what is on disk.
+Every actor is asked for news, and has always one question. Ray reports an actor that dies at once,
+and says whether its node has died too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,194 +16,182 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster_jobs.ray.actor import ClusterWorker, News, Place, Trainer
-from cluster_jobs.ray.faults import (
-    Ending,
-    Seated,
-    all_stopped,
-    first_line,
-    hang,
-    is_bad,
-    why,
-    worker_left,
-)
 from cluster_jobs.ray.placement import Shape
 from cluster_jobs.ray.spec import RaySpec
 from deepclust.errors import ResourceError
+from deepclust.launch.endings import Cause, Ending, Record
 from deepclust.launch.policy import AFTERMATH_S
 from deepclust.launch.role import CLUSTER_WORKER, Role
+from deepclust.launch.supervisor import AttemptEnded
 from deepclust.run.directory import Run
 
 RETRY_S = 0.2
-NEWS_S = 0.5  # how long a member with nothing to tell keeps a question
-LOSS_S = 30.0  # until Ray calls a node dead whose machine says nothing any more
-MORE_THREADS = 3  # of an actor: two questions and the wish to stop
+NEWS_S = 0.5  # how long an actor with nothing to report keeps a question
+MORE_THREADS = 3  # of an actor: two questions and the request to stop
+PROCESS_ALONE = "worker process has died"  # Ray's words where the node lives on
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
-class WorkerGroup:
-    """The ranks and the cluster worker of one attempt, on a placement group."""
+@dataclass
+class Handle:
+    """An actor, its place, and the question that it has."""
+
+    role: Role
+    actor: Any
+    place: Place | None = None
+    question: Any = None
+    have: int = 0  # records that it has reported
+    is_over: bool = False
+
+
+class Actors:
+    """The transport of a group on a placement group of the shape."""
 
     def __init__(self, run: Run, spec: RaySpec, shape: Shape, group: PlacementGroup) -> None:
-        """Create the actors; they come up while `watch` begins."""
         self.run, self.spec, self.shape, self.group = run, spec, shape, group
-        roles = list(range(shape.ranks)) + ([CLUSTER_WORKER] if shape.worker else [])
-        self.members = [self._seat(bundle, rank) for bundle, rank in enumerate(roles)]
-        self.trainers = [m for m in self.members if m.rank != CLUSTER_WORKER]
-        self.asked_to_stop: float | None = None  # when
+        self.handles: list[Handle] = []
 
-    def close(self) -> None:
-        """Kill what still runs and give the devices back; every stage is atomic."""
-        for member in self.members:
-            ray.kill(member.actor, no_restart=True)
+    def start(self, roles: list[Role]) -> list[Record]:
+        """Create the actors, see that all are up and see the run, and give each its role."""
+        self.handles = [self._create(bundle, role) for bundle, role in enumerate(roles)]
+        asked = [handle.actor.place.remote(self.run.token) for handle in self.handles]
+        try:
+            for handle, place in zip(
+                self.handles, ray.get(asked, timeout=self.spec.start), strict=True
+            ):
+                handle.place = place
+            self._check_places()
+            first = self.handles[0].actor.rendezvous.remote()
+            rendezvous: str = ray.get(first, timeout=self.spec.start)
+        except GetTimeoutError as error:
+            late = [s.role.name for s, a in zip(self.handles, asked, strict=True) if not _ready(a)]
+            text = f"{', '.join(late)} did not come up within ray.start={self.spec.start:g} s"
+            raise AttemptEnded(Ending("fault", late[0] if late else "", "start", text)) from error
+        except RayActorError as error:
+            who = self._name_of(error)
+            raise AttemptEnded(Ending("fault", who, "death", first_line(error))) from error
+        for handle in self.handles:
+            gpu = handle.place.gpus[0] if handle.place and handle.place.gpus else None
+            role = replace(handle.role, rendezvous=rendezvous, gpu=gpu)
+            handle.actor.begin.remote(role, self.run.token, self.run.attempt)
+            self._ask(handle)
+        return self._places()
+
+    def poll(self, timeout: float) -> list[tuple[int, Record]]:
+        """Return the news of the actors that have answered within the time."""
+        asked = {handle.question: handle for handle in self.handles if not handle.is_over}
+        if not asked:
+            time.sleep(timeout)
+            return []
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=timeout)
+        if ready:  # and whatever else is there by now
+            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+        handles = [asked[question] for question in ready]
+        return [(handle.role.rank, record) for handle in handles for record in self._answer(handle)]
+
+    def stop(self) -> None:
+        """Ask the trainers to stop at their next step."""
+        for handle in self.handles:
+            if handle.role.rank != CLUSTER_WORKER:
+                handle.actor.stop.remote()
+
+    def kill(self) -> None:
+        """Kill the actors and give the devices back."""
+        for handle in self.handles:
+            ray.kill(handle.actor, no_restart=True)
         remove_placement_group(self.group)
 
-    def watch(self, take: Callable[[dict[str, Any]], None], stopping: Callable[[], bool]) -> Ending:
-        """Until the trainers are through, a member is lost, or all have stopped as asked.
-
-        `take` is given every event and progress that a member tells.
-        """
-        ending = self._begin(take)
-        while ending is None:
-            self._listen(take)
-            if self.asked_to_stop is None and stopping():
-                self._ask_to_stop()
-            ending = self._ended(take) or self._overdue()
-        return ending
-
-    def _seat(self, bundle: int, rank: int) -> Seated:
-        kind, name = (Trainer, f"rank {rank}") if rank >= 0 else (ClusterWorker, "cluster worker")
+    def _create(self, bundle: int, role: Role) -> Handle:
+        kind = ClusterWorker if role.rank == CLUSTER_WORKER else Trainer
         wants, mark = self.shape.bundles[bundle], self.run.token[:4]  # a name is taken only once
-        actor = (
-            ray.remote(kind)
-            .options(
-                name=f"{self.run.path.name}: {name} (life {self.run.attempt}, {mark})",
-                num_cpus=wants["CPU"], num_gpus=wants.get("GPU", 0),
-                max_restarts=0, max_concurrency=MORE_THREADS,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle),
-                # masks per actor trouble NCCL on NVSwitch machines; ranks set their device instead
-                runtime_env={"env_vars": {**UNMASKED, **self.spec.env}},
-            )
-            .remote(str(self.run.path))
-        )  # fmt: skip
-        return Seated(name, rank, actor)
+        options = {
+            "name": f"{self.run.path.name}: {role.name} (attempt {self.run.attempt}, {mark})",
+            "num_cpus": wants["CPU"], "num_gpus": wants.get("GPU", 0),
+            "max_restarts": 0, "max_concurrency": MORE_THREADS,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, bundle),
+            # masks per actor trouble NCCL on NVSwitch machines; ranks set their device instead
+            "runtime_env": {"env_vars": {**UNMASKED, **self.spec.env}},
+        }  # fmt: skip
+        return Handle(role, ray.remote(kind).options(**options).remote(str(self.run.path)))
 
-    def _begin(self, take: Callable[[dict[str, Any]], None]) -> Ending | None:
-        """See that all are up, on devices of their own, with the run in sight; then start them."""
-        try:
-            asked: list[Any] = [m.actor.look.remote(self.run.token) for m in self.members]
-            places: list[Place] = ray.get(asked, timeout=self.spec.start)
-            for member, place in zip(self.members, places, strict=True):
-                member.place = place
-            self._check_places()
-            take({"event": "placed", "members": self._places()})
-            rendezvous: str = ray.get(
-                self.trainers[0].actor.rendezvous.remote(), timeout=self.spec.start
-            )
-        except GetTimeoutError:
-            silent = [m.name for m, a in zip(self.members, asked, strict=True) if not _ready(a)]
-            text = f"{', '.join(silent)} did not come up within ray.start={self.spec.start:g} s"
-            return Ending("fault", silent[0] if silent else "", "start", text)
-        except RayActorError as error:
-            return Ending("fault", self._dead_name(error), "death", first_line(error))
-        for member in self.members:
-            gpu = member.place.gpus[0] if member.place and member.place.gpus else None
-            role = Role(member.rank, self.shape.ranks, rendezvous, gpu=gpu)
-            member.actor.begin.remote(role, self.run.token, self.run.attempt)
-            member.answered = time.monotonic()
-            self._ask(member)
-        return None
-
-    def _places(self) -> list[dict[str, Any]]:
-        """Who has come up where, for an event."""
+    def _places(self) -> list[Record]:
         return [
-            {"who": m.name, "host": m.place.host, "node": m.place.node[:8], "pid": m.place.pid,
-             "gpus": list(m.place.gpus)}
-            for m in self.members
-            if m.place is not None
+            {"who": handle.role.name, "host": place.host, "node": place.node[:8], "pid": place.pid,
+             "gpus": list(place.gpus)}
+            for handle in self.handles if (place := handle.place)
         ]  # fmt: skip
 
     def _check_places(self) -> None:
         """Raise `ResourceError`: a node that does not see the run, a device that two have."""
-        for member in self.members:
-            if member.place and member.place.problem:
+        owners: dict[tuple[str, int], str] = {}
+        for handle in self.handles:
+            place, name = handle.place, handle.role.name
+            if place is None:
+                continue
+            if place.problem:
                 raise ResourceError(
-                    f"node {member.place.host} ({member.place.ip}), where the {member.name} is: "
-                    f"{member.place.problem}. Every node must see the run directory, on a shared "
-                    "file system, under the same path."
+                    f"node {place.host} ({place.ip}), where the {name} is: {place.problem}. Every "
+                    "node must see the run directory, on a shared file system, under the same path."
                 )
-        taken: dict[tuple[str, int], str] = {}
-        for name, place in ((m.name, m.place) for m in self.members if m.place):
             for gpu in place.gpus:
-                other = taken.setdefault((place.node, gpu), name)
+                other = owners.setdefault((place.node, gpu), name)
                 if other != name:
                     raise ResourceError(f"{other} and {name} were given one device, GPU {gpu}")
 
-    def _ask(self, member: Seated) -> None:
-        member.question = member.actor.news.remote(member.have, NEWS_S)
+    def _ask(self, handle: Handle) -> None:
+        handle.question = handle.actor.news.remote(handle.have, NEWS_S)
 
-    def _listen(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """Take in what comes within half a second."""
-        asked = {m.question: m for m in self.members if not m.over}
-        if not asked:
-            return
-        ready, _ = ray.wait(list(asked), num_returns=1, timeout=NEWS_S)
-        if ready:  # and whatever else is there by now
-            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-        for question in ready:
-            self._hear(asked[question], take)
-
-    def _hear(self, member: Seated, take: Callable[[dict[str, Any]], None]) -> None:
+    def _answer(self, handle: Handle) -> list[Record]:
+        """Return the records of an answer, and ask again unless it was the last."""
         try:
-            news: News = ray.get(member.question)
-        except ActorUnavailableError:  # perhaps only the network; time will tell
-            member.unreachable = True
+            news: News = ray.get(handle.question)
+        except ActorUnavailableError:  # perhaps only the network, for a while
             time.sleep(RETRY_S)
-            return self._ask(member)
+            self._ask(handle)
+            return [{"unreachable": True}]
         except RayError as error:
-            member.death = first_line(error)
-            return
-        member.answered, member.idle_s, member.unreachable = time.monotonic(), news.idle_s, False
-        for record in news.records:
-            member.have += 1
-            take(record)
-        member.result = news.result
-        self._ask(member)
+            handle.is_over = True
+            return [death(first_line(error), handle.place)]
+        handle.have += len(news.records)
+        handle.is_over = news.result is not None
+        if not handle.is_over:
+            self._ask(handle)
+        answer = {"idle_s": news.idle_s} if news.result is None else {"result": news.result}
+        return [*news.records, answer]
 
-    def _ask_to_stop(self) -> None:
-        self.asked_to_stop = time.monotonic()
-        for member in self.trainers:
-            member.actor.stop.remote()
+    def _name_of(self, error: RayActorError) -> str:
+        dead = [s.role.name for s in self.handles if s.actor._ray_actor_id.hex() in str(error)]
+        return dead[0] if dead else "a process"
 
-    def _overdue(self) -> Ending | None:
-        """Who was asked to stop and does not is not waited for: the last commit counts."""
-        if self.asked_to_stop is None or time.monotonic() - self.asked_to_stop < self.spec.stop:
-            return None
-        return Ending("stopped", text=f"it did not stop within {self.spec.stop:g} s and was killed")
 
-    def _ended(self, take: Callable[[dict[str, Any]], None]) -> Ending | None:
-        """How it ended, if it has."""
-        results = [m.result for m in self.trainers]
-        if all(result == {} for result in results):
-            return Ending("finished")
-        if all_stopped(self.trainers):
-            return Ending("stopped", text=str((results[0] or {})["failed"]))
-        if any(m.death or is_bad(m.result) for m in self.members) or worker_left(self.members):
-            self._aftermath(take)
-            return why(self.members)
-        return hang(self.members, self.spec.hang)
+def death(text: str, place: Place | None) -> Record:
+    """Return the record of a dead actor: it alone, its node, or its node taken away on purpose."""
+    node = place.node if place and PROCESS_ALONE not in text else ""
+    facts = next((n for n in _nodes_soon(node) if n["NodeID"] == node), None)
+    if facts is None or facts["Alive"] or place is None:
+        return {"death": text}
+    reason = f"{facts.get('DeathReason', '')} {facts.get('DeathReasonMessage', '')}".strip()
+    cause: Cause = "preemption" if "PREEMPT" in reason.upper() else "node"
+    return {"death": f"node {node[:8]} on {place.host} is gone ({reason})", "cause": cause}
 
-    def _aftermath(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """Hear the others out: who dies with its node is called dead later than who notices it."""
-        began = time.monotonic()
-        while not (any(m.death for m in self.members) or all(m.over for m in self.trainers)):
-            lost = any(m.unreachable and not m.death for m in self.members)
-            if time.monotonic() - began > (LOSS_S if lost else AFTERMATH_S):
-                return
-            self._listen(take)
 
-    def _dead_name(self, error: RayActorError) -> str:
-        dead = [m.name for m in self.members if m.actor._ray_actor_id.hex() in str(error)]
-        return dead[0] if dead else "a member"
+def _nodes_soon(node: str) -> list[dict[str, Any]]:
+    """Return the cluster's nodes; Ray reports a dead process a moment before its dead node."""
+    deadline = time.monotonic() + AFTERMATH_S
+    nodes: list[dict[str, Any]] = []
+    while node and time.monotonic() < deadline:
+        nodes = list(ray.nodes())
+        if any(n["NodeID"] == node and not n["Alive"] for n in nodes):
+            break
+        time.sleep(0.1)
+    return nodes
+
+
+def first_line(error: Exception) -> str:
+    """Return the line of a long message of Ray that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    dead = [line for line in lines if "dead because" in line or "died" in line]
+    return (dead or lines or [type(error).__name__])[-1][:300]
 
 
 def _ready(ref: Any) -> bool:

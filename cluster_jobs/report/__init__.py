@@ -1,7 +1,7 @@
 """`deepclust report`: a run as one static HTML page that needs no server, network or script.
 
-The page shows what the run directory says and nothing else; the only files read beside it are the
-shards, for the images of the gallery. Whatever is missing is replaced by a sentence about it.
+The page shows what is in the run directory. The only other files that are read are the shards, for
+the images of the gallery. Where something is missing, a sentence says so.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from deepclust.files import write_text
 from deepclust.run.directory import open_run
 
 
-def write_report(run: Path, out: Path) -> Path:
-    """Write the page about `run` to `out`, atomically; returns `out`. Any state of a run will do.
+def write_report(run_dir: Path, out: Path) -> Path:
+    """Write the page about a run in any state to `out` atomically, and return `out`.
 
-    Raises `RecipeError` when `run` is not a run, `DiskError` when `out` cannot be written.
+    Raises `RecipeError` when `run_dir` is not a run, `DiskError` when `out` cannot be written.
     """
-    found = open_run(run)
-    facts = gather(found)
+    run = open_run(run_dir)
+    facts = gather(run)
     page = _template().render(
         facts=facts,
         checks=checks(facts),
-        charts=charts(found, facts),
-        gallery=gallery(found),
+        charts=charts(run, facts),
+        gallery=gallery(run),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
     write_text(Path(out), page)
@@ -38,7 +38,8 @@ def write_report(run: Path, out: Path) -> Path:
 
 
 def _template() -> jinja2.Template:
-    """Everything is escaped, because class names and keys come from whoever made the shards."""
+    """Return the template of the page, which escapes every value."""
+    # class names and keys may be hostile: they come with the shards
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cluster_jobs.report", "."),
         autoescape=True,
@@ -51,12 +52,12 @@ def _template() -> jinja2.Template:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table: counts whole, fractions to `digits` places, None as a dash."""
+    """Return a table's text for a number: a count, `digits` decimal places, or a dash for None."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def percent(share: float | None) -> str:
-    """A share for a table, None as a dash."""
+    """Return a table's text for a share, or a dash for None."""
     return "–" if share is None else f"{share:.1%}"

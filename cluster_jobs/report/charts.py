@@ -1,4 +1,4 @@
-"""The curves of the report, as SVG text to be set into the page: small panels that print well."""
+"""The curves of the report, as SVG text for the page: small panels that print well."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Chart:
 
 
 def charts(run: Run, facts: Facts) -> list[Chart]:
-    """The panels that there are numbers for."""
+    """Return the panels that there are numbers for."""
     seeded = facts.recipe.seeds is not None
     panels = [_loss(facts), *_by_round(facts.rounds, seeded), _sizes(run, facts)]
     return [panel for panel in panels if panel is not None]
@@ -58,7 +58,7 @@ def _loss(facts: Facts) -> Chart | None:
     if not facts.train:
         return None
     steps, losses = (_column(facts.train, name) for name in ("step", "loss"))
-    guess = facts.recipe.guess
+    guess = facts.recipe.chance_loss
 
     def draw(axes: Axes) -> None:
         axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")
@@ -67,15 +67,15 @@ def _loss(facts: Facts) -> Chart | None:
         _legend(axes)
 
     reading = "It should fall well below the dashed line."
-    if facts.recipe.method.resets:
-        reading = "It falls within a round, and jumps at each new one, as the head starts anew."
+    if (refresh := facts.recipe.method.round) is not None and refresh.resets:
+        reading = "It falls within a round, and jumps at each new one, because the head is new."
     return Chart("Training loss", reading, _svg(draw))
 
 
 def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:
     part = "Labels only measure."
     if seeded:
-        part = "Labels seed the clusters, so this is no independent measure."
+        part = "Labels seed the clusters, so this measure is not independent."
     return [
         _lines(
             rounds,
@@ -112,20 +112,20 @@ def _lines(
     series: Sequence[tuple[str, str]],
     shares: bool = True,
 ) -> Chart | None:
-    """A panel of some statistics by round (`shares`: from 0 to 1), without what no round has."""
-    there = [(key, name) for key, name in series if any(r.get(key) is not None for r in rounds)]
-    if not there:
+    """Return a panel of statistics by round, of those that any round has; `shares` are 0 to 1."""
+    known = [(key, name) for key, name in series if any(r.get(key) is not None for r in rounds)]
+    if not known:
         return None
     numbers = _column(rounds, "round")
 
     def draw(axes: Axes) -> None:
-        for (key, name), colour in zip(there, (BLUE, ORANGE, GREEN), strict=False):
+        for (key, name), colour in zip(known, (BLUE, ORANGE, GREEN), strict=False):
             axes.plot(numbers, _column(rounds, key), marker="o", color=colour, label=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("round")
         if shares:
             axes.set_ylim(-0.02, 1.02)
-        if len(there) > 1:
+        if len(known) > 1:
             _legend(axes)
 
     return Chart(title, reading, _svg(draw))
@@ -135,8 +135,8 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
     if not facts.rounds:
         return None
     number, k = facts.rounds[-1]["round"], facts.recipe.clustering.k
-    labels = np.load(run.round(number) / "assignments" / "assignments.npy", mmap_mode="r")[0]
-    sizes = np.bincount(labels[labels >= 0], minlength=k)
+    assignments = np.load(run.round(number) / "assignments" / "assignments.npy", mmap_mode="r")[0]
+    sizes = np.bincount(assignments[assignments >= 0], minlength=k)
     wide = sizes.max() > 20 * max(1, np.median(sizes))
 
     def draw(axes: Axes) -> None:
@@ -147,17 +147,20 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
         axes.set_ylabel("clusters")
         _legend(axes)
 
-    reading = f"Of round {number}: {sizes.min():,} to {sizes.max():,} images in each of {k:,}."
+    head = ", head 0" if facts.heads else ""
+    reading = (
+        f"Of round {number}{head}: {sizes.min():,} to {sizes.max():,} images in each of {k:,}."
+    )
     return Chart("Cluster sizes", reading, _svg(draw))
 
 
 def _legend(axes: Axes) -> None:
-    """One line above the panel, where it hides no curve."""
+    """Draw the legend as one line above the panel, where it hides no curve."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, borderpad=0, columnspacing=1)
 
 
 def bin_edges(sizes: np.ndarray, wide: bool) -> np.ndarray:
-    """Some 32 bins: of equal ratio when a few clusters are huge, else of equal whole width."""
+    """Return some 32 bins: of equal ratio when a few clusters are huge, else of equal width."""
     low, high = int(sizes.min()), int(sizes.max()) + 1
     if wide:
         return np.geomspace(max(1, low), high, 33)
@@ -166,7 +169,7 @@ def bin_edges(sizes: np.ndarray, wide: bool) -> np.ndarray:
 
 
 def _column(records: list[Record], key: str) -> np.ndarray:
-    """A column of numbers; what a record lacks is NaN, and leaves a gap in the curve."""
+    """Return a column of numbers, NaN where a record lacks it, which leaves a gap."""
     return np.array([r.get(key) for r in records], dtype=np.float64)
 
 

@@ -1,7 +1,7 @@
-"""Is it working? The questions that users ask about a clustering run, answered in sentences.
+"""Checks of a clustering run: what users ask about it, answered in sentences.
 
-Each check looks at the facts and answers with a verdict, or with None where it is too early. The
-limits are rules of thumb; they colour a sentence and stop nothing.
+Each check returns a result, or None where it is too early. The limits are rules of thumb that
+colour a sentence and stop nothing.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ UNSETTLED = 0.05  # fall of the NMI between rounds
 
 
 class Check(NamedTuple):
-    """A verdict and its reason."""
+    """Whether something is good, and a sentence that says why."""
 
     good: bool
     text: str
 
 
 def checks(facts: Facts) -> list[Check]:
-    """All answers that there are."""
-    asked: tuple[Callable[[Facts], Check | None], ...] = (learns, balanced, settles, filled, whole)
-    return [answer for ask in asked if (answer := ask(facts)) is not None]
+    """Return the results of all checks for which it is not too early."""
+    table: tuple[Callable[[Facts], Check | None], ...] = (learns, balanced, settles, filled, whole)
+    return [result for check in table if (result := check(facts)) is not None]
 
 
 def learns(facts: Facts) -> Check | None:
-    """Whether the network beats a guess, whose loss is ln of the number of answers."""
+    """Check whether the network beats a guess, whose loss is ln of the number of answers."""
     trained = [one["loss"] for one in facts.rounds or facts.train if one["loss"] is not None]
     if not trained:
         return None
-    loss, guess = trained[-1], facts.recipe.guess
+    loss, guess = trained[-1], facts.recipe.chance_loss
     if loss > STUCK * guess:
         smaller = "" if facts.recipe.cluster is None else ", or a smaller cluster.k"
         return Check(
@@ -47,18 +47,21 @@ def learns(facts: Facts) -> Check | None:
 
 
 def balanced(facts: Facts) -> Check | None:
-    """Whether a few clusters swallow the images."""
-    if not facts.rounds:
+    """Check that no cluster holds far more images than the others, in any head."""
+    shares = [one["largest_share"] for one in facts.heads or facts.rounds[-1:]]
+    if not shares or None in shares:
         return None
-    share, even = facts.rounds[-1]["largest_share"], 1 / facts.recipe.clustering.k
+    share, even = max(shares), 1 / facts.recipe.clustering.k
     text = f"The largest cluster holds {share:.1%} of the images; an even share is {even:.2%}."
     if share > max(CROWDED, 5 * even):
-        return Check(False, f"{text} The clustering is collapsing: lower train.lr and start anew.")
+        return Check(
+            False, f"{text} The clustering is collapsing: start again with a lower train.lr."
+        )
     return Check(True, text)
 
 
 def settles(facts: Facts) -> Check | None:
-    """Whether consecutive rounds come to agree."""
+    """Check whether consecutive rounds agree more and more."""
     agreed = [one["nmi_previous"] for one in facts.rounds if one["nmi_previous"] is not None]
     if not agreed:
         return None
@@ -71,26 +74,26 @@ def settles(facts: Facts) -> Check | None:
 
 
 def filled(facts: Facts) -> Check | None:
-    """Whether k-means had to fill clusters that won nothing."""
-    forced = facts.rounds[-1].get("forced", 0) if facts.rounds else 0
+    """Check whether k-means had to fill clusters that no image was nearest to."""
+    forced = facts.rounds[-1]["forced"] if facts.rounds else 0
     if not forced:
         return None
     return Check(
         forced <= 0.01 * facts.recipe.clustering.k,
-        f"{forced:,} images were moved into clusters that had won none. "
+        f"{forced:,} images were moved into clusters that had none. "
         "If there are many, the images have fewer kinds than cluster.k.",
     )
 
 
 def whole(facts: Facts) -> Check | None:
-    """Whether samples had to be left out."""
-    if not facts.rounds:
+    """Check whether samples had to be left out."""
+    if not facts.rounds or facts.rounds[-1]["excluded"] is None:
         return None
     excluded, n = facts.rounds[-1]["excluded"], facts.rounds[-1]["n"]
     if not excluded:
         return Check(True, f"All {n:,} samples are in a cluster.")
     return Check(
         excluded <= LOST * n,
-        f"{excluded:,} of {n:,} samples could not be used; the table of deepclust assignments "
-        "tells which, and why.",
+        f"{excluded:,} of {n:,} samples could not be used. The table of deepclust assignments "
+        "lists them with the reasons.",
     )

@@ -1,4 +1,4 @@
-"""What the report tells, read from the files of a run: plain values, nothing drawn yet."""
+"""The facts of a report, read from the files of a run: plain values, nothing is drawn yet."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from cluster_jobs.results.assignments import seeded_supers
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
 from deepclust.data.shards.url import redact
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
-from deepclust.recipe.sections import AnyMethod, ClusterSection
+from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.run.directory import Run
 
 Record = dict[str, Any]
 UNKNOWN = "not known before the run starts"
+STATISTICS = (  # of a round or of a head that the page shows; None where a run has none
+    *("k", "n", "excluded", "sizes", "entropy_ratio", "largest_share", "inertia", "forced"),
+    *("reassigned", "nmi_previous", "nmi_labels", "ari_labels", "accuracy_labels"),
+)
+SIZES = {"min": None, "median": None, "max": None}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A number to see first."""
+    """A number at the top of the page."""
 
     name: str
     value: str
@@ -58,7 +64,8 @@ class Facts:
     essentials: list[tuple[str, str]]
     tiles: list[Tile]
     rounds: list[Record]
-    seeds: Record | None  # what labelled seeds came to in the last round
+    heads: list[Record]  # of the last round, where it has several
+    seeds: Record | None  # the seeded clusters of the last round
     train: list[Record]
     scores: list[Score]
     exports: list[Export]
@@ -66,7 +73,7 @@ class Facts:
 
 
 def gather(run: Run) -> Facts:
-    """Everything but the images."""
+    """Return everything but the images."""
     recipe, train = run.recipe, run.metrics("train")
     status = status_of(run)
     scores = _scores(run)
@@ -79,6 +86,7 @@ def gather(run: Run) -> Facts:
         essentials=_essentials(run, recipe),
         tiles=_tiles(status, rounds, scores),
         rounds=rounds,
+        heads=[_statistics(head) for head in rounds[-1].get("heads", [])] if rounds else [],
         seeds=_seeds(run, rounds),
         train=train,
         scores=scores,
@@ -91,18 +99,29 @@ def gather(run: Run) -> Facts:
 
 
 def _round(run: Run, number: int, train: list[Record]) -> Record:
-    """The statistics of a round, and the mean loss of the training on it."""
+    """Return the statistics of a round, and the mean loss of the training on it."""
     statistics = read_json(run.round(number) / "assignments" / "statistics.json")
     losses = [record["loss"] for record in train if record["round"] == number]
-    return {**statistics, "loss": sum(losses) / len(losses) if losses else None}
+    mean = sum(losses) / len(losses) if losses else None
+    return {**_statistics(statistics), "round": number, "loss": mean}
+
+
+def _statistics(record: Record) -> Record:
+    """Return a record with None for each statistic that it lacks, so that the page can name it."""
+    complete = {**dict.fromkeys(STATISTICS), **record}
+    return {**complete, "sizes": {**SIZES, **(complete["sizes"] or {})}}
 
 
 def _seeds(run: Run, rounds: list[Record]) -> Record | None:
-    """The last round's seeded clusters and confusion, if labels seeded it."""
+    """Return the last round's seeded clusters and confusion, if labels seeded it."""
     if not rounds:
         return None
-    file = run.round(rounds[-1]["round"]) / "assignments" / "seeds.json"
-    return dict(read_json(file)) if file.exists() else None
+    number = rounds[-1]["round"]
+    file = run.round(number) / "assignments" / "seeds.json"
+    if not file.exists():
+        return None
+    unit = "cluster" if seeded_supers(run, number) is None else "super-cluster"
+    return {**read_json(file), "unit": unit}
 
 
 def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
@@ -122,8 +141,8 @@ def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _choices(method: AnyMethod) -> str:
-    """What a method's section says beside its name."""
+def _choices(method: MethodSection) -> str:
+    """Return what a method's section holds beside its name."""
     chosen = method.model_dump(exclude={"name", "sampling"})
     return ", ".join(f"{key} {value}" for key, value in chosen.items())
 
@@ -132,12 +151,12 @@ def _clusters(cluster: ClusterSection | None) -> list[tuple[str, str]]:
     if cluster is None:
         return []
     inside = f" in {cluster.supers:,} super-clusters" if cluster.supers > 1 else ""
-    how = f"of {cluster.dim} dimensions, anew every {cluster.every}"
+    how = f"of {cluster.dim} dimensions, again every {cluster.every}"
     return [("Clusters", f"{cluster.k:,}{inside}, {how}")]
 
 
 def _tiles(status: Status, rounds: list[Record], scores: list[Score]) -> list[Tile]:
-    """How far it is, how fast, and the best news there are."""
+    """Return how far the run is, how fast, and its best scores."""
     tiles = []
     if status.epoch is not None:
         tiles.append(Tile(f"of {status.epochs} epochs", f"{status.epoch:.3g}"))
@@ -165,26 +184,26 @@ def _environment(run: Run) -> list[tuple[str, str]]:
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
-    """Which samples the run began with; its first process writes it down."""
+    """Return which samples the run began with; its first process records them."""
     path = run.path / "data.json"
-    found = read_json(path) if path.exists() else None
-    samples, fingerprint = (f"{found['n']:,}", found["fingerprint"]) if found else (UNKNOWN,) * 2
+    data = read_json(path) if path.exists() else None
+    samples, fingerprint = (f"{data['n']:,}", data["fingerprint"]) if data else (UNKNOWN,) * 2
     return [("Samples", samples), ("Fingerprint", fingerprint)]
 
 
 def _scores(run: Run) -> list[Score]:
-    """The numbers of evaluations/*.json, newest evaluation first."""
-    found = []
+    """Return the numbers of evaluations/*.json, the newest evaluation first."""
+    scores = []
     for file in sorted((run.path / "evaluations").glob("*.json"), reverse=True):
         record = read_json(file)
         source = f"step {record['step']:,}: {record['train']} → {record['test']}"
         for evaluator, values in record["scores"].items():
-            found += [Score(evaluator, name, value, source) for name, value in values.items()]
-    return found
+            scores += [Score(evaluator, name, value, source) for name, value in values.items()]
+    return scores
 
 
 def _commands(run: Run, recipe: Recipe, state: str) -> list[tuple[str, str]]:
-    """What to type next, and what it does."""
+    """Return what to type next, and what it does."""
     name = shlex.quote(str(run.path))
     report = f"deepclust report {name} --out {shlex.quote(str(run.path / 'report.html'))}"
     watch = [(f"deepclust logs {name} -f", "follow it"), (report, "write this page again")]

@@ -1,7 +1,8 @@
 """The images of some clusters: those nearest to the centroid, and a few random members.
 
-The nearest ones show what a cluster means, the random ones what it holds. Images are read from the
-shards through the index, made small, and set into the page as data URIs.
+The nearest ones show what a cluster means, the random ones what it holds. The clusters are those of
+head 0. Images are read from the shards through the index, made small, and put into the page as data
+URIs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards by kind of cluster; or why there are none, in `note`."""
+    """The cards by kind of cluster, or in `note` why there are none."""
 
     groups: list[tuple[str, list[Card]]]
     note: str = ""
@@ -65,7 +66,7 @@ class Gallery:
 
 
 def gallery(run: Run) -> Gallery:
-    """The gallery of the last round; never an error, because the page is about more than images."""
+    """Return the gallery of the last round; an error becomes its note."""
     rounds = run.rounds()
     if not rounds:
         return Gallery([], "The images of the clusters appear here after the first round.")
@@ -90,7 +91,7 @@ def _groups(run: Run, number: int, index: Index) -> list[tuple[str, list[Card]]]
 
 
 def choose(sizes: Int64[np.ndarray, " k"], seed: int) -> dict[str, Int64[np.ndarray, " c"]]:
-    """The clusters to show, by kind; all of them when they are few. Empty ones never."""
+    """Return the clusters to show, by kind: all when they are few, and never empty ones."""
     order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     if len(order) <= 3 * PER_GROUP:
         return {"All clusters, by size": order}
@@ -126,7 +127,7 @@ def _card(
 
 
 def _majority(index: Index, members: Int64[np.ndarray, " m"]) -> tuple[int | None, float | None]:
-    """The most frequent label of the members that have one, and its share."""
+    """Return the most frequent label of the members that have one, and its share."""
     known = np.zeros(0, np.int64) if index.labels is None else index.labels[members]
     known = known[known >= 0]
     if not len(known):
@@ -140,33 +141,33 @@ def _class_name(index: Index, label: int) -> str:
 
 
 def _thumbnails(
-    index: Index, ids: Int64[np.ndarray, " m"], count: int, majority: int | None
+    index: Index, sample_ids: Int64[np.ndarray, " m"], count: int, majority: int | None
 ) -> list[Thumbnail]:
-    """The first `count` of the samples that can be decoded."""
-    found: list[Thumbnail] = []
-    for sample in ids.tolist():
-        if len(found) == count:
+    """Return the first `count` of the samples that can be decoded."""
+    thumbnails: list[Thumbnail] = []
+    for sample_id in sample_ids.tolist():
+        if len(thumbnails) == count:
             break
         try:
-            image = decode(_read(index, sample))
+            image = decode(_read(index, sample_id))
         except DecodeError:
             continue
-        label = -1 if index.labels is None else int(index.labels[sample])
+        label = -1 if index.labels is None else int(index.labels[sample_id])
         kind = f" · {_class_name(index, label)}" if label >= 0 else ""
-        title = f"{index.keys[sample]}{kind} · sample {sample}"
+        title = f"{index.keys[sample_id]}{kind} · sample {sample_id}"
         odd = majority is not None and label not in (-1, majority)
-        found.append(
+        thumbnails.append(
             Thumbnail(
                 _data_uri(image.permute(1, 2, 0).numpy()), title, odd, max(image.shape) <= EXACT
             )
         )
-    return found
+    return thumbnails
 
 
-def _read(index: Index, sample: int) -> bytes:
+def _read(index: Index, sample_id: int) -> bytes:
     files = ShardFiles(index.shards)
     try:
-        return files.read(*(int(column[0]) for column in index.locate(np.array([sample]))))
+        return files.read(*(int(column[0]) for column in index.locate(np.array([sample_id]))))
     finally:
         files.close()
 

@@ -1,7 +1,7 @@
 """Which image is in which cluster: a round's assignments as one Parquet or CSV table.
 
-Every sample of the index has a row a head: the excluded ones with cluster -1 and the reason. The
-table is written shard by shard, so that a hundred million rows need no more memory than a shard.
+Every sample of the index has one row for each head: an excluded one has cluster -1 and the reason.
+The table is written shard by shard, so it needs no more memory than one shard does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -36,42 +35,45 @@ SCHEMA = pa.schema(
     }
 )
 SEEDED = SCHEMA.append(pa.field("class", pa.string()))
-Writer: TypeAlias = pyarrow.parquet.ParquetWriter | pyarrow.csv.CSVWriter
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
 REASON_LOST = "not in the round that these assignments were taken over from"
 
 
-def export_assignments(run: Path, out: Path, round: int | None = None) -> Path:
-    """Write the assignments of a round (default: the last) to `out`, atomically; returns `out`.
+def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Path:
+    """Write the assignments of a round (default: the last) to `out` atomically, and return it.
 
-    Columns: sample_id, shard (file name), key, head, cluster (-1 = excluded), distance (squared L2
-    to the own centroid in the whitened space, null if excluded), reason (null unless excluded); in
-    a round with labelled seeds also class (of the cluster's prototype, null for free clusters).
-    Rows are ordered by shard, then head, then sample id.
+    Rows are ordered by shard, then head, then sample id. What does not apply is null. Columns:
 
-    Raises `RecipeError` for a suffix other than .parquet and .csv or a round that is not there,
+        sample_id, shard   shard is a file name
+        key, head
+        cluster            -1 for excluded samples
+        distance           squared L2 to the own centroid, in the whitened space
+        reason             why a sample is excluded
+        class              of the cluster's prototype (in seeded rounds only)
+
+    Raises `RecipeError` for another suffix than .parquet and .csv, or for a missing round. Raises
     `RunDiffersError` when the shards are no longer those that were clustered.
     """
     out = Path(out)
     if out.suffix not in WRITERS:
         raise RecipeError(f"cannot write {out}: name it {' or '.join('*' + s for s in WRITERS)}")
-    found = open_run(run)
-    number = choose_round(found, round)
-    index = open_clustered(found, number)
-    schema = SCHEMA if seeded_classes(found, number) is None else SEEDED
+    run = open_run(run_dir)
+    number = choose_round(run, round)
+    index = open_clustered(run, number)
+    schema = SCHEMA if seeded_classes(run, number) is None else SEEDED
     with atomic_file(out) as partial, WRITERS[out.suffix](partial, schema) as writer:
-        for batch in _batches(found, number, index):
+        for batch in _batches(run, number, index):
             writer.write_batch(batch)
     return out
 
 
 def choose_round(run: Run, wanted: int | None) -> int:
-    """The wanted round, or the last one; `RecipeError` lists those there are, if there can be."""
+    """Return the wanted round, or the last; `RecipeError` names the rounds that there are."""
     rounds, recipe = run.rounds(), run.recipe
     if recipe.cluster is None:
         raise RecipeError(
-            f"{run.path} is a run of method {recipe.method.name}, which has no clusters. What it "
-            f"has is a backbone: deepclust export {run.path} --out backbone.safetensors"
+            f"{run.path} is a run of method {recipe.method.name}, which has no clusters. It has a "
+            f"backbone: deepclust export {run.path} --out backbone.safetensors"
         )
     if not rounds:
         raise RecipeError(
@@ -84,7 +86,7 @@ def choose_round(run: Run, wanted: int | None) -> int:
 
 
 def open_clustered(run: Run, number: int) -> Index:
-    """The index of the run's shards; `RunDiffersError` if round `number` clustered other ones."""
+    """Return the index of the run's shards; `RunDiffersError` if round `number` had others."""
     data = run.recipe.data
     index = open_index(data.shards, data.index, run.path)
     clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
@@ -92,30 +94,36 @@ def open_clustered(run: Run, number: int) -> Index:
         raise RunDiffersError(
             f"{redact(data.shards)} now has fingerprint {index.fingerprint}, but round {number} of "
             f"{run.path} clustered {clustered}: the ids no longer name the same images. "
-            "Put the shards of the run back in their place."
+            "Put the shards of the run back in that folder."
         )
     return index
 
 
 def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:
-    """Why samples have no cluster, by sample id: known to the index, or found by extraction."""
+    """Return why samples have no cluster, by sample id, as index and extraction recorded it."""
     return {**read_excluded(run.round(number) / "assignments"), **index.excluded}
 
 
 def seeded_classes(run: Run, number: int) -> np.ndarray | None:
-    """Every cluster's class name, None for free ones and at the end for excluded samples (-1).
+    """Return the class name of every cluster [k + 1], or None for a round without seeds.
 
-    None for a round without seeds.
+    It is None for free clusters, and in the last place, which excluded samples (-1) index.
     """
     file = run.round(number) / "centroids" / "prototypes.json"
     if not file.exists():
         return None
-    cluster = run.recipe.clustering
-    each = cluster.k // cluster.supers if run.recipe.method.name == "deepercluster" else 1
-    names = np.full(cluster.k + 1, None, dtype=object)
+    k, supers = run.recipe.clustering.k, seeded_supers(run, number)
+    each = 1 if supers is None else k // supers
+    names = np.full(k + 1, None, dtype=object)
     for one in read_json(file)["clusters"]:  # of super-clusters, where there are two levels
         names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]
     return names
+
+
+def seeded_supers(run: Run, number: int) -> int | None:
+    """Return the number of super-clusters of a two-level round, whose seeds are of those."""
+    supers: int | None = manifest(run.round(number) / "assignments")["inputs"].get("supers")
+    return supers
 
 
 def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:
@@ -144,12 +152,12 @@ def _batch(
     distances: Float32[np.ndarray, " m"],
     reasons: dict[int, str],
 ) -> pa.RecordBatch:
-    """One shard's rows of one head."""
+    """Return one shard's rows of one head."""
     count = len(clusters)
     excluded = clusters < 0
-    told = np.full(count, None, dtype=object)
+    why = np.full(count, None, dtype=object)
     for place in np.flatnonzero(excluded):
-        told[place] = reasons.get(first + int(place), REASON_LOST)
+        why[place] = reasons.get(first + int(place), REASON_LOST)
     columns = [
         pa.array(np.arange(first, first + count)),
         pa.repeat(shard, count),
@@ -157,6 +165,6 @@ def _batch(
         pa.repeat(pa.scalar(head, pa.int32()), count),
         pa.array(clusters),
         pa.array(distances, mask=excluded),
-        pa.array(told, pa.string()),
+        pa.array(why, pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -1,8 +1,9 @@
-"""Cluster anyone's features: a .npy file in, a folder of centroids and assignments out.
+"""Cluster features of any origin: a .npy file in, a folder of centroids and assignments out.
 
-The engine of a run, without a run, for annotation and curation. Rows are read from the memory map
-tile by tile and are never in memory as a whole; whitened rows go through a scratch file. The folder
-appears in one rename when it is whole, so a kill or a full disk leaves nothing half-written.
+This is the clustering of a run without a run, for annotation and curation. Rows are read from the
+memory map tile by tile and are never in memory as a whole. Whitened rows go through a scratch file.
+The folder appears in one rename when it is whole, so a kill or a full disk leaves nothing
+half-written.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ GROUP = 2**20  # rows of a Parquet row group: all that the table has in memory
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; the meanings are those of the recipe's `cluster` section."""
+    """The options of the command, with the meanings of the recipe's `cluster` section."""
 
     k: int | None = None
     whiten: int | None = None  # PCA-whiten to so many dimensions, unit rows
@@ -75,28 +76,28 @@ class Options:
 
 
 def is_features(source: Path) -> bool:
-    """Whether `deepclust cluster SOURCE` means a file of features rather than a run."""
+    """Return whether `deepclust cluster SOURCE` means a file of features, not a run."""
     return source.is_file() or source.suffix == ".npy"
 
 
-def refuse_options(run: Path, options: Options, out: Path | None) -> None:
+def refuse_options(run_dir: Path, options: Options, out: Path | None) -> None:
     """Raise `RecipeError` if options for a file of features were given with a run."""
     if out is not None or options != Options():
         raise RecipeError(
-            f"{run} is not a .npy file, and the options of `deepclust cluster` are for features. "
-            "A run has them in its recipe: deepclust cluster RUN"
+            f"{run_dir} is not a .npy file, and the options of `deepclust cluster` are for such "
+            "files. A run has them in its recipe: deepclust cluster RUN"
         )
 
 
 def cluster_features(source: Path, out: Path | None, options: Options) -> dict[str, Any]:
-    """Cluster the rows of a .npy file into the new folder `out`; returns its statistics.
+    """Cluster the rows of a .npy file into the new folder `out`, and return its statistics.
 
-    Writes centroids.npy, assignments.npy, assignments.parquet (row, id if named, cluster, squared
-    distance to the own centroid), statistics.json, and whitening.safetensors if whitened.
+    Writes centroids.npy, assignments.npy, statistics.json, and whitening.safetensors if whitened.
+    assignments.parquet has row, id (if named), cluster and squared distance to the own centroid.
     """
     if out is None or options.k is None:
         raise RecipeError(
-            f"to cluster a file of features say into how many clusters and where they go: "
+            f"a file of features needs the number of clusters and a folder for them: "
             f"deepclust cluster {source} --k 1000 --out clusters"
         )
     _check_options(options)
@@ -121,13 +122,13 @@ class _Job:
     def fill(self, folder: Path) -> None:
         """Whiten, cluster and write, all inside `folder`."""
         began = time.monotonic()
-        with _speaking_of(self.source):
-            rows = self._whitened(folder)
+        with _named_errors(self.source):
+            rows = self._whiten(folder)
             whitened = time.monotonic()
-            result = self._clustered(rows)
+            result = self._cluster(rows)
         clustered = time.monotonic()
         (folder / "whitened.npy").unlink(missing_ok=True)
-        _say("writing")
+        _log("writing")
         np.save(folder / "centroids.npy", result.centroids)
         np.save(folder / "assignments.npy", result.assignments)
         _write_table(folder / "assignments.parquet", result, self.options.ids)
@@ -138,34 +139,34 @@ class _Job:
         }
         write_json(folder / "statistics.json", {**self._facts(result), "seconds": seconds})
 
-    def _whitened(self, folder: Path) -> np.ndarray:
-        """The rows to cluster: those given, or whitened ones from a scratch file in `folder`."""
+    def _whiten(self, folder: Path) -> np.ndarray:
+        """Return the rows to cluster: those given, or whitened ones on disk in `folder`."""
         n, width = self.rows.shape
         dim = self.options.whiten
         if dim is None:
             return self.rows
-        _say(f"whitening {n:,} rows from {width} to {dim} dimensions")
+        _log(f"whitening {n:,} rows from {width} to {dim} dimensions")
         progress = _Passes()
         whitening = Whitening.fit(self.rows, dim, progress.rows)
         if whitening.warning:
-            _say(f"warning: {_in_options(whitening.warning)}")
+            _log(f"warning: {_in_options(whitening.warning)}")
         whitening.save(folder / "whitening.safetensors")
         _project(whitening, self.rows, folder / "whitened.npy")
         return np.lib.format.open_memmap(folder / "whitened.npy", mode="r")
 
-    def _clustered(self, rows: np.ndarray) -> KMeansResult:
+    def _cluster(self, rows: np.ndarray) -> KMeansResult:
         chosen = self.options
         assert chosen.k is not None
-        _say(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
+        _log(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
         backend, device, notes = probe_backend(chosen.backend, self.device)
         for note in notes:
-            _say(f"warning: {note}; {backend} on {device} is used instead")
+            _log(f"warning: {note}; {backend} on {device} is used instead")
         points, options = ArrayPoints(rows, device=device), chosen.kmeans(backend)
         given = given_start(points, options)
         return solve_kmeans(points, options, given, _Passes())
 
     def _facts(self, result: KMeansResult) -> dict[str, Any]:
-        """Everything that statistics.json says, save the times."""
+        """Return everything that statistics.json holds, except the times."""
         chosen, n = self.options, len(self.rows)
         known = describe(result.assignments, len(result.centroids))
         history = [asdict(iteration) for iteration in result.history]
@@ -192,10 +193,8 @@ class _Job:
 
 
 def _project(whitening: Whitening, rows: np.ndarray, path: Path) -> None:
-    """Write whitened rows block by block, in float16 if the file was, else in float32.
-
-    With plain writes: a full disk is then an error, where a memory map would kill the process.
-    """
+    """Write whitened rows block by block, in float16 if the file was, else in float32."""
+    # plain writes: a full disk is then an error, where a memory map would kill the process
     dtype = np.dtype(np.float16 if rows.dtype == np.float16 else np.float32)
     shape = (len(rows), len(whitening.eigenvalues))
     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
@@ -206,7 +205,7 @@ def _project(whitening: Whitening, rows: np.ndarray, path: Path) -> None:
 
 
 def _write_table(path: Path, result: KMeansResult, ids: Path | None) -> None:
-    """Row, name if there are names, cluster and squared distance, a row group at a time."""
+    """Write row, name (if any), cluster and squared distance, one row group at a time."""
     names = None if ids is None else read_names(ids)
     named = [] if names is None else [pa.field("id", pa.string())]
     numbers = [pa.field("cluster", pa.int32()), pa.field("distance", pa.float32())]
@@ -214,15 +213,15 @@ def _write_table(path: Path, result: KMeansResult, ids: Path | None) -> None:
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for start in range(0, len(result.assignments), GROUP):
             part = slice(start, start + GROUP)
-            labels, distances = result.assignments[part], result.distances[part]
-            columns: list[Any] = [np.arange(start, start + len(labels)), labels, distances]
+            clusters, distances = result.assignments[part], result.distances[part]
+            columns: list[Any] = [np.arange(start, start + len(clusters)), clusters, distances]
             if names is not None:
-                columns.insert(1, list(islice(names, len(labels))))
+                columns.insert(1, list(islice(names, len(clusters))))
             writer.write_table(pa.table(list(map(pa.array, columns)), schema=schema))
 
 
 def _check_options(options: Options) -> None:
-    """The recipe knows what is allowed, so that a choice has one home."""
+    """Raise `RecipeError` for values that the recipe's `cluster` section refuses."""
     names = ("k", "iterations", "init", "empty", "min_size", "backend", "device")
     chosen = {name: getattr(options, name) for name in names}
     if options.whiten is not None:
@@ -255,7 +254,7 @@ def _check_count(source: Path, rows: np.ndarray, k: int, min_size: int) -> None:
 
 
 def _check_target(out: Path) -> None:
-    """Nothing that exists is ever overwritten."""
+    """Raise `RecipeError` if `out` exists, since nothing is ever overwritten."""
     with disk_errors(out):
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken:
@@ -263,8 +262,8 @@ def _check_target(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _speaking_of(source: Path) -> Iterator[None]:
-    """Let the errors of the engine name the file, and options instead of recipe keys."""
+def _named_errors(source: Path) -> Iterator[None]:
+    """Let errors of the clustering name the file, and options instead of recipe keys."""
     try:
         yield
     except (DataError, NumericalError, RecipeError) as error:
@@ -283,7 +282,7 @@ class _Passes:
 
     def __call__(self, progress: Progress) -> None:
         if self._due():
-            _say(
+            _log(
                 f"pass {progress.pass_} of {progress.of}: inertia {progress.inertia:.6g}, "
                 f"{progress.moved:,} rows moved, {progress.eta:.0f} s left"
             )
@@ -291,7 +290,7 @@ class _Passes:
     def rows(self, done: int, of: int) -> None:
         """Write how many rows are read."""
         if self._due():
-            _say(f"{done:,} of {of:,} rows read")
+            _log(f"{done:,} of {of:,} rows read")
 
     def _due(self) -> bool:
         now = time.monotonic()
@@ -301,12 +300,12 @@ class _Passes:
         return True
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
 def summary(statistics: dict[str, Any]) -> Table:
-    """What a person wants to see first."""
+    """Return the table of the most important statistics."""
     sizes, seconds = statistics["sizes"], statistics["seconds"]
     table = Table(title=escape(statistics["input"]["path"]), show_header=False)
     lines = {

@@ -33,7 +33,7 @@ from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
-from deepclust.run.checkpoint import Found, load_latest
+from deepclust.run.checkpoint import Checkpoint, load_latest
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.build import build_method
@@ -94,7 +94,7 @@ def fresh_embedder(recipe: Recipe) -> Embedder:
 
 def load_trunk(run: Run) -> Backbone:
     """Return the backbone that counts of a run's newest readable checkpoint, in eval mode."""
-    return load_embedder(run).method.backbone
+    return load_embedder(run).method.trunk
 
 
 def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
@@ -103,7 +103,7 @@ def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
     return split.features, split.labels
 
 
-def _newest_checkpoint(run: Run) -> Found:
+def _newest_checkpoint(run: Run) -> Checkpoint:
     checkpoint = load_latest(run, lambda text: None)
     if checkpoint is None:
         raise DataError(

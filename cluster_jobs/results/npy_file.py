@@ -1,7 +1,7 @@
-"""Anyone's .npy file as rows to cluster, and the names of its rows; or what is wrong with them.
+"""A .npy file as rows to cluster, and the names of its rows.
 
-Rows stay on disk, memory-mapped read-only: a copy-on-write map of a file larger than the memory is
-refused by Linux. Nothing is ever unpickled.
+Rows stay on disk, memory-mapped read-only, because Linux refuses a copy-on-write map of a file
+larger than the memory. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CAST = "numpy.save(path, array.astype('float32'))"
 
 
 def open_rows(path: Path) -> np.ndarray:
-    """The array [n, d] of a .npy file, memory-mapped. Raises `DataError` with the fix."""
+    """Return the array [n, d] of a .npy file, memory-mapped; `DataError` names the fix."""
     try:
         _check_header(path, *_header(path))
         return np.lib.format.open_memmap(path, mode="r")
@@ -35,7 +35,7 @@ def open_rows(path: Path) -> np.ndarray:
 
 
 def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype. Version 3 differs from 2 only in field names, which we refuse anyway."""
+    """Return shape and dtype."""
     with open(path, "rb") as file:
         start = file.read(len(np.lib.format.MAGIC_PREFIX))
         if start != np.lib.format.MAGIC_PREFIX:
@@ -45,6 +45,7 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
             )
         file.seek(0)
         version = np.lib.format.read_magic(file)
+        # version 3 differs from 2 only in field names, which we refuse anyway
         read = np.lib.format.read_array_header_2_0
         if version == (1, 0):
             read = np.lib.format.read_array_header_1_0
@@ -65,13 +66,13 @@ def _check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         )
     if len(shape) != 2 or 0 in shape:
         raise DataError(
-            f"{path} has shape {shape}; features are one row a sample, [n, d], n and d at least 1. "
-            "Reshape it before saving."
+            f"{path} has shape {shape}; features are [n, d], one row for each sample, with n "
+            "and d at least 1. Reshape it before saving."
         )
 
 
 def read_names(path: Path) -> Iterator[str]:
-    """Names of the rows, in order: the first column of a .parquet file, or the lines of a text."""
+    """Yield the names of the rows: the first column of a .parquet file, or a text's lines."""
     try:
         if path.suffix == ".parquet":
             table = pyarrow.parquet.ParquetFile(path)
@@ -82,8 +83,8 @@ def read_names(path: Path) -> Iterator[str]:
                 yield from (line.rstrip("\n") for line in file)
     except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"cannot read names from {path}: {error}. Give a text file with one name a line, or a "
-            ".parquet file whose first column holds them."
+            f"cannot read names from {path}: {error}. Give a text file with a name in each line, "
+            "or a .parquet file whose first column holds them."
         ) from error
 
 
@@ -92,5 +93,5 @@ def check_names(path: Path, rows: int) -> None:
     count = sum(1 for _ in read_names(path))
     if count != rows:
         raise DataError(
-            f"{path} has {count} names for {rows} rows of features; give one a row, in their order"
+            f"{path} has {count} names for {rows} rows of features; give one for each row, in order"
         )

@@ -6,17 +6,14 @@ A node is known by Slurm's name for it, never by its host name or address: sever
 from __future__ import annotations
 
 import os
-import random
 import re
 import socket
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
 
 from deepclust.errors import ResourceError
 
 ASK_S = 20.0
-PORTS = range(20000, 32768)  # Linux gives connections those above
 NODES = "DEEPCLUST_NODES"  # the job's, which the job script asks of Slurm
 
 
@@ -43,8 +40,8 @@ class Allocation:
         return f"{self.job}-{self.restart}"
 
 
-def allocation() -> Allocation:
-    """This task's. Raises `ResourceError` outside of a job step."""
+def read_allocation() -> Allocation:
+    """Return this task's allocation. Raises `ResourceError` outside of a job step."""
     given = os.environ
     try:
         nodes, number = given[NODES].split(), int(given["SLURM_NODEID"])
@@ -61,36 +58,23 @@ def allocation() -> Allocation:
         ) from error
 
 
-def own_address(found: Allocation) -> str:
+def own_address(allocation: Allocation) -> str:
     """This node's address as the others can reach it: that of the way to one of them.
 
     Where `scontrol` does not say, as in a container, a node's name must lead to it.
     """
-    others = [name for name in found.nodes if name != found.name]
+    others = [name for name in allocation.nodes if name != allocation.name]
     if not others:
         return "127.0.0.1"
-    told = re.search(r"NodeAddr=(\S+)", _ask("scontrol", "show", "node", others[0]))
+    match = re.search(r"NodeAddr=(\S+)", _ask("scontrol", "show", "node", others[0]))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         try:
-            way.connect((told[1] if told else others[0], 9))  # of UDP: nothing is sent
+            way.connect((match[1] if match else others[0], 9))  # of UDP: nothing is sent
         except OSError as error:
-            raise ResourceError(f"{found.name} knows no way to {others[0]}: {error}") from error
+            raise ResourceError(
+                f"{allocation.name} knows no way to {others[0]}: {error}"
+            ) from error
         return str(way.getsockname()[0])
-
-
-def free_ports(address: str, count: int) -> list[int]:
-    """Ports of that address that nobody has at this moment. Raises `ResourceError`.
-
-    They are below those that the kernel gives to connections, and drawn, so that between now and
-    their use hardly anyone else comes by them.
-    """
-    found: list[int] = []
-    for port in random.sample(PORTS, len(PORTS)):
-        with suppress(OSError), socket.create_server((address, port)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise ResourceError(f"{address} has no {count} free ports from {PORTS[0]} to {PORTS[-1]}")
 
 
 def _gpus() -> int:

@@ -13,14 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from cluster_jobs.slurm.allocation import Allocation, free_ports
+from cluster_jobs.ray.folders import make_folder
+from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.layout import FIRST_NODE
 from deepclust.errors import ResourceError
+from deepclust.launch.ports import free_ports
 from deepclust.launch.role import die_with_parent
 
 STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
@@ -29,18 +30,15 @@ POLL_S = 0.2
 ANSWER_S = 10.0
 LEAVE_S = 2.0  # a raylet drains for up to 30 s; by then we want nothing of it any more
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
-PREFIX = "dc-job-"
 
 
 class Daemon:
     """One node's Ray: the head's with the address where it will listen, a follower's with that."""
 
-    def __init__(self, found: Allocation, address: str, notes: Path, head: str | None) -> None:
+    def __init__(self, allocation: Allocation, address: str, notes: Path, head: str | None) -> None:
         """Start it; `head` is where the head's Ray listens, None on the head itself."""
-        sweep()
-        mark = f"{PREFIX}{found.job}-{found.number}-{os.getpid()}-"
-        self.temp = Path(tempfile.mkdtemp(prefix=mark, dir="/tmp"))  # a socket's path: 107 letters
-        self.notes, self.log = notes, notes / f"ray-{found.number}.log"
+        self.temp = make_folder("dc-job", f"{allocation.job}-{allocation.number}-")
+        self.notes, self.log = notes, notes / f"ray-{allocation.number}.log"
         port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)
         self.address = head or f"{address}:{port}"
         where = [f"--address={head}"] if head else ["--head", f"--port={port}"]
@@ -49,7 +47,8 @@ class Daemon:
             where.append(f'--resources={{"{FIRST_NODE}": 1}}')
         self.command = [
             sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where, "--block",
-            f"--node-ip-address={address}", f"--num-cpus={found.cpus}", f"--num-gpus={found.gpus}",
+            f"--node-ip-address={address}",
+            f"--num-cpus={allocation.cpus}", f"--num-gpus={allocation.gpus}",
             f"--temp-dir={self.temp}", f"--object-store-memory={STORE_BYTES}",
             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_rpc}",
             f"--runtime-env-agent-port={environment}", f"--metrics-export-port={metrics}",
@@ -82,9 +81,9 @@ class Daemon:
     def wait(self, patience: float) -> None:
         """Until it is up. Raises `ResourceError` with its last words when it does not come up."""
         deadline = time.monotonic() + patience
-        while STARTED not in (told := self.log.read_text(errors="replace")):
+        while STARTED not in (text := self.log.read_text(errors="replace")):
             if not self.alive or time.monotonic() > deadline:
-                raise ResourceError(f"Ray did not start; {self.log} ends with:\n{told[-800:]}")
+                raise ResourceError(f"Ray did not start; {self.log} ends with:\n{text[-800:]}")
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -102,15 +101,6 @@ class Daemon:
         shutil.rmtree(self.temp, ignore_errors=True)
 
 
-def sweep() -> None:
-    """Delete the folders of tasks on this node that were killed before they could."""
-    for left in Path("/tmp").glob(f"{PREFIX}*-*-*-*"):
-        pid = left.name.split("-")[4]
-        with suppress(FileNotFoundError):  # its owner was first
-            if left.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(left, ignore_errors=True)
-
-
 def private(notes: Path) -> dict[str, str]:
     """The variables by which a process may use this Ray."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(notes / "token")}
@@ -122,21 +112,21 @@ def alone(address: str) -> dict[str, str]:
 
 
 def members(session: int) -> list[int]:
-    """The processes of a session, zombies left out."""
-    found = []
+    """The processes of a session, without those that have ended."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids
 
 
 def _deaf() -> None:
-    """In the child: ignore what Slurm tells the task, hear the rest, and die with the task."""
+    """In the child: ignore what Slurm sends to the task, and die with the task."""
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    die_with_parent()  # which Ray's children hear of, too
+    die_with_parent()  # which Ray's children notice, too

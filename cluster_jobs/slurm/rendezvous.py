@@ -2,7 +2,7 @@
 
 The file is keyed by job and restart, so none of an older start is taken for it, and only its owner
 can read it: it holds the word that a peer must say. Every peer then keeps its connection, JSON
-lines both ways; whoever loses it knows that the other side is gone.
+lines both ways. A side that loses it knows that the other is gone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Line:
     socket: socket.socket
     rest: bytes = b""
     open: bool = True
-    heard: list[dict[str, Any]] = field(default_factory=list)  # and not taken yet
+    received: list[dict[str, Any]] = field(default_factory=list)  # and not returned yet
 
     def __post_init__(self) -> None:
         """A machine that falls silent is noticed within half a minute."""
@@ -52,14 +52,14 @@ class Line:
         return self.socket.fileno()
 
     def send(self, **record: Any) -> None:
-        """One line; nothing happens when the other side is gone: whoever listens will notice."""
+        """Send one line; nothing happens when the other side is gone, which `receive` notices."""
         with suppress(OSError):
             self.socket.sendall(json.dumps(record).encode() + b"\n")
 
-    def hear(self, patience: float | None = 0.0) -> list[dict[str, Any]]:
-        """What has come; waits that long (None: without end) for more. `open` tells of the end."""
-        if self.heard:
-            taken, self.heard = self.heard, []
+    def receive(self, patience: float | None = 0.0) -> list[dict[str, Any]]:
+        """Return what comes within `patience` seconds (None: for ever); the end clears `open`."""
+        if self.received:
+            taken, self.received = self.received, []
             return taken
         self.socket.settimeout(patience)
         try:
@@ -75,12 +75,12 @@ class Line:
         return [json.loads(line) for line in lines]
 
     def first(self, patience: float | None) -> dict[str, Any] | None:
-        """The next line alone; None when the other side goes, or says nothing for so long."""
+        """Return the next record; None when the other side goes, or sends nothing for so long."""
         deadline = None if patience is None else time.monotonic() + patience
         while self.open and (deadline is None or time.monotonic() < deadline):
-            self.heard = self.hear(None if deadline is None else POLL_S)
-            if self.heard:
-                return self.heard.pop(0)
+            self.received = self.receive(None if deadline is None else POLL_S)
+            if self.received:
+                return self.received.pop(0)
         return None
 
     def close(self) -> None:
@@ -137,13 +137,13 @@ class Head:
             self._accept()
         return [self.peers[task] for task in expected]
 
-    def hear_all(self, word: str, patience: float, stopping: Callable[[], bool]) -> None:
-        """Wait until every peer has said a word. Raises `ResourceError` with who has not."""
+    def await_all(self, word: str, patience: float, stopping: Callable[[], bool]) -> None:
+        """Wait until every peer has sent a key. Raises `ResourceError` with those that have not."""
         deadline = time.monotonic() + patience
         while silent := [g for g in self.peers.values() if word not in g.said]:
             if stopping():
                 raise RequeueWanted(f"asked to stop before all nodes were {word}")
-            for record in silent[0].line.hear(POLL_S):
+            for record in silent[0].line.receive(POLL_S):
                 silent[0].said |= record
             failed = [g for g in silent if "failed" in g.said or not g.line.open]
             if failed or time.monotonic() > deadline:
@@ -164,7 +164,7 @@ class Head:
                 self.peers[int(said["task"])] = Peer(line, said["task"], said["node"], said)
                 return
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            pass  # somebody else's words
+            pass  # not a task of ours
         line.close()
 
     def close(self) -> None:
@@ -174,15 +174,15 @@ class Head:
         self.server.close()
 
 
-def folder(run: Path, found: Allocation) -> Path:
+def folder(run: Path, allocation: Allocation) -> Path:
     """Where this start of the job leaves its notes."""
-    return run / "slurm" / found.life
+    return run / "slurm" / allocation.life
 
 
 @contextmanager
-def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
-    """Listen, and say where; whoever has come is let go at the end."""
-    notes = folder(run, found)
+def hosting(run: Path, allocation: Allocation, address: str) -> Iterator[Head]:
+    """Listen, and write down where; all connections are closed at the end."""
+    notes = folder(run, allocation)
     head = Head(socket.create_server((address, 0), backlog=BACKLOG), secrets.token_hex(32), notes)
     head.server.settimeout(POLL_S)
     try:
@@ -193,8 +193,8 @@ def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
             head.note("head")
             _, port = head.server.getsockname()
             write_private(notes / "token", head.secret)
-            told = {"address": address, "port": port, "secret": head.secret}
-            write_private(notes / "head.json", json.dumps(told))
+            facts = {"address": address, "port": port, "secret": head.secret}
+            write_private(notes / "head.json", json.dumps(facts))
         yield head
     finally:
         head.close()
@@ -203,11 +203,11 @@ def hosting(run: Path, found: Allocation, address: str) -> Iterator[Head]:
             (notes / "token").unlink(missing_ok=True)
 
 
-def leave(run: Path, found: Allocation) -> None:
-    """Say that this start has no head any more, to whoever comes late."""
+def leave(run: Path, allocation: Allocation) -> None:
+    """Write down that this start has no head any more, for tasks that come late."""
     with suppress(OSError):
-        folder(run, found).mkdir(parents=True, exist_ok=True)
-        (folder(run, found) / "ended").touch()
+        folder(run, allocation).mkdir(parents=True, exist_ok=True)
+        (folder(run, allocation) / "ended").touch()
 
 
 def write_private(file: Path, text: str) -> None:
@@ -218,28 +218,28 @@ def write_private(file: Path, text: str) -> None:
     partial.rename(file)
 
 
-def join(run: Path, found: Allocation, patience: float) -> Line | None:
+def join(run: Path, allocation: Allocation, patience: float) -> Line | None:
     """Go to the head and say who we are; None when it has been there and is gone.
 
-    Raises `ResourceError` when it is not to be found.
+    Raises `ResourceError` when it is not to be allocation.
     """
-    file, deadline = folder(run, found) / "head.json", time.monotonic() + patience
+    file, deadline = folder(run, allocation) / "head.json", time.monotonic() + patience
     pause = POLL_S
     while not (file.parent / "ended").exists():
         try:
-            told = read_json(file)
-            line = Line(socket.create_connection((told["address"], told["port"]), PATIENCE_S))
+            facts = read_json(file)
+            line = Line(socket.create_connection((facts["address"], facts["port"]), PATIENCE_S))
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:
                 raise ResourceError(
-                    f"{found.name} found no head for {patience:g} s: {error}; {file} must be on a "
-                    "file system that all nodes share"
+                    f"{allocation.name} found no head for {patience:g} s: {error}; {file} must be "
+                    "on a file system that all nodes share"
                 ) from error
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LOOK_S)
             continue
         own = line.socket.getsockname()[0]
-        us = {"task": found.task, "node": found.name, "address": own, "pid": os.getpid()}
-        line.send(secret=told["secret"], **us)
+        us = {"task": allocation.task, "node": allocation.name, "address": own, "pid": os.getpid()}
+        line.send(secret=facts["secret"], **us)
         return line
     return None

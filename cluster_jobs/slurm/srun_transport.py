@@ -1,203 +1,185 @@
-"""The launcher `srun`: ranks and cluster worker as tasks of the step, without Ray.
+"""The socket transport: ranks and cluster worker under the tasks of a Slurm step, without Ray.
 
-Task 0 holds the run and controls; its own place is a child, the other tasks take theirs themselves.
-Each has a line to it, down which its news comes. One that is lost stops all, and the job is queued
-again: it continues from the last commit.
+Task 0 is the head: it holds the run and supervises. Every task, a child of the head for task 0
+too, starts the process of its role and passes on what it reports. A rank that is lost begins again
+in the same job. A task that is lost does not come back, so then the job is queued again.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import selectors
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from cluster_jobs import job_file
 from cluster_jobs.slurm.allocation import Allocation
-from cluster_jobs.slurm.layout import Layout, Slot, layout
+from cluster_jobs.slurm.layout import Layout, layout
 from cluster_jobs.slurm.rendezvous import Head, Peer
-from cluster_jobs.slurm.spec import SlurmSpec, slurm_spec
-from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, ResourceError, error_of
-from deepclust.launch.policy import AFTERMATH_S, MAY_PASS, UNEXPECTED
-from deepclust.launch.role import CLUSTER_WORKER
-from deepclust.launch.start import HELD_BACK
-from deepclust.run import directory
+from cluster_jobs.slurm.spec import SlurmSpec
+from deepclust.errors import RequeueWanted, ResourceError
+from deepclust.launch.endings import Ending, Record
+from deepclust.launch.policy import AFTERMATH_S, Policy
+from deepclust.launch.role import CLUSTER_WORKER, Role
+from deepclust.launch.signals import held_back
+from deepclust.launch.supervisor import Supervisor
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 
-NEWS_S = 0.5
-log = logging.getLogger("cluster_jobs")
 
-
-def control(path: Path, found: Allocation, spec: SlurmSpec, head: Head, asked: list[int]) -> None:
+def control(
+    run_dir: Path, allocation: Allocation, spec: SlurmSpec, head: Head, asked: list[int]
+) -> None:
     """Bring the run to its end. Raises the errors of `deepclust.errors`."""
-    with hold(path) as token:
-        run = Run(path)
-        lives = sum(event["event"] == "started" for event in run.events())
-        run = Run(path, token, lives + 1)
-        directory.sweep(path)
-        roles = layout(run.recipe)
-        _event(run, "started", pid=os.getpid(), ranks=roles.ranks, job=found.job)
+    with hold(run_dir) as token:
+        run = Run(run_dir, token)
+        policy = replace(Policy.of(run.recipe), stop=spec.stop, start=spec.start)
+        stopping = lambda: job_file.stopping(run_dir, asked)  # noqa: E731
+        supervisor = Supervisor(run, policy, stopping)
+        tasks = Tasks(layout(run.recipe), head, spec.start, stopping)
+
+        def attempt() -> Ending:
+            tasks.check()
+            supervisor.begin(tasks.layout.ranks, job=allocation.job)
+            tasks.run = supervisor.run
+            return supervisor.watch(tasks, tasks.roles)
+
         try:
-            WorkerGroup(run, found, roles, head, asked).live(spec)
-        except BaseException as error:
-            _event(run, "stopped", kind=type(error).__name__, text=str(error) or "interrupted")
-            job_file.forget_cancel(path)
+            with supervisor.recorded(), own_task(run_dir, head, spec.start):
+                tasks.gather(allocation)
+                supervisor.control(attempt)
+        except BaseException:
+            job_file.forget_cancel(run_dir)
             raise
-        _event(run, "finished", epochs=run.recipe.train.epochs)
 
 
-class WorkerGroup:
-    """The tasks with a place, from their coming to their end."""
+@contextmanager
+def own_task(run_dir: Path, head: Head, patience: float) -> Iterator[None]:
+    """Have a child that serves as task 0, as the other tasks do."""
+    words = [sys.executable, "-u", "-P", "-m", "cluster_jobs.slurm.srun_worker"]
+    words += [str(run_dir), str(os.getpid()), str(patience)]
+    with held_back():
+        child = subprocess.Popen(words, start_new_session=True)
+    try:
+        yield
+    finally:
+        head.close()  # it ends with its line
+        try:
+            child.wait(AFTERMATH_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+class Tasks:
+    """The transport over the lines of the tasks, the same for every attempt of the job."""
 
     def __init__(
-        self, run: Run, found: Allocation, roles: Layout, head: Head, asked: list[int]
+        self, layout: Layout, head: Head, patience: float, stopping: Callable[[], bool]
     ) -> None:
-        self.run, self.found, self.roles, self.head, self.asked = run, found, roles, head, asked
-        self.places: dict[int, Slot] = {
-            node * roles.tasks + slot: place
-            for node, places in enumerate(roles.nodes)
-            for slot, place in enumerate(places)
-            if place is not None
-        }
-        self.stop_asked: float | None = None
-        self.stop_s = slurm_spec(run.recipe).stop
+        self.layout, self.head, self.patience, self.stopping = layout, head, patience, stopping
+        self.run: Run | None = None  # of the attempt
+        self.peers: dict[int, Peer] = {}  # by rank
 
-    def live(self, spec: SlurmSpec) -> None:
-        """Start our own place, see all come, give the orders, and watch."""
-        words = [sys.executable, "-u", "-P", "-m", "cluster_jobs.slurm.srun_worker"]
-        words += [str(self.run.path), str(os.getpid()), str(spec.start)]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # until it ignores them
-        try:
-            child = subprocess.Popen(words, start_new_session=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            nodes, tasks = self.found.nodes, self.roles.tasks
-            everyone = {task: nodes[task // tasks] for task in range(len(nodes) * tasks)}
-            try:
-                self.head.gather(everyone, spec.start, self._stopping)
-                self.head.hear_all("ready", spec.start, self._stopping)
-            except ResourceError as error:  # may be here the next time
-                raise RequeueWanted(str(error)) from error
-            self.head.note("all here")
-            self._order(everyone)
-            self._watch()
-        finally:
-            self.head.close()
-            _leave(child)
+    @property
+    def roles(self) -> list[Role]:
+        """The roles that the layout gives, the cluster worker last."""
+        places = [place for node in self.layout.nodes for place in node if place is not None]
+        roles = [Role(place.rank, self.layout.ranks, gpu=place.gpu) for place in places]
+        return sorted(roles, key=lambda role: (role.rank == CLUSTER_WORKER, role.rank))
 
-    def _order(self, everyone: dict[int, str]) -> None:
-        """Tell every task who it is; one without a place is let go."""
-        peers = self.head.peers
+    def gather(self, allocation: Allocation) -> None:
+        """Wait until all tasks have come, and let those without a role go.
+
+        Raises `RequeueWanted` when one does not come: the next start may have it.
+        """
+        count = self.layout.tasks
+        everyone = dict(enumerate(n for n in allocation.nodes for _ in range(count)))
+        with another_start():
+            self.head.gather(everyone, self.patience, self.stopping)
+        places = [place for node in self.layout.nodes for place in node]
         for task, node in everyone.items():
-            if peers[task].node != node:
+            peer = self.head.peers[task]
+            if peer.node != node:
                 raise ResourceError(
-                    f"task {task} is on {peers[task].node}, and not on {node}: srun must fill a "
-                    "node before the next (--distribution=block)"
+                    f"task {task} is on {peer.node}, and not on {node}: srun must fill a node "
+                    "before the next (--distribution=block)"
                 )
-        first = next(task for task, place in self.places.items() if place.rank == 0)
-        said = peers[first].said
-        rendezvous = f"tcp://{said['address']}:{said['ready']}"
-        for task in [task for task in peers if task not in self.places]:
-            peers.pop(task).line.close()
-        for task, place in self.places.items():
-            peers[task].line.send(
-                rank=place.rank, size=self.roles.ranks, gpu=place.gpu, rendezvous=rendezvous,
-                token=self.run.token, attempt=self.run.attempt,
-            )  # fmt: skip
-        placed = [
-            {"who": self._name(g), "node": g.node, "pid": g.said["pid"]} for g in peers.values()
-        ]
-        _event(self.run, "placed", members=placed)
+            if (place := places[task]) is not None:
+                self.peers[place.rank] = peer
+            else:
+                self.head.peers.pop(task).line.close()
+        self.head.note("all here")
 
-    def _watch(self) -> None:
-        """Until every rank is through. Raises what ended it otherwise."""
-        ranks = [self.head.peers[t] for t, p in self.places.items() if p.rank != CLUSTER_WORKER]
+    def check(self) -> None:
+        """Raise `RequeueWanted` when a task has left the job."""
+        lost = [f"{_name(rank)} on {p.node}" for rank, p in self.peers.items() if not p.line.open]
+        if lost:
+            raise RequeueWanted(f"{', '.join(lost)} was lost; the job is queued again")
+
+    def start(self, roles: list[Role]) -> list[Record]:
+        """Give every task its role; ranks meet at a port that rank 0's task has found free."""
+        assert self.run is not None
+        with another_start():
+            self.head.await_all("ready", self.patience, self.stopping)
+            said = self.peers[0].said
+            rendezvous = f"tcp://{said['address']}:{said['ready']}"
+            for role in roles:
+                order = asdict(replace(role, rendezvous=rendezvous))
+                line = self.peers[role.rank].line
+                line.send(role=order, token=self.run.token, attempt=self.run.attempt)
+            self.head.await_all("pid", self.patience, self.stopping)
+        places = [{"who": _name(r), "node": p.node, "pid": p.said["pid"]} for r, p in self._ranked]
+        for peer in self.peers.values():
+            peer.said = {"address": peer.said["address"]}
+        return places
+
+    @property
+    def _ranked(self) -> list[tuple[int, Peer]]:
+        return [(role.rank, self.peers[role.rank]) for role in self.roles]
+
+    def poll(self, timeout: float) -> list[tuple[int, Record]]:
+        """Return what the tasks have passed on, and which line is lost."""
         with selectors.DefaultSelector() as selector:
-            for peer in self.head.peers.values():
-                selector.register(peer.line, selectors.EVENT_READ, peer)
-            while not all("done" in peer.said for peer in ranks):
-                self._hear(selector)
-                self._pass_the_wish_on(ranks)
-                stopped = [g.said.get("kind") == RequeueWanted.__name__ for g in ranks]
-                if all(stopped):
-                    raise RequeueWanted(ranks[0].said["failed"])
-                if any(self._bad(peer) for peer in self.head.peers.values()):
-                    self._aftermath(selector)
-                    raise self._why()
-
-    def _hear(self, selector: selectors.BaseSelector) -> None:
-        for key, _ in selector.select(NEWS_S):
-            peer: Peer = key.data
-            for record in peer.line.hear():
-                self._take(peer, record)
+            for rank, peer in self.peers.items():
+                if peer.line.open:
+                    selector.register(peer.line, selectors.EVENT_READ, rank)
+            ready = [key.data for key, _ in selector.select(timeout)]
+        records: list[tuple[int, Record]] = []
+        for rank in ready:
+            peer = self.peers[rank]
+            records += [(rank, record) for record in peer.line.receive()]
             if not peer.line.open:
-                selector.unregister(peer.line)
+                records.append(
+                    (rank, {"death": f"its task on {peer.node} is gone", "cause": "node"})
+                )
+        return records
 
-    def _take(self, peer: Peer, record: dict[str, Any]) -> None:
-        if "event" in record:
-            fields = {key: value for key, value in record.items() if key != "event"}
-            _event(self.run, record["event"], **fields)
-        elif "progress" not in record:
-            peer.said |= record
-
-    def _pass_the_wish_on(self, ranks: list[Peer]) -> None:
-        if self.stop_asked is None and self._stopping():
-            self.stop_asked = time.monotonic()
-            for peer in ranks:
+    def stop(self) -> None:
+        """Ask the trainers to stop at their next step."""
+        for rank, peer in self.peers.items():
+            if rank != CLUSTER_WORKER:
                 peer.line.send(stop=True)
-        if self.stop_asked is not None and time.monotonic() - self.stop_asked > self.stop_s:
-            raise RequeueWanted(f"it did not stop within {self.stop_s:g} s and was killed")
 
-    def _stopping(self) -> bool:
-        return job_file.stopping(self.run.path, self.asked)
-
-    def _aftermath(self, selector: selectors.BaseSelector) -> None:
-        """Hear the others out: who breaks a process group is not always heard first."""
-        deadline = time.monotonic() + AFTERMATH_S
-        while time.monotonic() < deadline and selector.get_map():
-            self._hear(selector)
-
-    def _bad(self, peer: Peer) -> bool:
-        """Lost, or ended with an error of its own."""
-        failed = "failed" in peer.said and peer.said["kind"] != RequeueWanted.__name__
-        return failed or (not peer.line.open and "done" not in peer.said)
-
-    def _why(self) -> DeepclustError:
-        """The error that was told, if no other start would mend it; else that all begin again."""
-        bad = [peer for peer in self.head.peers.values() if self._bad(peer)]
-        meant = [g for g in bad if g.said.get("exit_code", UNEXPECTED) not in MAY_PASS]
-        if meant:
-            return error_of(meant[0].said["exit_code"], meant[0].said["failed"])
-        lost = [peer for peer in bad if not peer.line.open]
-        followed = FollowedError.__name__
-        peer = (lost or sorted(bad, key=lambda g: g.said.get("kind") == followed))[0]
-        how = f"failed: {peer.said['failed']}" if "failed" in peer.said else "was lost"
-        output = f"{job_file.output(self.run.path)}/*_{peer.task}_log.out"
-        text = f"{self._name(peer)} on {peer.node} {how}; its output: {output}"
-        _event(self.run, "fault", who=self._name(peer), cause="death", text=text)
-        return RequeueWanted(text)
-
-    def _name(self, peer: Peer) -> str:
-        rank = self.places[peer.task].rank
-        return "cluster worker" if rank == CLUSTER_WORKER else f"rank {rank}"
+    def kill(self) -> None:
+        """Have every task kill the process of its role."""
+        for peer in self.peers.values():
+            peer.said = {"address": peer.said["address"]}
+            peer.line.send(kill=True)
 
 
-def _event(run: Run, name: str, **fields: Any) -> None:
-    run.event(name, **fields)
-    log.info("%s %s", name, fields)
-
-
-def _leave(child: subprocess.Popen[bytes]) -> None:
-    """Our own place ends with its line; if it does not, by us."""
+@contextmanager
+def another_start() -> Iterator[None]:
+    """Turn what a bring-up lacked into another start; `refuse_without_progress` bounds those."""
     try:
-        child.wait(AFTERMATH_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+        yield
+    except ResourceError as error:
+        raise RequeueWanted(str(error)) from error
+
+
+def _name(rank: int) -> str:
+    return Role(rank, 0).name

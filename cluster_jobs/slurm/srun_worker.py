@@ -1,75 +1,79 @@
-"""A process of the gang under the launcher `srun`: the role that the layout gives to this task.
+"""The program of a task under the launcher `srun`: it starts the process of its role, and kills it.
 
-It goes to the head, hears who it is, and does the role's work, the same rank program as everywhere.
-What it tells goes down its line. It leaves when the head says so, or is gone.
+It connects to the head, starts the rank program when it is given a role, and passes on what that
+reports. It imports no torch and computes nothing, so it answers whatever becomes of the rank. It
+ends, with its rank, when the head says so or is gone.
 """
 
 from __future__ import annotations
 
-import os
+import selectors
 import signal
 import sys
-import threading
-import traceback
 from pathlib import Path
+from typing import Any
 
-from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
+from cluster_jobs.slurm.allocation import Allocation, read_allocation
 from cluster_jobs.slurm.rendezvous import Line, join
-from deepclust.errors import DeepclustError
+from deepclust.launch.local import EXIT_POLL_S, WorkerProcess
+from deepclust.launch.ports import free_port
 from deepclust.launch.role import Role, die_with
 from deepclust.run.directory import Run
 
 
-def main(run: Path, found: Allocation, patience: float) -> int:
-    """Do this task's work, if it has any, and wait until the head lets us go."""
+def main(run_dir: Path, task: Allocation, patience: float) -> int:
+    """Serve the head until it closes the line."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the head too, which decides for all
-    line = join(run, found, patience)
-    if line is None:
-        return 0
-    line.send(ready=free_ports(line.socket.getsockname()[0], 1)[0])
-    order = line.first(None)
-    if order is None:
-        return 0
-    stop = threading.Event()
-    listener = threading.Thread(target=_listen, args=(line, stop), daemon=True)
-    listener.start()
-    _work(run, order, line, stop)
-    listener.join()
-    return 0
+    line = join(run_dir, task, patience)
+    if line is not None:
+        serve(line, run_dir)
+    return 0  # the job ends as the head does, and srun reports the worst of all
 
 
-def _listen(line: Line, stop: threading.Event) -> None:
-    """Hear the wish to stop, and the end of the head, which is ours."""
+def serve(line: Line, run_dir: Path) -> None:
+    """Do what the head orders: start a role, ask its process to stop, kill it."""
+    process: WorkerProcess | None = None
+    address = line.socket.getsockname()[0]
+    line.send(ready=free_port(address))
     while line.open:
-        for record in line.hear(None):
-            if "stop" in record:
-                stop.set()
-    # a process group that others have left may never close. With 0: the job ends as the
-    # head did, and srun reports the worst of all
-    os._exit(0)
+        wait(line, process)
+        for order in line.receive():
+            if "role" in order:
+                process = start(run_dir, order)
+                line.send(pid=process.process.pid)
+            elif "stop" in order and process is not None:
+                process.stop()
+            elif "kill" in order:
+                end(process)
+                process = None
+                line.send(ready=free_port(address))
+        for record in process.read() if process is not None else ():
+            line.send(**record)
+    end(process)
 
 
-def _work(run: Path, order: dict[str, object], line: Line, stop: threading.Event) -> None:
-    from deepclust.launch.worker import work
-    from deepclust.run.reporting import PipeReport  # torch and all
+def wait(line: Line, process: WorkerProcess | None) -> None:
+    """Wait a moment for an order, or for a report of the process."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(line, selectors.EVENT_READ)
+        if process is not None and not process.has_ended:
+            selector.register(process, selectors.EVENT_READ)
+        selector.select(EXIT_POLL_S)
 
-    if str(order["rendezvous"]).startswith("tcp://127."):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    role = Role(order["rank"], order["size"], order["rendezvous"], gpu=order["gpu"])  # type: ignore
-    report = PipeReport(line.fileno())
-    try:
-        work(Run(run, str(order["token"]), order["attempt"]), role, report, stop.is_set)  # type: ignore
-    except DeepclustError as error:
-        report.failed(error, error.exit_code)
-    except BaseException as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        report.failed(error, 1)
-    else:
-        line.send(done=True)
+
+def start(run_dir: Path, order: dict[str, Any]) -> WorkerProcess:
+    """Start the process of the role in the order."""
+    run = Run(run_dir, order["token"], order["attempt"])
+    return WorkerProcess(run, Role(**order["role"]))
+
+
+def end(process: WorkerProcess | None) -> None:
+    """Kill the process, if there is one."""
+    if process is not None:
+        process.kill()
 
 
 if __name__ == "__main__":
     die_with(int(sys.argv[2]))  # a child of the head ends with it
-    sys.exit(main(Path(sys.argv[1]), allocation(), float(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), read_allocation(), float(sys.argv[3])))

@@ -4,9 +4,8 @@ Task 0 is the head: it waits for the others, brings up what `slurm.launcher` say
 and takes down what it has started. The others serve until the head is gone, however it went. With
 the launcher `ray` a task is a node, with `srun` a process.
 
-USR2 and TERM (time limit, preemption) stop the run at a step. The exit code tells the job script
-(`ENDED` in executors/slurm.py) what becomes of the job; a kill tells nobody but that script, which
-queues the job again, and the last commit counts.
+USR2 and TERM (time limit, preemption) stop the run at a step. By the exit code the job script
+decides what becomes of the job. After a kill it queues the job again, and the last commit counts.
 """
 
 from __future__ import annotations
@@ -23,15 +22,17 @@ from threading import Event, Thread
 
 from cluster_jobs import job_file
 from cluster_jobs.slurm import srun_transport, srun_worker
-from cluster_jobs.slurm.allocation import Allocation, allocation, own_address
+from cluster_jobs.slurm.allocation import Allocation, own_address, read_allocation
 from cluster_jobs.slurm.layout import FIRST_NODE
 from cluster_jobs.slurm.ray_daemon import Daemon, alone, private
 from cluster_jobs.slurm.rendezvous import Head, folder, hosting, join, leave
 from cluster_jobs.slurm.spec import SlurmSpec, slurm_spec
+from cluster_jobs.slurm.srun_transport import another_start
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError, RunHeldError
 from deepclust.files import read_json, write_json
-from deepclust.launch.policy import FRUITLESS
-from deepclust.launch.start import HELD_BACK, collected_signals, is_finished
+from deepclust.launch.policy import WITHOUT_PROGRESS, progress_on_disk
+from deepclust.launch.signals import HELD_BACK, collected_signals
+from deepclust.launch.start import is_finished
 from deepclust.run import directory
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -51,61 +52,62 @@ def main() -> int:
     with collected_signals() as asked:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         try:
-            run, found = directory.open_run(path), allocation()
+            run, own = directory.open_run(path), read_allocation()
             spec = slurm_spec(run.recipe)
             if is_finished(run):  # and the job was queued again for what came after
                 return 0
-            if spec.launcher == "srun" and found.task:
-                return srun_worker.main(path, found, spec.start)
-            if found.task:
-                return follow(path, found, spec, asked)
+            if spec.launcher == "srun" and own.task:
+                return srun_worker.main(path, own, spec.start)
+            if own.task:
+                return follow(path, own, spec, asked)
             job_file.log_to(path)
-            return lead(path, found, spec, asked)
+            return lead(path, own, spec, asked)
         except DeepclustError as error:
             sys.stderr.write(f"error: {error}\n")
             return error.exit_code
 
 
-def lead(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
+def lead(path: Path, allocation: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
     """Task 0: the run from bring-up to its end, and the job's end."""
-    nodes, code = ", ".join(found.nodes), Path(__file__).parents[2]
-    log.info("job %s, start %d, on %s; code in %s", found.job, found.restart, nodes, code)
+    nodes, code = ", ".join(allocation.nodes), Path(__file__).parents[2]
+    log.info("job %s, start %d, on %s; code in %s", allocation.job, allocation.restart, nodes, code)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection for every task
     try:
-        with _told(path):
-            refuse_fruitless(path, found)
-            with another_try():
-                address = own_address(found)
-        with hosting(path, found, address) as head:
+        with _stop_recorded(path):
+            refuse_without_progress(path, allocation)
+            with another_start():
+                address = own_address(allocation)
+        with hosting(path, allocation, address) as head:
             if spec.launcher == "ray":
-                control_by_ray(path, found, spec, head, asked)
+                control_by_ray(path, allocation, spec, head, asked)
             else:
-                srun_transport.control(path, found, spec, head, asked)
+                srun_transport.control(path, allocation, spec, head, asked)
     except RequeueWanted as error:
         log.info("stopped: %s", error)
         return after_stop(path, asked)
     except DeepclustError as error:
         log.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-    except Exception:  # none of ours: another start may mend it, and `refuse_fruitless` bounds that
+    except Exception:
+        # another start may mend it, and `refuse_without_progress` bounds those
         log.exception("unexpected")
         return RequeueWanted.exit_code
     finally:
-        leave(path, found)
+        leave(path, allocation)
     return 0
 
 
 def control_by_ray(
-    path: Path, found: Allocation, spec: SlurmSpec, head: Head, asked: list[int]
+    path: Path, allocation: Allocation, spec: SlurmSpec, head: Head, asked: list[int]
 ) -> None:
     """Bring up a Ray of the job's own on all nodes, and run the controller on it."""
-    address, notes = head.address, folder(path, found)
+    address, notes = head.address, folder(path, allocation)
     os.environ.update(private(notes) | alone(address))
-    daemon, over = Daemon(found, address, notes, None), Event()
+    daemon, over = Daemon(allocation, address, notes, None), Event()
     try:
-        with _told(path), another_try():
-            _bring_up(found, head, daemon, spec.start, lambda: job_file.stopping(path, asked))
+        with _stop_recorded(path), another_start():
+            _bring_up(allocation, head, daemon, spec.start, lambda: job_file.stopping(path, asked))
         Thread(target=_watch, args=(head, daemon, asked, over), daemon=True).start()
         os.environ["RAY_ADDRESS"] = daemon.address
         from cluster_jobs.ray.controller import control  # Ray reads its variables when imported
@@ -120,13 +122,13 @@ def control_by_ray(
 def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
     """A node that leaves the job does not come back to it: stop, and let it be queued again.
 
-    Nor does Ray's head, and whoever uses it hangs for a minute, and is then ended by Ray.
+    Nor does Ray's head. Its users hang for a minute, and are then ended by Ray.
     """
     silent = 0
     while not over.wait(WATCH_S) and silent < SILENT and daemon.alive:
         silent = 0 if daemon.listens else silent + 1
         for peer in head.peers.values():
-            peer.line.hear()
+            peer.line.receive()
             if not peer.line.open:
                 log.error("%s has left the job", peer.node)
                 asked.append(LOST)
@@ -138,30 +140,25 @@ def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
 
 
 def _bring_up(
-    found: Allocation, head: Head, daemon: Daemon, patience: float, stopping: Callable[[], bool]
+    allocation: Allocation,
+    head: Head,
+    daemon: Daemon,
+    patience: float,
+    stopping: Callable[[], bool],
 ) -> None:
     """Until every node has come and is part of the Ray."""
-    head.gather(dict(list(enumerate(found.nodes))[1:]), patience, stopping)
+    head.gather(dict(list(enumerate(allocation.nodes))[1:]), patience, stopping)
     head.note("all here")
     daemon.wait(patience)
     for peer in head.peers.values():
         peer.line.send(ray=daemon.address)
-    head.hear_all("up", patience, stopping)
+    head.await_all("up", patience, stopping)
     head.note("Ray is up")
 
 
 @contextmanager
-def another_try() -> Iterator[None]:
-    """What a bring-up lacked may be there the next time; `refuse_fruitless` bounds that."""
-    try:
-        yield
-    except ResourceError as error:
-        raise RequeueWanted(str(error)) from error
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What ends us before the controller holds the run stands in its events all the same."""
+def _stop_recorded(path: Path) -> Iterator[None]:
+    """Write into the events what ends us before the controller holds the run."""
     try:
         yield
     except DeepclustError as error:
@@ -170,20 +167,20 @@ def _told(path: Path) -> Iterator[None]:
         raise
 
 
-def follow(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
+def follow(path: Path, allocation: Allocation, spec: SlurmSpec, asked: list[int]) -> int:
     """A node's task: its Ray, as long as the head is there."""
-    line = join(path, found, spec.start)
-    told = line.first(2 * spec.start) if line else None
-    if line is None or told is None:
+    line = join(path, allocation, spec.start)
+    order = line.first(2 * spec.start) if line else None
+    if line is None or order is None:
         return 0  # the head has gone before it came to that
-    notes, address = folder(path, found), line.socket.getsockname()[0]
+    notes, address = folder(path, allocation), line.socket.getsockname()[0]
     for tries in range(1 + AGAIN):
-        daemon = Daemon(found, address, notes, told["ray"])
+        daemon = Daemon(allocation, address, notes, order["ray"])
         try:
             daemon.wait(spec.start)
             line.send(up=True)
             while daemon.alive and line.open:
-                line.hear(1.0)
+                line.receive(1.0)
         except DeepclustError as error:
             sys.stderr.write(f"error: {error}\n")
             if tries == AGAIN:
@@ -196,7 +193,7 @@ def follow(path: Path, found: Allocation, spec: SlurmSpec, asked: list[int]) -> 
 
 
 def after_stop(path: Path, asked: list[int]) -> int:
-    """What the job script is told of a run that has stopped at a step."""
+    """Return the exit code for the job script of a run that has stopped at a step."""
     if signal.SIGINT in asked:
         job_file.forget_cancel(path)
         return CANCELLED
@@ -205,22 +202,24 @@ def after_stop(path: Path, asked: list[int]) -> int:
     return RequeueWanted.exit_code
 
 
-def refuse_fruitless(path: Path, found: Allocation) -> None:
-    """Raise `ResourceError` when this job's last starts have brought nothing to the disk."""
-    file, now = _counts(path), list(job_file.progress(Run(path)))
+def refuse_without_progress(path: Path, allocation: Allocation) -> None:
+    """Raise `ResourceError` when this job's last starts have made no progress on disk."""
+    file, now = _counts(path), list(progress_on_disk(Run(path)))
     before = read_json(file) if file.exists() else {}
-    counted = [*(before["fruit"] if before.get("job") == found.job else []), now]
-    write_json(file, {"job": found.job, "fruit": counted[-FRUITLESS - 1 :]})
-    if len(counted) > FRUITLESS and all(one == now for one in counted[-FRUITLESS - 1 :]):
-        said = [event["text"] for event in Run(path).events() if event["event"] == "stopped"]
+    counted = [*(before["progress"] if before.get("job") == allocation.job else []), now]
+    recent = counted[-WITHOUT_PROGRESS - 1 :]
+    write_json(file, {"job": allocation.job, "progress": recent})
+    if len(recent) > WITHOUT_PROGRESS and all(one == now for one in recent):
+        texts = [event["text"] for event in Run(path).events() if event["event"] == "stopped"]
         raise ResourceError(
-            f"{FRUITLESS} starts of job {found.job} in a row brought nothing; their output is in "
-            f"{job_file.output(path)}. The last said: {said[-1] if said else 'nothing'}"
+            f"{WITHOUT_PROGRESS} starts of job {allocation.job} in a row made no progress; their "
+            f"output is in {job_file.output(path)}. The last ended with: "
+            f"{texts[-1] if texts else 'nothing'}"
         )
 
 
 def _counts(path: Path) -> Path:
-    return path / "slurm" / "fruit.json"
+    return path / "slurm" / "progress.json"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The plan: which sample is trained on at which position of an epoch, uniform over the clusters.
 
 A plan is a pure function of (assignments, seed, epoch, global batch). Every non-empty cluster gets
-the same number of draws; within a cluster every sample is drawn floor(q / n) times and a random
-subset once more, so a small cluster repeats evenly and a large one is sampled without replacement.
-Ranks slice it, so the global batch doesn't depend on how many ranks there are, and the only state
-to resume from is the number of steps that were done.
+the same number of draws q. Within a cluster of n every sample is drawn floor(q / n) times, and a
+random subset once more. So a small cluster repeats evenly, and a large one is sampled without
+replacement. Ranks slice the plan, so the global batch does not depend on their number. The only
+state to resume from is the number of steps that were done.
 
 Source: the sampling of DeepCluster (Caron et al., ECCV 2018, section 3.1, "trivial
-parametrization"). Its released sampler draws with replacement from small clusters and yields
-indices that its data set reads in another order, so its draws are not uniform; mode "paper" is
+parametrization"). Its released sampler draws with replacement from small clusters. It yields
+indices that its data set reads in another order, so its draws are not uniform. Mode "paper" is
 that draw as it was meant, mode "exact" has the quotas exact. `tools/bench/sampling.py` compares.
 """
 
@@ -25,7 +25,7 @@ from deepclust.world import derive, generator
 
 MODES = ("exact", "paper")
 WINDOW = 8  # blocks (shards) that a lane mixes at a time
-BLOCK = 4096  # samples of a block, where the caller doesn't say where shards begin
+BLOCK = 4096  # samples of a block, if the caller does not say where shards begin
 _ONE_GROUP = np.zeros(1, np.uint32)
 
 
@@ -50,32 +50,32 @@ class EpochPlan:
         blocks: Int[np.ndarray, " blocks_plus_1"] | None = None,
         purpose: str = "epoch",
     ) -> EpochPlan:
-        """Plan one epoch, or one round: `steps` batches, by default as many as the data fills.
+        """Plan one epoch, or one round: `steps` batches, by default all that the data fills.
 
-        `assignments` int [n] or [heads, n] (head 0 samples), negative = excluded. `lanes` cuts
-        the same draws into that many contiguous pieces of a tape that walks through the shards
-        (`blocks`: `index.bases`), of which each step takes equal parts; it must divide the batch,
-        and a rank reads its own lanes if the number of ranks divides it. `epoch` is the key of
-        the draw within its `purpose`: a round that is cut by steps passes its own number.
+        `assignments` are int [n] or [heads, n] (head 0 decides), negative where excluded. `lanes`
+        cuts the draws into that number of contiguous pieces of a tape that walks through the shards
+        (`blocks`: `index.bases`). Each step takes equal parts of all lanes, so lanes must divide
+        the batch. A rank reads only its own lanes if the ranks divide them. `epoch` is the key
+        of the draw within its `purpose`: a round that is cut by steps passes its own number.
 
-        Raises `RecipeError` for a batch, lanes or mode that cannot be, and `DataError` if there
-        are no assigned samples, or fewer than a batch and `steps` isn't given.
+        Raises `RecipeError` for a batch, lanes or mode that cannot be. Raises `DataError` if there
+        are no assigned samples, or fewer than a batch and `steps` is not given.
         """
-        labels = _labels(assignments)
+        cluster_ids = _cluster_ids(assignments)
         _check(global_batch, steps, lanes, mode)
         if steps is None:
-            steps = _whole_batches(int(np.count_nonzero(labels >= 0)), global_batch)
+            steps = _whole_batches(int(np.count_nonzero(cluster_ids >= 0)), global_batch)
         key = (seed, "plan", purpose, epoch)
-        draws = _draw(labels, steps * global_batch, mode, key)
+        draws = _draw(cluster_ids, steps * global_batch, mode, key)
         if lanes is None:
-            ids = draws[_order(_ONE_GROUP, len(draws), key)]
-            return cls(ids.astype(np.int64), steps, global_batch)
-        blocks = _even_blocks(len(labels)) if blocks is None else np.asarray(blocks)
+            shuffled = draws[_order(_ONE_GROUP, len(draws), key)]
+            return cls(shuffled.astype(np.int64), steps, global_batch)
+        blocks = _even_blocks(len(cluster_ids)) if blocks is None else np.asarray(blocks)
         tape = _tape(draws, blocks, key).reshape(lanes, steps, global_batch // lanes)
         return cls(tape.swapaxes(0, 1).reshape(-1).astype(np.int64), steps, global_batch)
 
     def mixed(self, other: EpochPlan, lanes: int | None = None) -> EpochPlan:
-        """Each batch of this plan and of another one of as many steps, as one batch.
+        """Return a plan whose batches join those of this plan and of another of equal steps.
 
         The other's samples are spread evenly over the slots of every lane, and so over the ranks.
         """
@@ -92,7 +92,7 @@ class EpochPlan:
 
     @property
     def positions(self) -> Int64[np.ndarray, " positions"]:
-        """Each draw's place in the epoch, step * global_batch + slot: the key of its views."""
+        """Each draw's place in the epoch, step * global_batch + slot, which keys its crops."""
         return np.arange(len(self.ids))
 
     def for_rank(
@@ -113,16 +113,16 @@ class EpochPlan:
         return split[start_step:, rank]
 
 
-def _labels(assignments: Integer[np.ndarray, "*heads n"]) -> Integer[np.ndarray, " n"]:
-    labels = assignments if assignments.ndim == 1 else assignments[0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+def _cluster_ids(assignments: Integer[np.ndarray, "*heads n"]) -> Integer[np.ndarray, " n"]:
+    cluster_ids = assignments if assignments.ndim == 1 else assignments[0]
+    if cluster_ids.ndim != 1 or cluster_ids.dtype.kind not in "iu":
         raise DataError(
             f"assignments must be integers [n] or [heads, n]; got {assignments.dtype} "
             f"{list(assignments.shape)}"
         )
-    if len(labels) >= LIMIT:
-        raise DataError(f"{len(labels):,} samples: a plan takes at most {LIMIT - 1:,}")
-    return labels.astype(np.int32, copy=False)
+    if len(cluster_ids) >= LIMIT:
+        raise DataError(f"{len(cluster_ids):,} samples: a plan takes at most {LIMIT - 1:,}")
+    return cluster_ids.astype(np.int32, copy=False)
 
 
 def _check(global_batch: int, steps: int | None, lanes: int | None, mode: str) -> None:
@@ -147,29 +147,33 @@ def _whole_batches(valid: int, global_batch: int) -> int:
 
 @dataclass(frozen=True)
 class _Members:
-    """Non-empty clusters, and their samples in random order: `ids[starts[j] : starts[j + 1]]`."""
+    """Non-empty clusters, each with its samples in random order.
 
-    ids: UInt32[np.ndarray, " valid"]
+    Those of the j-th are `sample_ids[starts[j] : starts[j + 1]]`.
+    """
+
+    sample_ids: UInt32[np.ndarray, " valid"]
     starts: Int64[np.ndarray, " clusters_plus_1"]
 
     @property
     def sizes(self) -> Int64[np.ndarray, " clusters"]:
+        """The number of samples of each cluster."""
         return np.diff(self.starts)
 
 
 def _draw(
-    labels: Integer[np.ndarray, " n"], total: int, mode: str, key: tuple
+    cluster_ids: Integer[np.ndarray, " n"], total: int, mode: str, key: tuple
 ) -> UInt32[np.ndarray, " total"]:
     if total >= LIMIT:
         raise RecipeError(f"{total:,} draws in one plan: it takes at most {LIMIT - 1:,}")
-    members = _members(labels, derive(*key, "members"))
+    members = _members(cluster_ids, derive(*key, "members"))
     draw = _exact_draw if mode == "exact" else _paper_draw
     return draw(members, total, key)
 
 
-def _members(labels: Integer[np.ndarray, " n"], key: int) -> _Members:
-    # Seen as unsigned, the excluded (negative) labels are the largest: they sort to the end.
-    clusters, order = random_order(labels.view(np.uint32), len(labels), key)
+def _members(cluster_ids: Integer[np.ndarray, " n"], key: int) -> _Members:
+    # seen as unsigned, the negative cluster ids (excluded) are the largest and sort to the end
+    clusters, order = random_order(cluster_ids.view(np.uint32), len(cluster_ids), key)
     valid = int(np.searchsorted(clusters, np.uint32(1 << 31)))
     if valid == 0:
         raise DataError("every sample is excluded (assignment -1): there is nothing to train on")
@@ -181,35 +185,35 @@ def _exact_draw(members: _Members, total: int, key: tuple) -> UInt32[np.ndarray,
     quota = _quota(len(members.sizes), total, generator(*key, "quota"))
     copies, extra = np.divmod(quota, members.sizes)
     counts = np.repeat(copies.astype(np.uint32), members.sizes)
-    counts += _is_among_first(extra, members)
-    return np.repeat(members.ids, counts)
+    counts += _are_among_first(extra, members)
+    return np.repeat(members.sample_ids, counts)
 
 
 def _quota(clusters: int, total: int, rng: np.random.Generator) -> Int64[np.ndarray, " clusters"]:
-    """Equal shares of `total`; random clusters take the remainder."""
+    """Return equal shares of `total`, of which random clusters take the remainder."""
     quota = np.full(clusters, total // clusters, np.int64)
     quota[rng.permutation(clusters)[: total % clusters]] += 1
     return quota
 
 
-def _is_among_first(
+def _are_among_first(
     extra: Int64[np.ndarray, " clusters"], members: _Members
 ) -> Bool[np.ndarray, " valid"]:
-    """Whether a member stands among the first `extra[j]` of its cluster: a random subset."""
+    """Return whether a member is among the first `extra[j]` of its cluster, a random subset."""
     ends = (members.starts[:-1] + extra).astype(np.uint32)
-    return np.arange(len(members.ids), dtype=np.uint32) < np.repeat(ends, members.sizes)
+    return np.arange(len(members.sample_ids), dtype=np.uint32) < np.repeat(ends, members.sizes)
 
 
 def _paper_draw(members: _Members, total: int, key: tuple) -> UInt32[np.ndarray, " total"]:
-    """DeepCluster's `UnifLabelSampler`: N // K + 1 a cluster, shuffled, cut to the length."""
+    """Draw as DeepCluster's `UnifLabelSampler`: N // K + 1 per cluster, shuffled, then cut."""
     sizes, starts = members.sizes, members.starts[:-1]
-    share = max(len(members.ids), total) // len(sizes) + 1
+    share = max(len(members.sample_ids), total) // len(sizes) + 1
     small = sizes <= share
     rng = generator(*key, "paper")
     repeated = rng.integers(0, sizes[small, None], size=(int(small.sum()), share))
     once = np.broadcast_to(np.arange(share), (int((~small).sum()), share))
     places = np.concatenate([repeated + starts[small, None], once + starts[~small, None]])
-    chosen: UInt32[np.ndarray, " drawn"] = members.ids[places.reshape(-1)]
+    chosen: UInt32[np.ndarray, " drawn"] = members.sample_ids[places.reshape(-1)]
     chosen = chosen[_order(_ONE_GROUP, len(chosen), (*key, "cut"))[:total]]
     return chosen
 
@@ -223,7 +227,7 @@ def _tape(
     blocks: Int[np.ndarray, " blocks_plus_1"],
     key: tuple,
 ) -> UInt32[np.ndarray, " total"]:
-    """The draws, window of blocks after window of blocks, in random order inside a window."""
+    """Return the draws, one window of blocks after another, each in random order."""
     place = generator(*key, "blocks").permutation(len(blocks) - 1) // WINDOW
     block = np.searchsorted(blocks[1:], draws, side="right")
     window = place.astype(np.uint32)[block]

@@ -1,4 +1,4 @@
-"""A random order inside groups, for a hundred million items: one sort of 64-bit keys."""
+"""A random order inside groups of a hundred million items, by one sort of 64-bit keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LIMIT = 1 << 32  # items at most: an item's number is the low half of its key
 def random_order(
     group: UInt32[np.ndarray, " n_or_1"], n: int, key: int
 ) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " n"]]:
-    """Sort 0..n-1 by group, at random inside a group; return sorted groups and the order.
+    """Sort 0..n-1 by group, at random inside a group, and return sorted groups and the order.
 
-    The random half of the sort keys is a keyed bijection of the position: no two keys are equal,
-    so an unstable (vectorised) sort gives the same order on every machine, and the position comes
-    back out of the sorted key without carrying it. A permutation and a stable sort take ten times
-    as long at 20 million items.
+    The random half of the sort keys is a keyed bijection of the position, so no two keys are equal.
+    An unstable (vectorised) sort then gives the same order on every machine, and the sorted key
+    gives the position back. A permutation and a stable sort take ten times the time at 20 million
+    items.
     """
     keys = np.empty(n, np.uint64)
     keys[:] = group
@@ -40,7 +40,7 @@ def _words(key: int) -> list[np.uint32]:
 
 
 def scramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
-    """A keyed bijection of 32-bit numbers, in place."""
+    """Apply a keyed bijection to 32-bit numbers, in place."""
     for word, (shift, factor) in zip(_words(key), _ROUNDS, strict=True):
         x ^= word
         x ^= x >> np.uint32(shift)
@@ -49,7 +49,7 @@ def scramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
 
 
 def unscramble(x: UInt32[np.ndarray, " n"], key: int) -> UInt32[np.ndarray, " n"]:
-    """The inverse of `scramble`, in place."""
+    """Apply the inverse of `scramble`, in place."""
     for word, (shift, factor) in zip(reversed(_words(key)), reversed(_ROUNDS), strict=True):
         x *= np.uint32(pow(factor, -1, LIMIT))
         while shift < 32:  # y = x ^ x >> s is undone by y ^ y >> s, then 2s, 4s, ...

@@ -58,12 +58,12 @@ def evaluate_features(
     seed: int = 0,
     dim: int = DIM,
 ) -> Scores:
-    """Evaluate (features [n, d], labels [n]) of both splits; see `evaluate`.
+    """Evaluate (features [n, d], labels [n]) of both splits as `evaluate` does.
 
     `dim`: directions that the whitening of `clusters` keeps, a run's `cluster.dim`.
 
-    Raises `DataError` for labels that are missing (None or -1), rows that are not finite, fewer
-    than two classes, or splits whose widths differ; `RecipeError` for an unknown evaluator.
+    Raises `DataError` for missing labels (None or -1), rows that are not finite, fewer than two
+    classes, and splits of different widths.
     """
     return evaluate(freeze(train, test, seed, dim), names)
 

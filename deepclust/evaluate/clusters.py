@@ -1,4 +1,4 @@
-"""Does k-means find the classes without labels? NMI, ARI and best-match accuracy.
+"""NMI, ARI and best-match accuracy of k-means against the classes.
 
 The protocol of the deep-clustering papers: k = the number of classes, fitted on the training
 features without labels, measured on the test features. The features go through the clustering step

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on frozen, standardised features: how linear are the classes?
+"""Multinomial logistic regression on frozen, standardised features.
 
 The published linear probes train a layer by SGD on augmented images. This one solves the convex
 problem on features extracted once, as the evaluation of CLIP does (Radford et al. 2021, A.3). It

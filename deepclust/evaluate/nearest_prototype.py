@@ -1,9 +1,9 @@
-"""How far do a few labels reach? The nearest class prototype decides, on frozen features.
+"""Nearest class prototype on frozen features: how much a few labels are worth.
 
 This is the protocol of the labelled seed in training, without the clustering. Features go through
 the whitening of the run: PCA to `dim` directions and L2 normalisation, fitted on all training
-features without labels. The prototype of a class is the unit mean of its labelled rows, and a test
-row takes the class of the prototype with the largest cosine. With one label of each class it is
+features without labels. The prototype of a class is the unit mean of its labelled rows. A test row
+takes the class of the prototype with the largest cosine. With one label of each class it is
 one-shot recognition, with all labels it is the nearest class mean.
 """
 

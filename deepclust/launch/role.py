@@ -1,4 +1,4 @@
-"""One process's place in a gang: a trainer rank, or the cluster worker."""
+"""The role of one process in a worker group: a trainer rank, or the cluster worker."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+
+from deepclust.recipe import Recipe
 
 CLUSTER_WORKER = -1
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -19,7 +21,7 @@ def die_with_parent() -> None:
 
 
 def die_with(parent: int) -> None:
-    """The same, also when the parent has died already."""
+    """Do the same, and end at once when the parent has died already."""
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
@@ -31,11 +33,23 @@ class Role:
 
     rank: int
     size: int
-    rendezvous: str  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
+    rendezvous: str = ""  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
     stage: str | None = None
     gpu: int | None = None  # of its node, where a scheduler has chosen; else the rank's number
+
+    @property
+    def name(self) -> str:
+        """The role in words, as events and messages have it."""
+        return "cluster worker" if self.rank == CLUSTER_WORKER else f"rank {self.rank}"
 
     @property
     def log_name(self) -> str:
         """The name of its file in `logs/`."""
         return "cluster-worker.log" if self.rank == CLUSTER_WORKER else f"rank-{self.rank:05d}.log"
+
+
+def roles_of(recipe: Recipe, stage: str | None = None) -> list[Role]:
+    """Return the roles of a recipe's worker group, the cluster worker last if there is one."""
+    size = recipe.train.ranks
+    ranks = [*range(size), *([] if recipe.clusters_inline else [CLUSTER_WORKER])]
+    return [Role(rank, size, stage=stage) for rank in ranks]

@@ -1,8 +1,8 @@
 """The rank program: what every process of a run executes, wherever it was started.
 
-As `python -m deepclust.launch.worker` it is a trainer rank or the cluster worker of a local gang;
-with one rank and inline clustering the launcher calls `work` in its own process. It dies with its
-parent, logs to its own file, and hands events to the launcher.
+`python -m deepclust.launch.worker` is a trainer rank or the cluster worker of a worker group. With
+one rank and inline clustering the launcher calls `work` in its own process. The program dies with
+its parent, logs to its own file, and sends events to its supervisor.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
         place = clustering_device(recipe)
         job = cluster.make_context(run, recipe, index, place, report, World())
+    report.alive()  # from here on, silence is a hang
     context = Context(recipe, run, world, index, read, report, job, stopping, role.stage)
     try:
         pipeline.run(context)
@@ -137,12 +138,18 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
     return index, str(began["read"])
 
 
+def is_local(rendezvous: str) -> bool:
+    """Return whether all ranks are on this machine, so that gloo needs the loopback only."""
+    return not rendezvous.startswith("tcp://") or rendezvous.startswith("tcp://127.")
+
+
 def main() -> int:
-    """Run one role of a local gang; the launcher gives the arguments."""
+    """Run one role in this process; `launch.local` gives the arguments."""
     parser = argparse.ArgumentParser()
     for name in ("--run", "--token", "--rendezvous"):
         parser.add_argument(name, required=True)
     parser.add_argument("--stage", default="")
+    parser.add_argument("--gpu", default="")
     for name in ("--attempt", "--rank", "--size", "--parent", "--pipe"):
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
@@ -150,13 +157,14 @@ def main() -> int:
     asked: list[int] = []
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))
-    if sys.platform == "linux":  # a local gang needs no other interface
+    if sys.platform == "linux" and is_local(args.rendezvous):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
     run = Run(Path(args.run), args.token, args.attempt)
-    role = Role(args.rank, args.size, args.rendezvous, args.stage or None)
+    gpu = int(args.gpu) if args.gpu else None
+    role = Role(args.rank, args.size, args.rendezvous, args.stage or None, gpu)
     try:
         work(run, role, report, lambda: bool(asked))
     except DeepclustError as error:
@@ -167,6 +175,7 @@ def main() -> int:
         sys.stderr.flush()
         report.failed(error, 1)
         os._exit(1)
+    report.done()
     return 0
 
 

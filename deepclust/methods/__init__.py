@@ -1,17 +1,12 @@
-"""The table of methods: a name in the recipe, a class in a file of its own."""
+"""The table of methods: a name in the recipe, and the folder of its `config.py` and `method.py`.
+
+Nothing here imports torch. `tests/toys/method.py` shows a method that needs no row of this table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from deepclust.methods.base import Method, Setting
-from deepclust.methods.deepcluster.method import DeepCluster
-from deepclust.methods.deepercluster.method import DeeperCluster
-from deepclust.methods.simclr.method import SimCLR
-from deepclust.models.backbone import Backbone
-
-METHODS: dict[str, Callable[[Backbone, Setting], Method]] = {
-    "deepcluster": DeepCluster,
-    "deepercluster": DeeperCluster,
-    "simclr": SimCLR,
-}
+METHODS = {
+    name: f"deepclust.methods.{name}"
+    for name in ("deepcluster", "deepercluster", "simclr")
+}  # fmt: skip
+DEFAULT = "deepcluster"  # where the recipe names none

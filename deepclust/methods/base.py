@@ -1,126 +1,178 @@
-"""The Method contract: what a method declares, what it is given, and what it must answer.
+"""The Method contract: what a method is given, what it must compute, and when it is called.
 
-A method is cross-entropy between a target q and a prediction p; methods differ in where q comes
-from. What a method `needs` of the data is declared, and configures data and loop. One that trains
-on a clustering gets it as data, made by `cluster.py` (perhaps on another machine), by `adopt`.
-All state lives in parameters and persistent buffers, so the state dict is the whole truth; what
-is too large for one rank is `owned`, a slice on every rank.
+Almost every method is cross-entropy between a target q and a prediction p. Methods differ in where
+q comes from. `config.py` declares, as data, what a method asks of the data and of a round
+(`MethodSection`); the class here computes.
 
-How three methods use it, and where the others will sit (later ones need what is in brackets):
-
-    method          targets   views     in forward                       beside it
-    deepcluster     flat      1         CE(head, cluster)                adopt renews the head
-    deepercluster   2 levels  1 turned  CE(super) + CE(sub | super)      adopt; owned sub-head
-    simclr          -         2         NT-Xent over all ranks           -
-    DeepCluster-v2  heads     V crops   CE to frozen centroids           adopt copies them
-                                                                         [bank filled by after_step]
-    SeLa            Sinkhorn  1         mean over heads of CE            [heads > 1 in adopt]
-    SwAV / Suave    -         V crops   CE to Sinkhorn of the batch      [before_step: unit rows;
-                                                                         labels in Batch]
-    DINO / Daino    -         V crops   CE to a centred teacher          [after_step: teacher]
-    SuperCM         -         1         CE + soft k-means energy         [before_step: centroids]
-    DAC             -         1         BCE over pairs above a bound     [after_epoch: the bound]
-    MoCo            -         2         CE over a queue                  [after_step: both]
-    BYOL            -         2         cosine to a teacher              [after_step: teacher]
-    VAE features    -         0         ELBO of stored features          [rows instead of views]
-
-Entropy and locality penalties, VAT and Pseudo-Label are terms that any of them can carry [a list of
-(weight, term) beside the method, added to its "loss"].
+The training loop calls, in this order and in plain sight: `before_step`, `forward` (that is `loss`
+and the terms), `frozen`, the optimizers, `after_step`. What depends on time is a function of
+`batch.now`, never a counter. All state is in parameters and persistent buffers, so the state dict
+is all that a checkpoint needs. No loss may read running statistics of a batch norm: on several
+ranks they differ, and a checkpoint has those of rank 0.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 
 from deepclust.clustering.whiten import Whitening
+from deepclust.methods.terms.term import Term, build_terms
 from deepclust.models.backbone import Backbone
-from deepclust.recipe.sections import ClusterSection, MethodSection
+from deepclust.recipe.sections import ClusterSection, MethodSection, TermSection
 from deepclust.world import Owned, World
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is built from: its own section, the clustering it will be given, its place."""
+    """What a method is built from: its section, the clustering that it will get, its rank."""
 
     config: MethodSection
     cluster: ClusterSection | None
     seed: int
     world: World
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a method asks of the data: views of each image, and quarter turns to choose from."""
-
-    views: int = 1
-    rotations: int = 1
+    terms: Mapping[str, TermSection] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Now:
-    """The time of a step: steps and epochs done, and the share of the run."""
+    """The time at the beginning of a step: steps done, epochs done, and their share of the run."""
 
-    step: int
-    epochs: float
-    progress: float
+    step: int = 0
+    epochs: float = 0.0
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step, on its device; without a clustering there are no heads."""
+    """One rank's part of a step, on its device; without a clustering there are 0 heads."""
 
-    ids: Int64[Tensor, " b"]
-    views: tuple[Float[Tensor, "b 3 h w"], ...]
-    quarters: Int64[Tensor, " b"]  # turns by 90 degrees, of all views of an image
-    targets: Int64[Tensor, "heads b"]
+    sample_ids: Int64[Tensor, " b"]  # on the CPU
+    crops: tuple[Float[Tensor, "b 3 s s"], ...]
+    turns: Int64[Tensor, " b"]  # by 90 degrees, of all turned crops of an image
+    pseudo_labels: Int64[Tensor, "heads b"]
+    labels: Int64[Tensor, " b"]  # class of the seeds, -1 for unknown
+    now: Now = Now()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a method computes of a batch; `told` are scalars for the metrics.
+
+    `features` (before the last activation) and `logits` are those of the first crop. They are None
+    where a method has none, and are what terms work on.
+    """
+
+    loss: Float[Tensor, ""]
+    told: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    features: Float[Tensor, "b D"] | None = None
+    logits: Float[Tensor, "b k"] | None = None
 
 
 @dataclass(frozen=True)
 class Targets:
-    """An immutable round: assignments (memory-mapped), centroids, and what they were made with.
+    """An immutable round: assignments, centroids, and what they were made with.
 
-    `kept` marks the clusters whose id continues a cluster of the round before (head policy
-    `match`); None means that no id does. `labelled` are the sample ids of the seeds, if any.
+    `kept` marks the clusters whose id continues a cluster of the round before; None means that no
+    id does.
     """
 
     round: int
     file: Path
-    assignments: Int32[np.ndarray, "heads n"]
+    assignments: Int32[np.ndarray, "heads n"]  # memory-mapped
     centroids: Float[np.ndarray, "heads k d"]
     whitening: Whitening | None
     kept: Bool[np.ndarray, "heads k"] | None
-    labelled: Int64[np.ndarray, " m"] | None = None
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A module whose parameters or buffers are slices, one on each rank."""
+
+    def owned(self) -> dict[str, Owned]:
+        """Return this rank's slice of each tensor, by its name in the module."""
 
 
 class Method(nn.Module, ABC):
-    """A pretraining method. `forward` is the loss, so that DDP's hooks fire."""
+    """A pretraining method: a backbone, and what it takes to train it."""
 
-    backbone: Backbone
-    needs = Needs()
+    def __init__(self, backbone: Backbone, setting: Setting) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.world = setting.world
+        self.trunk_name = setting.config.trunk
+        self.terms = build_terms(setting.terms, backbone.dim, setting.seed)
 
     @abstractmethod
+    def loss(self, batch: Batch) -> Output:
+        """Return the loss of a batch: the mean over this rank's samples."""
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar losses; `"loss"` is the one that is minimised, the others are told."""
+        """Return named scalars: `"loss"`, terms included, is minimised, the others are reported.
+
+        This is what is called, so that the hooks of DistributedDataParallel fire.
+        """
+        output = self.loss(batch)
+        total, named = output.loss, dict(output.told)
+        for name, term in self.terms.items():
+            assert isinstance(term, Term)
+            value = term(self, batch, output)
+            total = total + term.weight_at(batch.now) * value
+            named[f"term_{name}"] = value.detach()
+        return {"loss": total, **named}
+
+    @property
+    def trunk(self) -> Backbone:
+        """The backbone that is clustered, exported and evaluated, as the section declares."""
+        trunk = self.get_submodule(self.trunk_name)
+        assert isinstance(trunk, Backbone)
+        return trunk
 
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
-        """What is clustered: features, before the last ReLU where the backbone ends in one."""
-        features: Tensor = self.backbone(images)
+        """Return what is clustered: features, before the last ReLU if the backbone ends in one."""
+        features: Tensor = self.trunk(images)
         return features
 
-    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, " k"]:
-        """Take a round in; returns the rows of the head that are new."""
+    def classify(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
+        """Return logits over the method's own classes, from features of its backbone."""
+        raise NotImplementedError(f"{type(self).__name__} has no classes")
+
+    def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:
+        """Take a round in; return, by parameter name, which rows were renewed.
+
+        The optimizer forgets the state of those rows. Draws depend on (seed, round) only.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not train on a clustering")
 
-    @abstractmethod
-    def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimizer: `"body"` and `"head"`, whose rate and momentum are its own."""
+    def renewed(self) -> tuple[str, ...]:
+        """Return the modules that rounds renew: they have a rate and momentum apart."""
+        return ()
+
+    def before_step(self, batch: Batch) -> None:
+        """Prepare a step, before its forward pass; once for each part of a batch."""
+
+    def frozen(self, now: Now) -> Iterable[str]:
+        """Return the names of parameters that keep still in this step."""
+        return ()
+
+    def after_step(self, now: Now) -> None:
+        """Follow the optimizers' step, for example with a teacher's moving average."""
 
     def owned(self) -> dict[str, Owned]:
-        """Parameters of which this rank holds a slice, by name: kept out of DDP, saved by all."""
-        return {}
+        """Return the tensors of which each rank has a slice, by name: those of all submodules.
+
+        DistributedDataParallel ignores them, and every rank saves its slice.
+        """
+        return {
+            f"{path}.{name}": part
+            for path, module in self.named_modules()
+            if path and isinstance(module, Sharded)
+            for name, part in module.owned().items()
+        }

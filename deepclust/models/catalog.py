@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +73,22 @@ BACKBONES: dict[str, Builder] = {
 
 
 def build_backbone(
-    name: str, *, sobel: bool = False, image_size: int = 224, seed: int = 0
+    name: str,
+    *,
+    sobel: bool = False,
+    image_size: int = 224,
+    seed: int = 0,
+    import_module: bool = True,
 ) -> Backbone:
-    """A backbone with random weights on the CPU, in training mode.
+    """Return a backbone with random weights on the CPU, in training mode.
 
-    name: a key of BACKBONES, else an architecture of timm, bare or as `timm/NAME`. The weights
-    depend on (name, sobel, image_size, seed) only; the caller's random state stays as it was.
-    Raises RecipeError for an unknown name, a size that is too small, or channels that do not fit.
+    name: a key of BACKBONES, else an architecture of timm, bare or as `timm/NAME`, else a module
+    `a.b.c` with a function `build(channels, image_size)`. Without `import_module` it must be
+    imported already, for names from files that may come from anywhere. The weights depend on
+    (name, sobel, image_size, seed) only; the caller's random state stays as it was. Raises
+    RecipeError for an unknown name, a size that is too small, or channels that do not fit.
     """
-    name, builder = _find(name)
+    name, builder = _find(name, import_module)
     channels = Sobel.channels if sobel else 3
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the GPUs too, and fork_rng would have to restore them all
@@ -91,14 +101,31 @@ def build_backbone(
     )  # fmt: skip
 
 
-def _find(name: str) -> tuple[str, Builder]:
-    """The full name and its builder; the table comes first, then timm."""
+def _find(name: str, import_module: bool) -> tuple[str, Builder]:
+    """The full name and its builder; the table comes first, then timm, then modules."""
     if name in BACKBONES:
         return name, BACKBONES[name]
     short = name.removeprefix("timm/")
     if libraries.is_timm(short):
         return f"timm/{short}", Builder(partial(libraries.timm_net, short))
+    if "." in name and "/" not in name:
+        return name, Builder(_module(name, import_module).build)
     raise RecipeError(_unknown(name, short))
+
+
+def _module(name: str, import_it: bool) -> Any:
+    """The module of that name, which has a function `build`."""
+    try:
+        module = importlib.import_module(name) if import_it else sys.modules.get(name)
+    except ImportError as error:
+        raise RecipeError(
+            f"backbone.name: {name} cannot be imported ({error}); put its folder into PYTHONPATH"
+        ) from error
+    if module is None:
+        raise RecipeError(f"import {name} first: a module is not imported because a file names it")
+    if not callable(getattr(module, "build", None)):
+        raise RecipeError(f"backbone.name: {name} has no function build(channels, image_size)")
+    return module
 
 
 def _unknown(name: str, short: str) -> str:
@@ -125,7 +152,7 @@ def _width(net: nn.Module, name: str, channels: int, image_size: int) -> int:
             f"or choose a backbone with a small stem such as resnet18_small."
         ) from error
     if len(shape) != 2:
-        raise RecipeError(f"backbone.name: {name} gives {tuple(shape)}, not one row an image.")
+        raise RecipeError(f"backbone.name: {name} gives {tuple(shape)}, not a row for each image.")
     return shape[1]
 
 

@@ -48,6 +48,6 @@ class LARS(SGD):
 
 
 def trust(weight: Float[Tensor, "*s"], grad: Float[Tensor, "*s"]) -> Float[Tensor, ""]:
-    """Return TRUST |w| / |g|, or 1 where either is zero. It stays on the device."""
+    """Return TRUST |w| / |g|, or 1 where either is zero, without leaving the device."""
     w, g = weight.norm(), grad.norm()
     return torch.where((w > 0) & (g > 0), TRUST * w / g.clamp_min(1e-38), torch.ones_like(w))

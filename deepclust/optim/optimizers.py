@@ -1,7 +1,7 @@
 """Optimizers of a method: one for each role, with all state saved by parameter name.
 
-The body follows the schedules. What a round renews is the head: its rate is constant and its
-momentum its own, because the momentum of a classifier that is gone would push the new one anywhere.
+The body follows the schedules. What a round renews is the head. Its rate is constant, and a renewed
+row has no state: the momentum of an old classifier would push the new one anywhere.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class Optimizers:
         self.by_role = {role: self._make(role) for role in self.groups}
 
     def set_schedule(self, now: Now) -> float:
-        """Set the body's rate and the weight decay of all; return the rate.
+        """Set the body's rate and the weight decay of all, and return the rate.
 
         The head keeps its own rate. It starts again every round, and a head that learns no more
-        gives the body nothing to learn from (Fashion-MNIST, cosine on both: 20-NN 0.5 % worse).
+        teaches the body nothing. On Fashion-MNIST a cosine on both made 20-NN 0.5 % worse.
         """
         rate = learning_rate(self.config, now.epochs)
         decay = weight_decay(self.config, now.epochs)
@@ -88,7 +88,7 @@ class Optimizers:
         return rate
 
     def step(self) -> Float[Tensor, ""]:
-        """Clip, update, and drop the gradients; return their total norm before clipping.
+        """Clip, update and drop the gradients, and return their norm before clipping.
 
         The norm is that of the whole model's gradient on every rank, also where ranks own slices.
         All ranks must call.
@@ -107,7 +107,7 @@ class Optimizers:
         """Forget the state of renewed rows (dimension 0), by parameter name.
 
         If all rows are new, the parameter starts as with a new optimizer. If only some are, Adam's
-        step count stays, because it counts for the whole parameter: the first updates of those rows
+        step count stays, because it counts for the whole parameter. The first updates of those rows
         are then not corrected for their zero moments.
         """
         for role, parameters in self.groups.items():

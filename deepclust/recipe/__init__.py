@@ -6,10 +6,15 @@ The names are imported when first used, so that a method's `config.py` can impor
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepclust.recipe.recipe import PATHS, Recipe, checked, differences, shipped
+    from deepclust.recipe.overrides import PATHS
+    from deepclust.recipe.recipe import Recipe, differences, shipped
+    from deepclust.recipe.validate import checked
+
+_HOMES = {"PATHS": "overrides", "checked": "validate"}
 
 __all__ = ["PATHS", "Recipe", "checked", "differences", "shipped"]
 
@@ -17,6 +22,5 @@ __all__ = ["PATHS", "Recipe", "checked", "differences", "shipped"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'deepclust.recipe' has no attribute {name!r}")
-    from deepclust.recipe import recipe
-
-    return getattr(recipe, name)
+    home = importlib.import_module(f"deepclust.recipe.{_HOMES.get(name, 'recipe')}")
+    return getattr(home, name)

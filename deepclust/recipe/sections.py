@@ -6,20 +6,16 @@ read, checked and printed before it is.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from deepclust.recipe.declare import Refresh
+from deepclust.recipe.declare import Crops, Refresh
+
+if TYPE_CHECKING:
+    from deepclust.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,27 @@ class Section(BaseModel):
     )
 
 
+Chance = Annotated[float, Field(ge=0, le=1)]
+
+
+class LocalCrops(Section):
+    """Small crops beside the full-size ones, for methods that use them (multi-crop)."""
+
+    count: int = Field(ge=1)
+    size: int = Field(ge=8, description="side of the square, pixels")
+    scale: tuple[float, float] = Field((0.05, 0.25), description="area of a crop")
+    blur: Chance | None = Field(None, description="default: that of the last full-size crop")
+    solarise: Chance | None = Field(None, description="default: that of the last full-size crop")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError("scale goes from a small positive number to a larger one")
+        return self
+
+
 class Data(Section):
-    """Which images, and how they are looked at."""
+    """Which images, and how they are cropped and coloured."""
 
     shards: str = Field(description="folder of tar shards or brace pattern; path or URL (s3://)")
     index: str | None = Field(None, description="where the index lies, if not beside the shards")
@@ -69,10 +84,16 @@ class Data(Section):
     )
     jitter_p: float = Field(0.8, ge=0, le=1, description="chance that colours are jittered")
     grey: float = Field(0.0, ge=0, le=1, description="chance of a grey image")
-    blur: float = Field(0.0, ge=0, le=1, description="chance of a Gaussian blur")
+    blur: Chance | tuple[Chance, ...] = Field(
+        0.0, description="chance of a Gaussian blur; a list has one for each full-size crop"
+    )
     blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="its width, pixels")
+    solarise: Chance | tuple[Chance, ...] = Field(
+        0.0, description="chance of a solarised crop; a list has one for each full-size crop"
+    )
+    local: LocalCrops | None = Field(None, description="small crops beside the full-size ones")
     colour_on: Literal["auto", "workers", "device"] = Field(
-        "auto", description="where jitter, grey and blur are computed; auto: device if a GPU"
+        "auto", description="where colours are computed; auto: device if a GPU"
     )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -111,91 +132,61 @@ class BackboneSection(Section):
     sobel: bool = Field(False, description="see two Sobel gradients instead of colour")
 
 
-class MethodSection(Section):
-    """What all methods share. Each has a section of its own, chosen by `name`."""
+class MethodSection(Section, ABC):
+    """What a method declares. Its `Config` in `methods/NAME/config.py` derives from this."""
 
-    clusters: ClassVar[bool] = False  # whether it trains on a clustering
+    name: str = Field(description="a method of the table, or an importable module: a.b.c")
+
+    labels: ClassVar[Literal["unused", "optional", "required"]] = "unused"
+    whole_batch: ClassVar[bool] = False  # the loss compares all samples: no train.accumulate
+    trunk: ClassVar[str] = "backbone"  # the module that is clustered, exported and evaluated
 
     @property
     def round(self) -> Refresh | None:
-        """How its rounds are made; None for a method without a clustering."""
+        """How a round is made; None for a method that trains without a clustering."""
         return None
 
     @property
-    def resets(self) -> bool:
-        """Whether a round begins with a new head, so that the loss jumps."""
-        return self.clusters
-
-    @property
     def mode(self) -> str:
-        """How an epoch's plan draws."""
+        """How an epoch's plan draws from the clusters."""
         return "exact"
+
+    def crops(self, data: Data) -> tuple[Crops, ...]:
+        """Return the kinds of crops of every image: by default a single one."""
+        return (Crops(1, data.size, data.crop_scale),)
+
+    @abstractmethod
+    def chance_loss(self, recipe: Recipe) -> float:
+        """Return the loss of a network that has learnt nothing."""
+
+    def misfit(self, recipe: Recipe) -> str | None:
+        """Return what the method cannot do with other sections of the recipe, if anything."""
+        return None
 
 
 class ClusteringMethodSection(MethodSection):
     """What methods share that train on a clustering."""
 
-    clusters: ClassVar[bool] = True
-
     sampling: Literal["exact", "paper"] = Field("exact", description="uniform cluster sampling")
 
     @property
+    def round(self) -> Refresh:
+        """One level of k-means on whitened features, after which the head is drawn again."""
+        return Refresh(resets=True)
+
+    @property
     def mode(self) -> str:
-        """As the recipe says."""
+        """The draw that the recipe chooses."""
         return self.sampling
 
 
-class DeepClusterSection(ClusteringMethodSection):
-    """DeepCluster (Caron et al. 2018)."""
+class TermSection(Section):
+    """A weighted regulariser beside the method's loss. Its `Config` may add keys of the term."""
 
-    name: Literal["deepcluster"] = "deepcluster"
-    head: Literal["reset", "match", "centroids"] = Field(
-        "reset", description="what a new round does to the classifier"
-    )
+    uses_labels: ClassVar[bool] = False
 
-    @property
-    def resets(self) -> bool:
-        """Only by the paper's policy."""
-        return self.head == "reset"
-
-    @property
-    def round(self) -> Refresh:
-        """One level; ids are matched by the policy `match`."""
-        return Refresh(keeps_ids=self.head == "match", resets=self.head == "reset")
-
-
-class DeeperClusterSection(ClusteringMethodSection):
-    """DeeperCluster (Caron et al. 2019); its levels are cluster.supers and cluster.k."""
-
-    name: Literal["deepercluster"]
-    rotations: Literal[1, 4] = Field(4, description="4: images turned by quarters; 1: upright")
-
-    @property
-    def round(self) -> Refresh:
-        """Two levels; every round begins with a new head."""
-        return Refresh(levels=2, resets=True)
-
-
-class SimCLRSection(MethodSection):
-    """SimCLR (Chen et al. 2020)."""
-
-    name: Literal["simclr"]
-    temperature: float = Field(0.5, gt=0)
-    hidden: int = Field(2048, ge=1, description="width of the projection head's hidden layers")
-    out: int = Field(128, ge=1, description="dimensions of the projection")
-    layers: int = Field(2, ge=1, le=4, description="linear layers of the projection head")
-
-
-AnyMethod = Annotated[
-    DeepClusterSection | DeeperClusterSection | SimCLRSection, Field(discriminator="name")
-]
-
-
-def _read_old_place(value: object) -> object:
-    return "ranks" if value == "gang" else value  # the word of older recipes
-
-
-Where = Annotated[Literal["auto", "inline", "worker", "ranks"], BeforeValidator(_read_old_place)]
+    weight: float = Field(description="factor of the term in the loss")
+    ramp: float = Field(0.0, ge=0, description="epochs in which the weight grows from 0, linearly")
 
 
 class ClusterSection(Section):
@@ -211,9 +202,9 @@ class ClusterSection(Section):
     empty: Literal["split", "relocate"] = "split"
     min_size: int = Field(1, ge=1, description="members that every cluster ends with")
     backend: Literal["auto", "torch", "faiss"] = "auto"
-    where: Where = Field(
+    where: Literal["auto", "inline", "worker", "ranks"] = Field(
         "auto",
-        description="auto: inline at one rank, else the cluster worker's own process; "
+        description="auto: inline at one rank, else the process of the cluster worker; "
         "ranks: all ranks together, each with its part of the rows",
     )
     overlap: bool = Field(False, description="k-means while the ranks train on; a round later")
@@ -223,14 +214,17 @@ class ClusterSection(Section):
     )
     max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
 
+    @field_validator("where", mode="before")
+    @classmethod
+    def _old_name(cls, value: object) -> object:
+        return "ranks" if value == "gang" else value
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.k % self.supers:
             raise ValueError(f"supers={self.supers} must divide k={self.k}")
         if self.overlap and self.where in ("inline", "ranks"):
-            raise ValueError(
-                "overlap needs the cluster worker, a process of its own: leave where at auto"
-            )
+            raise ValueError("overlap needs the cluster worker, a process apart: where=auto")
         return self
 
 
@@ -258,7 +252,7 @@ class SeedsSection(Section):
     )
     force: bool = Field(False, description="labelled samples take their class's cluster")
     share: float = Field(
-        0.0, ge=0, lt=1, description="of every batch, drawn from the labelled samples; forces them"
+        0.0, ge=0, le=1, description="of every batch, drawn from the labelled samples; forces them"
     )
     held_out: str | None = Field(
         None, description="labels to judge by, as `labels`; default: the shards', if they have any"
@@ -316,6 +310,8 @@ class TrainSection(Section):
     )
     log: int = Field(20, ge=1, description="steps between two lines of metrics")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
+    hang: float = Field(600.0, gt=0, description="seconds without a sign of life that are a hang")
+    restarts: int = Field(3, ge=0, description="deaths and hangs before the run gives up")
 
     @field_validator("sync_bn", mode="before")
     @classmethod

@@ -1,12 +1,12 @@
 """Checkpoints: weights, optimizers and counters of one step, in one atomic folder.
 
 Tensors are safetensors and counters are JSON, so nothing here is ever unpickled. There is no RNG
-state: torch is reseeded at every step from (seed, step, rank). A checkpoint that cannot be read
-is set aside, which is said, and the one before it is used.
+state: torch is reseeded at every step from (seed, step, rank). A checkpoint that cannot be read is
+renamed with a warning, and the one before it is used.
 
-Parameters whose rows the ranks share out (`world.Owned`) are saved by their owners, each into its
-own `owned-RRRRR.safetensors`, which rank 0 moves into the folder before it appears; they are read
-by ranges, so another number of ranks can go on. Without such parameters only rank 0 saves.
+Of some parameters every rank owns a slice (`world.Owned`). Each rank saves its slices into a file,
+`owned-RRRRR.safetensors`, and rank 0 moves all of them into the folder before it appears. They are
+read by ranges, so another number of ranks can go on. Without slices only rank 0 saves.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is. A segment is the stretch between two plans: an epoch, or a round of steps.
+    """The place of a run in its training.
 
-    `offset` counts the steps done inside the segment; `round` is the one being trained on, -1
-    before the first.
+    A segment is the stretch between two plans: an epoch, or the steps of a round. `offset` counts
+    the steps done inside the segment. `round` is the one being trained on, -1 before the first.
     """
 
     step: int = 0
@@ -55,26 +55,31 @@ class State:
     samples: int = 0
 
     def after_step(self, batch: int) -> State:
-        """One optimizer step later."""
+        """Return the state one optimizer step later."""
         return State(self.step + 1, self.segment, self.offset + 1, self.round, self.samples + batch)
 
     def after_segment(self) -> State:
-        """At the beginning of the next segment."""
+        """Return the state at the beginning of the next segment."""
         return State(self.step, self.segment + 1, 0, self.round, self.samples)
 
     def in_round(self, number: int) -> State:
-        """The same place, training on another round."""
+        """Return the state at the same place of another round."""
         return State(self.step, self.segment, self.offset, number, self.samples)
 
 
 def save(
-    run: Run, state: State, parts: dict[str, Tensors], keep: int,
-    owned: OwnedTensors | None = None, world: World = ALONE,
-) -> bool:  # fmt: skip
+    run: Run,
+    state: State,
+    parts: dict[str, Tensors],
+    keep: int,
+    owned: OwnedTensors | None = None,
+    world: World = ALONE,
+) -> bool:
     """Write a checkpoint unless this step has one; then drop all but the newest `keep`.
 
-    With `owned` (this rank's slices, by names that all ranks have) every rank calls, and an error
-    on one is an error on all; `parts` are rank 0's. Without it only rank 0 calls.
+    Return whether it was written. With `owned` (this rank's slices, by names that all ranks have)
+    every rank calls, and an error on one is an error on all. Without it only rank 0 calls. `parts`
+    are rank 0's.
     """
     folder = run.path / "checkpoints" / f"{state.step:08d}"
     if owned:
@@ -103,11 +108,16 @@ def _commit(
 
 
 def _save_together(
-    run: Run, folder: Path, state: State, parts: dict[str, Tensors], keep: int,
-    owned: OwnedTensors, world: World,
-) -> bool:  # fmt: skip
-    """All ranks write into a scratch folder; when the last one has, rank 0 publishes."""
-    # no writer that is left over can know the name; a new holder of the run sweeps `.*.tmp`
+    run: Run,
+    folder: Path,
+    state: State,
+    parts: dict[str, Tensors],
+    keep: int,
+    owned: OwnedTensors,
+    world: World,
+) -> bool:
+    """Write all ranks' slices into a scratch folder, then let rank 0 publish."""
+    # a writer of an earlier attempt cannot know the name; a new holder of the run sweeps `.*.tmp`
     name = f".owned-{folder.name}-{run.token}-{secrets.token_hex(4)}.tmp"
     done, name = world.broadcast_object((is_done(folder), name))
     if done:
@@ -129,12 +139,12 @@ def _save_together(
 
 
 def _attempt(world: World, folder: Path, work: Callable[[], None]) -> None:
-    """Do this rank's work, then wait for all; raises on all ranks when it failed on one."""
+    """Do this rank's work, then wait for all; raise on all ranks when it failed on one."""
     error = None
     try:
         work()
-    except Exception as met:
-        error = met
+    except Exception as raised:
+        error = raised
     world.raise_all(error, f"checkpoint {folder}")
 
 
@@ -144,7 +154,7 @@ def _write_owned(file: Path, owned: OwnedTensors, alive: Callable[[], None]) -> 
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, tensors, {"owned": json.dumps(ranges)})
-        sync(file)  # on this rank's machine: rank 0 cannot flush it from there
+        sync(file)  # on this rank's machine, where rank 0 cannot flush it
         # rank 0 would hash for all, one by one
         file.with_suffix(HASH).write_text(file_hash(file, alive))
 
@@ -152,9 +162,10 @@ def _write_owned(file: Path, owned: OwnedTensors, alive: Callable[[], None]) -> 
 def load(
     folder: Path, check: bool = True, alive: Callable[[], None] = unwatched
 ) -> tuple[State, dict[str, Tensors]]:
-    """The state and the tensors that rank 0 saved; `DataError` when the checkpoint is damaged.
+    """Return the state and the tensors that rank 0 saved.
 
-    Without `check` no file is compared with its hash: a rank whose rank 0 has done it.
+    Without `check` no file is compared with its hash, because another rank has done it. Raises
+    `DataError` when the checkpoint is damaged.
     """
     try:
         if check:
@@ -168,9 +179,9 @@ def load(
 
 
 def load_owned(folder: Path, owned: dict[str, Owned]) -> Tensors:
-    """This rank's rows of each name, on the CPU, whatever ranges the owners' files hold.
+    """Return this rank's rows of each name, on the CPU, from any division of the rows over files.
 
-    Only the ranges asked for are read; `load` has checked the hashes. `DataError` when the files
+    Only these ranges are read. `load` has checked the hashes. Raises `DataError` when the files
     lack a range, or hold a parameter of another size.
     """
     with _opened(folder) as files:
@@ -178,14 +189,14 @@ def load_owned(folder: Path, owned: dict[str, Owned]) -> Tensors:
 
 
 def owned_names(folder: Path) -> set[str]:
-    """The names of which the owners' files hold rows; none in a checkpoint without such files."""
+    """Return the names of which the owners' files hold rows."""
     with _opened(folder) as files:
         return {name for file in files for name in file.ranges}
 
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[list[_OwnedFile]]:
-    """The owners' files, open; what cannot be read is a `DataError`."""
+    """Open the owners' files; one that cannot be read is a `DataError`."""
     with ExitStack() as stack:
         try:
             yield [
@@ -197,7 +208,7 @@ def _opened(folder: Path) -> Iterator[list[_OwnedFile]]:
 
 
 class _OwnedFile:
-    """An owner's file that is open, and the range that it holds of each name."""
+    """An open file of an owner, and the range that it holds of each name."""
 
     def __init__(self, path: Path, opened: Any) -> None:
         self.path, self.opened = path, opened
@@ -205,7 +216,7 @@ class _OwnedFile:
         self.ranges = {name: Owned(**own) for name, own in ranges.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the whole parameter."""
+        """Return rows [start, stop) of the whole parameter."""
         held = self.ranges[name]
         span = slice(start - held.start, stop - held.start)
         rows: Tensor = self.opened.get_slice(name)[(*[slice(None)] * held.dim, span)]
@@ -213,7 +224,7 @@ class _OwnedFile:
 
 
 def _gather(folder: Path, files: list[_OwnedFile], name: str, own: Owned) -> Tensor:
-    """Our rows of one parameter, from all the files that hold some of them."""
+    """Return this rank's rows of one parameter, from all the files that hold some of them."""
     holders = [file for file in files if name in file.ranges]
     _check_size(folder, holders, name, own)
     pieces, at = [], own.start
@@ -248,27 +259,25 @@ def _check_size(folder: Path, holders: list[_OwnedFile], name: str, own: Owned) 
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint that could be read."""
+class Checkpoint:
+    """A checkpoint that could be read, with the tensors that rank 0 saved, by file and name."""
 
     folder: Path
     state: State
     parts: dict[str, Tensors]
 
 
-def load_latest(run: Run, say: Callable[[str], None]) -> Found | None:
-    """The newest checkpoint that can be read, or None when there is none.
+def load_latest(run: Run, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that can be read, or None when there is none.
 
-    Whoever holds the run renames a damaged one, so that its step can be saved again.
+    A process that holds the run renames a damaged one, so that its step can be saved again.
     """
     folders = run.checkpoints()
     for before, folder in reversed(list(enumerate(folders))):
         try:
-            return Found(folder, *load(folder, alive=run.alive))
+            return Checkpoint(folder, *load(folder, alive=run.alive))
         except DataError as error:
-            say(
-                f"{error}; {'using the one before it' if before else 'starting from the beginning'}"
-            )
+            warn(f"{error}; {'using the one before it' if before else 'starting from step 0'}")
             if run.token:
                 folder.rename(folder.with_name(f"unreadable-{folder.name}"))
     return None

@@ -85,7 +85,11 @@ class PipeReport(SignsOfLife):
     def failed(self, error: BaseException, exit_code: int) -> None:
         """Report why this process ends, to the supervisor and in our own log."""
         logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
-        self._send({"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code})
+        self._send({"result": failure(error, exit_code)})
+
+    def done(self) -> None:
+        """Report that this process has done its work; its supervisor need not wait for its exit."""
+        self._send({"result": {}})
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):  # the supervisor is gone, and so are we in a moment
@@ -98,6 +102,11 @@ class PipeReport(SignsOfLife):
         with self._lock:  # a long line takes several writes
             while line:
                 line = line[os.write(self.descriptor, line) :]
+
+
+def failure(error: BaseException, exit_code: int) -> dict[str, Any]:
+    """Return the result of a process that ended with an error."""
+    return {"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code}
 
 
 def _log(name: str, fields: dict[str, Any]) -> None:

@@ -1,17 +1,18 @@
-"""From the plan to what a method sees: this rank's reads, and their views on its device.
+"""From the round to what a method gets: the plan of a segment, its reads, and its batches.
 
-Views, turns and colours are drawn from (seed, segment, position in the plan), so they depend on
-nothing else: not on ranks, workers, restarts, or on where the colours are computed.
+Crops, turns and colours are drawn from (seed, segment, position in the plan), so they depend on
+nothing else: not on ranks, reader processes, restarts, or on where the colours are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int8, Int32, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.colour import Colour
@@ -19,54 +20,99 @@ from deepclust.data.images.crops import Crop, RandomResizedCrop, to_float
 from deepclust.data.images.rotate import quarters, rotate
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Request
-from deepclust.methods.base import Batch, Needs, Targets
+from deepclust.data.shards.index import Index
+from deepclust.methods.base import Batch, Now, Targets
+from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
 from deepclust.run.checkpoint import State
+from deepclust.seeds.table import SeedTable
+from deepclust.stages.schedule import Timeline
 from deepclust.world import World, derive
 
 
 @dataclass(frozen=True)
 class Feed:
-    """A rank's side of the plan. `batch` is global, `parts` is how many a rank's share makes."""
+    """A rank's side of the data: what is planned for all, read by this rank, and made a batch."""
 
-    data: Data
-    needs: Needs
+    recipe: Recipe
+    index: Index
+    read: str  # by offset, or by block of shards, for which the plan walks through them in lanes
     world: World
-    seed: int
-    batch: int
-    parts: int
+    table: SeedTable | None = None  # labels by sample id
+
+    def plan(self, timeline: Timeline, state: State, targets: Targets | None) -> EpochPlan:
+        """Plan a segment, uniform over the round's clusters; without a clustering, over samples.
+
+        With `seeds.share` every batch has that share of labelled samples, uniform over their
+        clusters, or over their classes where nothing is clustered. Head 0 samples.
+        """
+        cluster_ids = _usable(self.index) if targets is None else targets.assignments[0]
+        lanes = timeline.lanes if self.read == "block" else None
+        build = partial(
+            EpochPlan.build,
+            seed=self.recipe.seed,
+            epoch=state.segment,
+            mode=self.recipe.method.mode,
+            lanes=lanes,
+            blocks=self.index.bases,
+        )
+        batch, steps = self.recipe.train.batch, timeline.steps(state)
+        part = self._labelled_share(lanes or 1, targets)
+        if part == 0:
+            return build(cluster_ids, global_batch=batch, steps=steps)
+        steps = steps or int((cluster_ids >= 0).sum()) // batch
+        groups = self._labelled_groups(cluster_ids, targets)
+        labelled = build(groups, global_batch=part, steps=steps, purpose="labelled")
+        if part == batch:
+            return labelled
+        return build(cluster_ids, global_batch=batch - part, steps=steps).mixed(labelled, lanes)
 
     def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
-        """This rank's reads, from the step where we are: a slice of the plan."""
-        data, world = self.data, self.world
-        assignments = None if targets is None else targets.file
+        """Yield this rank's reads, from the step where the run is: a slice of the plan."""
+        world, parts = self.world, self.recipe.train.accumulate
         sample_ids = plan.for_rank(world.rank, world.size, state.offset)
         share = sample_ids.shape[1]
-        view = RandomResizedCrop(data.size, data.crop_scale, data.crop_ratio, data.flip)
-        crop = Crop(view, None if self._on_device else self._colour)
+        crops = self._crops
+        if self._colours_on_device:
+            crops = tuple(replace(crop, colour=None) for crop in crops)
         for row, step in enumerate(range(state.offset, plan.steps)):
-            first = step * self.batch + world.rank * share
-            places = np.split(np.arange(first, first + share), self.parts)
-            for mine, where in zip(np.split(sample_ids[row], self.parts), places, strict=True):
+            first = step * self.recipe.train.batch + world.rank * share
+            positions = np.split(np.arange(first, first + share), parts)
+            for mine, where in zip(np.split(sample_ids[row], parts), positions, strict=True):
                 yield Request(
-                    mine, where, self._key(state.segment), (crop,) * self.needs.views,
-                    assignments, replace=True,
-                )  # fmt: skip
+                    sample_ids=mine,
+                    positions=where,
+                    key=self._key(state.segment),
+                    crops=crops,
+                    assignments=None if targets is None else targets.file,
+                    replace=True,
+                )
 
-    def to_batch(self, loaded: Loaded, targets: Targets | None, segment: int) -> Batch:
-        """Colour (if that is done here), turn and normalise; look the targets up."""
+    def to_batch(self, loaded: Loaded, targets: Targets | None, segment: int, now: Now) -> Batch:
+        """Colour (if that is done here), turn and normalise; look pseudo-labels and labels up.
+
+        Both belong to the sample that was loaded, which may replace one that cannot be read.
+        """
         device, key = self.world.device, self._key(segment)
-        drawn = quarters(derive(key, "turn"), loaded.positions, self.needs.rotations)
+        drawn = quarters(derive(key, "turn"), loaded.positions, max(self._turns))
         turns = torch.from_numpy(drawn)  # stays on the CPU, or `rotate` would wait for a GPU
-        crops = [images.to(device, non_blocking=True) for images in loaded.images]
-        views = [self._view(part, v, loaded, turns, key) for v, part in enumerate(crops)]
-        heads = np.zeros((0, len(loaded.sample_ids)), np.int32)
-        found = heads if targets is None else targets.assignments[:, loaded.sample_ids]
-        labels = torch.from_numpy(found.astype(np.int64)).to(device)
-        ids = torch.from_numpy(np.asarray(loaded.sample_ids))
-        return Batch(ids, tuple(views), turns.to(device), labels)
+        crops = tuple(
+            self._finish(images.to(device, non_blocking=True), number, loaded, turns, key)
+            for number, images in enumerate(loaded.images)
+        )
+        sample_ids = np.asarray(loaded.sample_ids)
+        none = np.zeros((0, len(sample_ids)), np.int32)
+        assigned = none if targets is None else targets.assignments[:, sample_ids]
+        return Batch(
+            sample_ids=torch.from_numpy(sample_ids),
+            crops=crops,
+            turns=turns.to(device),
+            pseudo_labels=torch.from_numpy(assigned.astype(np.int64)).to(device),
+            labels=torch.from_numpy(labels_of(self.table, sample_ids)).to(device),
+            now=now,
+        )
 
-    def _view(
+    def _finish(
         self,
         images: UInt8[Tensor, "b 3 s s"],
         number: int,
@@ -74,24 +120,94 @@ class Feed:
         turns: Int64[Tensor, " b"],
         key: int,
     ) -> Float[Tensor, "b 3 s s"]:
-        if self._on_device and self._colour is not None:
-            draws = self._colour.draws(derive(key, "colour", number), loaded.positions)
-            images = self._colour(images, draws)
-        if self.needs.rotations > 1:
+        colour = self._crops[number].colour
+        if self._colours_on_device and colour is not None:
+            images = colour(images, colour.draws(derive(key, "colour", number), loaded.positions))
+        if self._turns[number] > 1:
             images = rotate(images, turns)
-        floats = to_float(images, self.data.mean, self.data.std)
+        data = self.recipe.data
+        floats = to_float(images, data.mean, data.std)
         return floats.contiguous(memory_format=torch.channels_last)
 
+    def _labelled_share(self, lanes: int, targets: Targets | None) -> int:
+        """Labelled samples of a batch, equally many for each lane; all for a share of 1."""
+        seeds, batch = self.recipe.seeds, self.recipe.train.batch
+        if seeds is None or self.table is None or seeds.share == 0:
+            return 0
+        if targets is not None and targets.round < seeds.pin_from and not self.recipe.uses_labels:
+            return 0
+        if seeds.share == 1:
+            return batch
+        return min(max(round(seeds.share * batch / lanes), 1) * lanes, batch - lanes)
+
+    def _labelled_groups(
+        self, cluster_ids: np.ndarray, targets: Targets | None
+    ) -> Int32[np.ndarray, " n"]:
+        """What the labelled samples are drawn uniformly from; -1 for all others."""
+        assert self.table is not None
+        groups = np.full(len(cluster_ids), -1, np.int32)
+        ids = self.table.ids
+        groups[ids] = self.table.classes if targets is None else cluster_ids[ids]
+        return groups
+
     def _key(self, segment: int) -> int:
-        return derive(self.seed, "view", segment)
+        return derive(self.recipe.seed, "view", segment)
 
-    @property
-    def _colour(self) -> Colour | None:
-        data = self.data
-        colour = Colour(data.jitter, data.jitter_p, data.grey, data.blur, data.blur_sigma)
-        return None if colour.does_nothing else colour
+    @cached_property
+    def _crops(self) -> tuple[Crop, ...]:
+        return crops_of(self.recipe)
 
-    @property
-    def _on_device(self) -> bool:
-        wanted = self.data.colour_on
+    @cached_property
+    def _turns(self) -> list[int]:
+        """The number of turns that each crop is drawn from."""
+        kinds = self.recipe.method.crops(self.recipe.data)
+        return [kind.turns for kind in kinds for _ in range(kind.count)]
+
+    @cached_property
+    def _colours_on_device(self) -> bool:
+        wanted = self.recipe.data.colour_on
         return wanted == "device" or (wanted == "auto" and self.world.device.type == "cuda")
+
+
+def crops_of(recipe: Recipe) -> tuple[Crop, ...]:
+    """Return every crop of an image, with its colours: the method's kinds, one after the other."""
+    data = recipe.data
+    crops: list[Crop] = []
+    for kind in recipe.method.crops(data):
+        view = RandomResizedCrop(kind.size, kind.scale, data.crop_ratio, data.flip)
+        for number in range(len(crops), len(crops) + kind.count):
+            colour = _colour(data, number, kind.size == data.size) if kind.colour else None
+            crops.append(Crop(view, None if colour is None or colour.does_nothing else colour))
+    return tuple(crops)
+
+
+def labels_of(
+    table: SeedTable | None, sample_ids: Int64[np.ndarray, " b"]
+) -> Int64[np.ndarray, " b"]:
+    """Return the class of every sample, -1 where it is not in the table."""
+    labels = np.full(len(sample_ids), -1, np.int64)
+    if table is None or len(table) == 0:
+        return labels
+    at = np.searchsorted(table.ids, sample_ids).clip(max=len(table) - 1)
+    known = table.ids[at] == sample_ids
+    labels[known] = table.classes[at[known]]
+    return labels
+
+
+def _colour(data: Data, number: int, full_size: bool) -> Colour:
+    """The colours of a crop; small crops have those of the last full-size one, if not their own."""
+    chances = {}
+    for name in ("blur", "solarise"):
+        chance = getattr(data, name)
+        if isinstance(chance, tuple):
+            chance = chance[number] if full_size else chance[-1]
+        own = None if full_size or data.local is None else getattr(data.local, name)
+        chances[name] = chance if own is None else own
+    return Colour(data.jitter, data.jitter_p, data.grey, blur_sigma=data.blur_sigma, **chances)
+
+
+def _usable(index: Index) -> Int8[np.ndarray, " n"]:
+    """0 for every sample, -1 for those that the index excludes."""
+    usable = np.zeros(len(index), np.int8)
+    usable[list(index.excluded)] = -1
+    return usable

@@ -198,7 +198,6 @@ def read_targets(run: Run, number: int) -> Targets:
     """Return a finished round with all its heads; assignments stay on disk, memory-mapped."""
     round_dir = run.round(number)
     file = round_dir / "assignments" / "assignments.npy"
-    labelled = file.with_name("labelled.npy")
     return Targets(
         round=number,
         file=file,
@@ -206,7 +205,6 @@ def read_targets(run: Run, number: int) -> Targets:
         centroids=np.load(round_dir / "centroids" / "centroids.npy"),
         whitening=find_whitening(round_dir),
         kept=read_kept(round_dir),
-        labelled=np.load(labelled) if labelled.exists() else None,
     )
 
 

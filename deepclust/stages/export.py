@@ -1,12 +1,12 @@
-"""A trained backbone to a file that others can use, and back: torchvision or safetensors.
+"""Export a trained backbone for torchvision or as safetensors, and load it again.
 
 Both formats hold the backbone's weights under the network's own names, without a classifier.
 
 - `torchvision`: a `.pth` state dict of plain tensors (loads with `weights_only=True`) for
   `torchvision.models.NAME()`. It loads with `strict=False`: nothing in it is unexpected, and what
   is missing is the classifier alone (`fc.*`, `classifier.*` or `heads.*`).
-- `safetensors`: any backbone. The header tells how to build the network, so that
-  `load_backbone(path)` needs nothing else.
+- `safetensors`: any backbone. The header says how to build the network, so `load_backbone(path)`
+  needs nothing else.
 
 A file counts as written once it was read back and gave the same features, bit for bit.
 """
@@ -54,12 +54,13 @@ class Exported:
 def export_backbone(
     backbone: Backbone, path: str | Path, format: str, *, meta: dict[str, Any]
 ) -> Exported:
-    """Write the backbone to `path`, atomically; an existing file is replaced only when all is well.
+    """Write the backbone to `path` atomically, after it was read back and compared.
 
-    meta: JSON values that go into the safetensors header beside our own (KEYS): by custom `mean`
-    and `std` of the images, and `run`, its fingerprint. A torchvision file has no place for them.
-    Raises RecipeError for a format that cannot hold this backbone, NumericalError for weights
-    that are not finite, DiskError for a full disk.
+    `meta` are JSON values for the safetensors header beside ours (KEYS), such as `mean` and `std`
+    of the images. A torchvision file has no place for them.
+
+    Raises `RecipeError` for a format that cannot hold this backbone, `NumericalError` for weights
+    that are not finite, `DiskError` for a full disk.
     """
     path = Path(path)
     _check_format(backbone, format)
@@ -79,11 +80,13 @@ def export_backbone(
 
 
 def load_backbone(path: str | Path) -> Backbone:
-    """The backbone of a file that `export --format safetensors` wrote: on the CPU, in eval mode.
+    """Return the backbone of a file that `export --format safetensors` wrote.
 
-    `net(images)` takes normalised float images [b, 3, h, w] to features [b, net.dim]; `net.meta`
-    is the header, where `mean` and `std` say how images were normalised in training. Nothing in
-    the file is executed. Raises DataError for a file that is broken or not such an export.
+    It is on the CPU, in eval mode. `net(images)` takes normalised float images [b, 3, h, w] to
+    features [b, net.dim]. `net.meta` is the header, where `mean` and `std` say how images were
+    normalised in training. Nothing in the file is executed.
+
+    Raises `DataError` for a file that is broken or not such an export.
     """
     path = Path(path)
     meta = _read_header(path)
@@ -92,7 +95,7 @@ def load_backbone(path: str | Path) -> Backbone:
         raise DataError(f"{path}: the weights are not those that were exported. Export it again.")
     name, size = meta["name"], meta["image_size"]
     try:
-        backbone = build_backbone(name, sobel=meta["sobel"], image_size=size)
+        backbone = build_backbone(name, sobel=meta["sobel"], image_size=size, import_module=False)
         backbone.net.load_state_dict(state)
     except (RecipeError, RuntimeError) as error:
         raise DataError(
@@ -104,7 +107,7 @@ def load_backbone(path: str | Path) -> Backbone:
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
-    """sha256 over the names, types, shapes and bytes of CPU tensors, in the order of the names."""
+    """Return the sha256 of names, types, shapes and bytes of CPU tensors, ordered by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
@@ -113,7 +116,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 
 
 def _pth(state: dict[str, Tensor]) -> bytes:
-    """What torch.save writes, in memory first: its own error for a full disk is no OSError."""
+    """Return the bytes that torch.save writes."""
+    # in memory first, because torch.save does not raise an OSError for a full disk
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -140,7 +144,7 @@ def _check_finite(state: dict[str, Tensor]) -> None:
 
 
 def _header(backbone: Backbone, weights: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """The header: the caller's words first, so that ours win."""
+    """Return the header, where our values replace the caller's of the same name."""
     return {
         **meta,
         "name": backbone.name,
@@ -170,7 +174,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _load_torchvision(backbone: Backbone, path: Path) -> nn.Module:
-    """What a user does with the file, and the classifier, which it leaves unset, taken off."""
+    """Return the network as a user loads it, without the classifier, which has no weights."""
     assert backbone.torchvision is not None
     with torch.device("meta"):  # draws no random weights
         net = libraries.torchvision_plain(backbone.torchvision, backbone.image_size)
@@ -182,13 +186,16 @@ def _load_torchvision(backbone: Backbone, path: Path) -> nn.Module:
 
 @torch.no_grad()
 def _check_same(backbone: Backbone, reloaded: nn.Module) -> None:
-    """Equal features, bit for bit, of one fixed batch on the CPU."""
+    """Raise `DataError` unless both give equal features, bit for bit, of one batch on the CPU."""
     original = copy.deepcopy(backbone).cpu().float().eval()
     original.to(memory_format=torch.contiguous_format)
     random = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size, generator=random)
     if not torch.equal(original(images), reloaded(images)):
-        raise DataError("the file, read back, gives other features; nothing was written.")
+        raise DataError(
+            "the file, read back, gives other features; nothing was written. Check the disk, then "
+            "export again."
+        )
 
 
 def _usage(backbone: Backbone, path: Path, format: str) -> str:

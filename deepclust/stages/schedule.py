@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from deepclust.data.shards.url import redact
 from deepclust.errors import DataError
+from deepclust.methods.base import Now
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Cadence, parse_cadence
 from deepclust.run.checkpoint import State
@@ -37,23 +38,44 @@ class Timeline:
     overlap: bool
     epoch_steps: int
     lanes: int  # of a plan for block reading; the same for any number of ranks
+    batch: int
+    checkpoint: Cadence
     clusters: bool = True  # False: an online method, whose segments are epochs without rounds
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
-        """The timeline of a recipe; `DataError` when there are fewer images than a batch."""
+        """Return the timeline of a recipe; `DataError` for fewer images than a batch."""
         steps = n // recipe.train.batch
         if steps == 0:
             raise DataError(
                 f"{redact(recipe.data.shards)} has {n} images, fewer than one batch of "
                 f"{recipe.train.batch}: lower train.batch"
             )
-        config, epochs = recipe.cluster, recipe.train.epochs
-        lanes = math.gcd(recipe.train.batch, LANES)
-        if config is None:
-            return cls(Cadence(1, "epoch"), epochs, None, False, steps, lanes, clusters=False)
-        every = parse_cadence(config.every)
-        return cls(every, epochs, config.until, config.overlap, steps, lanes)
+        config, train = recipe.cluster, recipe.train
+        return cls(
+            every=parse_cadence(config.every) if config else Cadence(1, "epoch"),
+            epochs=train.epochs,
+            until=config.until if config else None,
+            overlap=config is not None and config.overlap,
+            epoch_steps=steps,
+            lanes=math.gcd(train.batch, LANES),
+            batch=train.batch,
+            checkpoint=parse_cadence(train.checkpoint),
+            clusters=config is not None,
+        )
+
+    def now(self, state: State) -> Now:
+        """Return the time of a state, counted in samples."""
+        epochs = state.samples / (self.epoch_steps * self.batch)
+        return Now(state.step, epochs, min(1.0, epochs / self.epochs))
+
+    def save_due(self, state: State) -> bool:
+        """Return whether a state is one to save, by `train.checkpoint`."""
+        every = self.checkpoint
+        if every.unit == self.every.unit == "epoch":  # segments are epochs
+            return state.offset == 0 and state.segment % every.count == 0
+        steps = every.count * (self.epoch_steps if every.unit == "epoch" else 1)
+        return state.step % steps == 0
 
     def finished(self, state: State) -> bool:
         """Whether the state stands at the end; the last round of steps may be a short one."""

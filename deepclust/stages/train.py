@@ -1,8 +1,8 @@
 """Training on the pseudo-labels of one round: the one visible loop.
 
 The plan says which samples form each global batch; this rank takes its share, in `accumulate`
-parts. Batches, views and dropout depend on (seed, step, rank) alone, so a run that was killed
-and resumed walks the same path, bit for bit on a CPU.
+parts. Batches, crops and dropout depend on (seed, step, rank) alone, so a run that was killed
+and resumed computes the same steps, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,16 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Bad, Loader
-from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import write_json
-from deepclust.methods import embed
-from deepclust.methods.base import Batch, Method, Now, Targets
+from deepclust.methods.base import Batch, Method, Targets
+from deepclust.methods.embed import Embedder, autocast
 from deepclust.optim.optimizers import Optimizers
-from deepclust.recipe.sections import TrainSection
+from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import State
+from deepclust.run.directory import Run
 from deepclust.run.reporting import Metrics, Report
 from deepclust.stages.batches import Feed
+from deepclust.stages.schedule import Timeline
+from deepclust.stages.train_state import save
 from deepclust.world import World, derive
 
 
@@ -38,176 +39,200 @@ from deepclust.world import World, derive
 class Trainer:
     """The parts that training needs; `model` is the method, wrapped in DDP when there are ranks."""
 
+    recipe: Recipe
+    run: Run
     world: World
-    index: Index
+    timeline: Timeline
     loader: Loader
     feed: Feed
     method: Method
     model: torch.nn.Module
     optimizers: Optimizers
-    epoch_samples: int
-    config: TrainSection
-    max_bad: float
-    seed: int
-    folder: Path
-    metrics: Metrics | None
     report: Report
-    save: Callable[[State], None]
-    save_due: Callable[[State], bool]
     stopping: Callable[[], bool]
-    meter: Meter = field(default_factory=lambda: Meter())
+    metrics: Metrics | None  # of the first rank
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint, unless the step has one. All ranks call it."""
+        keep = self.recipe.keep.checkpoints
+        save(state, self.run, keep, self.world, self.report, self.method, self.optimizers)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The map from images to the features of a round."""
+        precision = self.recipe.train.precision
+        return Embedder(self.method, self.recipe.data, precision, self.world.device)
 
 
 @dataclass
 class Meter:
     """Sums since the last line of metrics."""
 
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    waited_before: float
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    norms: list[Tensor] = field(default_factory=list)
+    parts: int = 0
     images: int = 0
     bad: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    waited: float = 0.0
+
+    def add(self, scalars: dict[str, Tensor], images: int, bad: list[Bad]) -> None:
+        """Count one part of a step."""
+        for name, value in scalars.items():
+            self.scalars[name] = self.scalars.get(name, 0.0) + value.detach()
+        self.parts += 1
+        self.images += images
+        self.bad += [one.reason for one in bad]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the ranks agreed on: means of the scalars, and sums."""
+
+    means: dict[str, float]
+    images: float
+    bad: int
+    stop: bool  # at least one rank was asked to stop
 
 
 def train_segment(
-    trainer: Trainer,
-    plan: EpochPlan,
-    targets: Targets | None,
-    state: State,
+    trainer: Trainer, plan: EpochPlan, targets: Targets | None, state: State
 ) -> State:
-    """Train from `state.offset` to the end of the plan; returns the state after it.
+    """Train from `state.offset` to the end of the plan; return the state after it.
 
-    `targets` are None for a method that trains on no clustering.
-
-    Raises NumericalError on a loss that is not finite, RequeueWanted when asked to stop.
+    `targets` are None for a method that trains without a clustering. Raises NumericalError on a
+    loss that is not finite, RequeueWanted when asked to stop.
     """
+    method, feed, config = trainer.method, trainer.feed, trainer.recipe.train
     trainer.model.train()
-    trainer.meter = Meter(waited=trainer.loader.waited)
-    feed = trainer.feed
-    parts = trainer.loader.stream(feed.requests(plan, targets, state))
-    for _ in range(state.offset, plan.steps):
-        torch.manual_seed(derive(trainer.seed, "step", state.step, trainer.world.rank))
-        epochs = state.samples / trainer.epoch_samples
-        now = Now(state.step, epochs, epochs / trainer.config.epochs)
+    meter = Meter(trainer.loader.waited)
+    loaded_parts = trainer.loader.stream(feed.requests(plan, targets, state))
+    while state.offset < plan.steps:
+        now = trainer.timeline.now(state)
+        torch.manual_seed(derive(trainer.recipe.seed, "step", state.step, trainer.world.rank))
         rate = trainer.optimizers.set_schedule(now)
-        for part in range(trainer.config.accumulate):
-            last = part == trainer.config.accumulate - 1
-            loaded = next(parts)
+        for part in range(config.accumulate):
+            loaded = next(loaded_parts)
+            batch = feed.to_batch(loaded, targets, state.segment, now)
+            method.before_step(batch)
+            scalars = forward_backward(trainer, batch, last=part == config.accumulate - 1)
+            meter.add(scalars, len(batch.sample_ids), loaded.bad)
             trainer.report.alive()
-            _accumulate(trainer, feed.to_batch(loaded, targets, state.segment), loaded.bad, last)
-        trainer.optimizers.step()
-        state = state.after_step(trainer.config.batch)
+        drop_gradients(method, method.frozen(now))
+        norm = trainer.optimizers.step()
+        method.after_step(now)
+        meter.norms += [] if norm is None else [norm]
+        state = state.after_step(config.batch)
+
+        # Ranks agree on a stop where they meet for the metrics. A single rank stops at once.
         at_end = state.offset == plan.steps
+        save_due = trainer.timeline.save_due(state)
         asked = trainer.world.size == 1 and trainer.stopping()
-        if state.step % trainer.config.log == 0 or at_end or asked or trainer.save_due(state):
-            _check_and_tell(trainer, state, plan, rate)
-            if trainer.save_due(state) and not at_end:
-                trainer.save(state)
+        if not (state.step % config.log == 0 or at_end or save_due or asked):
+            continue
+        totals = reduce_totals(trainer, meter)
+        check_finite(trainer, totals, meter, plan, state)
+        check_bad(trainer, totals, meter, state)
+        log_metrics(trainer, totals, meter, plan, state, rate)
+        meter = Meter(trainer.loader.waited)
+        if totals.stop or (save_due and not at_end):
+            trainer.save(state)
+        if totals.stop:
+            trainer.world.barrier()  # no rank leaves before the first has written
+            raise RequeueWanted(f"stopped at step {state.step}, as asked; resume continues there")
     return state
 
 
-def _accumulate(trainer: Trainer, batch: Batch, bad: list[Bad], sync: bool) -> None:
-    """Forward and backward of one part; gradients meet over the ranks at the last one."""
-    meter = trainer.meter
-    with _no_sync(trainer.model, sync), autocast(trainer):
-        losses = trainer.model(batch)
-        (losses["loss"] / trainer.config.accumulate).backward()
-    for name, value in losses.items():
-        meter.losses[name] = meter.losses.get(name, 0.0) + value.detach()
-    meter.steps += 1
-    meter.images += len(batch.ids)
-    meter.bad += [one.reason for one in bad]
+def forward_backward(trainer: Trainer, batch: Batch, last: bool) -> dict[str, Tensor]:
+    """Compute the gradients of one part of a step; the ranks' gradients meet at the last one."""
+    config = trainer.recipe.train
+    with (
+        no_sync(trainer.model, last),
+        autocast(config.precision, trainer.world.device),
+    ):
+        scalars: dict[str, Tensor] = trainer.model(batch)
+        torch.autograd.backward(scalars["loss"] / config.accumulate)
+    return scalars
 
 
-def _no_sync(model: torch.nn.Module, sync: bool) -> contextlib.AbstractContextManager[None]:
-    if sync or not isinstance(model, DistributedDataParallel):
+def no_sync(model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Keep gradients on their rank until the last part of a step."""
+    if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
 
 
-def autocast(trainer: Trainer) -> torch.autocast:
-    """Return the autocast context that embedding has too."""
-    return embed.autocast(trainer.config.precision, trainer.world.device)
+def drop_gradients(method: Method, names: Iterable[str]) -> None:
+    """Let parameters keep still: without a gradient an optimizer leaves them alone."""
+    for name in names:
+        method.get_parameter(name).grad = None
 
 
-def _check_and_tell(trainer: Trainer, state: State, plan: EpochPlan, rate: float) -> None:
-    """Agree over the ranks: is the loss finite, are we asked to stop; then write the metrics."""
-    meter, world = trainer.meter, trainer.world
-    facts = torch.tensor(
-        [
-            meter.steps,
-            meter.images,
-            len(meter.bad),
-            trainer.stopping(),
-            *map(float, meter.losses.values()),
-        ],
-        dtype=torch.float64,
-    )
-    steps, images, bad, stop, *sums = world.all_reduce(facts.to(world.device)).tolist()
-    losses = {name: total / steps for name, total in zip(meter.losses, sums, strict=True)}
-    first = state.step - meter.steps // trainer.config.accumulate
-    if not math.isfinite(losses["loss"]):
-        _fail_on_nan(trainer, plan, first, state)
-    _check_bad(trainer, int(bad), state)
-    _tell(trainer, state, plan, rate, losses, images)
-    trainer.meter = Meter(waited=trainer.loader.waited)
-    if stop:
-        trainer.save(state)
-        world.barrier()  # nobody leaves before rank 0 has written
-        raise RequeueWanted(f"stopped at step {state.step}, as asked; resume continues from there")
+def reduce_totals(trainer: Trainer, meter: Meter) -> Totals:
+    """Add the meters over the ranks."""
+    facts = [meter.parts, meter.images, len(meter.bad), trainer.stopping()]
+    numbers = [*facts, *map(float, meter.scalars.values())]
+    summed = torch.tensor(numbers, dtype=torch.float64).to(trainer.world.device)
+    parts, images, bad, stop, *sums = trainer.world.all_reduce(summed).tolist()
+    means = {name: total / parts for name, total in zip(meter.scalars, sums, strict=True)}
+    return Totals(means, images, int(bad), bool(stop))
 
 
-def _tell(
-    trainer: Trainer,
-    state: State,
-    plan: EpochPlan,
-    rate: float,
-    losses: dict[str, float],
-    images: float,
+def check_finite(
+    trainer: Trainer, totals: Totals, meter: Meter, plan: EpochPlan, state: State
 ) -> None:
-    seconds = time.monotonic() - trainer.meter.started
-    values = {
-        "round": state.round,
-        "segment": state.segment,
-        "epoch": state.samples / trainer.epoch_samples,
-        **losses,
-        "lr": rate,
-        "images_per_s": images / seconds,
-        "waiting": (trainer.loader.waited - trainer.meter.waited) / seconds,
-    }
-    if trainer.metrics is not None:  # rank 0 speaks for all
-        trainer.metrics.record("train", state.step, **values)
-        done, of = state.offset, plan.steps
-        trainer.report.progress(step=state.step, done=done, of=of, **values)
-
-
-def _fail_on_nan(trainer: Trainer, plan: EpochPlan, first: int, state: State) -> None:
+    """Raise NumericalError for a loss that is not finite, and write down its sample ids."""
+    if math.isfinite(totals.means["loss"]):
+        return
+    steps = meter.parts // trainer.recipe.train.accumulate
+    first, file = state.step - steps, trainer.run.path / "nan-batch.json"
     if trainer.world.is_first:
-        begin = state.offset - (state.step - first)
-        ids = plan.ids.reshape(plan.steps, -1)[begin : state.offset]
-        write_json(trainer.folder / "nan-batch.json", {"step": first, "ids": ids.tolist()})
+        rows = plan.ids.reshape(plan.steps, -1)[state.offset - steps : state.offset]
+        write_json(file, {"step": first, "ids": rows.tolist()})
     of_round = "" if state.round < 0 else f" (round {state.round})"
     raise NumericalError(
         f"the loss is not finite in steps {first + 1} to {state.step}{of_round}. "
-        f"Their sample ids are in {trainer.folder / 'nan-batch.json'}. The last checkpoint is "
+        f"Their sample ids are in {file}. The last checkpoint is "
         "sound: lower train.lr in a new run that starts from it (init.weights), or look at those "
         "images."
     )
 
 
-def _check_bad(trainer: Trainer, bad: int, state: State) -> None:
-    """Unreadable samples are replaced one by one, but not without end."""
-    if not bad:
+def check_bad(trainer: Trainer, totals: Totals, meter: Meter, state: State) -> None:
+    """Report samples that were replaced; raise DataError when there are more than allowed."""
+    if not totals.bad:
         return
     if trainer.world.is_first:
-        trainer.report.event("replaced", step=state.step, count=bad, first=trainer.meter.bad[:5])
-    with open(trainer.folder / "logs" / "replaced.jsonl", "a") as file:
-        file.write(json.dumps({"step": state.step, "samples": trainer.meter.bad}) + "\n")
-    seen = trainer.config.log * trainer.config.batch
-    if bad > max(1.0, trainer.max_bad * seen):
-        listed = "\n".join(f"  {line}" for line in trainer.meter.bad[:20])
+        trainer.report.event("replaced", step=state.step, count=totals.bad, first=meter.bad[:5])
+    with open(trainer.run.path / "logs" / "replaced.jsonl", "a") as file:
+        file.write(json.dumps({"step": state.step, "samples": meter.bad}) + "\n")
+    config, limit = trainer.recipe.train, trainer.recipe.data.max_bad
+    seen = config.log * config.batch
+    if totals.bad > max(1.0, limit * seen):
+        listed = "\n".join(f"  {line}" for line in meter.bad[:20])
         raise DataError(
-            f"{bad} of the last {seen} samples could not be read, more than data.max_bad="
-            f"{trainer.max_bad} allows:\n{listed}\nRepair the shards and resume."
+            f"{totals.bad} of the last {seen} samples could not be read, more than data.max_bad="
+            f"{limit} allows:\n{listed}\nRepair the shards and resume."
         )
+
+
+def log_metrics(
+    trainer: Trainer, totals: Totals, meter: Meter, plan: EpochPlan, state: State, rate: float
+) -> None:
+    """Write one line of metrics, for all ranks."""
+    if trainer.metrics is None:
+        return
+    seconds = time.monotonic() - meter.started
+    values = {
+        "round": state.round,
+        "segment": state.segment,
+        "epoch": trainer.timeline.now(state).epochs,
+        **totals.means,
+        "lr": rate,
+        "images_per_s": totals.images / seconds,
+        "waiting": (trainer.loader.waited - meter.waited_before) / seconds,
+    }
+    if meter.norms:
+        values["grad_norm"] = float(torch.stack(meter.norms).mean())
+    trainer.metrics.record("train", state.step, **values)
+    trainer.report.progress(step=state.step, done=state.offset, of=plan.steps, **values)

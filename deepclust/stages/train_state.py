@@ -7,7 +7,6 @@ Those, and their optimizer state, each rank writes and reads itself, under the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,25 +21,27 @@ from deepclust.run.reporting import Report
 from deepclust.world import World
 
 
-def saver(
-    run: Run, keep: int, world: World, report: Report, method: Method, optimizers: Optimizers
-) -> Callable[[State], None]:
-    """Return a function that saves a checkpoint, which all ranks call."""
-
-    def save(state: State) -> None:
-        if not (world.is_first or method.owned()):
-            return
-        parts, slices = split(method, optimizers)
-        weights = parts["model"] | {name: tensor for name, (tensor, _) in slices.items()}
-        error = _not_finite(weights, state)
-        if slices:
-            world.raise_all(error, f"step {state.step}")
-        elif error is not None:
-            raise error
-        if checkpoint.save(run, state, parts, keep, slices, world) and world.is_first:
-            report.event("checkpoint", step=state.step)
-
-    return save
+def save(
+    state: State,
+    run: Run,
+    keep: int,
+    world: World,
+    report: Report,
+    method: Method,
+    optimizers: Optimizers,
+) -> None:
+    """Save a checkpoint unless the step has one, and keep the newest `keep`. All ranks call it."""
+    if not (world.is_first or method.owned()):
+        return
+    parts, slices = split(method, optimizers)
+    weights = parts["model"] | {name: tensor for name, (tensor, _) in slices.items()}
+    error = _not_finite(weights, state)
+    if slices:
+        world.raise_all(error, f"step {state.step}")
+    elif error is not None:
+        raise error
+    if checkpoint.save(run, state, parts, keep, slices, world) and world.is_first:
+        report.event("checkpoint", step=state.step)
 
 
 def split(method: Method, optimizers: Optimizers) -> tuple[dict[str, Tensors], OwnedTensors]:

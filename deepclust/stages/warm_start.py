@@ -22,15 +22,17 @@ from deepclust.stages.export import load_backbone
 
 
 def load_weights(backbone: Backbone, source: str) -> None:
-    """Take the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
+    """Load the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
     path = Path(source)
     if exists(path):
-        found = load_latest(Run(path), lambda text: None)
-        if found is None:
+        latest = load_latest(Run(path), lambda text: None)
+        if latest is None:
             raise DataError(f"init.weights: {path} has no checkpoint yet")
-        state = backbone_part(found.parts["model"])
+        state = backbone_part(latest.parts["model"], Run(path).recipe.method.trunk)
     elif (path / "state.json").exists():
-        state = backbone_part(load(path)[1]["model"])
+        run = path.parent.parent
+        trunk = Run(run).recipe.method.trunk if exists(run) else "backbone"
+        state = backbone_part(load(path)[1]["model"], trunk)
     elif path.is_file():
         state = dict(load_backbone(path).state_dict())
     else:
@@ -57,21 +59,22 @@ def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
             f"init.assignments: {source} has {centroids.shape[1]} clusters and cluster.k is "
             f"{recipe.clustering.k}; set cluster.k={centroids.shape[1]}"
         )
-    labels = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
+    assignments = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
+    _check_heads(recipe, len(assignments), source)
     inputs = manifest(source / "assignments")["inputs"]
     if recipe.clustering.supers not in (1, inputs.get("supers", 1)):
         raise RecipeError(
             f"init.assignments: {source} was clustered with cluster.supers="
             f"{inputs.get('supers', 1)}, so its ids are not those of {recipe.clustering.supers} "
-            "super-clusters; take a round of a run with as many"
+            "super-clusters; take a round of a run with that number"
         )
     if inputs["data"] != index.fingerprint:
-        labels = _join(labels[0], _index_of(source), index)[None]
-    _write_round(run, source, index, np.asarray(labels), centroids)
+        assignments = _join(assignments, _index_of(source), index)
+    _write_round(run, source, index, np.asarray(assignments), centroids)
 
 
 def export_meta(run: Run) -> dict[str, Any]:
-    """What an exported file says of how its images were made, and of the classes that seeded it."""
+    """Return what an export records: how images were normalised, and the classes of the seeds."""
     recipe, data = run.recipe, run.recipe.data
     meta = {
         "mean": list(data.mean), "std": list(data.std), "resize": data.short_side,
@@ -83,9 +86,9 @@ def export_meta(run: Run) -> dict[str, Any]:
     return meta
 
 
-def backbone_part(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's tensors of a method's state dict."""
-    prefix = "backbone."
+def backbone_part(tensors: dict[str, Any], trunk: str = "backbone") -> dict[str, Any]:
+    """Return the backbone's tensors of a method's state dict; `trunk` is its module there."""
+    prefix = f"{trunk}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -95,17 +98,30 @@ def _index_of(source: Path) -> Index:
     return open_index(data.shards, data.index, other.path)
 
 
-def _join(labels: Int32[np.ndarray, " m"], theirs: Index, ours: Index) -> Int32[np.ndarray, " n"]:
-    """Their labels on our sample ids, joined by shard name and key; -1 where they have none."""
-    table = _keys(theirs).append_column("label", pa.array(labels))
+def _check_heads(recipe: Recipe, heads: int, source: Path) -> None:
+    refresh = recipe.method.round
+    wanted = refresh.heads if refresh else 1
+    if heads != wanted:
+        raise RecipeError(
+            f"init.assignments: {source} has {heads} clusterings of its samples and method "
+            f"{recipe.method.name} trains on {wanted}: take a round of a run of that method"
+        )
+
+
+def _join(
+    assignments: Int32[np.ndarray, "heads m"], theirs: Index, ours: Index
+) -> Int32[np.ndarray, "heads n"]:
+    """Their assignments on our sample ids, joined by shard and key; -1 where they have none."""
+    table = _keys(theirs).append_column("row", pa.array(np.arange(len(theirs))))
     joined = _keys(ours).append_column("id", pa.array(np.arange(len(ours))))
     joined = joined.join(table, ["shard", "key"], join_type="left outer").sort_by("id")
-    found = joined["label"].fill_null(-1).to_numpy().astype(np.int32)
-    if not (found >= 0).any():
+    rows = joined["row"].fill_null(-1).to_numpy()
+    result = np.where(rows < 0, -1, np.asarray(assignments)[:, rows]).astype(np.int32)
+    if not (result >= 0).any():
         raise DataError(
             "init.assignments: no sample of data.shards has a shard and key of that run"
         )
-    return np.asarray(found)
+    return result
 
 
 def _keys(index: Index) -> pa.Table:
@@ -115,7 +131,7 @@ def _keys(index: Index) -> pa.Table:
 
 
 def _write_round(
-    run: Run, source: Path, index: Index, labels: np.ndarray, centroids: np.ndarray
+    run: Run, source: Path, index: Index, assignments: np.ndarray, centroids: np.ndarray
 ) -> None:
     inputs = {"data": index.fingerprint, "from": str(source)}
     folder = run.round(0)
@@ -127,8 +143,8 @@ def _write_round(
     run.commit(folder / "centroids", lambda d: np.save(d / "centroids.npy", centroids), inputs)
 
     def fill(stage: Path) -> None:
-        np.save(stage / "assignments.npy", labels)
-        np.save(stage / "distances.npy", np.full(labels.shape, np.nan, np.float32))
+        np.save(stage / "assignments.npy", assignments)
+        np.save(stage / "distances.npy", np.full(assignments.shape, np.nan, np.float32))
         statistics = read_json(source / "assignments" / "statistics.json")
         write_json(stage / "statistics.json", {**statistics, "round": 0})
 

@@ -111,7 +111,9 @@ def _round(
     np.save(stage / "assignments" / "distances.npy", distances[None])
     shutil.copy(stage / "features" / "excluded.parquet", stage / "assignments")
     write_json(stage / "assignments" / "statistics.json", statistics)
-    seal(stage / "assignments", {"data": index.fingerprint, "round": number, "k": k})
+    cluster = Recipe.load(folder / "recipe.yaml").clustering
+    supers = {"supers": cluster.supers} if cluster.supers > 1 else {}
+    seal(stage / "assignments", {"data": index.fingerprint, "round": number, "k": k, **supers})
     return assignments
 
 

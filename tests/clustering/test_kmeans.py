@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.options import Progress
 from deepclust.errors import DataError, NumericalError, RecipeError
 
 
@@ -312,3 +313,33 @@ def test_arrays_of_any_layout_are_read(change: Callable[[np.ndarray], np.ndarray
     x = blobs(200, 5, 3)
     plain, other = kmeans(np.array(change(x), np.float32), 3), kmeans(change(x), 3)
     np.testing.assert_array_equal(plain.centroids, other.centroids)
+
+
+def test_progress_names_every_pass_and_changes_nothing() -> None:
+    x, seen = blobs(800, 6, 9), []
+    watched = kmeans(x, 12, iterations=5, progress=seen.append)
+    np.testing.assert_array_equal(watched.assignments, kmeans(x, 12, iterations=5).assignments)
+    assert [one.pass_ for one in seen] == list(range(1, len(watched.history) + 2))
+    assert [one.inertia for one in seen[:-1]] == [one.inertia for one in watched.history]
+    assert [one.moved for one in seen[:-1]] == [one.moved for one in watched.history]
+    assert seen[-1].pass_ == seen[-1].of
+    assert seen[-1].inertia == pytest.approx(watched.inertia)
+    assert seen[-1].eta == 0.0
+    assert seen[0].of == 6
+    assert seen[0].eta == pytest.approx(5 * seen[0].seconds)
+
+
+def test_a_clustering_that_settles_early_ends_its_progress() -> None:
+    seen: list[Progress] = []
+    kmeans(np.eye(3, dtype=np.float32), 3, iterations=50, progress=seen.append)
+    assert seen[-1].pass_ == seen[-1].of < 50
+    assert seen[-1].moved == 0
+    kmeans(np.eye(3, dtype=np.float32), 3, iterations=0, progress=seen.append)
+    assert (seen[-1].pass_, seen[-1].of, seen[-1].moved) == (1, 1, 3)
+
+
+def test_every_tile_is_a_sign_of_life() -> None:
+    tiles: list[None] = []
+    points = ArrayPoints(blobs(3000, 4, 3), threads=2, alive=lambda: tiles.append(None))
+    kmeans(points, 5, iterations=3)
+    assert len(tiles) > 4 * 3  # a scan and at least three passes, of several tiles

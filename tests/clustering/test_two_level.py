@@ -9,7 +9,7 @@ import pytest
 
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.options import Given, KMeansOptions
+from deepclust.clustering.options import Given, KMeansOptions, Progress
 from deepclust.clustering.two_level import TwoLevel, count_distinct, kmeans_up_to, two_level
 from deepclust.clustering.two_level_init import two_level_start
 from deepclust.errors import DataError, RecipeError
@@ -164,3 +164,12 @@ def test_one_cluster_of_one_super_cluster_is_everything() -> None:
     found = two_level(ArrayPoints(rows(100)), 1, KMeansOptions(1, 10))
     assert not found.assignments.any()
     assert found.subs.tolist() == [1]
+
+
+def test_both_levels_show_their_progress() -> None:
+    seen: list[Progress] = []
+    options = KMeansOptions(40, iterations=4)
+    found = two_level(ArrayPoints(rows()), 4, options, progress=seen.append)
+    assert [one.level for one in seen] == [1] * (found.iterations + 1) + [2] * 4
+    assert [(one.pass_, one.of) for one in seen[-4:]] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen[-1].inertia == pytest.approx(found.inertia, rel=1e-6)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deepclust import Recipe, pretrain
+from deepclust.errors import RequeueWanted
+from deepclust.launch import policy
 from deepclust.run.directory import Run
-from tests.killing import MOMENTS, kill_when, stages_done_twice, start
+from tests.killing import (
+    MOMENTS,
+    PATIENCE_S,
+    family,
+    kill_when,
+    role,
+    stages_done_twice,
+    start,
+    strike,
+    wait_until_gone,
+)
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -54,14 +69,67 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert stages_done_twice(run) == []
 
 
-def test_a_killed_rank_stops_the_gang_and_is_named(many_shards: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("pretrain", recipe(many_shards, tmp_path, 2), "--run", run)
-    assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0, victim="rank 1")
-    assert process.returncode == 4
+@pytest.mark.parametrize(
+    ("victim", "number", "moment", "cause"),
+    [
+        ("rank 1", signal.SIGKILL, "extraction", "death"),
+        ("rank 0", signal.SIGSTOP, "mid-epoch", "hang"),
+        ("cluster worker", signal.SIGKILL, "k-means", "death"),
+        ("cluster worker", signal.SIGSTOP, "mid-epoch", "hang"),
+        ("reader", signal.SIGKILL, "mid-epoch", "error"),
+        ("reader", signal.SIGSTOP, "mid-epoch", "hang"),
+    ],
+)
+def test_a_group_that_loses_a_process_begins_again_and_loses_nothing(
+    many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path, victim: str, number: int,
+    moment: str, cause: str,
+) -> None:  # fmt: skip
+    run, file = tmp_path / "run", recipe(many_shards, tmp_path, 2)
+    workers = 1 if victim == "reader" else 0
+    settings = ("train.hang=6", f"data.workers={workers}")
+    Recipe.load(file).replace(*settings).save(file)
+    process = start("pretrain", file, "--run", run)
+    members = strike(process, run, MOMENTS[moment], victim, number)
+    assert process.wait(PATIENCE_S) == 0
+    wait_until_gone(members)
+    faults = [event for event in Run(run).events() if event["event"] == "fault"]
+    named = "rank 1" if victim == "reader" else victim
+    assert [(f["who"], f["cause"]) for f in faults] == [(named, cause)], faults
+    assert_same_run(run, undisturbed[2])
+    assert stages_done_twice(run) == []
+
+
+def test_a_run_whose_faults_exceed_the_budget_ends_and_names_the_last(
+    many_shards: Path, tmp_path: Path
+) -> None:
+    run, file = tmp_path / "run", recipe(many_shards, tmp_path, 2)
+    Recipe.load(file).replace("train.restarts=0").save(file)
+    process = start("pretrain", file, "--run", run)
+    strike(process, run, MOMENTS["mid-epoch"], "rank 1", signal.SIGKILL)
+    assert process.wait(PATIENCE_S) == 4
     stopped = Run(run).events()[-1]
     assert stopped["event"] == "stopped"
-    assert "rank 1 was killed by signal 9" in stopped["text"]
+    assert "more faults than train.restarts=0 allows" in stopped["text"]
+    assert "rank 1, death: was killed by signal 9" in stopped["text"]
+
+
+def test_a_rank_that_does_not_stop_when_asked_is_killed_and_the_run_resumes(
+    many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def show(record: dict[str, Any]) -> None:
+        if record.get("progress") and record["step"] == 3:
+            for pid in family(os.getpid()):
+                if role(pid, 0) == "rank 1":
+                    os.kill(pid, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(policy.Policy, "of", classmethod(lambda cls, _: cls(stop=1.0)))
+    with pytest.raises(RequeueWanted, match="did not stop within 1 s and was killed"):
+        pretrain(Recipe.load(recipe(many_shards, tmp_path, 2)), run, show)
+    deepclust("resume", run)
+    assert_same_run(run, undisturbed[2])
 
 
 def test_a_resumed_run_may_have_another_number_of_ranks(

@@ -1,53 +1,78 @@
-"""What the tests of every method share: a small one of each kind, and a batch for it."""
+"""What the tests of every method share: a small recipe of each kind, and a batch for it.
+
+A new method of the table needs one line in CASES.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from deepclust import Recipe
 from deepclust.methods import METHODS
 from deepclust.methods.base import Batch, Method, Setting
 from deepclust.models import build_backbone
-from deepclust.recipe.sections import (
-    ClusterSection,
-    DeepClusterSection,
-    DeeperClusterSection,
-    MethodSection,
-    SimCLRSection,
-)
+from deepclust.recipe.named import part_of
 from deepclust.world import ALONE, World
 
-K, SIZE = 6, 16
-CASES: dict[str, tuple[MethodSection, ClusterSection | None]] = {
-    "deepcluster": (DeepClusterSection(), ClusterSection(k=K, dim=8)),
-    "deepercluster": (
-        DeeperClusterSection(name="deepercluster"), ClusterSection(k=K, supers=2, dim=8),
-    ),
-    "simclr": (SimCLRSection(name="simclr", hidden=32, out=16), None),
+K, SIZE, CLASSES = 6, 16, 4
+TOY = "tests.toys.method"
+CASES: dict[str, list[str]] = {
+    "deepcluster": [],
+    "deepercluster": ["cluster.supers=2"],
+    "simclr": ["method.hidden=32", "method.out=16", "cluster=null", "data.grey=0.2",
+               "data.jitter=[0.4, 0.4, 0.2, 0.1]"],
+    TOY: ["backbone.name=tests.toys.backbone", "train.optimizer=adamw", "train.lr=0.01",
+          "data.local={count: 2, size: 8}", "seeds={labels: shards, per_class: 20, share: 0.25}",
+          "terms.mean_entropy={weight: 0.1, ramp: 1}"],
 }  # fmt: skip
 NAMES = sorted(CASES)
 
 
-def setting(name: str, world: World = ALONE) -> Setting:
-    """The setting of a small case."""
-    return Setting(*CASES[name], seed=0, world=world)
+def recipe(name: str, *overrides: str) -> Recipe:
+    """The recipe of a small case; nothing is read."""
+    tree = {
+        "data": {"shards": "unread", "size": SIZE, "resize": SIZE},
+        "backbone": {"name": "conv4"},
+        "cluster": {"k": K, "dim": 8},
+        "train": {"epochs": 1, "batch": 24},
+    }
+    return Recipe.parse(tree).replace(f"method.name={name}", *CASES[name], *overrides)
 
 
-def method(name: str, world: World = ALONE) -> Method:
-    """A small method with random weights."""
-    return METHODS[name](build_backbone("conv4", image_size=SIZE), setting(name, world))
+def method(of: Recipe, world: World = ALONE) -> Method:
+    """The recipe's method with random weights."""
+    setting = Setting(of.method, of.cluster, 0, world, of.terms)
+    backbone = build_backbone(of.backbone.name, image_size=of.data.size)
+    built: Method = part_of(of.method.name, METHODS, "method")(backbone, setting)
+    return built
 
 
-def batch(of: Method, b: int = 24) -> Batch:
-    """Fixed random images and targets, in the shapes that the method needs."""
+def batch(of: Recipe, b: int = 24) -> Batch:
+    """Fixed random images and targets, in the shapes that the method declares."""
     random = torch.Generator().manual_seed(0)
-    views = [torch.randn(b, 3, SIZE, SIZE, generator=random) for _ in range(of.needs.views)]
-    quarters = torch.randint(of.needs.rotations, (b,), generator=random)
-    targets = torch.randint(K, (1, b), generator=random)
-    return Batch(torch.arange(b), tuple(views), quarters, targets)
+    kinds = of.method.crops(of.data)
+    crops = tuple(
+        torch.randn(b, 3, kind.size, kind.size, generator=random)
+        for kind in kinds
+        for _ in range(kind.count)
+    )
+    turns = torch.randint(max(kind.turns for kind in kinds), (b,), generator=random)
+    heads = of.method.round.heads if of.method.round else 0
+    pseudo_labels = torch.randint(K, (heads, b), generator=random)
+    labels = torch.randint(-1, CLASSES, (b,), generator=random)
+    return Batch(torch.arange(b), crops, turns, pseudo_labels, labels)
 
 
 def share(whole: Batch, world: World) -> Batch:
     """A rank's part of a batch."""
-    own = slice(*(len(whole.ids) * (world.rank + i) // world.size for i in (0, 1)))
-    views = tuple(view[own] for view in whole.views)
-    return Batch(whole.ids[own], views, whole.quarters[own], whole.targets[:, own])
+    own = slice(*(len(whole.sample_ids) * (world.rank + i) // world.size for i in (0, 1)))
+    return replace(
+        whole,
+        sample_ids=whole.sample_ids[own],
+        crops=tuple(crop[own] for crop in whole.crops),
+        turns=whole.turns[own],
+        pseudo_labels=whole.pseudo_labels[:, own],
+        labels=whole.labels[own],
+    )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.methods.simclr.method import nt_xent, projection
+from deepclust.methods.parts.projection import projection
+from deepclust.methods.simclr.method import nt_xent
 from deepclust.world import ALONE
 
 

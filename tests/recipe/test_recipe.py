@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from deepclust import Recipe
 from deepclust.errors import RecipeError
+from deepclust.methods import METHODS
 from deepclust.recipe import differences, shipped
 from deepclust.recipe.sections import Cadence, parse_cadence
+from tests.methods.cases import TOY
+from tests.methods.cases import recipe as small_case
 from tests.tiny import tiny_recipe
 
 
@@ -62,6 +68,15 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         ("train.ranks=5", "cannot be shared by 5 ranks"),
         ("cluster={k: 8, overlap: true, where: inline}", "overlap needs the cluster worker"),
         ("cluster={k: 8, overlap: true, where: gang}", "overlap needs the cluster worker"),
+        (
+            "method.name=tests.no_such",
+            "'tests.no_such' cannot be imported.*PYTHONPATH",
+        ),
+        ("method.name=tests.tiny", "method.name: tests.tiny has no class Config derived from"),
+        ("data.blur=[0.5, 0.1]", "data.blur: 2 values for 1 full-size crops"),
+        ("data.blur=[1.5]", "data.blur"),
+        ("data.local={count: 2, size: 8}", "data.local: deepcluster has no local crops"),
+        ("seeds={labels: shards, share: 1}", "labelled samples alone leave nothing to cluster"),
         ("cluster.k.x=3", "k is a value, not a section"),
         ("cluster.k", "not of the form"),
     ],
@@ -71,6 +86,60 @@ def test_a_wrong_override_is_named_with_the_fix(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         tiny_recipe(tmp_path, override)
+
+
+def test_a_method_that_requires_labels_asks_for_seeds() -> None:
+    with pytest.raises(RecipeError, match="seeds: are required by method"):
+        small_case(TOY, "seeds=null")
+
+
+def test_seeds_are_refused_where_no_method_and_no_term_uses_them(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="simclr does not cluster: leave seeds out"):
+        tiny_recipe(tmp_path, "method.name=simclr", "cluster=null", "seeds={labels: shards}")
+
+
+def test_gang_is_read_as_ranks(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "cluster.where=gang")
+    assert recipe.cluster is not None
+    assert recipe.cluster.where == "ranks"
+    assert recipe.clusters_inline
+
+
+def test_unknown_names_are_listed_with_all_other_problems(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tiny_recipe(tmp_path, "method.name=simclrr", "terms.entropy.weight=1", "cluster.k=0")
+    assert all(key in str(caught.value) for key in ("method.name", "terms.entropy", "cluster.k"))
+    assert "does not cluster" not in str(caught.value)
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    code = (
+        "import sys; from deepclust import Recipe; Recipe.load('demo-fashion'); "
+        "Recipe.load('demo-fashion', 'method.name=deepercluster'); "
+        "Recipe.load('simclr-small-photos', 'terms.mean_entropy.weight=1'); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_code_outside_the_methods_names_a_method() -> None:
+    """Comments and docstrings may cite the papers; code may not."""
+    root = Path(__file__).parents[2]
+    named = [
+        f"{file.relative_to(root)}:{node.lineno}"
+        for package in ("deepclust", "cluster_jobs")
+        for file in (root / package).rglob("*.py")
+        if "methods" not in file.parts
+        for node in ast.walk(ast.parse(file.read_text()))
+        if names_a_method(node)
+    ]
+    assert named == []
+
+
+def names_a_method(node: ast.AST) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").startswith(tuple(METHODS.values()))
+    return isinstance(node, ast.Constant) and node.value in METHODS
 
 
 @pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto")])

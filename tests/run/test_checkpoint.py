@@ -36,10 +36,10 @@ def save(run: Run, step: int, keep: int = 3) -> bool:
 
 def test_what_is_saved_is_loaded(run: Run) -> None:
     save(run, 7)
-    found = checkpoint.load_latest(run, print)
-    assert found is not None
-    assert found.state == State(step=7, segment=1, offset=2)
-    assert torch.equal(found.parts["model"]["w"], torch.full((3,), 7.0))
+    latest = checkpoint.load_latest(run, print)
+    assert latest is not None
+    assert latest.state == State(step=7, segment=1, offset=2)
+    assert torch.equal(latest.parts["model"]["w"], torch.full((3,), 7.0))
 
 
 def test_only_the_newest_are_kept(run: Run) -> None:
@@ -54,18 +54,18 @@ def test_a_step_is_saved_once(run: Run) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "state"])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(run: Run, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(run: Run, damage: str) -> None:
     save(run, 1)
     save(run, 2)
     file = run.checkpoints()[-1] / ("state.json" if damage == "state" else "model.safetensors")
     data = file.read_bytes()
     damaged = {"cut": data[:-5], "flip": data[:-1] + bytes([data[-1] ^ 1]), "state": b"{"}
     file.unlink() if damage == "gone" else file.write_bytes(damaged[damage])
-    said: list[str] = []
-    found = checkpoint.load_latest(run, said.append)
-    assert found is not None
-    assert found.state.step == 1
-    assert "00000002" in said[0]
+    warnings: list[str] = []
+    latest = checkpoint.load_latest(run, warnings.append)
+    assert latest is not None
+    assert latest.state.step == 1
+    assert "00000002" in warnings[0]
     assert save(run, 2)  # its place is free again
 
 
@@ -73,7 +73,7 @@ def test_no_checkpoint_is_none(run: Run) -> None:
     assert checkpoint.load_latest(run, print) is None
 
 
-def test_a_zombie_cannot_land_a_checkpoint(run: Run) -> None:
+def test_a_process_that_lost_the_run_cannot_publish_a_checkpoint(run: Run) -> None:
     lock = run.path / "lock.json"
     write_json(lock, {**read_json(lock), "token": "another"})
     with pytest.raises(RunHeldError):
@@ -122,11 +122,11 @@ def test_owned_rows_are_read_by_any_number_of_ranks(run: Run, writers: int, read
     assert on_ranks(writers, save_owned, run, 4) == [True] * writers
     assert on_ranks(writers, save_owned, run, 4) == [False] * writers
     (folder,) = run.checkpoints()
-    found = [load_owned(World(rank, readers), folder) for rank in range(readers)]
-    weight = torch.cat([f["model/sub.weight"] for f in found], 1)
+    by_rank = [load_owned(World(rank, readers), folder) for rank in range(readers)]
+    weight = torch.cat([f["model/sub.weight"] for f in by_rank], 1)
     assert torch.equal(weight, WHOLE + 4)
-    assert torch.equal(torch.cat([f["head/sub.weight"] for f in found], 1), -weight)
-    assert torch.cat([f["model/one"] for f in found]).tolist() == [5.0]
+    assert torch.equal(torch.cat([f["head/sub.weight"] for f in by_rank], 1), -weight)
+    assert torch.cat([f["model/one"] for f in by_rank]).tolist() == [5.0]
     assert checkpoint.owned_names(folder) == set(ranges(ALONE))
     state, whole = checkpoint.load(folder)
     assert (state.step, sorted(whole)) == (4, ["body", "model"])  # rank 0's parts alone
@@ -161,10 +161,10 @@ def test_a_kill_before_the_commit_leaves_the_older_checkpoint(run: Run) -> None:
     assert victim.exitcode == -signal.SIGKILL
     folder = run.path / "checkpoints"
     assert len(list(folder.glob(f".owned-00000002-{run.token}-*.tmp/owned-00000.safetensors"))) == 1
-    found = checkpoint.load_latest(run, pytest.fail)
-    assert found is not None
-    assert found.state.step == 1
-    assert torch.equal(load_owned(ALONE, found.folder)["model/sub.weight"], WHOLE + 1)
+    latest = checkpoint.load_latest(run, pytest.fail)
+    assert latest is not None
+    assert latest.state.step == 1
+    assert torch.equal(load_owned(ALONE, latest.folder)["model/sub.weight"], WHOLE + 1)
     sweep(run.path)
     assert [p.name for p in folder.iterdir()] == ["00000001"]
     assert save_owned(ALONE, run, 2)
@@ -185,10 +185,10 @@ def attempt(world: World, run: Run, spoil: int) -> str:
 
 @pytest.mark.parametrize("spoil", [0, 1])
 def test_a_rank_that_cannot_write_is_an_error_on_all(run: Run, spoil: int) -> None:
-    told = on_ranks(2, attempt, run, spoil)
-    assert told[1 - spoil].startswith("FollowedError: checkpoint ")
-    assert f"rank {spoil} failed" in told[1 - spoil]
-    assert told[spoil].startswith("NotImplementedError")
+    outcomes = on_ranks(2, attempt, run, spoil)
+    assert outcomes[1 - spoil].startswith("FollowedError: checkpoint ")
+    assert f"rank {spoil} failed" in outcomes[1 - spoil]
+    assert outcomes[spoil].startswith("NotImplementedError")
     assert list((run.path / "checkpoints").iterdir()) == []
     assert on_ranks(2, attempt, run, -1) == ["saved"] * 2
 
@@ -210,7 +210,7 @@ def lose(folder: Path) -> None:
     seal(folder, {})
 
 
-def test_a_range_that_nobody_holds_is_named(run: Run) -> None:
+def test_a_range_that_no_file_holds_is_named(run: Run) -> None:
     on_ranks(2, save_owned, run, 1)
     (folder,) = run.checkpoints()
     lose(folder)
@@ -233,11 +233,11 @@ def test_a_damaged_owners_file_sets_the_checkpoint_aside(
     for step in (1, 2):
         save_owned(ALONE, run, step)
     damage(run.checkpoints()[-1] / "owned-00000.safetensors")
-    said: list[str] = []
-    found = checkpoint.load_latest(run, said.append)
-    assert found is not None
-    assert found.state.step == 1
-    assert "owned-00000.safetensors" in said[0]
+    warnings: list[str] = []
+    latest = checkpoint.load_latest(run, warnings.append)
+    assert latest is not None
+    assert latest.state.step == 1
+    assert "owned-00000.safetensors" in warnings[0]
 
 
 def test_an_owners_file_that_is_no_such_file_is_a_data_error(tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from deepclust.launch.start import resume
 from deepclust.methods.base import Targets
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run, manifest
+from deepclust.seeds.table import SeedTable, load
+from deepclust.stages.batches import Feed
 from deepclust.stages.cluster import read_targets
-from deepclust.stages.planning import plan_segment
 from deepclust.stages.schedule import Timeline
+from deepclust.world import ALONE
 from tests.images import draw, encode, write_tar
 from tests.killing import MOMENTS, kill_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe, tiny_shards
@@ -222,8 +224,9 @@ def test_every_batch_has_its_share_of_labelled_samples_in_their_classs_cluster(
     assert len(labelled) == 20
     np.testing.assert_array_equal(assignments(run.path)[0][0][labelled], labelled % 4)
     targets, index = read_targets(run, 0), open_index(shards)
-    where = Timeline.of(run.recipe, len(index)), State(round=0), targets
-    plan = plan_segment(run.recipe, index, "offset", *where)
+    table = load(index, run.recipe.seeds, run.recipe.seed).table
+    feed = Feed(run.recipe, index, "offset", ALONE, table)
+    plan = feed.plan(Timeline.of(run.recipe, len(index)), State(round=0), targets)
     batches = plan.ids.reshape(plan.steps, 24)
     assert plan.steps == 12
     assert (np.isin(batches, labelled).sum(1) >= 6).all()
@@ -248,9 +251,10 @@ def test_a_small_share_is_one_labelled_sample_a_batch(shards: Path) -> None:
     wanted = recipe(shards, *SEEDS, "seeds.share=0.001")
     ids = np.zeros((1, len(index)), np.int32)
     none = np.zeros((1, 8, 8), np.float32)
-    targets = Targets(0, Path("a.npy"), ids, none, None, None, labelled=np.arange(4))
-    where = Timeline.of(wanted, len(index)), State(round=0), targets
-    plan = plan_segment(wanted, index, "offset", *where)
+    targets = Targets(0, Path("a.npy"), ids, none, None, None)
+    table = SeedTable(np.arange(4), np.zeros(4, np.int32), ["a"])
+    feed = Feed(wanted, index, "offset", ALONE, table)
+    plan = feed.plan(Timeline.of(wanted, len(index)), State(round=0), targets)
     assert (np.isin(plan.ids.reshape(plan.steps, 24), np.arange(4)).sum(1) >= 1).all()
 
 

@@ -1,28 +1,38 @@
-"""The global batches of training are the same for any number of ranks and parts."""
+"""What training reads: global batches, crops and labels, the same for any number of ranks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from deepclust import Recipe, open_index
 from deepclust.data.plan import EpochPlan
-from deepclust.data.read.loader import Request
-from deepclust.methods.base import Needs
-from deepclust.recipe.sections import Data
+from deepclust.data.read.loader import Loaded, Loader, Request
+from deepclust.data.shards.index import Index
+from deepclust.methods.base import Now
 from deepclust.run.checkpoint import State
-from deepclust.stages.batches import Feed
+from deepclust.seeds.table import SeedTable
+from deepclust.stages.batches import Feed, crops_of, labels_of
+from deepclust.stages.schedule import Timeline
 from deepclust.world import World
+from tests.methods.cases import TOY, recipe
 
-BATCH, STEPS, OFFSET = 16, 10, 3
-PLAN = EpochPlan.build((np.arange(200) % 7).astype(np.int32), 0, 2, BATCH, STEPS)
+BATCH, STEPS, OFFSET = 24, 10, 3
+PLAN = EpochPlan.build((np.arange(300) % 7).astype(np.int32), 0, 2, BATCH, STEPS)
+STATE = State(step=103, segment=2, offset=OFFSET, round=2)
+NO_INDEX: Any = None
 
 
 def requests(rank: int, ranks: int, accumulate: int) -> list[Request]:
     """What one rank reads from step 3 of segment 2 on."""
-    data = Data(shards="", size=16)
-    feed = Feed(data, Needs(), World(rank, ranks), seed=0, batch=BATCH, parts=accumulate)
-    state = State(step=103, segment=2, offset=OFFSET, round=2)
-    return list(feed.requests(PLAN, None, state))
+    of = recipe("deepcluster", f"train.ranks={ranks}", f"train.accumulate={accumulate}")
+    feed = Feed(of, NO_INDEX, "offset", World(rank, ranks))
+    return list(feed.requests(PLAN, None, STATE))
 
 
 def global_batches(ranks: int, accumulate: int, what: str) -> np.ndarray:
@@ -44,11 +54,106 @@ def test_every_step_reads_the_plans_batch_for_any_number_of_ranks(
     np.testing.assert_array_equal(global_batches(ranks, accumulate, "positions"), positions)
 
 
-def test_views_do_not_depend_on_the_number_of_ranks() -> None:
-    """A view is a function of key, position and its own settings alone."""
-    told = [
+def test_crops_do_not_depend_on_the_number_of_ranks() -> None:
+    """A crop is a function of key, position and its own settings alone."""
+    drawn = [
         {(part.key, part.crops) for rank in range(ranks) for part in requests(rank, ranks, 1)}
         for ranks in (1, 2, 4)
     ]
-    assert len(told[0]) == 1
-    assert told[0] == told[1] == told[2]
+    assert len(drawn[0]) == 1
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_small_crops_have_their_own_size_and_scale() -> None:
+    crops = crops_of(recipe(TOY, "data.jitter=[0.4, 0.4, 0, 0]"))
+    assert [crop.view.size for crop in crops] == [16, 16, 8, 8]
+    assert [crop.colour is None for crop in crops] == [False, False, True, True]
+
+
+def test_each_full_size_crop_has_its_own_chance_of_blur_and_solarisation() -> None:
+    chances = "data.blur=[1.0, 0.1]", "data.solarise=[0.0, 0.2]"
+    colours = [crop.colour for crop in crops_of(recipe("simclr", *chances))]
+    assert [(c.blur, c.solarise) for c in colours if c] == [(1.0, 0.0), (0.1, 0.2)]
+
+
+TABLE = SeedTable(np.array([2, 5, 11, 12]), np.array([0, 1, 1, 2], np.int32), ["a", "b", "c"])
+
+
+def test_labels_are_looked_up_by_sample_id() -> None:
+    assert labels_of(TABLE, np.array([12, 0, 5, 5, 299])).tolist() == [2, -1, 1, 1, -1]
+    assert labels_of(None, np.array([2])).tolist() == [-1]
+
+
+def test_a_replaced_sample_has_its_own_label_and_not_that_of_the_bad_one() -> None:
+    feed = Feed(recipe("deepcluster"), NO_INDEX, "offset", World(), TABLE)
+    loaded = Loaded(
+        (torch.zeros(3, 3, 16, 16, dtype=torch.uint8),), np.array([5, 7, 12]), np.arange(3)
+    )
+    assert feed.to_batch(loaded, None, 0, Now()).labels.tolist() == [1, -1, 2]
+
+
+@pytest.fixture
+def labelled(shards: Path) -> tuple[Index, SeedTable]:
+    """An index of 300 samples of which every fifteenth is labelled."""
+    index = open_index(shards)
+    ids = np.arange(0, 300, 15)
+    return index, SeedTable(ids, (ids // 15 % 4).astype(np.int32), ["0", "1", "2", "3"])
+
+
+def plan_of(
+    labelled: tuple[Index, SeedTable], share: float, ranks: int = 1, read: str = "offset"
+) -> EpochPlan:
+    """The plan of a method that uses labels and clusters nothing."""
+    of = online(share, ranks)
+    return Feed(of, labelled[0], read, World(0, ranks), labelled[1]).plan(
+        Timeline.of(of, 300), State(), None
+    )
+
+
+def online(share: float, ranks: int) -> Recipe:
+    of = recipe("simclr", f"train.ranks={ranks}", "train.batch=24")
+    seeds = recipe(TOY, f"seeds={{labels: shards, share: {min(share, 0.9)}}}").seeds
+    assert seeds is not None
+    return of.model_copy(update={"seeds": seeds.model_copy(update={"share": share})})
+
+
+@pytest.mark.parametrize("read", ["offset", "block"])
+def test_batches_without_a_clustering_have_their_share_of_labels(
+    labelled: tuple[Index, SeedTable], read: str
+) -> None:
+    plan = plan_of(labelled, 0.25 if read == "offset" else 1 / 3, read=read)
+    known = np.isin(plan.ids, labelled[1].ids).reshape(plan.steps, -1)
+    assert plan.steps == 12
+    assert (known.sum(1) >= (6 if read == "offset" else 8)).all()
+
+
+def test_every_rank_has_its_share_of_labels(labelled: tuple[Index, SeedTable]) -> None:
+    plan = plan_of(labelled, 0.25, ranks=2)
+    for rank in range(2):
+        known = np.isin(plan.for_rank(rank, 2), labelled[1].ids)
+        assert (known.sum(1) >= 3).all()
+
+
+def test_a_share_of_one_reads_labelled_samples_alone_uniform_over_classes(
+    labelled: tuple[Index, SeedTable],
+) -> None:
+    plan, (_, table) = plan_of(labelled, 1.0), labelled
+    classes = labels_of(table, plan.ids)
+    assert (classes >= 0).all()
+    assert np.bincount(classes).tolist() == [len(plan.ids) // 4] * 4
+
+
+def test_crops_of_two_sizes_reach_the_batch(shards: Path) -> None:
+    of = recipe(TOY)
+    index = open_index(shards)
+    feed = Feed(of, index, "offset", World())
+    loader = Loader(index, 0)
+    loaded = next(iter(loader.stream(feed.requests(PLAN, None, replace(STATE, offset=9)))))
+    batch = feed.to_batch(loaded, None, 2, Now(5))
+    assert [tuple(crop.shape) for crop in batch.crops] == [(24, 3, 16, 16)] * 2 + [
+        (24, 3, 8, 8)
+    ] * 2
+    assert batch.turns.max() > 0
+    assert batch.pseudo_labels.shape == (0, 24)
+    assert batch.now.step == 5
+    loader.close()

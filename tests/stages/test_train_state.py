@@ -15,11 +15,12 @@ from deepclust.run import checkpoint
 from deepclust.run.checkpoint import OwnedTensors, State, Tensors
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
-from deepclust.stages.build import groups_of
+from deepclust.stages.build import parameter_groups
 from deepclust.stages.train_state import put_back, split
 from deepclust.world import ALONE, World
-from tests.methods.cases import method
+from tests.methods.cases import method, recipe
 from tests.ranks import on_ranks
+from tests.tiny import assert_resumes_undisturbed, tiny_recipe, tiny_shards
 
 KINDS = ["sgd", "lars", "adamw"]
 
@@ -33,11 +34,11 @@ def run(tmp_path: Path) -> Iterator[Run]:
 def build(kind: str, world: World = ALONE, clip: float | None = None) -> tuple[Method, Optimizers]:
     """DeeperCluster, whose sub-head is owned by slices; weights and gradients are reproducible."""
     torch.manual_seed(0)
-    one = method("deepercluster", world)
+    one = method(recipe("deepercluster"), world)
     config = TrainSection.model_validate(
         {"epochs": 1, "optimizer": kind, "head_momentum": 0.9, "clip": clip}
     )
-    return one, Optimizers(groups_of(one), config, one.owned(), world)
+    return one, Optimizers(parameter_groups(one), config, one.owned(), world)
 
 
 def train(one: Method, optimizers: Optimizers, first: int, steps: int = 2) -> float:
@@ -159,3 +160,14 @@ def test_the_norm_and_the_clipped_step_are_those_of_one_rank(clip: float | None)
         assert shared_norm == pytest.approx(norm, rel=1e-5)
         for name, weight in shared.items():
             torch.testing.assert_close(weight, weights[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", [["method.head=match"], ["method.name=deepercluster", "cluster.supers=2"]]
+)
+def test_a_run_with_adamw_resumes_as_if_undisturbed(tmp_path: Path, method: list[str]) -> None:
+    optimizer = ["train.optimizer=adamw", "train.lr=0.001", "train.schedule=cosine"]
+    optimizer += ["train.weight_decay=0.04", "train.weight_decay_end=0.4", "train.clip=3"]
+    shards = tiny_shards(tmp_path / "shards", n=96)
+    recipe = tiny_recipe(shards, "train.epochs=3", "train.log=1", *optimizer, *method)
+    assert_resumes_undisturbed(recipe, tmp_path, step=6)

@@ -2,15 +2,15 @@
 
     python tools/bench/loader.py --photos imagenette96.tar.xz --fashion FOLDER --out loader.json
 
-Same images, same views (random resized crop, flip, normalise), same final float tensors, same
-number of worker processes. `ours` samples uniformly over Zipf-sized clusters, from shards;
+All have the same images, crops (random resized crop, flip, normalise), final float tensors and
+number of worker processes. `ours` samples uniformly over Zipf-sized clusters, from shards.
 `imagefolder` is torchvision's ImageFolder with Pillow and its v1 transforms in a DataLoader, as
-DeepCluster and most training scripts do; `webdataset` is its stock pipeline (shuffle 1000) with
+DeepCluster and most training scripts use it. `webdataset` is its stock pipeline (shuffle 1000) with
 torchvision's native decoder and v2 transforms on uint8, on the same shards.
 
-Each run is a process of its own, and the contenders take turns, so only the ratios within one turn
-are to be trusted on a machine that others use too. The clock runs from the first batch to the last.
-Photos at 500 x 375 are small ones made larger, JPEG quality 90.
+Each run is a separate process, and the contenders take turns. On a machine with other users only
+the ratios within one turn are reliable. The clock runs from the first batch to the last. Photos at
+500 x 375 are small ones made larger, JPEG quality 90.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write_folder(folder: Path, images: Iterator[tuple[str, str, bytes]]) -> None
 
 
 def photos(archive: Path, count: int, size: tuple[int, int] | None) -> Iterator[tuple]:
-    """The first `count` training photos of a tar, as they are or made larger."""
+    """Yield the first `count` training photos of a tar, as they are or made larger."""
     with tarfile.open(archive) as tar:
         for member in tar:
             if not (member.name.startswith("train/") and member.isfile()):
@@ -63,7 +63,7 @@ def photos(archive: Path, count: int, size: tuple[int, int] | None) -> Iterator[
 
 
 def garments(folder: Path, count: int) -> Iterator[tuple]:
-    """The first `count` Fashion-MNIST images as grey PNG."""
+    """Yield the first `count` Fashion-MNIST images as grey PNG."""
     images = gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((folder / "train-labels-idx1-ubyte.gz").read_bytes())
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
@@ -91,7 +91,7 @@ def prepare(work: Path, options: argparse.Namespace) -> list[str]:
 
 
 def ours(data: Path, size: int, workers: int) -> Iterator:
-    """Batches of our loader: uniform over Zipf-sized clusters, by offset from shards."""
+    """Yield batches of our loader: uniform over Zipf-sized clusters, by offset from shards."""
     from deepclust.data.images.crops import Crop, RandomResizedCrop, to_float
     from deepclust.data.plan import EpochPlan
     from deepclust.data.read.loader import Loader, Request
@@ -111,7 +111,7 @@ def ours(data: Path, size: int, workers: int) -> Iterator:
 
 
 def imagefolder(data: Path, size: int, workers: int) -> Iterator:
-    """ImageFolder with Pillow, torchvision's v1 transforms and a plain DataLoader."""
+    """Yield batches of ImageFolder with Pillow and torchvision's v1 transforms."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -144,7 +144,7 @@ class Decode:
 
 
 def webdataset(data: Path, size: int, workers: int) -> Iterator:
-    """The stock webdataset pipeline on the same shards."""
+    """Yield batches of the stock webdataset pipeline on the same shards."""
     import torch
     import webdataset as wds
 
@@ -176,7 +176,7 @@ def race(name: str, data: Path, size: int, workers: int) -> float:
 
 
 def run(name: str, data: Path, size: int, workers: int) -> float:
-    """`race` in a process of its own."""
+    """Run `race` in a separate process."""
     command = [sys.executable, __file__, "--race", name, str(data), str(size), str(workers)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 

@@ -2,9 +2,9 @@
 
     python tools/bench/plan.py [--large] --out plan.json
 
-1.28 million samples in 10,000 clusters, and with --large 100 million in 320,000 (log-normal cluster
-sizes, sigma 1). Each case is a process of its own; memory is the peak resident set while planning
-above what was resident before, so above the assignments and all imports (VmHWM, Linux).
+The cases are 1.28 million samples in 10,000 clusters, and with --large 100 million in 320,000, of
+log-normal sizes (sigma 1). Each case is a separate process. Memory is the peak resident set of the
+planning, without what was resident before it: the assignments and all imports (VmHWM, Linux).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ORDERS = {
 
 
 def assignments(n: int, k: int) -> np.ndarray:
-    """Clusters of log-normal sizes, int32 [n]."""
+    """Return assignments to clusters of log-normal sizes, int32 [n]."""
     rng = np.random.default_rng(0)
     weights = rng.lognormal(0, 1, k)
     ends = np.cumsum(weights / weights.sum())
@@ -35,7 +35,7 @@ def assignments(n: int, k: int) -> np.ndarray:
 
 
 def memory(field: str) -> int:
-    """A size from /proc/self/status, bytes."""
+    """Read a size from /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -46,14 +46,14 @@ def measure(n: int, k: int, order: str) -> dict:
     """Plan once, in this process."""
     from deepclust.data.plan import EpochPlan
 
-    labels = assignments(n, k)
-    EpochPlan.build(labels[:1000], seed=0, epoch=0, global_batch=256)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    cluster_ids = assignments(n, k)
+    EpochPlan.build(cluster_ids[:1000], seed=0, epoch=0, global_batch=256)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, began = memory("VmRSS"), time.perf_counter()
-    plan = EpochPlan.build(labels, seed=0, epoch=0, global_batch=256, **ORDERS[order])
+    plan = EpochPlan.build(cluster_ids, seed=0, epoch=0, global_batch=256, **ORDERS[order])
     seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
-    drawn = np.bincount(labels[plan.ids], minlength=k)
-    drawn = drawn[np.bincount(labels, minlength=k) > 0]
+    drawn = np.bincount(cluster_ids[plan.ids], minlength=k)
+    drawn = drawn[np.bincount(cluster_ids, minlength=k) > 0]
     spread = [int(drawn.min()), int(drawn.max())]
     return {"n": n, "k": k, "order": order, "seconds": seconds, "peak": peak, "draws": spread}
 

@@ -1,15 +1,15 @@
-"""Is the training label uniform? Our plan against DeepCluster's released sampler.
+"""Draws of each cluster in an epoch: our plan against DeepCluster's released sampler.
 
     python tools/bench/sampling.py --out sampling.json
 
-Clusters have Zipf sizes. Counted is the label that the loss would see at every position of one
-epoch, so the order in which a data set is indexed matters.
+Clusters have Zipf sizes. The bench counts the clusters that the loss would see over the positions
+of an epoch, so the order of the data set's index matters.
 
-`released` is what the released code does, in our words: its data set is a list of (image, label)
-that is sorted by cluster; its sampler draws floor(N / K) + 1 indices from every cluster, with
-replacement where the cluster isn't larger, shuffles, and cuts at N; but those indices are of the
-images as they were before the sorting. So the pair at a drawn index belongs to whatever cluster
-stands there: in proportion to its size. Image and label still belong together, so nothing fails.
+`released` does what the released code does. Its data set is a list of (image, cluster), sorted by
+cluster. Its sampler draws floor(N / K) + 1 indices from every cluster, with replacement unless the
+cluster is larger, shuffles, and cuts at N. But those are indices of the images before the sorting.
+So the pair at a drawn index can be of any cluster, in proportion to its size. Image and cluster
+still belong together, so nothing fails.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from deepclust.data.plan import EpochPlan
 
 
 def zipf_clusters(n: int, k: int, seed: int) -> np.ndarray:
-    """Assignments int32 [n]; cluster c has a share in proportion to 1 / (c + 1)."""
+    """Return assignments int32 [n], of cluster c in proportion to 1 / (c + 1)."""
     share = 1 / np.arange(1, k + 1)
     rng = np.random.default_rng(seed)
     return rng.choice(k, n, p=share / share.sum()).astype(np.int32)
 
 
-def released(labels: np.ndarray, seed: int) -> np.ndarray:
-    """The labels of one epoch of DeepCluster's released sampler and reassigned data set."""
+def released(cluster_ids: np.ndarray, seed: int) -> np.ndarray:
+    """Return an epoch's cluster ids by DeepCluster's sampler and reassigned data set."""
     rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(labels == cluster) for cluster in np.unique(labels)]
-    share = len(labels) // len(members) + 1
+    members = [np.flatnonzero(cluster_ids == cluster) for cluster in np.unique(cluster_ids)]
+    share = len(cluster_ids) // len(members) + 1
     drawn = np.concatenate([rng.choice(own, share, replace=len(own) <= share) for own in members])
     rng.shuffle(drawn)
-    sorted_by_cluster = labels[np.concatenate(members)]
-    return sorted_by_cluster[drawn[: len(labels)]]
+    sorted_by_cluster = cluster_ids[np.concatenate(members)]
+    return sorted_by_cluster[drawn[: len(cluster_ids)]]
 
 
-def planned(labels: np.ndarray, seed: int, mode: str) -> np.ndarray:
-    """The labels of one epoch of our plan."""
-    return labels[EpochPlan.build(labels, seed, epoch=0, global_batch=1, mode=mode).ids]
+def planned(cluster_ids: np.ndarray, seed: int, mode: str) -> np.ndarray:
+    """Return an epoch's cluster ids by our plan."""
+    return cluster_ids[EpochPlan.build(cluster_ids, seed, epoch=0, global_batch=1, mode=mode).ids]
 
 
-def summary(name: str, drawn: np.ndarray, labels: np.ndarray) -> dict:
-    """Draws per non-empty cluster, and how they follow the clusters' sizes."""
-    sizes = np.bincount(labels)
+def summary(name: str, drawn: np.ndarray, cluster_ids: np.ndarray) -> dict:
+    """Return the draws per non-empty cluster, and how they follow the clusters' sizes."""
+    sizes = np.bincount(cluster_ids)
     draws = np.bincount(drawn, minlength=len(sizes))[sizes > 0]
     sizes = sizes[sizes > 0]
     correlation = np.corrcoef(draws, sizes)[0, 1] if np.ptp(draws) > 1 else 0.0
     return {
         "sampler": name,
-        "intended": len(labels) / len(sizes),
+        "intended": len(cluster_ids) / len(sizes),
         "least": int(draws.min()),
         "most": int(draws.max()),
         "correlation with size": float(correlation),
@@ -69,14 +69,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("/tmp/bench-sampling.json"))
     options = parser.parse_args()
-    labels = zipf_clusters(options.samples, options.clusters, options.seed)
+    cluster_ids = zipf_clusters(options.samples, options.clusters, options.seed)
     rows = [
-        summary("DeepCluster, released", released(labels, options.seed), labels),
-        summary("ours, paper", planned(labels, options.seed, "paper"), labels),
-        summary("ours, exact", planned(labels, options.seed, "exact"), labels),
+        summary("DeepCluster, released", released(cluster_ids, options.seed), cluster_ids),
+        summary("ours, paper", planned(cluster_ids, options.seed, "paper"), cluster_ids),
+        summary("ours, exact", planned(cluster_ids, options.seed, "exact"), cluster_ids),
     ]
-    sizes = np.bincount(labels)
-    print(f"{len(labels):,} samples, cluster sizes {sizes[sizes > 0].min()}-{sizes.max()}")
+    sizes = np.bincount(cluster_ids)
+    print(f"{len(cluster_ids):,} samples, cluster sizes {sizes[sizes > 0].min()}-{sizes.max()}")
     print(f"{'sampler':<24}{'intended':>9}{'least':>7}{'most':>7}{'correlation with size':>23}")
     for row in rows:
         print(

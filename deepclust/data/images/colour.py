@@ -34,10 +34,11 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class Colour:
-    """`jitter`: strengths of brightness, contrast, saturation and hue; the rest probabilities.
+    """The strengths and probabilities of changes of colour.
 
-    A factor is uniform in [1 - strength, 1 + strength], at least 0; the hue is turned by up to
-    that part of the circle either way; `blur_sigma` is (least, most) in pixels.
+    `jitter` has the strengths of brightness, contrast, saturation and hue. A factor is uniform in
+    [1 - strength, 1 + strength], at least 0. The hue is turned by up to that part of the circle
+    either way. `blur_sigma` is (least, most) in pixels. All others are probabilities.
     """
 
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -63,8 +64,8 @@ class Colour:
     def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> Float64[np.ndarray, "b m"]:
         """Return what each position's colours are made of, a pure function of (key, position).
 
-        A row holds the four jitters in their order, the four factors (those that change nothing
-        where it is not jittered), 1 if it turns grey, the sigma of its blur (0: none), and 1 if it
+        A row holds the four jitters in their order and the four factors, which are neutral where it
+        is not jittered. Then come 1 if it turns grey, the sigma of its blur (0: none), and 1 if it
         is solarised.
         """
         u = uniform(key, positions, 13)
@@ -84,7 +85,7 @@ class Colour:
     def __call__(
         self, images: UInt8[Tensor, "b 3 s s"], draws: Float64[np.ndarray, "b m"]
     ) -> UInt8[Tensor, "b 3 s s"]:
-        """Return the images in their new colours, on their device; no row depends on another."""
+        """Return the images in their new colours, on their device, row by row."""
         changed, image = torch.empty_like(images), 4 * 3 * images.shape[2] * images.shape[3]
         rows = max(_ROWS, (_IN_CACHE if images.device.type == "cpu" else _IN_MEMORY) // image)
         for at in range(0, len(images), rows):
@@ -103,18 +104,19 @@ class Colour:
             mine = draws[:, _ORDER][:, stage, None] == np.arange(4)
             factors = np.where(mine, draws[:, _FACTORS], _NEUTRAL)
             _towards(x, 1 - factors[:, :_HUE])
-            _change(x, factors[:, _HUE], hue_turned)
+            _change(x, factors[:, _HUE], turn_hue)
         _change(x, draws[:, _GREY], lambda rows, _: _grey(rows).expand(-1, 3, -1, -1))
-        _change(x, draws[:, _SIGMA], blurred)
+        _change(x, draws[:, _SIGMA], blur_images)
         _change(x, draws[:, _SOLARISE], lambda rows, _: rows.where(rows < _BRIGHT, 255 - rows))
         return x
 
 
 def _towards(x: Float32[Tensor, "b 3 s s"], share: Float64[np.ndarray, "b 3"]) -> None:
-    """Move to x + share (base - x) in [0, 255], in place; a row has one share that is not 0.
+    """Move to x + share (base - x) in [0, 255], in place.
 
-    The base is black for brightness, the mean grey for contrast and the greys for saturation, so
-    one pass serves all three; a row without a share keeps still, to the bit.
+    The base is black for brightness, the mean grey for contrast and the greys for saturation. One
+    pass serves all three, because a row has at most one share that is not 0. A row without a share
+    keeps its bits.
     """
     grey = _grey(x)
     mean = grey.mean((2, 3), keepdim=True).mul_(_column(share[:, _CONTRAST], x))
@@ -134,13 +136,13 @@ def _change(
         x.index_copy_(0, at, change(x.index_select(0, at), _column(numbers[rows], x)))
 
 
-def hue_turned(
+def turn_hue(
     x: Float32[Tensor, "b 3 s s"], turns: Float32[Tensor, "b 1 1 1"]
 ) -> Float32[Tensor, "b 3 s s"]:
-    """Turn the hue by parts of the circle; value and saturation (of HSV) stay.
+    """Turn the hue by parts of the circle, and keep value and saturation (of HSV).
 
-    In sixths of a circle the hue is +-(1 - r + g + b), signed as g - b, of colours stretched to
-    [0, 1]; and a channel is full within one sixth of its own hue and empty from two on.
+    With colours stretched to [0, 1], the hue in sixths of a circle is +-(1 - r + g + b), signed as
+    g - b. A channel is full within one sixth of its hue, and empty from two sixths on.
     """
     red, green, blue = x.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -152,10 +154,10 @@ def hue_turned(
     return away.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
-def blurred(
+def blur_images(
     x: Float32[Tensor, "b 3 s s"], sigma: Float32[Tensor, "b 1 1 1"]
 ) -> Float32[Tensor, "b 3 s s"]:
-    """Gaussian blur of each image by its sigma (pixels); edges are reflected.
+    """Blur each image by a Gaussian of its sigma (pixels), with reflected edges.
 
     The kernel's side is odd and about a tenth of the image's, as in SimCLR (23 of 224 pixels).
     """

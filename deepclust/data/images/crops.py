@@ -48,7 +48,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """`Resize(resize)` of the shorter side, then `CenterCrop(size)`; pixels. Nothing is random."""
+    """torchvision's `Resize(resize)` of the shorter side, then `CenterCrop(size)`, in pixels."""
 
     size: int
     resize: int
@@ -80,8 +80,8 @@ class CentreCrop:
 class RandomResizedCrop:
     """torchvision's `RandomResizedCrop(size, scale, ratio)`, then a flip with that probability.
 
-    Ten tries at a crop of a uniform share of the area and a log-uniform aspect ratio, else the
-    largest centre crop whose ratio is allowed (Szegedy et al., 2015, as in torchvision).
+    There are ten tries at a crop of a uniform share of the area and a log-uniform aspect ratio. If
+    none fits, it is the largest centre crop whose ratio is allowed (Szegedy et al., 2015).
     """
 
     size: int
@@ -100,7 +100,7 @@ class RandomResizedCrop:
     def draws(self, key: int, positions: Int64[np.ndarray, " b"]) -> list[list[float]]:
         """Return what each position's crop is made of, a pure function of (key, position).
 
-        A row holds 10 relative heights, 10 relative widths (of the square root of the area), the
+        A row holds 10 heights and 10 widths, relative to the square root of the area. Then come the
         crop's place in [0, 1) down and across, and 1 if it is flipped.
         """
         u = uniform(key, positions, 2 * self.tries + 3)

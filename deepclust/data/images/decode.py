@@ -1,17 +1,17 @@
 """Bytes of an image to uint8 [3, h, w]: whatever was stored becomes upright RGB.
 
-JPEG, WebP and small PNGs are decoded by torchvision's native code, PPM by NumPy, all else (and
-whatever these refuse) by Pillow. Grey is repeated, palettes are looked up, CMYK is converted, 16
-bits are rounded to 8, alpha is dropped (not blended, as Pillow's `convert("RGB")`), EXIF
-orientation is applied.
+JPEG, WebP and small PNGs are decoded by torchvision's native code, and PPM by NumPy. Everything
+else, and what these refuse, is decoded by Pillow. Grey is repeated, palettes are looked up, CMYK is
+converted, and 16 bits are rounded to 8. Alpha is dropped, not blended, as by Pillow's
+`convert("RGB")`. EXIF orientation is applied.
 
-A damaged PNG can kill torchvision's decoder, so a PNG is checked before it goes there (`png.py`).
-With the check torchvision takes half of Pillow's time for 28 x 28 pixels, and as much from about
-64 x 64 on; larger files go to Pillow at once.
+A damaged PNG can kill torchvision's decoder, so `png_check.py` reads it first. With the check
+torchvision takes half of Pillow's time for 28 x 28 pixels, and all of it from about 64 x 64 on.
+Larger files go to Pillow at once.
 
-We call torchvision's registered ops and not `torchvision.io`: its functions warn since 0.29 that
-they will move to torchcodec, and cost as much again as decoding a 28 x 28 PNG. Where the ops are
-missing Pillow takes over, three times slower.
+torchvision's registered ops are called, not `torchvision.io`. Its functions warn since 0.29 that
+they will move to torchcodec, and they double the time of a 28 x 28 PNG. Where the ops are missing,
+Pillow decodes, which takes three times as long.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NATIVE_REFUSES = (RuntimeError, AttributeError)  # AttributeError: torchvision 
 
 
 class DecodeError(DataError):
-    """An image that cannot be decoded; the message is the reason, without the sample's name."""
+    """An image that cannot be decoded, with the reason and without the sample's name."""
 
 
 class _Format(NamedTuple):
@@ -55,8 +55,8 @@ class _Format(NamedTuple):
 def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 h w"]:
     """Decode one image.
 
-    Raises DecodeError with the reason: no image, damaged or truncated, or more than `max_pixels`
-    by its header (a bomb), which is found before anything is decoded.
+    Raises `DecodeError` with the reason: not an image, damaged, truncated, or larger than
+    `max_pixels` by its header, which is known before anything is decoded.
     """
     known = _FORMATS.get(bytes(data[:2]))
     if known is None:
@@ -81,7 +81,7 @@ def _refuse_bomb(height: int, width: int, max_pixels: int) -> None:
 
 
 def _tensor(data: bytes | memoryview) -> UInt8[Tensor, " bytes"]:
-    """The bytes as a tensor; copied, since torch warns about memory that it may not write."""
+    # copied, because torch warns about memory that it may not write
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

@@ -1,7 +1,7 @@
 """Random numbers that depend on (key, position, draw number) alone: a counter-based hash.
 
-A whole batch is computed at once, so that a crop costs nothing per image but the crop itself, and
-depends neither on reader processes nor on ranks nor on restarts.
+A whole batch is computed at once, which costs nothing per image. The numbers depend neither on
+reader processes nor on ranks nor on restarts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An image's height and width from its first bytes, so that a bomb is refused before it is decoded.
 
-One function a format; each takes the whole file's bytes and raises ValueError, IndexError or
-struct.error when the header is not there.
+There is one function per format. It takes the whole file's bytes, and raises ValueError, IndexError
+or struct.error when the header is not there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def webp_size(data: bytes | memoryview) -> Size:
 
 
 def webp_has_exif(data: bytes | memoryview) -> bool:
-    """Whether an extended WebP says that it carries EXIF, which may rotate it."""
+    """Return whether an extended WebP says that it carries EXIF, which may rotate it."""
     return bytes(data[12:16]) == b"VP8X" and bool(data[20] & 0x08)
 
 

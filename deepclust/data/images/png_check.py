@@ -1,12 +1,12 @@
-"""Whether a PNG may be given to torchvision, whose decoder a damaged one can kill.
+"""A check of PNGs before they go to torchvision, whose decoder a damaged one can kill.
 
 torchvision 0.29's `decode_png` ends the process (segmentation fault) when libpng reports an error
-after the output has been allocated: libpng jumps out of the function, over C++ objects that are
-then destroyed twice. A wrong byte in the pixel data is enough. Errors in the header are raised
-properly. torchcodec met the same fault and cured it (meta-pytorch/torchcodec#1524, #1526).
+in the pixel data. libpng then jumps out of the function, over C++ objects that are destroyed twice.
+Errors in the header are raised properly. torchcodec had the same fault and mended it
+(meta-pytorch/torchcodec#1524, #1526).
 
-So the pixel data is read here first, as libpng would: consecutive IDAT chunks with right checksums,
-one zlib stream that ends where the rows end, and in front of every row a filter that exists.
+So the pixel data is checked here first: consecutive IDAT chunks with right checksums, and one zlib
+stream that ends where the rows end. Every row must begin with a known filter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LAST_FILTER = 4
 
 
 def is_sound(data: bytes | memoryview) -> bool:
-    """Whether the pixel data is whole. False too for interlaced files, whose rows lie otherwise."""
+    """Return whether the pixel data is whole, and False for interlaced files."""
     try:
         width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
         row = 1 + (width * depth * _CHANNELS[colour] + 7) // 8
@@ -33,9 +33,9 @@ def is_sound(data: bytes | memoryview) -> bool:
 
 
 def _pixel_data(data: bytes | memoryview) -> bytes | memoryview:
-    """The first run of IDAT chunks, joined; ValueError at a wrong checksum."""
+    """Join the first run of IDAT chunks, or raise ValueError at a wrong checksum."""
     view, position = memoryview(data), _FIRST_CHUNK
-    found: list[memoryview] = []
+    chunks: list[memoryview] = []
     while True:
         (length,) = struct.unpack_from(">I", view, position)
         end = position + 8 + length
@@ -43,7 +43,7 @@ def _pixel_data(data: bytes | memoryview) -> bytes | memoryview:
         if zlib.crc32(view[position + 4 : end]) != checksum:
             raise ValueError("wrong checksum")
         if bytes(view[position + 4 : position + 8]) == b"IDAT":
-            found.append(view[position + 8 : end])
-        elif found:
-            return found[0] if len(found) == 1 else b"".join(found)
+            chunks.append(view[position + 8 : end])
+        elif chunks:
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         position = end + 4

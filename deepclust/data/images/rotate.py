@@ -1,6 +1,6 @@
 """Quarter turns: DeeperCluster's self-supervised labels (Caron et al., 2019, section 3.1).
 
-Whole uint8 batches are turned, in a worker or on the device; no pixel changes its value. Which
+Whole uint8 batches are turned, in a worker or on the device. No pixel changes its value. Which
 turn a position gets is a hash of (key, position), as for all crops.
 """
 

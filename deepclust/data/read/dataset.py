@@ -36,9 +36,9 @@ class Request:
     """A batch to load: its samples, their positions in the plan, and the crops of each image.
 
     Crops are drawn from `key`, which is derive(seed, "view", epoch) in training. A sample that
-    cannot be read is replaced by a member of its cluster where there are `assignments` (int32 .npy
-    [n] or [heads, n]), and by any sample of the index where `replace` says so. `tag` is the
-    caller's, and comes back with the batch.
+    cannot be read is replaced by a member of its cluster if there are `assignments` (int32 .npy [n]
+    or [heads, n]). Without them, `replace` asks for any sample of the index. `tag` is the caller's,
+    and comes back with the batch.
     """
 
     sample_ids: Int64[np.ndarray, " b"]
@@ -51,7 +51,7 @@ class Request:
 
     @property
     def keys(self) -> list[int]:
-        """What each crop is drawn from; the first is `key` itself."""
+        """What each crop is drawn from, the first from `key` itself."""
         return [self.key, *(derive(self.key, "view", v) for v in range(1, len(self.crops)))]
 
 
@@ -65,7 +65,7 @@ class Bad:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded batch; `sample_ids` are the samples that the images really show, in every crop."""
+    """A loaded batch, whose `sample_ids` are the samples that the images really show."""
 
     images: tuple[UInt8[Tensor, "b 3 s s"], ...]
     sample_ids: Int64[np.ndarray, " b"]
@@ -74,7 +74,7 @@ class Loaded:
     tag: int = 0
 
     def pin_memory(self) -> Loaded:
-        """Return the same in page-locked memory; the DataLoader calls this where there is a GPU."""
+        """Return the same in page-locked memory, as the DataLoader wants it for a GPU."""
         return replace(self, images=tuple(images.pin_memory() for images in self.images))
 
 
@@ -113,7 +113,7 @@ class Batches(Dataset[Loaded]):
     def _fill(
         self, images: tuple[UInt8[Tensor, "b 3 s s"], ...], request: Request
     ) -> list[tuple[int, str]]:
-        """Load what can be loaded; return the rows that could not, and why. The hot loop."""
+        """Load what can be loaded, and return the rows that could not, and why."""
         read, limit, failed = self.files.read, self.max_pixels, []
         views, at = [crop.view for crop in request.crops], request.positions
         located = self.index.locate(request.sample_ids)
@@ -135,7 +135,7 @@ class Batches(Dataset[Loaded]):
     def _replace(
         self, images: tuple[UInt8[Tensor, "1 3 s s"], ...], request: Request, row: int, reason: str
     ) -> tuple[int, Bad]:
-        """Put another sample into a row, if the request allows it; return its id and the report."""
+        """Put another sample into a row if the request allows it, and report it."""
         sample_id, position = int(request.sample_ids[row]), int(request.positions[row])
         reason = f"{self.index.where(sample_id)}: {self.index.excluded.get(sample_id, reason)}"
         if request.assignments is None and not request.replace:

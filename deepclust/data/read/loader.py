@@ -1,8 +1,8 @@
 """The loader: batches of crops, in the order of their requests, from worker processes.
 
-Every batch is a pure function of its `Request`. So any number of workers gives the same bytes, and
-so does either way of reading: by offset where the shards lie on this machine, by block of shards
-where they lie on a network.
+Every batch is a pure function of its `Request`, so any number of workers gives the same bytes. So
+does either way of reading: by offset, for shards on this machine, or by block of shards, for those
+on a network.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Loader:
         weakref.finalize(self, _clean_up, self._processes, self.cache)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Loaded]:
-        """Load the requests, in order. They are taken lazily, `prefetch` ahead per worker.
+        """Load the requests in order, taken lazily, `prefetch` ahead per worker.
 
         A new stream ends the one before it, and leaving one early costs nothing. Raises
         `ResourceError` if a worker died, and `DataError` as `Batches` does.
@@ -144,7 +144,7 @@ class Loader:
         )
         if not parallel:
             return iter(self._loader)
-        with worker_processes.starting() as started:
+        with worker_processes.collect_started() as started:
             batches = iter(self._loader)
         self._processes += started
         return batches
@@ -157,7 +157,7 @@ class Loader:
         except (RuntimeError, OSError, EOFError) as error:  # torch has noticed, or a pipe broke
             if not worker_processes.any_dead(self._processes):
                 raise
-            reason = worker_processes.why_dead(self._processes)
+            reason = worker_processes.explain_dead(self._processes)
             self._stop()
             raise ResourceError(reason) from error
         finally:

@@ -1,8 +1,8 @@
 """Reading by block: whole shards are copied to a node-local cache (`data.scratch`) and read there.
 
 Shared file systems and object stores are fast at long sequential reads and slow at a read per
-image. A thread walks ahead of the training through the requests, copies the shards they need in
-their order, and passes a request on when its shards are there. A plan with lanes needs few shards
+image. A thread walks through the requests ahead of the training and copies the shards they need, in
+their order. It passes a request on when its shards are there. A plan with lanes needs few shards
 at a time. One without lanes needs nearly all, and what does not fit is read from the source, image
 by image. The bytes are the same either way. A remote shard that cannot be read ends the stream with
 an error. For a shard that is a file, the workers report each image.
@@ -152,8 +152,8 @@ class ShardCache:
     def _make_room(self) -> bool:
         """Delete an unused copy if all places are taken, or wait until there is one.
 
-        While the consumer waits for the present request it returns False, and the shard is read
-        from its source: the request that would free a place may come later.
+        Return False while the consumer waits for the present request, because the request that
+        would free a place may come later. The shard is then read from its source.
         """
         while len(self._copies) >= self.limit:
             with self._lock:
@@ -166,7 +166,7 @@ class ShardCache:
         return not self._stop.is_set()
 
     def _copy(self, shard: int) -> bool:
-        """Copy a shard in large reads; return False if its source cannot be read to the end."""
+        """Copy a shard in large reads, or return False if its source cannot be read."""
         partial = self.folder / f".{shard}"
         try:
             with contextlib.closing(self._pieces(shard)) as pieces:

@@ -1,10 +1,10 @@
-"""Worker processes that outlive neither their parent nor its signals' purpose.
+"""Reader processes that end with the rank, and ignore the signals that are meant for it.
 
-Workers come from a fork server (fork hangs once the parent has used torch), whose children are
-not children of ours: torch's own watchdog, which looks at the parent's pid, would never see us
-die. Each worker therefore waits on the pipe that only this process holds open. Signals to a whole
-process group or job step (Ctrl-C, Slurm's USR2 and TERM) are for the rank, which finishes its
-step with the workers' help: they never see them.
+They come from a fork server, because fork hangs once the parent has used torch. The children of a
+fork server are not children of this process. So torch's own watchdog, which looks at the parent's
+pid, would not notice the end of the rank. Each worker waits on a pipe that only this process holds
+open. The workers block signals to a whole process group or job step. These are for the rank, which
+needs its workers to finish the step.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from types import ModuleType
 import torch
 
 _PRELOAD = ["torch", "torchvision", "deepclust.data.read.dataset"]
-_NOT_FOR_WORKERS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def set_up(_worker: int) -> None:
-    """In a new worker: one thread for torch, and an end when the parent ends."""
+    """Give a new worker one thread for torch, and end it when the parent ends."""
     torch.set_num_threads(1)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
@@ -40,12 +40,12 @@ def _follow_parent() -> None:
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[list[BaseProcess]]:
-    """While workers are started: yield a list that holds them afterwards.
+def collect_started() -> Iterator[list[BaseProcess]]:
+    """Yield a list that holds, at the end of the block, the workers started in it.
 
-    The fork server inherits a signal mask, so its workers are deaf to `_NOT_FOR_WORKERS`; and the
-    user's script is hidden, for it would be run again in each worker and start workers itself
-    where it has no `if __name__ == "__main__"`. Workers need nothing of it.
+    The fork server inherits a signal mask, so its workers do not get the signals `_BLOCKED`. The
+    user's script is hidden: without `if __name__ == "__main__"` each worker would run it again,
+    and start workers itself. Workers need nothing of it.
     """
     _start_fork_server()
     before = set(multiprocessing.active_children())
@@ -60,10 +60,10 @@ def starting() -> Iterator[list[BaseProcess]]:
 
 def _start_fork_server() -> None:
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
         resource_tracker.ensure_running()  # unblocks two of them when it starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -78,14 +78,14 @@ def end(processes: list[BaseProcess]) -> None:
 
 
 def any_dead(processes: list[BaseProcess], patience: float = 1.0) -> bool:
-    """Whether a worker has died; a broken pipe can be seen `patience` seconds before its death."""
+    """Return whether a worker has died within `patience` seconds, as a broken pipe announces."""
     return bool(processes) and bool(
         connection.wait([process.sentinel for process in processes], timeout=patience)
     )
 
 
-def why_dead(processes: list[BaseProcess]) -> str:
-    """What became of the workers that are not alive, and what to do about it."""
+def explain_dead(processes: list[BaseProcess]) -> str:
+    """Return how the dead workers ended, and what to do about it."""
     dead = [process for process in processes if not process.is_alive()]
     listing = ", ".join(f"pid {process.pid} ({_ending(process.exitcode)})" for process in dead)
     return (

@@ -11,57 +11,58 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from deepclust.methods.base import Batch, Method, Setting, Targets
+from deepclust.methods import base
+from deepclust.methods.base import Batch, Output, Setting, Targets
+from deepclust.methods.deepcluster.config import Config
 from deepclust.methods.parts.heads import CentroidHead, LinearHead
 from deepclust.models.backbone import Backbone
-from deepclust.recipe.sections import DeepClusterSection
 from deepclust.world import derive
 
 
-class DeepCluster(Method):
+class Method(base.Method):
     """Backbone and classifier, with the paper's loss: mean cross-entropy to the pseudo-labels."""
 
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
-        super().__init__()
+        super().__init__(backbone, setting)
         config, cluster = setting.config, setting.cluster
-        assert isinstance(config, DeepClusterSection)
+        assert isinstance(config, Config)
         assert cluster is not None
-        self.backbone = backbone
         self.policy = config.head
         self.head: LinearHead | CentroidHead
         if config.head == "centroids":
-            width, dim = backbone.dim, cluster.dim
-            empty = torch.zeros(width), torch.zeros(width, dim), torch.zeros(cluster.k, dim)
-            self.head = CentroidHead(*empty)
+            self.head = CentroidHead.empty(backbone.dim, cluster.dim, cluster.k)
         else:
             self.head = LinearHead(backbone.dim, cluster.k, seed=setting.seed)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the head's logits against `batch.targets[0]`."""
-        features = self.backbone(batch.views[0])
+    def loss(self, batch: Batch) -> Output:
+        """Return the cross-entropy of the head's logits against the pseudo-labels of head 0."""
+        features = self.backbone(batch.crops[0])
+        logits = self.classify(features)
+        return Output(F.cross_entropy(logits, batch.pseudo_labels[0]), {}, features, logits)
+
+    def classify(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
+        """Return logits over the clusters."""
         if isinstance(self.head, LinearHead):
             features = self.backbone.activation(features)
-        return {"loss": F.cross_entropy(self.head(features).float(), batch.targets[0])}
+        logits: Tensor = self.head(features).float()
+        return logits
 
     @torch.no_grad()
-    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, " k"]:
+    def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " k"]]:
         """Renew the head for a round, by policy; the draws depend on (seed, round) only."""
-        k = targets.centroids.shape[1]
         if isinstance(self.head, CentroidHead):
             assert targets.whitening is not None
-            self.head.mean.copy_(torch.from_numpy(targets.whitening.mean))
-            self.head.matrix.copy_(torch.from_numpy(targets.whitening.matrix))
-            self.head.centroids.copy_(torch.from_numpy(targets.centroids[0].copy()))
-            return torch.zeros(k, dtype=torch.bool)
-        fresh = torch.ones(k, dtype=torch.bool)
+            self.head.take(targets.whitening, targets.centroids[0])
+            return {}
+        rows = torch.ones(targets.centroids.shape[1], dtype=torch.bool)
         if self.policy == "match" and targets.kept is not None:
-            fresh = torch.from_numpy(~targets.kept[0])
-        self.head.reset(derive(seed, "head", targets.round), fresh.nonzero().flatten())
-        return fresh
+            rows = torch.from_numpy(~targets.kept[0])
+        self.head.reset(derive(seed, "head", targets.round), rows.nonzero().flatten())
+        return {"head.weight": rows, "head.bias": rows}
 
-    def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The head has an optimizer of its own, re-created with it."""
-        return {"body": list(self.backbone.parameters()), "head": list(self.head.parameters())}
+    def renewed(self) -> tuple[str, ...]:
+        """Return the classifier, which has an optimizer apart, renewed with it."""
+        return ("head",)

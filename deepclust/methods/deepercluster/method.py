@@ -1,4 +1,4 @@
-"""DeeperCluster: tell the turned super-cluster of an image, and inside it the sub-cluster.
+"""DeeperCluster: classify an image into its turned super-cluster, and there into its sub-cluster.
 
 Caron et al., "Unsupervised Pre-Training of Image Features on Non-Curated Data", ICCV 2019, section
 3.2; reference implementation facebookresearch/DeeperCluster. An image of super-cluster c (of m),
@@ -7,8 +7,8 @@ z. The loss is -log p(s | x) - log p(z | s, x), a softmax over all (s, z) in two
 turns of an image share z but not the classifier of z.
 
 The reference gives each rank one turn and one super-cluster, with a process group for each. Here
-batches are mixed and all sub-classifiers are one packed head (`models/subhead.py`), so any number
-of ranks will do. m = 1 without turns is DeepCluster; one sub-cluster in each is RotNet.
+batches are mixed and all sub-classifiers are one packed head (`parts/sharded_head.py`), so any
+number of ranks will do. m = 1 without turns is DeepCluster; one sub-cluster in each is RotNet.
 """
 
 from __future__ import annotations
@@ -16,58 +16,60 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepclust.methods.base import Batch, Method, Needs, Setting, Targets
+from deepclust.methods import base
+from deepclust.methods.base import Batch, Output, Setting, Targets
+from deepclust.methods.deepercluster.config import Config
 from deepclust.methods.parts.heads import LinearHead
 from deepclust.methods.parts.sharded_head import SubHead
 from deepclust.models.backbone import Backbone
-from deepclust.recipe.sections import DeeperClusterSection
-from deepclust.world import Owned, derive
+from deepclust.world import derive
 
 
-class DeeperCluster(Method):
+class Method(base.Method):
     """Backbone, a classifier of super-classes, and one of sub-clusters for each of them."""
 
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
-        super().__init__()
+        super().__init__(backbone, setting)
         config, cluster = setting.config, setting.cluster
-        assert isinstance(config, DeeperClusterSection)
+        assert isinstance(config, Config)
         assert cluster is not None
-        self.backbone = backbone
-        self.needs = Needs(rotations=config.rotations)
+        self.rotations = config.rotations
         self.supers, self.subs = cluster.supers, cluster.k // cluster.supers
         classes = cluster.supers * config.rotations
         self.super_head = LinearHead(backbone.dim, classes, seed=setting.seed)
         self.sub_head = SubHead(backbone.dim, classes, self.subs, setting.world, seed=setting.seed)
 
     def classes(self, batch: Batch) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]:
-        """Super-class s and sub-cluster z of every image."""
-        clusters = batch.targets[0].div(self.subs, rounding_mode="floor")
-        return clusters * self.needs.rotations + batch.quarters, batch.targets[0] % self.subs
+        """Return super-class s and sub-cluster z of every image."""
+        cluster_ids = batch.pseudo_labels[0]
+        supers = cluster_ids.div(self.subs, rounding_mode="floor")
+        return supers * self.rotations + batch.turns, cluster_ids % self.subs
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """-log p(s | x) - log p(z | s, x), and its two terms."""
+    def loss(self, batch: Batch) -> Output:
+        """Return -log p(s | x) - log p(z | s, x); the logits are those over super-classes."""
         s, z = self.classes(batch)
-        features = self.backbone.activation(self.backbone(batch.views[0]))
-        outer = F.cross_entropy(self.super_head(features).float(), s)
-        inner = self.sub_head(features, s, z)
-        return {"loss": outer + inner, "super": outer.detach(), "sub": inner.detach()}
+        features = self.backbone(batch.crops[0])
+        active = self.backbone.activation(features)
+        logits = self.super_head(active).float()
+        outer = F.cross_entropy(logits, s)
+        inner = self.sub_head(active, s, z)
+        told = {"super": outer.detach(), "sub": inner.detach()}
+        return Output(outer + inner, told, features, logits)
 
     @torch.no_grad()
-    def adopt(self, targets: Targets, seed: int) -> Bool[Tensor, " k"]:
-        """Renew the heads; with one super-cluster the outer one tells turns, and stays."""
+    def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:
+        """Renew the heads. With one super-cluster the outer head classifies turns, and stays."""
         self.sub_head.reset(derive(seed, "sub", targets.round))
         if self.supers > 1:
             self.super_head.reset(derive(seed, "head", targets.round))
-        return torch.ones(targets.centroids.shape[1], dtype=torch.bool)
+        return {
+            f"{head}.{name}": torch.ones(len(parameter), dtype=torch.bool)
+            for head in self.renewed()
+            for name, parameter in self.get_submodule(head).named_parameters()
+        }
 
-    def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What a round renews has an optimizer of its own, re-created with it."""
-        body, head = list(self.backbone.parameters()), list(self.sub_head.parameters())
-        (head if self.supers > 1 else body).extend(self.super_head.parameters())
-        return {"body": body, "head": head}
-
-    def owned(self) -> dict[str, Owned]:
-        """The sub-head's rows are shared out over the ranks."""
-        return {f"sub_head.{name}": slice_ for name, slice_ in self.sub_head.owned().items()}
+    def renewed(self) -> tuple[str, ...]:
+        """Return the heads that have an optimizer apart, renewed with them."""
+        return ("sub_head", "super_head") if self.supers > 1 else ("sub_head",)

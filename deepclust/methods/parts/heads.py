@@ -1,12 +1,14 @@
-"""What turns features into logits over pseudo-labels: a trained linear layer, or the centroids."""
+"""Heads that give logits over pseudo-labels: a trained linear layer, or the centroids."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deepclust.clustering.whiten import Whitening
 from deepclust.world import derive
 
 
@@ -22,10 +24,10 @@ class LinearHead(nn.Linear):
 
     @torch.no_grad()
     def reset(self, seed: int, rows: Int64[Tensor, " m"] | None = None) -> None:
-        """Draw the head anew, or only these rows (policy `match`: all others keep theirs).
+        """Draw the head again, or only these rows (policy `match`: all others keep theirs).
 
         A row's draw does not depend on which others are drawn. The parameters stay the same
-        objects; momentum that an optimizer holds for the rows is its owner's to clear.
+        objects; the optimizer's state of the rows is not touched.
         """
         random = torch.Generator().manual_seed(derive(seed, "head"))
         fresh = torch.randn(self.weight.shape, generator=random).mul_(0.01).to(self.weight)
@@ -60,8 +62,20 @@ class CentroidHead(nn.Module):
         self.register_buffer("matrix", matrix.float().clone())
         self.register_buffer("centroids", centroids.float().clone())
 
+    @classmethod
+    def empty(cls, width: int, dim: int, k: int) -> CentroidHead:
+        """Return a head of this shape that gives zeros."""
+        return cls(torch.zeros(width), torch.zeros(width, dim), torch.zeros(k, dim))
+
+    @torch.no_grad()
+    def take(self, whitening: Whitening, centroids: Float[np.ndarray, "k d"]) -> None:
+        """Copy a round's whitening and centroids."""
+        self.mean.copy_(torch.from_numpy(whitening.mean))
+        self.matrix.copy_(torch.from_numpy(whitening.matrix))
+        self.centroids.copy_(torch.from_numpy(centroids.copy()))
+
     def forward(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
-        """Logits in float32, also under autocast: whitening stretches small differences."""
+        """Return logits in float32, also under autocast: whitening stretches small differences."""
         with torch.autocast(features.device.type, enabled=False):
             white = (features.float() - self.mean) @ self.matrix
             return functional.normalize(white, dim=1) @ self.centroids.T / self.temperature

@@ -1,4 +1,4 @@
-"""DeeperCluster's second classifiers: one for each super-class, their rows shared out over ranks.
+"""DeeperCluster's second classifiers: one for each super-class, with rows sharded over ranks.
 
 An image has a super-class s (rotation and super-cluster) and a sub-cluster z, and its loss is
 -log p(s|x) - log p(z|s,x) (Caron et al., "Unsupervised Pre-Training of Image Features on

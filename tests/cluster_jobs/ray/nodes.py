@@ -20,7 +20,7 @@ from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run
 
 STORE = 80 * 2**20  # bytes of a node's object store, the least that Ray takes
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 class Nodes:
@@ -135,12 +135,12 @@ def until(process: subprocess.Popen[str], moment: Callable[[], Any]) -> None:
         time.sleep(0.001)
 
 
-def seated(run: Path, who: str) -> dict[str, Any]:
-    """Where a member of the newest gang is."""
+def placed_at(run: Path, who: str) -> dict[str, Any]:
+    """Where a process of the newest attempt is."""
     placed = events(run, "placed")[-1]["members"]
     return next(dict(member) for member in placed if member["who"] == who)
 
 
 def send(run: Path, who: str, number: int) -> None:
-    """A signal to a member of the newest gang."""
-    os.kill(seated(run, who)["pid"], number)
+    """A signal to a process of the newest attempt."""
+    os.kill(placed_at(run, who)["pid"], number)

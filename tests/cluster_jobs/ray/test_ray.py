@@ -18,7 +18,16 @@ from deepclust import Recipe, pretrain
 from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run
 from deepclust.run.lock import owner_pid
-from tests.cluster_jobs.ray.nodes import Nodes, begin, controller, end, events, seated, send, until
+from tests.cluster_jobs.ray.nodes import (
+    Nodes,
+    begin,
+    controller,
+    end,
+    events,
+    placed_at,
+    send,
+    until,
+)
 from tests.killing import (
     clustering,
     extracting,
@@ -112,11 +121,12 @@ FAULTS: list[tuple[str, int, Moment, str]] = [
     ("rank 1", signal.SIGKILL, extracting, "death"),
     ("cluster worker", signal.SIGKILL, clustering, "death"),
     ("rank 1", signal.SIGSTOP, training, "hang"),
+    ("cluster worker", signal.SIGSTOP, training, "hang"),
 ]
 
 
 @pytest.mark.parametrize(("who", "number", "moment", "cause"), FAULTS)
-def test_a_gang_that_loses_a_member_begins_again_and_loses_nothing(
+def test_a_group_that_loses_a_member_begins_again_and_loses_nothing(
     nodes: Nodes, shards: Path, local: Path, tmp_path: Path, who: str, number: int,
     moment: Moment, cause: str,
 ) -> None:  # fmt: skip
@@ -143,7 +153,7 @@ def test_a_lost_node_leaves_fewer_ranks_and_a_new_one_brings_more_at_the_next_ro
     try:
         process = begin(nodes, elastic, run)
         until(process, lambda: training(run))
-        nodes.remove(seated(run, "rank 1")["node"])
+        nodes.remove(placed_at(run, "rank 1")["node"])
         until(process, lambda: len(events(run, "placed")) == 2)
         nodes.add()
         end(process)
@@ -179,7 +189,7 @@ def test_a_second_controller_is_refused_with_the_name_of_the_first(
     end(first)
 
 
-def test_a_dead_controllers_lock_is_taken_over_and_its_gang_is_gone(
+def test_a_dead_controllers_lock_is_taken_over_and_its_group_is_gone(
     nodes: Nodes, shards: Path, local: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -214,13 +224,13 @@ def test_bad_data_end_the_run_at_once_with_their_own_exit_code(
     assert events(tmp_path / "run", "fault") == []
 
 
-def test_three_lives_that_bring_nothing_are_enough(
+def test_three_attempts_without_progress_are_enough(
     nodes: Nodes, shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     prepare_run(recipe(shards, "train.timeout=0.001"), run)
     told = end(controller(nodes, run), code=4)
-    assert "3 lives of the gang in a row brought nothing" in told
+    assert "3 attempts in a row made no progress on disk" in told
     assert len(events(run, "started")) == 3
 
 

@@ -25,7 +25,8 @@ def facts(*rounds: dict[str, Any], k: int = 100) -> Facts:
     status = Status("r", "RUNNING", "train", 0, 0.0, 1, 1, 1.0, 1.0, None, "")
     return Facts(
         name="r", status=status, recipe=Recipe.parse(tree), recipe_text="", essentials=[],
-        tiles=[], rounds=list(rounds), seeds=None, train=[], scores=[], exports=[], commands=[],
+        tiles=[], rounds=list(rounds), heads=[], seeds=None, train=[], scores=[], exports=[],
+        commands=[],
     )  # fmt: skip
 
 
@@ -77,6 +78,18 @@ def test_rounds_that_agree_less_and_less_are_told() -> None:
 
 def test_two_even_clusters_are_no_collapse() -> None:
     assert balanced(facts({**FINE, "largest_share": 0.5}, k=2)).good
+
+
+def test_one_collapsing_head_of_several_is_reported() -> None:
+    heads = [FINE, {**FINE, "largest_share": 0.6}]
+    result = balanced(replace(facts(FINE), heads=heads))
+    assert not result.good
+    assert "60.0%" in result.text
+
+
+def test_statistics_that_a_round_lacks_are_not_checked() -> None:
+    lacking = {**FINE, "largest_share": None, "excluded": None, "forced": None}
+    assert [check(facts(lacking)) for check in (balanced, whole, filled)] == [None] * 3
 
 
 def test_a_run_without_clusters_is_not_told_to_take_fewer() -> None:

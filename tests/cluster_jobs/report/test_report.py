@@ -14,6 +14,7 @@ from cluster_jobs.report import write_report
 from cluster_jobs.report.charts import bin_edges
 from cluster_jobs.report.gallery import choose, gallery
 from deepclust.errors import RecipeError
+from deepclust.files import read_json, write_json
 from deepclust.run.directory import Run, manifest
 from tests.cluster_jobs.synthetic import (
     EXCLUDED,
@@ -61,7 +62,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_tells_what_the_run_is_and_did(run: Path) -> None:
+def test_the_page_shows_what_the_run_is_and_did(run: Path) -> None:
     evaluate(run)
     text = page(run)
     fingerprint = manifest(run / "rounds" / "0002" / "assignments")["inputs"]["data"]
@@ -102,7 +103,7 @@ def test_a_run_without_rounds_has_a_page(tmp_path: Path, shards: Path) -> None:
     Outline(text)
 
 
-def test_a_run_without_clusters_is_told_without_them(tmp_path: Path, shards: Path) -> None:
+def test_a_run_without_clusters_is_described_without_them(tmp_path: Path, shards: Path) -> None:
     text = page(make_simclr(tmp_path / "simclr", shards))
     Outline(text)
     assert "SUCCEEDED" in text
@@ -112,7 +113,33 @@ def test_a_run_without_clusters_is_told_without_them(tmp_path: Path, shards: Pat
         assert words not in text
 
 
-def test_seeds_are_told_by_cluster_and_on_the_cards(tmp_path: Path, shards: Path) -> None:
+def test_several_heads_have_a_table_and_the_pictures_are_of_head_0(run: Path) -> None:
+    stage = run / "rounds" / "0002" / "assignments"
+    one = read_json(stage / "statistics.json")
+    second = {"inertia": 0.123, "sizes": {"min": 77}}  # fewer statistics than ours
+    write_json(stage / "statistics.json", {**one, "heads": [one, second]})
+    for name in ("assignments", "distances"):
+        rows = np.load(stage / f"{name}.npy")
+        np.save(stage / f"{name}.npy", np.concatenate([rows, rows[:, ::-1]]))
+    text = page(run)
+    Outline(text)
+    assert "Each round has 2 heads" in text
+    assert "<td>0.123</td>" in text
+    assert "<td>77</td>" in text
+    assert "Of round 2, head 0" in text
+
+
+def test_statistics_that_a_round_lacks_are_dashes(run: Path) -> None:
+    for number in range(3):
+        file = run / "rounds" / f"{number:04d}" / "assignments" / "statistics.json"
+        write_json(file, {"round": number, "k": 6, "n": 96})
+    text = page(run)
+    Outline(text)
+    assert '<th scope="row">2</th>' in text
+    assert "<td>–</td>" in text
+
+
+def test_seeds_are_shown_by_cluster_and_on_the_cards(tmp_path: Path, shards: Path) -> None:
     run = make_run(tmp_path / "run", shards, rounds=1, seeds={"labels": "shards"})
     pin(run, 0, ["red & blue", "green"])
     text = page(run)

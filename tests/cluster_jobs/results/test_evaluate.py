@@ -83,7 +83,7 @@ def test_what_is_evaluated_is_what_was_clustered(run_dir: Path, shards: Path) ->
 
 def test_the_exported_backbone_is_that_of_the_embedder(run_dir: Path, tmp_path: Path) -> None:
     export_run(run_dir, tmp_path / "b.safetensors", "safetensors")
-    ours = load_embedder(Run(run_dir)).method.backbone.export_state()
+    ours = load_embedder(Run(run_dir)).method.trunk.export_state()
     state = load_backbone(tmp_path / "b.safetensors").export_state()
     assert all(torch.equal(state[key], value) for key, value in ours.items())
 

@@ -14,10 +14,11 @@ import pytest
 
 from cluster_jobs import job_file
 from cluster_jobs.slurm import create, task
-from cluster_jobs.slurm.allocation import Allocation, allocation, free_ports
+from cluster_jobs.slurm.allocation import Allocation, read_allocation
 from cluster_jobs.slurm.rendezvous import Line, folder, hosting, join, leave
 from cluster_jobs.slurm.spec import slurm_spec
 from deepclust.errors import RequeueWanted, ResourceError
+from deepclust.launch.ports import free_ports
 from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run
 from tests.tiny import tiny_recipe
@@ -90,7 +91,7 @@ def test_an_older_start_of_the_job_is_not_taken_for_this_one(tmp_path: Path) -> 
 def test_outside_of_a_job_there_is_no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEEPCLUST_NODES", raising=False)
     with pytest.raises(ResourceError, match="start this by srun in a Slurm job"):
-        allocation()
+        read_allocation()
 
 
 @pytest.mark.parametrize(
@@ -146,20 +147,20 @@ def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> 
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
     for _ in range(3):
-        task.refuse_fruitless(tmp_path, HEAD)
-    with pytest.raises(ResourceError, match="3 starts of job 7 in a row brought nothing"):
-        task.refuse_fruitless(tmp_path, HEAD)
-    task.refuse_fruitless(tmp_path, replace(HEAD, job="8"))  # a new job has its own chances
+        task.refuse_without_progress(tmp_path, HEAD)
+    with pytest.raises(ResourceError, match="3 starts of job 7 in a row made no progress"):
+        task.refuse_without_progress(tmp_path, HEAD)
+    task.refuse_without_progress(tmp_path, replace(HEAD, job="8"))  # a new job has its own chances
 
 
 def test_a_start_that_brings_something_or_was_asked_to_stop_is_forgiven(tmp_path: Path) -> None:
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
     for number in range(6):
-        task.refuse_fruitless(tmp_path, HEAD)
+        task.refuse_without_progress(tmp_path, HEAD)
         (tmp_path / "rounds" / "0000" / "raw" / f"unit-{number}").mkdir(parents=True)
     for _ in range(6):
-        task.refuse_fruitless(tmp_path, HEAD)
+        task.refuse_without_progress(tmp_path, HEAD)
         assert task.after_stop(tmp_path, [signal.SIGTERM, task.LOST]) == 75
 
 
@@ -167,10 +168,10 @@ def test_a_node_that_leaves_at_every_start_is_not_forgiven_for_ever(tmp_path: Pa
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
     for _ in range(3):
-        task.refuse_fruitless(tmp_path, HEAD)
+        task.refuse_without_progress(tmp_path, HEAD)
         assert task.after_stop(tmp_path, [task.LOST, signal.SIGTERM]) == 75
-    with pytest.raises(ResourceError, match="in a row brought nothing"):
-        task.refuse_fruitless(tmp_path, HEAD)
+    with pytest.raises(ResourceError, match="in a row made no progress"):
+        task.refuse_without_progress(tmp_path, HEAD)
 
 
 def test_word_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) -> None:

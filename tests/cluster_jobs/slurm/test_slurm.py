@@ -14,7 +14,7 @@ import pytest
 
 from cluster_jobs import job_file
 from deepclust import Recipe, pretrain
-from tests.cluster_jobs.ray.nodes import events, seated
+from tests.cluster_jobs.ray.nodes import events, placed_at
 from tests.cluster_jobs.slurm.slurm_faults import FAULTS, starts, until, until_gone, watched
 from tests.cluster_jobs.slurm.slurm_here import SlurmHere
 from tests.killing import stages_done_twice, training
@@ -163,13 +163,35 @@ def test_a_waiting_job_says_why_and_is_cancelled_before_it_starts(
     assert state(run)["state"] == "STOPPED"
 
 
-def test_a_rank_that_is_killed_is_named_and_the_job_is_queued_again(
+@pytest.mark.parametrize(
+    ("launcher", "sent", "cause"),
+    [("srun", signal.SIGKILL, "death"), ("srun", signal.SIGSTOP, "hang"),
+     ("ray", signal.SIGSTOP, "hang")],
+)  # fmt: skip
+def test_a_rank_that_is_lost_is_named_and_begins_again_in_the_same_job(
+    slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path,
+    launcher: str, sent: int, cause: str,
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    number = begin(run, f"slurm.launcher={launcher}", f"train.epochs={LONG}", "train.hang=6")
+    until(lambda: training(run))
+    os.kill(placed_at(run, "rank 1")["pid"], sent)
+    assert slurm.wait(number) == "COMPLETED"
+    assert [(f["who"], f["cause"]) for f in events(run, "fault")] == [("rank 1", cause)]
+    assert starts(run, number) == 1
+    assert_same_run(run, local(LONG))
+    until_gone(slurm, number)
+
+
+def test_a_task_that_is_lost_is_named_and_the_job_is_queued_again(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     number = begin(run, "slurm.launcher=srun", f"train.epochs={LONG}")
     until(lambda: training(run))
-    os.kill(seated(run, "rank 1")["pid"], signal.SIGKILL)
+    rank = placed_at(run, "rank 1")["pid"]
+    task = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(task, signal.SIGKILL)
     assert slurm.wait(number) == "COMPLETED"
     assert "rank 1 on n2 was lost" in events(run, "stopped")[0]["text"]
     assert_same_run(run, local(LONG))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from deepclust.data.images.colour import Colour, blurred, hue_turned
+from deepclust.data.images.colour import Colour, blur_images, turn_hue
 from deepclust.errors import RecipeError
 
 SIMCLR = Colour((0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.5)
@@ -150,18 +150,18 @@ def test_batches_look_on_average_as_torchvisions():
 def test_a_third_of_the_circle_moves_every_channel_to_the_next():
     x = torch.rand(4, 3, 8, 8) * 255
     third = torch.full((4, 1, 1, 1), 1 / 3)
-    torch.testing.assert_close(hue_turned(x, third), x.roll(1, dims=1), atol=1e-3, rtol=0)
-    torch.testing.assert_close(hue_turned(x, -third), x.roll(-1, dims=1), atol=1e-3, rtol=0)
-    torch.testing.assert_close(hue_turned(x, 0 * third), x, atol=1e-3, rtol=0)
+    torch.testing.assert_close(turn_hue(x, third), x.roll(1, dims=1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(turn_hue(x, -third), x.roll(-1, dims=1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(turn_hue(x, 0 * third), x, atol=1e-3, rtol=0)
 
 
 def test_a_blur_keeps_what_is_even_and_the_whole_amount_of_light():
     sigma = torch.tensor([0.1, 1.0, 5.0])[:, None, None, None]
     even = torch.full((3, 3, 30, 30), 77.0)
-    torch.testing.assert_close(blurred(even, sigma), even)
+    torch.testing.assert_close(blur_images(even, sigma), even)
     spot = torch.zeros(3, 3, 30, 30)
     spot[:, :, 15, 15] = 255.0
-    light = blurred(spot, sigma)
+    light = blur_images(spot, sigma)
     torch.testing.assert_close(light.sum((2, 3)), spot.sum((2, 3)))
     assert light[0, 0, 15, 15] > light[1, 0, 15, 15] > light[2, 0, 15, 15]
 

@@ -127,12 +127,12 @@ def test_all_crops_show_the_sample_that_replaced_a_bad_one(index, tmp_path, clus
 
 def test_without_clusters_any_sample_that_is_not_excluded_replaces_a_bad_one(index):
     index.excluded.update(dict.fromkeys(range(10, 32), "no image member"))
-    batches, asked = Batches(index), cropped([5] * 60, replace=True)
-    loaded = batches[asked]
+    batches, wanted = Batches(index), cropped([5] * 60, replace=True)
+    loaded = batches[wanted]
     assert set(loaded.sample_ids) == {0, 1, 2, 3, 4, 6, 7, 8}
-    again = replace(asked, sample_ids=asked.sample_ids[7:9], positions=asked.positions[7:9])
+    again = replace(wanted, sample_ids=wanted.sample_ids[7:9], positions=wanted.positions[7:9])
     assert np.array_equal(batches[again].sample_ids, loaded.sample_ids[7:9])
-    other = batches[replace(asked, key=4)]
+    other = batches[replace(wanted, key=4)]
     assert not np.array_equal(other.sample_ids, loaded.sample_ids)
 
 

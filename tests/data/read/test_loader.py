@@ -105,10 +105,10 @@ def test_requests_are_taken_lazily(loader):
     assert len(taken) <= (shard_cache.AHEAD + 10 if loader.cache else 6)
 
 
-def test_images_of_every_sample_stand_in_the_row_that_asked_for_them(loader):
+def test_the_image_of_every_sample_is_in_its_row(loader):
     ids = np.random.default_rng(0).permutation(64)
-    asked = [Request(part, part, 0, (Crop(CentreCrop(32, 32)),)) for part in ids.reshape(4, 16)]
-    loaded = images(loader.stream(asked))
+    wanted = [Request(part, part, 0, (Crop(CentreCrop(32, 32)),)) for part in ids.reshape(4, 16)]
+    loaded = images(loader.stream(wanted))
     assert torch.equal(loaded, torch.stack([draw(i, 32, 32, i % 4) for i in ids]))
 
 

@@ -47,10 +47,10 @@ def server(folder: Path) -> Iterator[Web]:
 
 @pytest.fixture
 def index(server: Web, tmp_path: Path) -> Index:
-    found = open_index(server.url, tmp_path / "index")
+    opened = open_index(server.url, tmp_path / "index")
     server.sent.clear()
     server.asked.clear()
-    return found
+    return opened
 
 
 def assert_complete(copies: Index, folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_run_that_is_asked_to_stop_stops_copying_and_keeps_what_is_there(
     assert_complete(mirror_shards(index, tmp_path / "node"), folder)
 
 
-def test_who_waits_for_another_process_says_so_and_can_be_stopped(tmp_path, caplog, monkeypatch):
+def test_waiting_for_another_process_is_logged_and_can_be_stopped(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(file_lock, "TELL_S", 0.0)
     stops = iter([False, False, True])
     with (

@@ -32,8 +32,8 @@ def copies(one: ShardCache) -> set[int]:
 
 def test_a_request_comes_out_when_its_shards_are_copied(index, tmp_path):
     one = ShardCache(index, tmp_path)
-    for asked in one.stream([request(0, 95), request(40)]):
-        needed = set(index.locate(asked.sample_ids).shard)
+    for wanted in one.stream([request(0, 95), request(40)]):
+        needed = set(index.locate(wanted.sample_ids).shard)
         assert needed <= copies(one)
         one.release_oldest()
     for shard in copies(one):
@@ -72,8 +72,8 @@ def test_a_plan_with_lanes_reads_no_shard_from_its_source(index, tmp_path, monke
     one, files = ShardCache(index, tmp_path, limit=20), 0
     # a consumer that is never in a hurry, however slow this machine copies now
     monkeypatch.setattr(one._starving, "set", lambda: None)
-    for asked in one.stream(request(*row) for row in plan.for_rank(0, 1)):
-        files += len(set(index.locate(asked.sample_ids).shard) - copies(one))
+    for wanted in one.stream(request(*row) for row in plan.for_rank(0, 1)):
+        files += len(set(index.locate(wanted.sample_ids).shard) - copies(one))
         one.release_oldest()
     assert files == 0
     one.close()
@@ -96,7 +96,7 @@ def test_leaving_early_stops_the_thread(index, tmp_path):
     stream = one.stream(endless())
     next(stream)
     stream.close()
-    assert [asked.sample_ids.tolist() for asked in one.stream([request(4)])] == [[4]]
+    assert [wanted.sample_ids.tolist() for wanted in one.stream([request(4)])] == [[4]]
     one.close()
 
 

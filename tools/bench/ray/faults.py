@@ -36,7 +36,7 @@ from deepclust import pretrain  # noqa: E402
 from deepclust.run.directory import Run, is_done  # noqa: E402
 from deepclust.world import generator  # noqa: E402
 from tests import killing, tiny  # noqa: E402 - the harness of the tests
-from tests.cluster_jobs.ray.nodes import Nodes, begin, events, seated  # noqa: E402
+from tests.cluster_jobs.ray.nodes import Nodes, begin, events, placed_at  # noqa: E402
 
 INTERVAL = 40  # steps between checkpoints
 SETTINGS = (
@@ -128,7 +128,7 @@ def strike(nodes: Nodes, run: Path, kind: str, draw: Any, process: Any) -> dict[
         process.kill()
         process.wait()
         return {**facts, "who": "submit --wait"}
-    place = seated(run, who)
+    place = placed_at(run, who)
     if kind == "node":
         nodes.remove(place["node"])
         nodes.add()  # the one to spare for the next run

@@ -1,0 +1,142 @@
+"""The pipe transport: the processes of a worker group as children of the supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from deepclust.launch.endings import Record
+from deepclust.launch.role import CLUSTER_WORKER, Role
+from deepclust.launch.signals import held_back
+from deepclust.run.directory import Run
+
+PROGRAM = "deepclust.launch.worker"
+TAIL_LINES = 15
+EXIT_POLL_S = 0.2  # a process that dies may leave its pipe open in a child of its own
+
+
+class WorkerProcess:
+    """A child process with a role, and the end of its pipe that we read."""
+
+    def __init__(self, run: Run, role: Role) -> None:
+        """Start it, with its readers in a process group, so that all can be killed together."""
+        name = role.name.replace(" ", "-")
+        self.role, self.output = role, run.path / "logs" / f"{name}.out"
+        self._pipe, writing = os.pipe()
+        self._rest = b""
+        self.has_ended = self._has_result = False
+        command = [sys.executable, "-P", "-m", PROGRAM]
+        options = {
+            "run": run.path, "token": run.token, "attempt": run.attempt,
+            "rank": role.rank, "size": role.size, "rendezvous": role.rendezvous,
+            "stage": role.stage or "", "gpu": "" if role.gpu is None else role.gpu,
+            "parent": os.getpid(), "pipe": writing,
+        }  # fmt: skip
+        for option, value in options.items():
+            command += [f"--{option}", str(value)]
+        with held_back(), open(self.output, "ab") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, pass_fds=[writing], process_group=0
+            )
+        os.close(writing)
+        os.set_blocking(self._pipe, False)
+
+    def fileno(self) -> int:
+        """Return the descriptor of the pipe, for selectors."""
+        return self._pipe
+
+    @property
+    def place(self) -> Record:
+        """Where it is, for the event `placed`."""
+        return {"who": self.role.name, "host": platform.node(), "pid": self.process.pid}
+
+    def read(self) -> list[Record]:
+        """Return what it has reported, and last, once, its end."""
+        code = self.process.poll()  # before the pipe is read, so that nothing comes after the end
+        records = self._lines()
+        self._has_result |= any("result" in record for record in records)
+        if code is not None and not self.has_ended:
+            self.has_ended = True
+            if not self._has_result:
+                records.append(self._end(code))
+        return records
+
+    def _lines(self) -> list[Record]:
+        data = b""
+        with suppress(BlockingIOError):
+            while block := os.read(self._pipe, 1 << 16):
+                data += block
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [dict(json.loads(line)) for line in lines]
+
+    def _end(self, code: int) -> Record:
+        if code == 0:
+            return {"result": {}}
+        if code < 0:
+            return {"death": f"was killed by signal {-code}"}
+        tail = self.output.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return {"death": "\n".join([f"ended with exit code {code}; its output ends with:", *tail])}
+
+    def stop(self) -> None:
+        """Ask it to stop at its next step."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR2)
+
+    def kill(self) -> None:
+        """Kill it and its readers, even stopped ones."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._pipe)
+
+
+class Pipes:
+    """The transport of a group whose processes are all on this machine."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.processes: list[WorkerProcess] = []
+        self.selector = selectors.DefaultSelector()
+        self.folder = Path(tempfile.mkdtemp(prefix="deepclust-"))
+
+    def start(self, roles: list[Role]) -> list[Record]:
+        """Start a child for every role; they meet at a file."""
+        rendezvous = str(self.folder / "rendezvous")
+        for role in roles:
+            process = WorkerProcess(self.run, replace(role, rendezvous=rendezvous))
+            self.processes.append(process)
+            self.selector.register(process, selectors.EVENT_READ, process)
+        return [process.place for process in self.processes]
+
+    def poll(self, timeout: float) -> list[tuple[int, Record]]:
+        """Return what the children have reported, and whose process has ended."""
+        self.selector.select(min(timeout, EXIT_POLL_S))
+        records = []
+        for process in [p for p in self.processes if not p.has_ended]:
+            records += [(process.role.rank, record) for record in process.read()]
+            if process.has_ended:
+                self.selector.unregister(process)
+        return records
+
+    def stop(self) -> None:
+        """Ask the trainers to stop at their next step."""
+        for process in self.processes:
+            if process.role.rank != CLUSTER_WORKER:
+                process.stop()
+
+    def kill(self) -> None:
+        """Kill every child."""
+        self.selector.close()
+        for process in self.processes:
+            process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,38 @@
+"""What DeepCluster declares, and the keys of its section."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from deepclust.recipe.declare import Refresh
+from deepclust.recipe.sections import ClusteringMethodSection
+
+if TYPE_CHECKING:
+    from deepclust.recipe import Recipe
+
+
+class Config(ClusteringMethodSection):
+    """DeepCluster (Caron et al. 2018)."""
+
+    name: Literal["deepcluster"] = "deepcluster"
+    head: Literal["reset", "match", "centroids"] = Field(
+        "reset", description="what a new round does to the classifier"
+    )
+
+    @property
+    def round(self) -> Refresh:
+        """One level; policy `reset` renews the classifier, `match` lets clusters keep their ids."""
+        return Refresh(keeps_ids=self.head == "match", resets=self.head == "reset")
+
+    def chance_loss(self, recipe: Recipe) -> float:
+        """Return ln k."""
+        return math.log(recipe.clustering.k)
+
+    def misfit(self, recipe: Recipe) -> str | None:
+        """Return what is wrong with the clustering, if anything."""
+        if recipe.clustering.k >= 2 and recipe.clustering.supers == 1:
+            return None
+        return "deepcluster needs cluster.k of 2 or more and cluster.supers=1 (or deepercluster)"

@@ -1,0 +1,32 @@
+"""Entropy of the mean prediction: answers are spread over all classes, so none stays unused.
+
+Joulin and Bach, "A Convex Relaxation for Weakly Supervised Classifiers", ICML 2012, section 2.2;
+used by Assran et al., "Semi-Supervised Learning of Visual Features by Non-Parametrically Predicting
+View Assignments with Support Samples", ICCV 2021, eq. 3. With p the mean softmax over the samples
+of all ranks, the term is -H(p) = sum over classes of p ln p, between -ln k and 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deepclust.methods.terms.term import Term as Contract
+
+if TYPE_CHECKING:
+    from deepclust.methods.base import Batch, Method, Output
+
+
+class Term(Contract):
+    """Minus the entropy of the mean prediction of the global batch."""
+
+    def forward(self, method: Method, batch: Batch, output: Output) -> Float[Tensor, ""]:
+        """Return sum p ln p of the mean softmax of `output.logits`."""
+        assert output.logits is not None, f"{type(method).__name__} has no logits for mean_entropy"
+        probabilities = output.logits.float().softmax(1)
+        mean = method.world.all_gather_rows(probabilities).mean(0)
+        minus_entropy: Tensor = torch.special.xlogy(mean, mean).sum()
+        return minus_entropy

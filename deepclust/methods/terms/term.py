@@ -1,0 +1,48 @@
+"""The contract of a term: a weighted regulariser that any method can carry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deepclust.methods.terms import TERMS
+from deepclust.recipe.named import part_of
+from deepclust.recipe.sections import TermSection
+
+if TYPE_CHECKING:
+    from deepclust.methods.base import Batch, Method, Now, Output
+
+
+class Term(nn.Module, ABC):
+    """A scalar that is added to the loss, times a weight that may grow from 0.
+
+    A term is a child of the method, so its parameters are trained and saved. It works on what the
+    method computed in this step, or calls the method for more.
+    """
+
+    def __init__(self, config: TermSection, width: int, seed: int) -> None:
+        """Build the term for features of this width; weights depend on the seed alone."""
+        super().__init__()
+        self.weight, self.ramp = config.weight, config.ramp
+
+    @abstractmethod
+    def forward(self, method: Method, batch: Batch, output: Output) -> Float[Tensor, ""]:
+        """Return the term, without its weight: a mean over this rank's samples."""
+
+    def weight_at(self, now: Now) -> float:
+        """Return the weight of a step: linear from 0 over `ramp` epochs, then constant."""
+        return self.weight * (min(1.0, now.epochs / self.ramp) if self.ramp else 1.0)
+
+
+def build_terms(sections: Mapping[str, TermSection], width: int, seed: int) -> nn.ModuleDict:
+    """Return the terms of a recipe by name, in its order; a dot in a name becomes an underscore."""
+    return nn.ModuleDict(
+        {
+            name.replace(".", "_"): part_of(name, TERMS, "term")(section, width, seed)
+            for name, section in sections.items()
+        }
+    )

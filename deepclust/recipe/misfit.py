@@ -1,0 +1,58 @@
+"""What is wrong between two sections of a recipe, each of which is right in itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepclust.recipe.recipe import Recipe
+
+
+def misfit(recipe: Recipe) -> str | None:
+    """Return the first thing that does not fit together, None if all does."""
+    method, cluster = recipe.method, recipe.cluster
+    if method.round is None and (unused := _unused(recipe)):
+        return f"{method.name} does not cluster: leave {unused} out (null)"
+    if method.round is not None and cluster is None:
+        return f"cluster: is required by method {method.name}"
+    if method.whole_batch and recipe.train.accumulate > 1:
+        parts = "set train.accumulate=1, or more train.ranks"
+        return f"{method.name} contrasts whole batches: {parts}"
+    return (
+        method.misfit(recipe)
+        or _misfit_of_crops(recipe)
+        or _misfit_of_seeds(recipe)
+    )  # fmt: skip
+
+
+def _unused(recipe: Recipe) -> str | None:
+    """The first key that is there and means nothing without a clustering."""
+    if recipe.cluster is not None:
+        return "cluster"
+    if recipe.seeds is not None and not recipe.uses_labels:
+        return "seeds"
+    return "init.assignments" if recipe.init.assignments else None
+
+
+def _misfit_of_crops(recipe: Recipe) -> str | None:
+    data = recipe.data
+    kinds = recipe.method.crops(data)
+    full = sum(kind.count for kind in kinds if kind.size == data.size)
+    for key in ("blur", "solarise"):
+        chance = getattr(data, key)
+        if isinstance(chance, tuple) and len(chance) != full:
+            return f"data.{key}: {len(chance)} values for {full} full-size crops of every image"
+    if data.local is not None and full == sum(kind.count for kind in kinds):
+        return f"data.local: {recipe.method.name} has no local crops: leave it out (null)"
+    return None
+
+
+def _misfit_of_seeds(recipe: Recipe) -> str | None:
+    if recipe.seeds is None:
+        needed = recipe.method.labels == "required"
+        return f"seeds: are required by method {recipe.method.name}" if needed else None
+    if recipe.cluster is not None and recipe.seeds.share == 1:
+        return "seeds.share: batches of labelled samples alone leave nothing to cluster"
+    if recipe.cluster is not None and recipe.cluster.init == "two-level":
+        return "seeds: a pinned clustering starts at random or by k-means++, not two-level"
+    return None

@@ -1,0 +1,67 @@
+"""Parts that a recipe chooses by name: a row of a table, or any importable module.
+
+A table maps names to packages that have a `config.py` (the part's section, torch-free) and a module
+with the part itself. A name with a dot is a module or package of the same kind that comes from
+elsewhere, so that a user's own part needs no edit of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from deepclust.errors import RecipeError
+
+
+def section_of(name: str, table: Mapping[str, str], base: type) -> Any:
+    """Return the `Config` class of a named part, a subclass of `base`.
+
+    Raises RecipeError for an unknown name, with the nearest known one, and for a module that cannot
+    be imported or has no such class.
+    """
+    return _attribute(_module(_path(name, table), "config"), "Config", base)
+
+
+def part_of(name: str, table: Mapping[str, str], kind: str) -> Any:
+    """Return the class of a named part: `Method` of its `method.py`, `Term` of its `term.py`."""
+    return _attribute(_module(_path(name, table), kind), kind.capitalize(), object)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(known)}"
+
+
+def _path(name: str, table: Mapping[str, str]) -> str:
+    if name in table:
+        return table[name]
+    if "." in name:
+        return name
+    raise RecipeError(f"unknown {name!r}{nearest(name, list(table))}")
+
+
+def _module(path: str, part: str) -> ModuleType:
+    """The module `part` of a package, or the module itself where all is in one file."""
+    try:
+        whole = sys.modules.get(path) or importlib.import_module(path)
+        if not hasattr(whole, "__path__"):
+            return whole
+        return importlib.import_module(f"{path}.{part}")
+    except ImportError as error:
+        raise RecipeError(
+            f"{path!r} cannot be imported ({error}); put its folder into PYTHONPATH"
+        ) from error
+
+
+def _attribute(module: ModuleType, name: str, base: type) -> Any:
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise RecipeError(f"{module.__name__} has no class {name} derived from {base.__name__}")
+    return found

@@ -1,0 +1,51 @@
+"""Overrides such as `cluster.k=1000`, applied to a recipe's tree of plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from deepclust.errors import RecipeError
+
+PATHS = {
+    *("data.shards", "data.index", "data.scratch", "data.stage"),
+    *("init.weights", "init.assignments", "seeds.labels", "seeds.held_out"),
+}
+
+
+def apply_overrides(
+    tree: dict[str, Any], overrides: Sequence[str], default_method: str
+) -> dict[str, Any]:
+    """Change the tree by all overrides and return it.
+
+    The name of a method comes first: another method begins with its own defaults. Raises
+    RecipeError for an override that is not of the form section.key=value.
+    """
+    for override in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
+        _apply(tree, override, default_method)
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str, default_method: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"override {override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        inner = tree[section]
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
+        tree = inner
+    if key in PATHS and text not in ("", "null", "~"):
+        tree[last] = text  # a path is not YAML: "#", ":" and braces are letters in it
+        return
+    if key == "method.name" and tree.get(last, default_method) != text:
+        tree.clear()
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None

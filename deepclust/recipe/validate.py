@@ -1,0 +1,67 @@
+"""From a tree of plain values to a checked model: every problem with its key and the fix."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from typing_extensions import is_typeddict
+
+from deepclust.errors import RecipeError
+from deepclust.recipe.named import nearest
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(
+    model: type[M],
+    tree: dict[str, Any],
+    source: str,
+    within: str = "",
+    problems: Sequence[str] = (),
+) -> M:
+    """Return a tree of plain values as a model. Raises RecipeError with keys `within` + key.
+
+    `problems` are already known. Together with them nothing is said about the whole recipe.
+    """
+    lines = list(problems)
+    try:
+        valid = model.model_validate(tree)
+    except ValidationError as error:
+        items = [item for item in error.errors() if item["loc"] or not problems]
+        lines += [f"{within}{_explain(item, model)}" for item in items]
+    if lines:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise RecipeError(f"{source} is not a valid recipe:\n{listed}")
+    return valid
+
+
+def _explain(item: Any, model: type[BaseModel]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(location[-1], _keys_at(model, location[:-1]))}"
+    if item["type"] == "missing":
+        return f"{key}: is required"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    return f"{key or 'recipe'}: {message}{shown}"
+
+
+def _keys_at(section: Any, location: list[str]) -> list[str]:
+    """Known keys of the section at a location; optional sections are unions with None."""
+    for part in location:
+        inner = _keys(section)[part]
+        options = [one for one in typing.get_args(inner) if one is not types.NoneType]
+        section = options[0] if options else inner
+    return list(_keys(section))
+
+
+def _keys(section: Any) -> dict[str, Any]:
+    """The keys of a section or of a dictionary of sections, and their types."""
+    if is_typeddict(section):
+        return typing.get_type_hints(section)
+    return {key: field.annotation for key, field in section.model_fields.items()}
