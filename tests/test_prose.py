@@ -25,7 +25,7 @@ SEMICOLONS_PER_1000_WORDS = 3
 
 # "gang" may be quoted, as the old value of cluster.where; `told` is a field of methods' Output.
 BANNED = re.compile(
-    r"""(?<![A-Za-z"'`])(?<!where:\ )gangs?(?![a-z])
+    r"""(?<![A-Za-z"'`])gangs?(?![a-z])
     | (?<![A-Za-z])(seat(s|ed)?|meetings?|guests?|fruit(less)?|forgiven|verdicts?|anew)(?![a-z])
     | (?<![A-Za-z.])told(?![a-z]|=|:\ dict)
     | \b(lest|whoever|zombies?|strangers?|punish\w*|stands?\ in|as\ many\ as|of\ its\ own)\b
