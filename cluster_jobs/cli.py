@@ -218,7 +218,7 @@ def logs(
     ] = False,
     rank: Annotated[int, typer.Option(help="The rank whose log is printed.")] = 0,
 ) -> None:
-    """Print the log of a run; Ctrl-C detaches and stops nothing."""
+    """Print the log of a run, until Ctrl-C, which does not stop the run."""
     from cluster_jobs.status import tail
 
     try:
@@ -381,7 +381,7 @@ def export(
         str, typer.Option("--format", help="torchvision or safetensors.")
     ] = "safetensors",
 ) -> None:
-    """Write the backbone of the newest checkpoint; the file is read back and compared."""
+    """Write the backbone of the newest checkpoint, and compare the file with it."""
     from cluster_jobs.results.evaluate import export_run
 
     exported = export_run(run_dir, out, format_)
@@ -414,7 +414,7 @@ def guide(
 
 
 def _follow(run_dir: Path) -> None:
-    """Print the log until the run has ended, and exit as it did; Ctrl-C detaches."""
+    """Print the log until the run has ended, and exit as it did."""
     from cluster_jobs import runs
 
     try:

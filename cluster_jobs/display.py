@@ -91,7 +91,7 @@ class Display:
             self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
 
     def _show_progress(self, record: dict[str, Any]) -> None:
-        """Show a record with `done` and `of`, of any stage; training is the default."""
+        """Show a record with `done` and `of`, of training unless it names another stage."""
         if "done" not in record or "of" not in record:
             return
         stage, round_ = record.get("stage", "train"), record.get("round", -1)

@@ -128,7 +128,7 @@ def _state(run: Run, owner: str | None, events: list[Record]) -> tuple[str, str,
 
 
 def _queued(job: JobState, own: list[Record]) -> tuple[str, str, int] | None:
-    """Return state, reason and exit code by the job's queue; None when the run's events know more.
+    """Return state, reason and exit code by the job's queue, or None when the events know more.
 
     `own` are the events since the job was submitted.
     """

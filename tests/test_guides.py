@@ -1,6 +1,7 @@
 """The commands of the README and the guides work: they run on tiny images, or they are dry-run.
 
 Every block of code is marked: `run` is executed here as it is written, except for SMALLER and TINY.
+A block with the name of a file is written there.
 The commands of a `check` block need a cluster or hours. They are parsed by the real command line,
 their keys by the real recipe, and `submit` by `--dry-run`.
 """
@@ -20,6 +21,7 @@ import typer
 
 from cluster_jobs import guides
 from cluster_jobs.cli import app
+from deepclust.data.pack.pack import pack
 from deepclust.recipe import Recipe
 from tests.data.shards.servers import web
 from tests.images import draw, encode, make_shards
@@ -47,10 +49,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         photo.write_bytes(encode(draw(i, 24, 32, label=i % 4), "jpg"))
         rows += [f"class{i % 4}/{i:03},c{i % 4}"] * (i < 24)
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    make_shards(tmp_path / "test_shards", n=60, shards=2, size=16)
+    pack(tmp_path / "my_photos", tmp_path / "test_shards", seed=1)
     make_shards(tmp_path / "served", n=60, shards=3, size=16)
     np.save(tmp_path / "features.npy", np.random.default_rng(0).normal(size=(300, 16)))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     with web(tmp_path / "served") as server:
         monkeypatch.setitem(SMALLER, "https://host/dir", server.url)
         yield
@@ -89,7 +92,7 @@ def test_every_block_is_marked() -> None:
     for page, text in PAGES.items():
         marks = [mark for _, mark, _ in BLOCK.findall(text)]
         assert len(marks) * 2 == len(re.findall("^```", text, re.MULTILINE)), page
-        assert set(marks) <= {"run", "check"}, page
+        assert all(mark in ("run", "check") or mark.endswith(".py") for mark in marks), page
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -107,9 +110,12 @@ def test_the_commands_of_a_page_run(page: str) -> None:
         run("deepclust pack my_photos shards")
     if "runs/mine" in code and "--run runs/mine" not in code:
         run("deepclust pretrain small-photos --run runs/mine data.shards=shards")
-    for language, code in blocks(page, "run"):
-        if language == "sh":
+    for language, mark, code in BLOCK.findall(PAGES[page]):
+        if mark.endswith(".py"):
+            Path(mark).parent.mkdir(exist_ok=True)
+            Path(mark).write_text(code)
+        elif mark == "run" and language == "sh":
             run(code)
-        else:
+        elif mark == "run":
             overrides = ", ".join(map(repr, ["data.shards=shards", *TINY]))
             exec(code.replace('"data.shards=shards"', overrides), {})

@@ -1,4 +1,4 @@
-"""The table of executors, the places where a run runs; each file has a name `EXECUTOR`."""
+"""The table of executors, the places where a run runs: each file has a name `EXECUTOR`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXECUTORS = {
 
 
 def executor(name: str) -> Executor[Any]:
-    """Return the executor of a name; a name with a dot is an importable module.
+    """Return the executor of a name, or of an importable module if the name has a dot.
 
     Modules are imported only when they are asked for. Raises `RecipeError` for an unknown name.
     """

@@ -39,7 +39,7 @@ def start(run_dir: Path, command: list[str], output: str = "controller.log") -> 
 
 
 def stop(run_dir: Path, pid: int) -> str:
-    """Ask the controller to stop at its next step; kill it when it does not."""
+    """Ask the controller to stop at its next step, and kill it when it does not."""
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + CANCEL_PATIENCE_S
     while lock.owner_pid(run_dir) == pid:

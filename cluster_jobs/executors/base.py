@@ -38,7 +38,7 @@ class JobState:
 
 
 class Plan(Protocol):
-    """What would be submitted; its text is the dry run."""
+    """What would be submitted, with the dry run as its text."""
 
     @property
     def recipe(self) -> Recipe:
@@ -53,7 +53,7 @@ PlanT = TypeVar("PlanT", bound=Plan)
 
 
 class Sweep(Protocol[PlanT]):
-    """Runs that are submitted together; its text is the dry run."""
+    """Runs that are submitted together, with the dry run as its text."""
 
     @property
     def plans(self) -> list[PlanT]:
@@ -71,13 +71,13 @@ class SeparateJobs(Generic[PlanT]):
 
 
 class Executor(Protocol[PlanT]):
-    """A place where runs run; its errors are those of `deepclust.errors`."""
+    """A place where runs run, with the errors of `deepclust.errors`."""
 
     name: str  # the value of --on, recorded in the run's job.json
     poll_s: float = POLL_S  # seconds between two questions about a job
 
     def prepare(self, recipe: Recipe, run_dir: Path) -> PlanT:
-        """Return what would be submitted for a recipe; writes and starts nothing."""
+        """Return what would be submitted for a recipe, without writing or starting anything."""
         ...
 
     def submit(self, plan: PlanT) -> None:
@@ -93,14 +93,14 @@ class Executor(Protocol[PlanT]):
         ...
 
     def state(self, run_dir: Path) -> JobState | None:
-        """Return what the queue says about the run's job; None where there is no queue.
+        """Return what the queue says about the run's job, or None where there is no queue.
 
         It never raises for a queue that does not answer, and is quick enough for a list of runs.
         """
         ...
 
     def is_pending(self, run_dir: Path) -> bool:
-        """Return whether a job of the run is queued or coming up; this may ask a cluster.
+        """Return whether a job of the run is queued or coming up, which may ask a cluster.
 
         Raises `ResourceError` when the cluster does not answer.
         """

@@ -21,7 +21,7 @@ from deepclust.run import lock
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be started; its text is the dry run."""
+    """What would be started, with the dry run as its text."""
 
     recipe: Recipe
     run_dir: Path
@@ -38,7 +38,7 @@ class LocalExecutor(Executor[Plan]):
     name = "local"
 
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
-        """Return the command for a recipe; nothing is written or started."""
+        """Return the command for a recipe, without writing or starting anything."""
         command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume"]
         return Plan(recipe, run_dir, [*command, str(run_dir.absolute())])
 
@@ -48,13 +48,13 @@ class LocalExecutor(Executor[Plan]):
         background.start(plan.run_dir, plan.command)
 
     def resume(self, run_dir: Path, overrides: list[str]) -> None:
-        """Start a controller for a run that exists; refuses what a foreground resume refuses."""
+        """Start a controller for a run that exists, and refuse what a foreground resume refuses."""
         run, _ = open_to_resume(run_dir, overrides)
         job_file.record(run_dir, **job_file.LOCAL)
         background.start(run_dir, [*self.prepare(run.recipe, run_dir).command, *overrides])
 
     def cancel(self, run_dir: Path) -> str:
-        """Ask the controller to stop at its next step; kill it when it does not."""
+        """Ask the controller to stop at its next step, and kill it when it does not."""
         pid = lock.owner_pid(run_dir)
         if pid is not None:
             return background.stop(run_dir, pid)

@@ -33,7 +33,7 @@ ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}  # of a Ray job
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be submitted; its text is the dry run."""
+    """What would be submitted, with the dry run as its text."""
 
     recipe: Recipe
     run_dir: Path
@@ -61,7 +61,7 @@ class RayExecutor(Executor[Plan]):
     name = "ray"
 
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
-        """Return the command for a recipe; nothing is written or started."""
+        """Return the command for a recipe, without writing or starting anything."""
         spec = ray_spec(recipe)
         if recipe.train.threads is None:  # those of the cluster's machines, not of this one
             threads = max(1, spec.cpus - recipe.data.workers)
@@ -101,7 +101,7 @@ class RayExecutor(Executor[Plan]):
         return f"{run_dir} was stopped; deepclust resume {run_dir} --on ray continues it"
 
     def state(self, run_dir: Path) -> JobState | None:
-        """Return where the run was submitted; the cluster is not asked."""
+        """Return where the run was submitted, without asking the cluster."""
         facts = job_file.read(run_dir)
         if "submission" not in facts:
             return None

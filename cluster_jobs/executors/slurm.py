@@ -66,7 +66,7 @@ class SlurmExecutor(Executor[Plan]):
     poll_s = 3.0  # Slurm's controller is shared
 
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
-        """Return the job for a recipe; nothing is written or started."""
+        """Return the job for a recipe, without writing or starting anything."""
         return script.prepare(recipe, run_dir)
 
     def submit(self, plan: Plan) -> None:
@@ -122,7 +122,7 @@ class SlurmExecutor(Executor[Plan]):
         return job is not None and (job.waits or job.lives)
 
     def state(self, run_dir: Path) -> JobState | None:
-        """Return what Slurm says about the run's job; None when it does not know one."""
+        """Return what Slurm says about the run's job, or None when it knows none."""
         number = job_file.read(run_dir).get("job")
         if not number:
             return None

@@ -182,7 +182,7 @@ def sweep(run_dir: Path) -> None:
 
 
 def create(run_dir: Path, recipe: Recipe) -> None:
-    """Write recipe and environment into a run directory; a run that has begun is refused."""
+    """Write recipe and environment into a run directory, unless a run has begun there."""
     if any((run_dir / begun).exists() for begun in ("rounds", "checkpoints")):
         raise RecipeError(
             f"{run_dir} holds a run already. To continue it: deepclust resume {run_dir}\n"

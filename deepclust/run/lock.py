@@ -31,7 +31,7 @@ STALE_AFTER_S = 120.0
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[str]:
-    """Hold the run while the block lasts, and yield the token; raises `RunHeldError`."""
+    """Hold the run while the block lasts, and yield the token, or raise `RunHeldError`."""
     token = _acquire(run_dir)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(run_dir, stop), daemon=True)
@@ -66,7 +66,7 @@ def check_token(run_dir: Path, token: str) -> None:
 
 
 def owner(run_dir: Path) -> str | None:
-    """Return who holds the run, in words; None when no living process does."""
+    """Return who holds the run, in words, or None when no living process does."""
     lock = _read(run_dir)
     if lock is None or _is_stale(run_dir, lock):
         return None
@@ -202,7 +202,7 @@ def _pid_space() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot; None when it has ended."""
+    """Return when a process started, in clock ticks since boot, or None when it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
