@@ -146,8 +146,8 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
         )
         return replace(frozen, seeds_missing=reason)
     numbers = np.array([frozen.classes.index(name) for name in table.names], np.int64)
-    rows = np.searchsorted(frozen.train.sample_ids, table.ids)
-    readable = np.isin(table.ids, frozen.train.sample_ids)
+    rows = np.searchsorted(frozen.train.sample_ids, table.sample_ids)
+    readable = np.isin(table.sample_ids, frozen.train.sample_ids)
     labels = numbers[table.classes]
     seeds = SeedRows(rows[readable], labels[readable], run.recipe.seeds.refine)
     return replace(frozen, seeds=seeds)

@@ -61,7 +61,7 @@ def _module(path: str, part: str) -> ModuleType:
 
 
 def _attribute(module: ModuleType, name: str, base: type) -> Any:
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    part = getattr(module, name, None)
+    if not (isinstance(part, type) and issubclass(part, base)):
         raise RecipeError(f"{module.__name__} has no class {name} derived from {base.__name__}")
-    return found
+    return part

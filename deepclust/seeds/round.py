@@ -66,7 +66,7 @@ class SeededRound:
         self, rows: Rows, centroids: Float32[np.ndarray, "k d"]
     ) -> tuple[Int32[np.ndarray, " m"], Float32[np.ndarray, " m"]]:
         """Return every labelled sample's nearest cluster of its class, and the distance to it."""
-        points = ArrayPoints(rows).select(self.table.ids)
+        points = ArrayPoints(rows).select(self.table.sample_ids)
         return nearest_of_class(points, self.table.classes, self.prototypes.class_of, centroids)
 
 
@@ -105,7 +105,7 @@ def begin(
     Raises `DataError` for a class without a row, `NumericalError` for one without a direction.
     """
     table, notes = seeds.in_round(excluded)
-    points = ArrayPoints(rows).select(table.ids)
+    points = ArrayPoints(rows).select(table.sample_ids)
     new = class_prototypes(points, table.classes, table.names, config.prototypes, seed)
     if config.momentum or config.prototypes > 1:
         new = _continue(run, number, new, config.momentum)
@@ -163,11 +163,11 @@ def evaluate_seeds(
     valid = cluster_ids[cluster_ids >= 0]
     sizes: Int64[np.ndarray, " k"] = np.bincount(valid, minlength=len(centroids))
     held = seeded.held_out or seeded.table.where(np.zeros(len(seeded.table), bool))
-    facts = score_seeds(parts, names, sizes, cluster_ids[held.ids], held.classes)
+    facts = score_seeds(parts, names, sizes, cluster_ids[held.sample_ids], held.classes)
     own = held.where(held.classes < len(names))
     accuracy = None
     if len(own):
-        points = ArrayPoints(rows).select(own.ids).configure(spherical=True, backend="torch")
+        points = ArrayPoints(rows).select(own.sample_ids).configure(spherical=True, backend="torch")
         seeded_centroids = torch.from_numpy(centroids[: seeded.count])
         nearest = points.assign_to(seeded_centroids).cluster_ids.numpy()
         accuracy = float((parts.class_of[nearest] == own.classes).mean())

@@ -36,13 +36,13 @@ SHOWN = 5  # keys or names that a message lists
 class SeedTable:
     """Samples of known class, by ascending sample id."""
 
-    ids: Int64[np.ndarray, " m"]
+    sample_ids: Int64[np.ndarray, " m"]
     classes: Int32[np.ndarray, " m"]  # positions in `names`
     names: list[str]
 
     def __len__(self) -> int:
         """Return the number of labelled samples."""
-        return len(self.ids)
+        return len(self.sample_ids)
 
     @property
     def counts(self) -> Int64[np.ndarray, " classes"]:
@@ -53,17 +53,17 @@ class SeedTable:
     def digest(self) -> str:
         """What tells one table from another, whatever file it came from."""
         state = hashlib.blake2b(json.dumps(self.names).encode(), digest_size=16)
-        state.update(self.ids.astype("<i8").tobytes())
+        state.update(self.sample_ids.astype("<i8").tobytes())
         state.update(self.classes.astype("<i4").tobytes())
         return state.hexdigest()
 
     def where(self, wanted: Bool[np.ndarray, " m"]) -> SeedTable:
         """Return some of its samples; the classes keep their numbers."""
-        return SeedTable(self.ids[wanted], self.classes[wanted], self.names)
+        return SeedTable(self.sample_ids[wanted], self.classes[wanted], self.names)
 
     def without(self, samples: Int64[np.ndarray, " s"]) -> SeedTable:
         """Return all of its samples but these."""
-        return self.where(~np.isin(self.ids, samples))
+        return self.where(~np.isin(self.sample_ids, samples))
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ def _from_shards(index: Index, option: str) -> SeedTable:
         )
     labels = np.asarray(index.labels)
     ids = np.flatnonzero(labels >= 0)
-    found, codes = np.unique(labels[ids], return_inverse=True)
+    values, codes = np.unique(labels[ids], return_inverse=True)
     given = index.class_names
-    return _numbered(ids, codes, [str(i) if given is None else str(given[i]) for i in found])
+    return _numbered(ids, codes, [str(i) if given is None else str(given[i]) for i in values])
 
 
 def _numbered(ids: Int64[np.ndarray, " m"], codes: np.ndarray, names: list[str]) -> SeedTable:
@@ -184,9 +184,9 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
     ids = _sample_ids(index, keys, by_shard, path)
     known = ids >= 0
     _note_unknown(keys, known, path, notes, index.shards[0].name if by_shard else None)
-    found = _numbered(ids[known], classes[known], names.to_pylist())
-    _check_classes(found, f"{path} names")
-    return found
+    joined = _numbered(ids[known], classes[known], names.to_pylist())
+    _check_classes(joined, f"{path} names")
+    return joined
 
 
 def _in_shard(shards: Any, keys: Any) -> Any:
@@ -241,9 +241,9 @@ def _sample_ids(
             f"{path}: more than one sample has the key {keys[int(rows[order[twice[0]]])].as_py()!r}"
             f" ({one}; {other}). Add a column `shard` with the shards' file names."
         )
-    found = np.full(len(keys), -1, np.int64)
-    found[rows] = ids
-    return found
+    sample_ids = np.full(len(keys), -1, np.int64)
+    sample_ids[rows] = ids
+    return sample_ids
 
 
 def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, pa.Array]]:
@@ -320,25 +320,25 @@ def _held_out(
 ) -> SeedTable | None:
     """Return the labels to judge by, as classes of the seeds; None if there are none."""
     if config.held_out is not None:
-        found = _read(index, config.held_out, "seeds.held_out", notes)
+        judges = _read(index, config.held_out, "seeds.held_out", notes)
         if config.held_out != SHARDS:
-            _check_apart(index, table, found)
+            _check_apart(index, table, judges)
     elif len(rest) or index.labels is None or config.labels == SHARDS:
-        found = rest
+        judges = rest
     else:
-        found = _from_shards(index, "seeds.held_out")
-    found = _renamed(found.without(table.ids), table.names)
-    if len(found) and not (found.classes < len(table.names)).any():
+        judges = _from_shards(index, "seeds.held_out")
+    judges = _renamed(judges.without(table.sample_ids), table.names)
+    if len(judges) and not (judges.classes < len(table.names)).any():
         text = "no held-out label is of a class that the seeds have"
         if config.held_out is not None:
             raise DataError(f"seeds.held_out: {text} ({table.names[:SHOWN]}): check the names")
         notes.append(f"{text}, so nothing is judged by them")
         return None
-    return found if len(found) else None
+    return judges if len(judges) else None
 
 
-def _check_apart(index: Index, table: SeedTable, found: SeedTable) -> None:
-    both = np.intersect1d(table.ids, found.ids)
+def _check_apart(index: Index, table: SeedTable, judges: SeedTable) -> None:
+    both = np.intersect1d(table.sample_ids, judges.sample_ids)
     if len(both):
         raise DataError(
             f"seeds.held_out: {len(both)} of its samples are seeds, the first of them "
@@ -346,8 +346,8 @@ def _check_apart(index: Index, table: SeedTable, found: SeedTable) -> None:
         )
 
 
-def _renamed(found: SeedTable, names: list[str]) -> SeedTable:
+def _renamed(judges: SeedTable, names: list[str]) -> SeedTable:
     """Return held-out labels in the classes of the seeds; `len(names)` for any other class."""
     number = {name: i for i, name in enumerate(names)}
-    final = np.array([number.get(name, len(names)) for name in found.names], np.int32)
-    return SeedTable(found.ids, final[found.classes], [*names, "other"])
+    final = np.array([number.get(name, len(names)) for name in judges.names], np.int32)
+    return SeedTable(judges.sample_ids, final[judges.classes], [*names, "other"])

@@ -146,7 +146,7 @@ class Feed:
         """Return the groups that labelled samples are drawn from; -1 for all other samples."""
         assert self.table is not None
         groups = np.full(len(cluster_ids), -1, np.int32)
-        ids = self.table.ids
+        ids = self.table.sample_ids
         groups[ids] = self.table.classes if targets is None else cluster_ids[ids]
         return groups
 
@@ -188,8 +188,8 @@ def labels_of(
     labels = np.full(len(sample_ids), -1, np.int64)
     if table is None or len(table) == 0:
         return labels
-    at = np.searchsorted(table.ids, sample_ids).clip(max=len(table) - 1)
-    known = table.ids[at] == sample_ids
+    at = np.searchsorted(table.sample_ids, sample_ids).clip(max=len(table) - 1)
+    known = table.sample_ids[at] == sample_ids
     labels[known] = table.classes[at[known]]
     return labels
 

@@ -136,7 +136,7 @@ def _write_assignments(stage: Path, heads: list[_Head], seeds: SeededRound | Non
         write_json(stage / "seeds.json", heads[0].seed_report)
         np.save(stage / "forced.npy", clusters[0].claimed)
     if seeds is not None:
-        np.save(stage / "labelled.npy", seeds.table.ids)
+        np.save(stage / "labelled.npy", seeds.table.sample_ids)
 
 
 def _match_ids(

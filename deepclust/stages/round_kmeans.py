@@ -193,7 +193,7 @@ def _spread(
 
 def _claim(clusters: RoundClusters, rows: np.ndarray, seeds: SeededRound) -> RoundClusters:
     """Move labelled samples to the nearest cluster of their class."""
-    sample_ids = seeds.table.ids
+    sample_ids = seeds.table.sample_ids
     targets, distances = seeds.claim(rows, clusters.centroids)
     moved = targets != clusters.assignments[sample_ids]
     sample_ids, targets, distances = sample_ids[moved], targets[moved], distances[moved]
@@ -209,7 +209,7 @@ def _cluster_two_levels(task: RoundTask, points: ArrayPoints, head: int) -> Roun
     if seeds is not None:
         given = _seeded_start(seeds, points, replace(options, k=config.supers))
         if seeds.config.forces:
-            places, force = np.searchsorted(valid, seeds.table.ids), seeds.claim
+            places, force = np.searchsorted(valid, seeds.table.sample_ids), seeds.claim
             claim = lambda centroids: (places, force(rows, centroids)[0])  # noqa: E731
     levels = two_level(
         points, config.supers, options, given, claim, task.world, task.on_progress(head)

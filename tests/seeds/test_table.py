@@ -49,7 +49,7 @@ def key(i: int) -> str:
 def test_labels_of_the_shards_are_seeds_by_name(index: Index) -> None:
     found = seeds(index, "shards").table
     assert found.names == ["class 0", "class 1", "class 2"]
-    np.testing.assert_array_equal(found.ids, np.arange(N))
+    np.testing.assert_array_equal(found.sample_ids, np.arange(N))
     np.testing.assert_array_equal(found.classes, np.arange(N) % CLASSES)
 
 
@@ -58,7 +58,7 @@ def test_a_table_is_joined_by_key_in_any_order(index: Index, tmp_path: Path, suf
     rows = [(key(i), "äpfel" if i % 2 else "日本") for i in (59, 3, 17, 22)]
     one = seeds(index, table(tmp_path / f"a{suffix}", rows)).table
     other = seeds(index, table(tmp_path / f"b{suffix}", rows[::-1])).table
-    assert one.ids.tolist() == [3, 17, 22, 59]
+    assert one.sample_ids.tolist() == [3, 17, 22, 59]
     assert [one.names[c] for c in one.classes] == ["äpfel", "äpfel", "日本", "äpfel"]
     assert one.digest == other.digest
     np.testing.assert_array_equal(one.classes, other.classes)
@@ -71,7 +71,7 @@ def test_the_join_is_a_dictionarys(index: Index, tmp_path: Path) -> None:
     found = seeds(index, table(tmp_path / "t.csv", rows.items()))
     expected = {i: rows[name] for i, name in enumerate(index.keys) if name in rows}
     names = [found.table.names[c] for c in found.table.classes]
-    assert dict(zip(found.table.ids.tolist(), names, strict=True)) == expected
+    assert dict(zip(found.table.sample_ids.tolist(), names, strict=True)) == expected
     unknown = (chosen >= N).sum()
     assert f"{unknown} of 40 keys are not in data.shards" in found.notes[0]
 
@@ -90,7 +90,7 @@ def test_rows_that_agree_are_one_and_rows_that_conflict_are_named(
     index: Index, tmp_path: Path
 ) -> None:
     same = [(key(1), "a"), (key(2), "b"), (key(1), "a")]
-    assert seeds(index, table(tmp_path / "same.csv", same)).table.ids.tolist() == [1, 2]
+    assert seeds(index, table(tmp_path / "same.csv", same)).table.sample_ids.tolist() == [1, 2]
     with pytest.raises(DataError, match=r"key '0000001' two classes, 'a' and 'b' \(1 such"):
         seeds(index, table(tmp_path / "conflict.csv", [*same, (key(1), "b")]))
 
@@ -115,7 +115,7 @@ def test_a_key_in_two_shards_needs_the_shard(tmp_path: Path) -> None:
         seeds(twins, table(tmp_path / "t.csv", [("x", "1")]))
     rows = [("x", "2", "b.tar"), ("x", "1", "a.tar"), ("b", "1", "b.tar")]
     found = seeds(twins, table(tmp_path / "u.csv", rows)).table
-    assert found.ids.tolist() == [0, 2, 3]
+    assert found.sample_ids.tolist() == [0, 2, 3]
     assert found.classes.tolist() == [0, 1, 0]
 
 
@@ -160,7 +160,7 @@ def test_so_many_of_each_class_are_drawn_and_the_rest_is_held_out(index: Index) 
     found = seeds(index, "shards", per_class=4)
     assert found.table.counts.tolist() == [4, 4, 4]
     assert found.held_out is not None
-    both = np.concatenate([found.table.ids, found.held_out.ids])
+    both = np.concatenate([found.table.sample_ids, found.held_out.sample_ids])
     np.testing.assert_array_equal(np.sort(both), np.arange(N))
     again = seeds(index, "shards", per_class=4)
     assert again.table.digest == found.table.digest
@@ -180,7 +180,7 @@ def test_the_draw_of_a_class_does_not_depend_on_the_others(index: Index, tmp_pat
     rows = [(key(i), f"c{i % 4}") for i in range(N)]
     whole = seeds(index, table(tmp_path / "a.csv", rows), per_class=3).table
     some = seeds(index, table(tmp_path / "b.csv", [r for r in rows if r[1] > "c1"]), per_class=3)
-    np.testing.assert_array_equal(whole.ids[whole.classes >= 2], some.table.ids)
+    np.testing.assert_array_equal(whole.sample_ids[whole.classes >= 2], some.table.sample_ids)
 
 
 def test_the_shards_other_labels_judge_a_table(index: Index, tmp_path: Path) -> None:
@@ -189,7 +189,9 @@ def test_the_shards_other_labels_judge_a_table(index: Index, tmp_path: Path) -> 
     assert found.held_out is not None
     assert len(found.held_out) == N - 3
     assert found.held_out.names == ["class 0", "class 1", "other"]
-    np.testing.assert_array_equal(found.held_out.classes, found.held_out.ids % 3)  # 2 is other
+    np.testing.assert_array_equal(
+        found.held_out.classes, found.held_out.sample_ids % 3
+    )  # 2 is other
 
 
 def test_other_names_in_the_shards_judge_nothing(index: Index, tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_held_out_labels_must_not_be_seeds(index: Index, tmp_path: Path) -> None
 
 def test_excluded_samples_are_counted_and_a_class_left_bare_is_an_error(index: Index) -> None:
     found = seeds(index, "shards", per_class=2)
-    own = found.table.ids[found.table.classes == 1]
+    own = found.table.sample_ids[found.table.classes == 1]
     left, notes = found.in_round(own[:1])
     assert left.counts.tolist() == [2, 1, 2]
     assert notes == ["1 of 6 labelled samples are excluded"]

@@ -122,7 +122,7 @@ def test_batches_without_a_clustering_have_their_share_of_labels(
     labelled: tuple[Index, SeedTable], read: str
 ) -> None:
     plan = plan_of(labelled, 0.25 if read == "offset" else 1 / 3, read=read)
-    known = np.isin(plan.ids, labelled[1].ids).reshape(plan.steps, -1)
+    known = np.isin(plan.ids, labelled[1].sample_ids).reshape(plan.steps, -1)
     assert plan.steps == 12
     assert (known.sum(1) >= (6 if read == "offset" else 8)).all()
 
@@ -130,7 +130,7 @@ def test_batches_without_a_clustering_have_their_share_of_labels(
 def test_every_rank_has_its_share_of_labels(labelled: tuple[Index, SeedTable]) -> None:
     plan = plan_of(labelled, 0.25, ranks=2)
     for rank in range(2):
-        known = np.isin(plan.for_rank(rank, 2), labelled[1].ids)
+        known = np.isin(plan.for_rank(rank, 2), labelled[1].sample_ids)
         assert (known.sum(1) >= 3).all()
 
 
