@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster_jobs.slurm.allocation import Allocation
-from cluster_jobs.slurm.layout import Layout, Place
+from cluster_jobs.slurm.layout import Layout, Slot
 from cluster_jobs.slurm.rendezvous import hosting, join
 from cluster_jobs.slurm.srun_transport import Tasks
 from cluster_jobs.slurm.srun_worker import serve
@@ -25,7 +25,7 @@ from deepclust.launch.supervisor import Supervisor
 from deepclust.run.directory import Run
 
 HEAD = Allocation("7", 0, ["n1"], 0, 0, 2, 0)
-LAYOUT = Layout([[Place(0, None), Place(1, None)]], 2, 1, 1, 2, 0, by_ray=False)
+LAYOUT = Layout([[Slot(0, None), Slot(1, None)]], 2, 1, 1, 2, 0, by_ray=False)
 SECONDS = 3  # of the ranks' stage
 
 
