@@ -1,1 +1,1 @@
-"""Operations: the command line, executors, results and reports; `deepclust` never imports it."""
+"""Operations: the command line, executors, results and reports, never imported by `deepclust`."""

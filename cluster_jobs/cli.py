@@ -2,7 +2,7 @@
 
 Every verb is a few lines on top of a function that does the work.
 Imports of torch and of all that is heavy happen inside the verbs, so that `--help` is instant.
-Results go to stdout, everything else to stderr; exit codes are those of `deepclust.errors`.
+Results go to stdout, everything else to stderr. Exit codes are those of `deepclust.errors`.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def cluster(
 ) -> None:
     """Cluster any features by k-means, or do the clustering stage of a run.
 
-    The options are for a file of features; a run has them in its recipe.
+    The options are for a file of features. A run has them in its recipe.
     """
     from cluster_jobs.results import cluster_file
 

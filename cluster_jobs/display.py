@@ -1,6 +1,6 @@
 """What a run in the foreground shows: a live bar on a terminal, plain lines elsewhere.
 
-Everything goes to stderr; stdout is for results.
+Everything goes to stderr. Stdout is for results.
 """
 
 from __future__ import annotations

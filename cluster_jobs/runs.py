@@ -35,7 +35,10 @@ def pretrain(source: str, run_dir: Path, overrides: Sequence[str], show: Show) -
 def submit(
     source: str, run_dir: Path, on: str, overrides: Sequence[str], dry_run: bool = False
 ) -> Plan:
-    """Start or queue a run by a recipe, and return its plan; a dry run only makes the plan."""
+    """Start or queue a run by a recipe, and return its plan.
+
+    A dry run only makes the plan.
+    """
     where = executor(on)
     plan: Plan = where.prepare(Recipe.load(source, *overrides), run_dir)
     if not dry_run:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 
 class DeepclustError(Exception):
-    """The base class; `exit_code` is what the `deepclust` command returns."""
+    """The base class.
+
+    `exit_code` is what the `deepclust` command returns.
+    """
 
     exit_code = 1
 
@@ -31,7 +34,10 @@ class ResourceError(DeepclustError, RuntimeError):
 
 
 class FollowedError(ResourceError):
-    """This rank stops because another rank failed; the other rank's error is the cause."""
+    """This rank stops because another rank failed.
+
+    The other rank's error is the cause.
+    """
 
 
 class DiskError(DeepclustError, OSError):
@@ -59,7 +65,10 @@ class RunDiffersError(DeepclustError, ValueError):
 
 
 class RequeueWanted(DeepclustError):
-    """The run stopped at a step boundary because it was asked to; `resume` continues it."""
+    """The run stopped at a step boundary because it was asked to.
+
+    `resume` continues it.
+    """
 
     exit_code = 75
 

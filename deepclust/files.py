@@ -112,7 +112,10 @@ def sync(path: Path) -> None:
 
 
 def file_hash(path: Path, alive: Callable[[], None] = lambda: None) -> str:
-    """Return the blake2b of a file, read in blocks; `alive` is called after each."""
+    """Return the blake2b of a file, read in blocks.
+
+    `alive` is called after each.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(HASH_BLOCK):

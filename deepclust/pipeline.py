@@ -67,7 +67,7 @@ def run(context: Context) -> None:
 
 
 def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
-    """Round `number`, made if it is not there; None when only one stage was wanted."""
+    """Round `number`, made if it is not there, or None when only one stage was wanted."""
     assignments = context.run.round(number) / "assignments"
     # rank 0 decides for all: a cluster worker may finish the round between two ranks' looks
     if not context.world.broadcast_object(is_done(assignments)):
@@ -83,7 +83,10 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
 
 
 def begin_round(context: Context, trainer: Trainer, number: int) -> None:
-    """Make the features of a round with the present weights; its k-means is not waited for."""
+    """Make the features of a round with the present weights.
+
+    Its k-means is not waited for.
+    """
     if not context.world.broadcast_object(is_done(context.run.round(number) / "assignments")):
         make_features(context, trainer, number)
 
@@ -106,7 +109,10 @@ def check_stage(context: Context, number: int, steps: int) -> None:
 
 
 def make_round(context: Context, trainer: Trainer, number: int) -> None:
-    """Extract, whiten, project and cluster; a stage that is done is skipped."""
+    """Extract, whiten, project and cluster.
+
+    A stage that is done is skipped.
+    """
     if number == 0 and context.recipe.init.assignments:
         if context.world.is_first:
             warm_start.import_assignments(context.run, context.recipe, context.index)
@@ -132,7 +138,10 @@ def make_features(context: Context, trainer: Trainer, number: int) -> None:
 
 
 def norm_statistics(method: Method) -> list[Tensor]:
-    """Return the running statistics of all batch norms; other buffers may differ between ranks."""
+    """Return the running statistics of all batch norms.
+
+    Other buffers may differ between ranks.
+    """
     norms = (module for module in method.modules() if isinstance(module, _NormBase))
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 

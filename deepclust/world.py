@@ -39,7 +39,10 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class World:
-    """A rank of a worker group. Names, shapes and meanings are those of torch.distributed."""
+    """A rank of a worker group.
+
+    Names, shapes and meanings are those of torch.distributed.
+    """
 
     rank: int = 0
     size: int = 1
@@ -64,7 +67,7 @@ class World:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' tensors (of one shape) on every rank, [size, ...]; for small ones."""
+        """Return the ranks' tensors (of one shape) on every rank, [size, ...], for small ones."""
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -72,7 +75,7 @@ class World:
         return torch.stack(parts)
 
     def all_gather_rows(self, tensor: Float[Tensor, "b d"]) -> Float[Tensor, "g d"]:
-        """Return all ranks' rows (b of each), one rank after the other; differentiable.
+        """Return all ranks' rows (b of each), one rank after the other, differentiable.
 
         The backward adds the gradients over the ranks and returns this rank's rows of the sum.
         """
@@ -111,7 +114,10 @@ class World:
         )
 
     def max_int(self, value: int) -> int:
-        """Return the largest of the ranks' numbers; a flag of one rank is one of all."""
+        """Return the largest of the ranks' numbers.
+
+        A flag of one rank is one of all.
+        """
         return int(self.max_float(value))
 
     def broadcast_object(self, value: T) -> T:
@@ -129,7 +135,7 @@ class World:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Wait until every rank is here. Never used to wait for the cluster worker."""
+        """Wait until every rank is here, never for the cluster worker."""
         if self.size > 1:
             dist.barrier()
 
@@ -193,7 +199,7 @@ def join(
     """Join the process group and return this rank's World (gloo on a CPU, nccl on a GPU).
 
     `rendezvous` is a file that all ranks see, on one machine, or tcp://HOST:PORT, on which rank 0
-    listens; it must run on that host.
+    listens. It must run on that host.
     """
     if size > 1:
         wait = timedelta(seconds=timeout_s)

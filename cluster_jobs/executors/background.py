@@ -1,6 +1,6 @@
 """A controller in the background of this machine, free of the shell that began it.
 
-It is a process in its own session; it holds the run's lock, and is found by that lock.
+It is a process in its own session. It holds the run's lock, and is found by that lock.
 """
 
 from __future__ import annotations

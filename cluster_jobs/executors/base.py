@@ -108,7 +108,10 @@ class Executor(Protocol[PlanT]):
         return state is not None and state.is_pending
 
     def prepare_sweep(self, plans: list[PlanT], folder: Path) -> Sweep[PlanT]:
-        """Return the sweep of these plans, whose runs lie in the folder; here it is refused."""
+        """Return the sweep of these plans, whose runs lie in the folder.
+
+        Here it is refused.
+        """
         raise RecipeError(
             f"a sweep needs a queue, and --on {self.name} would run all at once on this machine: "
             "use --on slurm, or --on ray with --address"

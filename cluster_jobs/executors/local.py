@@ -1,6 +1,6 @@
 """The local executor: a run in the background of this machine, free of the shell that began it.
 
-The background process is `deepclust resume RUN`; it is its own controller.
+The background process is `deepclust resume RUN`. It is its own controller.
 """
 
 from __future__ import annotations

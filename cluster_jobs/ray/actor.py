@@ -50,7 +50,10 @@ class News:
 
 
 class Worker(SignsOfLife):
-    """One process of the worker group; Ray's dashboard shows its subclass and its name."""
+    """One process of the worker group.
+
+    Ray's dashboard shows its subclass and its name.
+    """
 
     def __init__(self, run_dir: str) -> None:
         """Import nothing heavy: torch is imported by `work`."""
@@ -78,7 +81,10 @@ class Worker(SignsOfLife):
         return f"tcp://{ip}:{free_port(ip)}"
 
     def begin(self, role: Role, token: str, attempt: int) -> None:
-        """Start the role's work; its end comes with the news."""
+        """Start the role's work.
+
+        Its end comes with the news.
+        """
         order = (role, Run(self.run_dir, token, attempt))
         threading.Thread(target=self._work, args=order, daemon=True).start()
 
@@ -141,7 +147,7 @@ def _failed(error: BaseException, exit_code: int) -> dict[str, Any]:
 
 
 def _problem(run_dir: Path, token: str) -> str:
-    """Return why this node cannot work on the run directory; empty when it can."""
+    """Return why this node cannot work on the run directory, or empty when it can."""
     try:
         seen = read_json(run_dir / "lock.json")["token"]
         probe = run_dir / "logs" / f".probe-{platform.node()}-{os.getpid()}"

@@ -33,7 +33,7 @@ ALONE = {
 
 @contextlib.contextmanager
 def connected(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
-    """Be connected while the block lasts. Raises `ResourceError` when there is no such cluster."""
+    """Connect while the block lasts, or raise `ResourceError` when there is no such cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS") or spec.address
     with _private(spec, recipe) if address is None else _standing(address):
@@ -59,7 +59,7 @@ def _standing(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
-    """A Ray of this machine alone; its cores may be shared by more processes than there are."""
+    """Start a Ray of this machine alone, where processes may outnumber the cores."""
     os.environ.update(ALONE)
     ray_constants.ENABLE_RAY_CLUSTER = False  # the same, for this process, which has read it
     needed = max(sizes(recipe, spec)) * spec.cpus + spec.worker_cpus

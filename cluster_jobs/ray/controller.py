@@ -3,7 +3,7 @@
     python -m cluster_jobs.ray.controller RUN       # what `deepclust submit --on ray` starts
 
 It holds the run's lock and supervises. Every attempt gets the most ranks that there is room for,
-within `ray.ranks`; a smaller group stops at the next round when nodes have come back. It computes
+within `ray.ranks`. A smaller group stops at the next round when nodes have come back. It computes
 nothing and keeps nothing: what it knows is in the run.
 """
 
@@ -96,9 +96,9 @@ def policy_of(run: Run, spec: RaySpec) -> Policy:
 def control(
     run_dir: Path, asked: list[int] | None = None, changed: dict[str, Any] | None = None
 ) -> None:
-    """Bring the run to its end. Raises the errors of `deepclust.errors`.
+    """Bring the run to its end, or raise the errors of `deepclust.errors`.
 
-    `asked` are the signals of a caller who collects them already, `changed` what is different in
+    `asked` are the signals of a caller who collects them already. `changed` is what is different in
     its `ray` section where the caller has started that Ray.
     """
     recipe = directory.open_run(run_dir).recipe

@@ -68,7 +68,7 @@ def alive() -> list[Resources]:
 
 
 def missing(shape: Shape, nodes: list[Resources]) -> str:
-    """Return what the cluster lacks for the shape, in words; empty when it could hold it.
+    """Return what the cluster lacks for the shape, in words, or empty when it could hold it.
 
     First fit, the most particular bundles first, then the largest: exact for the few kinds of
     bundle that a group has, unless nodes differ wildly. Then the placement group, not this, has the
@@ -90,7 +90,7 @@ def missing(shape: Shape, nodes: list[Resources]) -> str:
 
 
 def _particular(bundle: Resources) -> tuple[float, ...]:
-    """The most particular first."""
+    """Return the key that sorts the most particular first."""
     return -len(bundle.keys() - {"CPU", "GPU"}), -bundle.get("GPU", 0), -bundle["CPU"]
 
 
@@ -122,7 +122,7 @@ def reserve(
     emit: Callable[[str], None],
     stopping: Callable[[], bool],
 ) -> tuple[Shape, PlacementGroup] | None:
-    """Reserve the first of the shapes (most ranks first) that fits; None when asked to stop.
+    """Reserve the first of the shapes (most ranks first) that fits, or None when asked to stop.
 
     `emit` is called with why we wait, once for each reason. Fewer ranks than wanted are good
     enough after `spec.settle` seconds. Raises `ResourceError`, naming what is missing, when the

@@ -64,7 +64,10 @@ class RaySpec(Section):
 
 
 def ray_spec(recipe: Recipe) -> RaySpec:
-    """Return the `ray` section, checked; a `RecipeError` names every key that is wrong."""
+    """Return the `ray` section, checked.
+
+    A `RecipeError` names every key that is wrong.
+    """
     spec = checked(RaySpec, recipe.ray, "recipe", within="ray.")
     if spec.ranks is not None and not sizes(recipe, spec):
         raise RecipeError(
@@ -75,7 +78,7 @@ def ray_spec(recipe: Recipe) -> RaySpec:
 
 
 def sizes(recipe: Recipe, spec: RaySpec) -> list[int]:
-    """Return the possible numbers of ranks, most first; each divides the batch."""
+    """Return the possible numbers of ranks, most first, each a divisor of the batch."""
     if spec.ranks is None:
         return [recipe.train.ranks]
     wanted = range(spec.ranks.max, spec.ranks.min - 1, -1)

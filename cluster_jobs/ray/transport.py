@@ -176,7 +176,10 @@ def death(text: str, place: Place | None) -> Record:
 
 
 def _nodes_soon(node: str) -> list[dict[str, Any]]:
-    """Return the cluster's nodes; Ray reports a dead process a moment before its dead node."""
+    """Return the cluster's nodes.
+
+    Ray reports a dead process a moment before its dead node.
+    """
     deadline = time.monotonic() + AFTERMATH_S
     nodes: list[dict[str, Any]] = []
     while node and time.monotonic() < deadline:

@@ -112,7 +112,10 @@ def _lines(
     series: Sequence[tuple[str, str]],
     shares: bool = True,
 ) -> Chart | None:
-    """Return a panel of statistics by round, of those that any round has; `shares` are 0 to 1."""
+    """Return a panel of statistics by round, of those that any round has.
+
+    `shares` are 0 to 1.
+    """
     known = [(key, name) for key, name in series if any(r.get(key) is not None for r in rounds)]
     if not known:
         return None

@@ -184,7 +184,10 @@ def _environment(run: Run) -> list[tuple[str, str]]:
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
-    """Return which samples the run began with; its first process records them."""
+    """Return which samples the run began with.
+
+    Its first process records them.
+    """
     path = run.path / "data.json"
     data = read_json(path) if path.exists() else None
     samples, fingerprint = (f"{data['n']:,}", data["fingerprint"]) if data else (UNKNOWN,) * 2

@@ -66,7 +66,10 @@ class Gallery:
 
 
 def gallery(run: Run) -> Gallery:
-    """Return the gallery of the last round; an error becomes its note."""
+    """Return the gallery of the last round.
+
+    An error becomes its note.
+    """
     rounds = run.rounds()
     if not rounds:
         return Gallery([], "The images of the clusters appear here after the first round.")

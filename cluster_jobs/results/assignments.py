@@ -68,7 +68,10 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
 
 
 def choose_round(run: Run, wanted: int | None) -> int:
-    """Return the wanted round, or the last; `RecipeError` names the rounds that there are."""
+    """Return the wanted round, or the last.
+
+    `RecipeError` names the rounds that there are.
+    """
     rounds, recipe = run.rounds(), run.recipe
     if recipe.cluster is None:
         raise RecipeError(
@@ -86,7 +89,10 @@ def choose_round(run: Run, wanted: int | None) -> int:
 
 
 def open_clustered(run: Run, number: int) -> Index:
-    """Return the index of the run's shards; `RunDiffersError` if round `number` had others."""
+    """Return the index of the run's shards.
+
+    Raises `RunDiffersError` if round `number` had others.
+    """
     data = run.recipe.data
     index = open_index(data.shards, data.index, run.path)
     clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]

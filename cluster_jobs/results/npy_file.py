@@ -20,7 +20,10 @@ CAST = "numpy.save(path, array.astype('float32'))"
 
 
 def open_rows(path: Path) -> np.ndarray:
-    """Return the array [n, d] of a .npy file, memory-mapped; `DataError` names the fix."""
+    """Return the array [n, d] of a .npy file, memory-mapped.
+
+    `DataError` names the fix.
+    """
     try:
         _check_header(path, *_header(path))
         return np.lib.format.open_memmap(path, mode="r")

@@ -36,12 +36,15 @@ class Allocation:
 
     @property
     def life(self) -> str:
-        """A name for this start of the job; a file of an older one has another."""
+        """A name for this start of the job.
+
+        A file of an older one has another.
+        """
         return f"{self.job}-{self.restart}"
 
 
 def read_allocation() -> Allocation:
-    """Return this task's allocation. Raises `ResourceError` outside of a job step."""
+    """Return this task's allocation, or raise `ResourceError` outside of a job step."""
     given = os.environ
     try:
         nodes, number = given[NODES].split(), int(given["SLURM_NODEID"])
@@ -59,7 +62,7 @@ def read_allocation() -> Allocation:
 
 
 def own_address(allocation: Allocation) -> str:
-    """This node's address as the others can reach it: that of the way to one of them.
+    """Return this node's address as the others can reach it: that of the way to one of them.
 
     Where `scontrol` does not say, as in a container, a node's name must lead to it.
     """

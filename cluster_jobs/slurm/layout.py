@@ -2,7 +2,7 @@
 
 Nodes are alike, as Slurm's mostly are. What differs is the first, where the cluster worker has the
 last GPU, or none. All numbers are derived from `slurm.*`. With the launcher `ray` it is Ray that
-places the processes; the layout then gives their numbers.
+places the processes. The layout then gives their numbers.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def is_installed() -> bool:
 
 
 def poll(job: str) -> JobRecord | None:
-    """Return the job as Slurm reports it now; None when Slurm does not know it.
+    """Return the job as Slurm reports it now, or None when Slurm does not know it.
 
     Raises `ResourceError` when Slurm does not answer.
     """
@@ -77,7 +77,10 @@ def poll(job: str) -> JobRecord | None:
 
 
 def scancel(job: str) -> None:
-    """Remove the job from the queue, or end it; a `ResourceError` says that Slurm did not."""
+    """Remove the job from the queue, or end it.
+
+    A `ResourceError` says that Slurm did not.
+    """
     _, problem = _run("scancel", job)
     if problem and not any(words in problem for words in GONE):
         raise ResourceError(f"job {job} could not be cancelled: {problem}")

@@ -1,6 +1,6 @@
 """Ray's daemons on this node: started as our children, and ended as exactly those.
 
-`ray start --block` keeps them as children, so Slurm sees them and they die with us; never `ray
+`ray start --block` keeps them as children, so Slurm sees them and they die with us. Never `ray
 stop`, which ends every Ray of the user. USR1 and USR2 are ignored from the start, which all they
 start inherits: under proctrack/linuxproc Slurm's signals reach the whole tree.
 """
@@ -36,7 +36,10 @@ class Daemon:
     """One node's Ray: the head's with the address where it will listen, a follower's with that."""
 
     def __init__(self, allocation: Allocation, address: str, notes: Path, head: str | None) -> None:
-        """Start it; `head` is where the head's Ray listens, None on the head itself."""
+        """Start it.
+
+        `head` is where the head's Ray listens, None on the head itself.
+        """
         self.temp = make_folder("dc-job", f"{allocation.job}-{allocation.number}-")
         self.notes, self.log = notes, notes / f"ray-{allocation.number}.log"
         port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)
@@ -79,7 +82,7 @@ class Daemon:
         return True
 
     def wait(self, patience: float) -> None:
-        """Wait until it is up. Raises `ResourceError` with the end of its log when it does not."""
+        """Wait until it is up, or raise `ResourceError` with the end of its log."""
         deadline = time.monotonic() + patience
         while STARTED not in (text := self.log.read_text(errors="replace")):
             if not self.alive or time.monotonic() > deadline:
@@ -107,7 +110,7 @@ def private(notes: Path) -> dict[str, str]:
 
 
 def alone(address: str) -> dict[str, str]:
-    """For the driver on a loopback Ray: else it goes to the machine's outer address instead."""
+    """Return what keeps a driver on a loopback Ray: else it goes to the outer address."""
     return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if address.startswith("127.") else {}
 
 
@@ -125,7 +128,7 @@ def members(session: int) -> list[int]:
 
 
 def _deaf() -> None:
-    """In the child: ignore what Slurm sends to the task, and die with the task."""
+    """Ignore, in the child, what Slurm sends to the task, and die with the task."""
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

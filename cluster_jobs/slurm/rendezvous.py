@@ -1,6 +1,6 @@
 """The rendezvous of a job's tasks: the head listens, and a file in the run holds its address.
 
-The file is keyed by job and restart, so none of an older start is taken for it, and only its owner
+The file is keyed by job and restart, so none of an older start is taken for it. Only its owner
 can read it: it holds the word that a peer must say. Every peer then keeps its connection, JSON
 lines both ways. A side that loses it knows that the other is gone.
 """
@@ -48,16 +48,19 @@ class Line:
             self.socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def fileno(self) -> int:
-        """For selectors."""
+        """Return the file descriptor, for selectors."""
         return self.socket.fileno()
 
     def send(self, **record: Any) -> None:
-        """Send one line; nothing happens when the other side is gone, which `receive` notices."""
+        """Send one line.
+
+        Nothing happens when the other side is gone, which `receive` notices.
+        """
         with suppress(OSError):
             self.socket.sendall(json.dumps(record).encode() + b"\n")
 
     def receive(self, patience: float | None = 0.0) -> list[dict[str, Any]]:
-        """Return what comes within `patience` seconds (None: for ever); the end clears `open`."""
+        """Return what comes within `patience` seconds (None: no limit); the end clears `open`."""
         if self.received:
             taken, self.received = self.received, []
             return taken
@@ -138,7 +141,7 @@ class Head:
         return [self.peers[task] for task in expected]
 
     def await_all(self, word: str, patience: float, stopping: Callable[[], bool]) -> None:
-        """Wait until every peer has sent a key. Raises `ResourceError` with those that have not."""
+        """Wait until every peer has sent a key, or raise `ResourceError` with the others."""
         deadline = time.monotonic() + patience
         while silent := [g for g in self.peers.values() if word not in g.said]:
             if stopping():
@@ -181,7 +184,10 @@ def folder(run: Path, allocation: Allocation) -> Path:
 
 @contextmanager
 def hosting(run: Path, allocation: Allocation, address: str) -> Iterator[Head]:
-    """Listen, and write down where; all connections are closed at the end."""
+    """Listen, and write down where.
+
+    All connections are closed at the end.
+    """
     notes = folder(run, allocation)
     head = Head(socket.create_server((address, 0), backlog=BACKLOG), secrets.token_hex(32), notes)
     head.server.settimeout(POLL_S)
@@ -219,7 +225,7 @@ def write_private(file: Path, text: str) -> None:
 
 
 def join(run: Path, allocation: Allocation, patience: float) -> Line | None:
-    """Go to the head and say who we are; None when it has been there and is gone.
+    """Go to the head and say who we are, or None when it has been there and is gone.
 
     Raises `ResourceError` when it is not to be allocation.
     """

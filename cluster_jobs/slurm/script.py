@@ -31,7 +31,10 @@ NODES = 'export DEEPCLUST_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be submitted; its text is the dry run."""
+    """What would be submitted.
+
+    Its text is the dry run.
+    """
 
     recipe: Recipe
     run_dir: Path
@@ -50,7 +53,10 @@ class Plan:
 
     @property
     def source(self) -> Path:
-        """The folder for the next snapshot of the code; jobs that wait keep their own."""
+        """The folder for the next snapshot of the code.
+
+        Jobs that wait keep their own.
+        """
         numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("source-*")]
         return self.folder / f"source-{max(numbers, default=-1) + 1}"
 
@@ -66,7 +72,10 @@ class Plan:
 
     @property
     def task_cpus(self) -> int:
-        """The CPUs of a task; a step has those of all its tasks (`--cpu-bind=none`)."""
+        """The CPUs of a task.
+
+        A step has those of all its tasks (`--cpu-bind=none`).
+        """
         share = self.layout.cpus / self.tasks
         return max(1, ceil(share) if self.spec.cpus_per_node is None else floor(share))
 
@@ -164,7 +173,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs of one array; they differ in nothing but the run directory and its recipe."""
+    """Runs of one array.
+
+    They differ in nothing but the run directory and its recipe.
+    """
 
     plans: list[Plan]
 
@@ -175,7 +187,9 @@ class Sweep:
 
 
 def prepare(recipe: Recipe, run_dir: Path) -> Plan:
-    """Return the job for a recipe; nothing is written or started.
+    """Return the job for a recipe.
+
+    Nothing is written or started.
 
     Raises `RecipeError` when the recipe does not fit its resources, or a path does not fit Slurm.
     """

@@ -149,5 +149,8 @@ class SlurmSpec(Section):
 
 
 def slurm_spec(recipe: Recipe) -> SlurmSpec:
-    """Return the `slurm` section, checked; a `RecipeError` names every key that is wrong."""
+    """Return the `slurm` section, checked.
+
+    A `RecipeError` names every key that is wrong.
+    """
     return checked(SlurmSpec, recipe.slurm, "recipe", within="slurm.")

@@ -34,7 +34,7 @@ from deepclust.run.lock import hold
 def control(
     run_dir: Path, allocation: Allocation, spec: SlurmSpec, head: Head, asked: list[int]
 ) -> None:
-    """Bring the run to its end. Raises the errors of `deepclust.errors`."""
+    """Bring the run to its end, or raise the errors of `deepclust.errors`."""
     with hold(run_dir) as token:
         run = Run(run_dir, token)
         policy = replace(Policy.of(run.recipe), stop=spec.stop, start=spec.start)
@@ -122,7 +122,10 @@ class Tasks:
             raise RequeueWanted(f"{', '.join(lost)} was lost; the job is queued again")
 
     def start(self, roles: list[Role]) -> list[Record]:
-        """Give every task its role; ranks meet at a port that rank 0's task has found free."""
+        """Give every task its role.
+
+        Ranks meet at a port that rank 0's task has found free.
+        """
         assert self.run is not None
         with another_start():
             self.head.await_all("ready", self.patience, self.stopping)
@@ -176,7 +179,10 @@ class Tasks:
 
 @contextmanager
 def another_start() -> Iterator[None]:
-    """Turn what a bring-up lacked into another start; `refuse_without_progress` bounds those."""
+    """Turn what a bring-up lacked into another start.
+
+    `refuse_without_progress` bounds those.
+    """
     try:
         yield
     except ResourceError as error:

@@ -88,7 +88,10 @@ class ArrayPoints:
         return self._read(places if self.ids is None else self.ids[places])
 
     def select(self, ids: Int64[np.ndarray, " m"]) -> ArrayPoints:
-        """Return a view of some rows; ids of the view are positions in `ids`."""
+        """Return a view of some rows.
+
+        Ids of the view are positions in `ids`.
+        """
         view = self._copy()
         view.ids = ids if self.ids is None else self.ids[ids]
         view.n = view.n_local = len(ids)
@@ -135,7 +138,7 @@ class ArrayPoints:
         return np.sort(np.concatenate(bad)), max(largest)
 
     def max_weight(self) -> float:
-        """Return the largest weight; 1 without weights."""
+        """Return the largest weight, or 1 without weights."""
         weights = self._weights_of(0, self.n)
         if weights is None:
             return 1.0
@@ -208,7 +211,10 @@ class ArrayPoints:
         return torch.where(ids == self.n, -1, ids), most
 
     def recount(self, assignment: Assignment, cluster_ids: Tensor, distances: Tensor) -> Assignment:
-        """Return the assignment with other clusters and distances; its sums stay as they were."""
+        """Return the assignment with other clusters and distances.
+
+        Its sums stay as they were.
+        """
         counts = torch.bincount(cluster_ids, minlength=len(assignment.counts))
         inertia = self.weighted_sum(distances, self.max_weight() * largest_of(distances), self.n)
         return Assignment(

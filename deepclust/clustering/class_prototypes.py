@@ -1,7 +1,7 @@
 """Class prototypes: the centroids that a few labels give, pinned or used as a start in k-means.
 
-A prototype is the unit mean of a class's labelled rows in the clustered space, as in Suave and
-Daino, where a class's prototype is its cluster's centroid. They are centroids 0..M-1 in the order
+A prototype is the unit mean of a class's labelled rows in the clustered space. Suave and Daino also
+use the centroid of a class's cluster as its prototype. They are centroids 0..M-1 in the order
 of the classes, and the free ones follow. A seeded clustering is spherical: under L2 a unit
 prototype wins nothing, since means of unit rows are shorter.
 
@@ -95,7 +95,10 @@ def _join(parts: list[Prototypes]) -> Prototypes:
 
 
 def _unit(rows: Float[np.ndarray, "M d"]) -> Float64[np.ndarray, "M d"]:
-    """Return unit rows in float64; a zero row stays zero."""
+    """Return unit rows in float64.
+
+    A zero row stays zero.
+    """
     wide = rows.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
     return np.asarray(wide / np.where(norms == 0, 1.0, norms))
@@ -168,7 +171,7 @@ def refine(points: Points, start: Prototypes, weight: float, passes: int = 3) ->
 def _partners(
     new: Prototypes, old: Prototypes, cosines: Float64[np.ndarray, "M L"]
 ) -> Int64[np.ndarray, " M"]:
-    """Return the old prototype of the same class that each new one continues; L for none."""
+    """Return the old prototype of the same class that each new one continues, or L for none."""
     partner = np.full(len(new.rows), len(old.rows))
     for c in np.unique(new.class_of):
         mine, theirs = np.flatnonzero(new.class_of == c), np.flatnonzero(old.class_of == c)
@@ -195,7 +198,7 @@ def nearest_of_class(
 ) -> tuple[Int32[np.ndarray, " m"], Float32[np.ndarray, " m"]]:
     """Return labelled points' nearest centroid of their class, and the squared distance to it.
 
-    The first M centroids are those of classes `class_of`; every class has at least one.
+    The first M centroids are those of classes `class_of`. Every class has at least one.
     """
     points = points.configure(spherical=True, backend="torch")
     own = torch.from_numpy(centroids[: len(class_of)]).to(points.device)
@@ -221,10 +224,11 @@ def score_seeds(
     """Return statistics of the seeded clusters, from h held-out samples' clusters and classes.
 
     `sizes`: of all clusters, the seeded ones first. A class len(names) is one that has no seeds.
-    Of a seeded cluster: its share of all points, its purity (the share of its held-out samples that
-    are of its class) and its recall (the share of its class's held-out samples that are in it). A
-    share of nothing is None. `confusion` counts true classes (rows) by the classes of clusters
-    (columns), each with "other" at the end: classes without seeds, and free clusters.
+    A seeded cluster has its share of all points, its purity and its recall. Purity is the share of
+    its held-out samples that are of its class. Recall is the share of its class's held-out samples
+    that are in it. A share of nothing is None. `confusion` counts true classes (rows) by the
+    classes of clusters (columns), each with "other" at the end: classes without seeds, and free
+    clusters.
     """
     other, m = len(names), len(prototypes.rows)
     column = np.minimum(clusters, m)  # all free clusters are one
@@ -251,7 +255,10 @@ def _describe_clusters(
     sizes: Int64[np.ndarray, " k"],
     table: Int64[np.ndarray, "c M1"],
 ) -> list[dict[str, Any]]:
-    """Return a record of each seeded cluster; `table` counts classes by clusters."""
+    """Return a record of each seeded cluster.
+
+    `table` counts classes by clusters.
+    """
     total, inside, of_class = max(int(sizes.sum()), 1), table.sum(0), table.sum(1)
     return [
         {

@@ -1,9 +1,9 @@
 """Sums that do not depend on their order: numbers are rounded to a grid where float64 is exact.
 
 A float64 holds 53 bits. If every number is a multiple of g and no partial sum exceeds 2^52 g, all
-additions are exact, so threads, tiles and ranks may add in any order and agree to the bit. The grid
-is chosen from the largest number and the count: for 1M unit rows g = 2^-31, for 100M 2^-24. What
-rounding drops goes into a second partial sum with a finer grid, so that small numbers next to
+additions are exact. Threads, tiles and ranks can then add in any order and agree to the bit. The
+grid is chosen from the largest number and the count: for 1M unit rows g = 2^-31, for 100M 2^-24.
+What rounding drops goes into a second partial sum with a finer grid, so that small numbers next to
 large ones are not lost.
 
 Source: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013.
@@ -69,7 +69,10 @@ class ClusterSums:
         weights: Float64[Tensor, " m"] | None,
         before: Int32[Tensor, " m"] | None = None,
     ) -> None:
-        """Add rows to their clusters' sums; those that moved are subtracted from their old ones."""
+        """Add rows to their clusters' sums.
+
+        Those that moved are subtracted from their old ones.
+        """
         if before is not None:
             moved = (clusters != before).nonzero().flatten()
             rows, clusters = rows.index_select(0, moved), clusters[moved]

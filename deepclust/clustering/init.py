@@ -22,7 +22,10 @@ SAMPLE = 32  # rows per cluster that k-means++ looks at; more cost time and chan
 def start(
     points: Points, fixed: Float32[Tensor, "m d"], options: KMeansOptions, given: Given
 ) -> Float32[Tensor, "free d"]:
-    """Return the first free centroids; none equals a fixed one unless they are given."""
+    """Return the first free centroids.
+
+    Not one equals a fixed one unless they are given.
+    """
     free, seed = options.k - len(fixed), options.seed
     if given.assignments is not None:
         old = as_tensor(given.assignments).to(points.device, torch.int32)
@@ -59,7 +62,10 @@ def distinct_rows(
 
 
 def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tensor, "m d"]:
-    """Return rows without those that equal an earlier one; the first `keep` stay in any case."""
+    """Return rows without those that equal an earlier one.
+
+    The first `keep` stay in any case.
+    """
     plain = (rows + 0.0).cpu().contiguous().numpy()  # + 0.0: -0.0 equals 0.0
     bytes_of = plain.view(np.dtype((np.void, plain.dtype.itemsize * plain.shape[1])))[:, 0]
     _, first = np.unique(bytes_of, return_index=True)
@@ -101,7 +107,7 @@ def from_assignments(
     old: Int32[Tensor, " n"],
     seed: int,
 ) -> Float32[Tensor, "free d"]:
-    """Return means of the new rows of each old cluster; one without a row starts at random.
+    """Return means of the new rows of each old cluster, or a random start for one without.
 
     Old centroids are of no use, since the whitening turns and flips between rounds.
 

@@ -2,7 +2,7 @@
 
 Source: DeepCluster (Caron et al. 2018) calls `faiss.Kmeans` with 20 iterations and a random start,
 which is the reference in tests. This differs where FAISS loses digits or rows: counts are int64 and
-sums float64 (FAISS's float32 stop at 2^24), nothing is subsampled, and the inertia is that of the
+sums float64 (FAISS's float32 stop at 2^24). Nothing is subsampled, and the inertia is that of the
 assignments returned.
 """
 
@@ -163,7 +163,7 @@ def _lloyd(
     options: KMeansOptions,
     passes: _Passes,
 ) -> tuple[Float32[Tensor, "k d"], Assignment | None, list[Iteration]]:
-    """Assign, move every free centroid to its mean, repair empties; `iterations` times."""
+    """Assign, move every free centroid to its mean and repair empties, `iterations` times."""
     draws = generator(options.seed, "kmeans", "empty")
     history: list[Iteration] = []
     before: Assignment | None = None
@@ -189,7 +189,7 @@ def _lloyd(
 
 
 def _count_moved(points: Points, assignment: Assignment, before: Assignment | None) -> int:
-    """Return how many points changed cluster; all of them in the first pass."""
+    """Return how many points changed cluster, all of them in the first pass."""
     if before is None:
         return points.n
     return points.count(assignment.cluster_ids != before.cluster_ids)
@@ -212,7 +212,10 @@ def _assign(
 def _update(
     points: Points, centroids: Float32[Tensor, "k d"], assignment: Assignment, fixed: int
 ) -> Float32[Tensor, "k d"]:
-    """Return means of the free clusters (spherical: mean directions); one without mass stays."""
+    """Return means of the free clusters (spherical: mean directions).
+
+    One without mass stays.
+    """
     means = assignment.sums / assignment.mass[:, None]
     movable = assignment.mass > 0
     if points.spherical:
@@ -239,7 +242,7 @@ def _points(x: Rows | Points, weights: Rows | None, device: torch.device | str |
 
 
 def _anchors(points: Points, options: KMeansOptions, fixed: Rows | None) -> Float32[Tensor, "m d"]:
-    """Return the fixed centroids; for a spherical clustering scaled once to unit norm."""
+    """Return the fixed centroids, for a spherical clustering scaled once to unit norm."""
     if fixed is None:
         return torch.zeros(0, points.dim, device=points.device)
     anchors = as_tensor(fixed).to(points.device, torch.float32)

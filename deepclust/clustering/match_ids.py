@@ -56,7 +56,7 @@ def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: in
 def _hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
     """Return the column of every row with the largest sum of overlaps, -1 without one.
 
-    A private extra column per row makes a full matching possible; one is added to every weight
+    A private extra column per row makes a full matching possible. One is added to every weight
     (SciPy takes zero for no edge), which adds k to every full matching and so changes none.
     """
     k = table.shape[0]
@@ -72,8 +72,8 @@ def _hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
 def _greedy(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
     """Choose the largest overlap, strike its row and column, and so on (ties: lowest ids).
 
-    All edges that come first in both their row and their column are taken at once, which gives the
-    same matching as one at a time.
+    All edges that come first in both their row and their column are taken at once. The matching is
+    the same as with one at a time.
     """
     edges = table.tocoo()
     order = np.lexsort((edges.col, edges.row, -edges.data))

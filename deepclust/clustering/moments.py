@@ -1,7 +1,7 @@
 """Count, sum and second moment of rows about a fixed pivot: PCA in D x D memory, not n x D.
 
 Moments of parts merge exactly (float64 adds), so chunks can be extracted by any rank in any order.
-The pivot, a row near the mean, is subtracted before squaring: `faiss.PCAMatrix` squares first and
+The pivot, a row near the mean, is subtracted before squaring. `faiss.PCAMatrix` squares first and
 subtracts n * mean * mean' in float32 afterwards, which cancels when the mean is large.
 """
 
@@ -31,7 +31,10 @@ class Moments:
 
     @classmethod
     def zero(cls, pivot: Float[Tensor, " D"]) -> Moments:
-        """Return the moments of no rows. The pivot should be near the mean of the rows to come."""
+        """Return the moments of no rows.
+
+        The pivot should be near the mean of the rows to come.
+        """
         total = torch.zeros_like(pivot, dtype=torch.float64)
         return cls(0, pivot.float(), total, torch.outer(total, total))
 
@@ -54,7 +57,10 @@ class Moments:
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """Add the rows of `other` in place; both must have the same pivot."""
+        """Add the rows of `other` in place.
+
+        Both must have the same pivot.
+        """
         assert torch.equal(self.pivot, other.pivot.to(self.pivot)), "moments about two pivots"
         self.count += other.count
         self.sum += other.sum.to(self.sum)

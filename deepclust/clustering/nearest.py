@@ -1,19 +1,21 @@
 """The nearest centroid, exactly, mostly at the speed of bfloat16: guess, bound the error, decide.
 
-A product in low precision gives every row the centroids that can be its nearest: those whose score
+A product in low precision gives every row the centroids that can be its nearest. Their score
 is within twice the error bound of the best one. Usually that is one (1.1 to 1.3 on whitened
 features). Where it is more, float32 distances by difference decide, ties to the lowest id. So the
 result does not depend on the precision of the product or on the tile that a row is in.
 
 On a CPU with avx512_bf16 the bfloat16 product is four times as fast as torch's float32 one and
-twice as fast as the best BLAS's: an exact search for k = 1000 takes about the time of the float32
+twice as fast as the best BLAS's. An exact search for k = 1000 takes about the time of the float32
 arithmetic alone (`tools/bench/clustering`, kmeans-cpu).
 
 Scores are compared as int16, which orders positive bfloat16 numbers as their values. Rows without
-a clearly positive best score, or with many candidates, are compared in float32. The bounds are
-Higham's ("Accuracy and Stability of Numerical Algorithms", 3.1), for the roundoff u of the factors
-and u' of the sum: |fl(x.e) - x.e| <= (2u + d u') |x| |e|, where u |e| is known better: what
-rounding did to the centroids is measured.
+a clearly positive best score, or with many candidates, are compared in float32.
+
+The bounds are Higham's ("Accuracy and Stability of Numerical Algorithms", 3.1), for the roundoff u
+of the factors and u' of the sum:
+|fl(x.e) - x.e| <= (2u + d u') |x| |e|.
+Here u |e| is known better, since what rounding did to the centroids is measured.
 """
 
 from __future__ import annotations
@@ -102,7 +104,10 @@ class Nearest:
         return (rows_of, ids), unclear.nonzero().flatten()
 
     def _space(self, size: int) -> tuple[Tensor, np.ndarray]:
-        """Return a thread's scores and mask of a tile; new memory would cost a fault every 4 KB."""
+        """Return a thread's scores and mask of a tile.
+
+        New memory would cost a fault every 4 KB.
+        """
         kept = self._kept
         if getattr(kept, "size", 0) < size:
             kept.size, k = size, len(self.centroids)
@@ -136,7 +141,10 @@ class Nearest:
         return nearest
 
     def _compare(self, rows: Tensor, places: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
-        """Write the nearest of each row's candidates; both arrays ascend within a row."""
+        """Write the nearest of each row's candidates.
+
+        Both arrays ascend within a row.
+        """
         chosen = rows.index_select(0, torch.from_numpy(places))  # 4 times as fast as rows[places]
         distances = squared_distances(chosen, self.centroids, torch.from_numpy(ids)).numpy()
         starts = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])

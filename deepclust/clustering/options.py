@@ -11,7 +11,9 @@ from deepclust.clustering.points import Rows
 
 @dataclass(frozen=True)
 class KMeansOptions:
-    """The plain settings of a clustering; `kmeans` says what they mean.
+    """The plain settings of a clustering.
+
+    `kmeans` says what they mean.
 
     The recipe, the command `deepclust cluster FILE` and both levels of a two-level clustering hand
     them on in this form.

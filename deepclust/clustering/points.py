@@ -1,4 +1,6 @@
-"""Points: what k-means works on. One pass over the data gives everything an iteration needs.
+"""Points: what k-means works on.
+
+One pass over the data gives everything an iteration needs.
 
 `kmeans.py` uses this protocol and nothing else. An array in memory, memory-mapped or on a GPU is in
 `array_points.py`, since a pass only sees tiles of rows. Rows spread over ranks are in
@@ -23,7 +25,7 @@ Rows: TypeAlias = np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """Every point's cluster and the clusters' sums, from one pass; on the points' device."""
+    """Every point's cluster and the clusters' sums, from one pass, on the points' device."""
 
     cluster_ids: Int32[Tensor, " rows"]  # nearest centroid, ties to the lowest id
     distances: Float32[Tensor, " rows"]  # squared, by differences (0 = equal); empty if not wanted
@@ -64,7 +66,10 @@ class Points(Protocol):
         """Return copies of some rows, from whichever rank has them."""
 
     def select(self, ids: Int64[np.ndarray, " m"]) -> Points:
-        """Return a view of some rows (ascending ids); nothing is copied."""
+        """Return a view of some rows (ascending ids).
+
+        Nothing is copied.
+        """
 
     def assign_to(
         self,
@@ -72,7 +77,10 @@ class Points(Protocol):
         before: Assignment | None = None,
         distances: bool = True,
     ) -> Assignment:
-        """Assign every point and sum up; `before`, an assignment of the points, makes it faster."""
+        """Assign every point and sum up.
+
+        `before`, an assignment of the points, makes it faster.
+        """
 
     def sum_clusters(self, cluster_ids: Int32[Tensor, " rows"], k: int) -> Assignment:
         """Sum up the rows of given clusters (-1: left out), without distances."""
@@ -83,7 +91,10 @@ class Points(Protocol):
         """Return each cluster's farthest member (ties: lowest id) and its distance; -1: none."""
 
     def recount(self, assignment: Assignment, cluster_ids: Tensor, distances: Tensor) -> Assignment:
-        """Return the assignment with other clusters and distances; its sums stay as they were."""
+        """Return the assignment with other clusters and distances.
+
+        Its sums stay as they were.
+        """
 
     def locate(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
         """Return which of these ids are in this process, and at which row."""
@@ -101,7 +112,10 @@ class Points(Protocol):
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Scale rows to unit L2 norm; a zero row stays zero and is never NaN."""
+    """Scale rows to unit L2 norm.
+
+    A zero row stays zero and is never NaN.
+    """
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norms == 0, 1.0, norms)
 
@@ -116,8 +130,8 @@ def as_tensor(values: Rows) -> Tensor:
 def inertia_of(sum_sq: float, assignment: Assignment, centroids: Float32[Tensor, "k d"]) -> float:
     """Return the inertia from sums S and mass m: sum w|x|^2 - 2 sum c.S + sum m|c|^2.
 
-    `sum_sq` is the first term. In float64 it agrees with the sum of distances to about ten digits
-    unless the rows are much farther from the origin than from each other.
+    `sum_sq` is the first term. In float64 it agrees with the sum of distances to ten digits,
+    except where rows are much farther from the origin than from each other.
     """
     wide = centroids.double()
     rest = (wide * (assignment.mass[:, None] * wide - 2 * assignment.sums)).sum()
@@ -125,12 +139,15 @@ def inertia_of(sum_sq: float, assignment: Assignment, centroids: Float32[Tensor,
 
 
 def largest_of(distances: Float32[Tensor, " n"]) -> float:
-    """Return the largest distance; 0 for no rows."""
+    """Return the largest distance, or 0 for no rows."""
     return float(distances.max()) if len(distances) else 0.0
 
 
 def not_finite(first: Int64[np.ndarray, " f"], count: int, n: int) -> str:
-    """Return the message for `count` rows with NaN or infinity; `first` are some of their ids."""
+    """Return the message for `count` rows with NaN or infinity.
+
+    `first` are some of their ids.
+    """
     names = ", ".join(str(row) for row in first[:5]) + (", ..." if count > 5 else "")
     return (
         f"{count} of {n} feature rows are not finite: row {names}. Leave them out "

@@ -1,6 +1,6 @@
 """Repair of empty clusters, between iterations (split, relocate) and after the last assignment.
 
-FAISS splits between iterations and not after its last search, which can leave clusters empty: a
+FAISS splits between iterations and not after its last search, which can leave clusters empty. A
 +-1/1024 twin of a point mass never wins a point (370-419 of 1,500 clusters on heavy duplicates).
 The final repair moves an empty centroid onto a point, which then is at distance zero from it.
 """
@@ -45,7 +45,7 @@ def split(
 ) -> Ids:
     """Move empties onto donors' centroids, both perturbed oppositely as in FAISS, in place.
 
-    Unlike FAISS (donors scanned from id 0) and DeeperCluster (one donor for all), the donors of a
+    FAISS scans donors from id 0, and DeeperCluster uses one donor for all. Here the donors of a
     pass differ, and are drawn in proportion to their size. Returns the donors.
     """
     sizes = assignment.counts.cpu().numpy().copy()
@@ -67,7 +67,7 @@ def relocate(
     fixed: int,
     draws: np.random.Generator,
 ) -> Ids:
-    """Move empties onto the farthest points of donors, in place. Returns the donors."""
+    """Move empties onto donors' farthest points, in place, and return the donors."""
     ids, distances = points.find_farthest(assignment)
     sizes = np.where((distances > 0).cpu().numpy(), assignment.counts.cpu().numpy(), 0)
     donors = draw_donors(sizes, len(empty), draws)
@@ -118,7 +118,7 @@ def _far_places(
 ) -> Int64[Tensor, " m"]:
     """Return the farthest point of each of the `wanted` most stretched clusters, values distinct.
 
-    A free cluster keeps its last point; a fixed one may end empty.
+    A free cluster keeps its last point. A fixed one may end empty.
     """
     ids, distances = points.find_farthest(assignment)
     spare = assignment.counts >= 2
@@ -151,7 +151,7 @@ def _reassign(
 def fill_small(points: Points, repaired: Repaired, min_size: int, fixed: int) -> Repaired:
     """Bring free clusters up to `min_size` with the nearest points of larger clusters.
 
-    No donor falls below `min_size`. Centroids stay; the points taken are in `forced`.
+    No donor falls below `min_size`. Centroids stay. The points taken are in `forced`.
     """
     assignment, forced = repaired.assignment, [repaired.forced]
     for small in (assignment.counts[fixed:] < min_size).nonzero().flatten() + fixed:

@@ -1,8 +1,9 @@
 """Search for the nearest centroid of a tile's rows: exact on a CPU, on a GPU, or by FAISS.
 
-`auto` is torch everywhere. Measured on two CPU cores (`tools/bench/clustering`, kmeans-cpu: 50k x
-256, 20 iterations): at k = 1000 FAISS takes 1.04 to 2 times as long, by the kernels that its
-OpenBLAS picks; at k = 100 0.6 times, of 0.6 s. On a GPU it keeps rows and sums on the host.
+`auto` is torch everywhere. It was measured on two CPU cores (`tools/bench/clustering`,
+kmeans-cpu, 50k x 256, 20 iterations). At k = 1000 FAISS takes 1.04 to 2 times as long, by the
+kernels that its OpenBLAS picks. At k = 100 it takes 0.6 times as long, of 0.6 s. On a GPU it keeps
+rows and sums on the host.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
 
     The usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin. `half` (rows are
     float16): the product is of float16 with float32 sums, on the tensor cores. Near-ties within the
-    rounding may fall either way; equal centroids go to the lowest id.
+    rounding may fall either way. Equal centroids go to the lowest id.
     """
     wide = centroids.double()
     origin = wide.mean(0).float()

@@ -23,7 +23,10 @@ from deepclust.world import World
 
 
 class ShardedPoints:
-    """The `local` rows of every rank, one after the other; all ranks call every method."""
+    """The `local` rows of every rank, one after the other.
+
+    All ranks call every method.
+    """
 
     def __init__(self, local: ArrayPoints, world: World) -> None:
         self.local = local
@@ -119,7 +122,10 @@ class ShardedPoints:
         return self.sum_sq
 
     def recount(self, assignment: Assignment, cluster_ids: Tensor, distances: Tensor) -> Assignment:
-        """Return the assignment with other clusters and distances; its sums stay as they were."""
+        """Return the assignment with other clusters and distances.
+
+        Its sums stay as they were.
+        """
         mine = torch.bincount(cluster_ids, minlength=len(assignment.counts))
         bound = self.world.max_float(self.local.max_weight() * largest_of(distances))
         inertia = torch.tensor(

@@ -29,9 +29,9 @@ def describe(
 ) -> dict[str, Any]:
     """Return the statistics of one head's assignments (-1 = excluded), as written into a round.
 
-    `entropy` (nats) is that of the sizes, `entropy_ratio` its share of ln k, `reassigned` the share
-    of samples that changed cluster since `previous` after the ids were matched. What cannot be
-    known (no previous round, no class labels) is None.
+    `entropy` (nats) is that of the sizes, `entropy_ratio` its share of ln k. `reassigned` is the
+    share of samples that changed cluster since `previous` after the ids were matched. What cannot
+    be known (no previous round, no class labels) is None.
     """
     valid = assignments[assignments >= 0]
     sizes = np.bincount(valid, minlength=k)
@@ -67,7 +67,7 @@ def _agreement(
 
 
 def entropy(sizes: Int[np.ndarray, " k"]) -> float:
-    """Return the entropy in nats of the shares of these sizes; 0 for no samples."""
+    """Return the entropy in nats of the shares of these sizes, or 0 for no samples."""
     shares = sizes[sizes > 0] / max(sizes.sum(), 1)
     return float(-(shares * np.log(shares)).sum()) + 0.0  # + 0.0: not -0.0
 
@@ -102,7 +102,7 @@ def _pairs(counts: Int[np.ndarray, " m"]) -> float:
 def accuracy(clusters: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"]) -> float:
     """Return the share of samples in the cluster of their class, matched one to one.
 
-    The best matching is found by the Hungarian method; with more clusters than classes, the
+    The best matching is found by the Hungarian method. With more clusters than classes, the
     samples of clusters that stay without a class count as wrong.
     """
     table = contingency(np.asarray(clusters), np.asarray(classes))

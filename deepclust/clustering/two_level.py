@@ -8,7 +8,7 @@ first. Where there are more ranks than super-clusters, all ranks work on each. L
 sharded points. Every rank can read all rows (a memory-mapped file), so no rows travel.
 
 The first super-clusters can be pinned (class prototypes, `class_prototypes.py`). A pinned one may
-win few rows or none: then it has a sub-cluster for each of its distinct rows, and its other ids are
+win few rows or none. Then it has a sub-cluster for each of its distinct rows, and its other ids are
 empty.
 """
 
@@ -42,7 +42,10 @@ Claim: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """Both levels; sub-cluster z of super-cluster s has id s * (k / m) + z."""
+    """Both levels.
+
+    Sub-cluster z of super-cluster s has id s * (k / m) + z.
+    """
 
     super_centroids: Float32[np.ndarray, "m d"]
     supers: Int32[np.ndarray, " n"]
@@ -144,7 +147,7 @@ class _SecondLevel:
         return self.world.size > self.supers
 
     def run(self) -> _Merged:
-        """Return all ranks' sub-clusters; raise on every rank when one has failed."""
+        """Return all ranks' sub-clusters, or raise on every rank when one has failed."""
         world, began, inertia = self.world, time.monotonic(), 0.0
         merged = _Merged.zeros(self.points, self.options.k, self.supers)
         jobs = _jobs(self.supers_of, self.supers, ALONE if self.together else world)
@@ -163,7 +166,7 @@ class _SecondLevel:
         return merged.over(world)
 
     def _cluster(self, s: int, ids: Int64[np.ndarray, " m"], merged: _Merged) -> float:
-        """Cluster one super-cluster into `merged`, or note why not; return its inertia."""
+        """Cluster one super-cluster into `merged`, or note why not, and return its inertia."""
         inside, each = self.points.select(ids), self.each
         try:
             k = count_distinct(inside, each) if self.lenient else each
@@ -181,7 +184,10 @@ class _SecondLevel:
 
 
 def _of_supers(error: DataError, n: int, k: int) -> str:
-    """Return level one's error with the recipe's keys; its k is cluster.supers there."""
+    """Return level one's error with the recipe's keys.
+
+    Its k is cluster.supers there.
+    """
     if k > n:
         return f"cluster.k={k} needs as many rows, but there are only {n}. Set it to at most {n}."
     return str(error).replace("cluster.k", "cluster.supers")
@@ -218,7 +224,7 @@ def count_distinct(points: ArrayPoints, most: int) -> int:
 def _apply(
     claim: Claim | None, supers: Int32[np.ndarray, " n"], centroids: Float32[np.ndarray, "m d"]
 ) -> Int64[np.ndarray, " c"]:
-    """Give the rows that are claimed to their super-clusters, in place; return those moved."""
+    """Give the rows that are claimed to their super-clusters, in place, and return those moved."""
     if claim is None:
         return np.zeros(0, np.int64)
     rows, targets = claim(centroids)
@@ -272,7 +278,10 @@ def _jobs(supers_of: Int32[np.ndarray, " n"], supers: int, world: World) -> list
 
 @dataclass(frozen=True)
 class _Merged:
-    """The sub-clusters of some super-clusters, zeros elsewhere; the sum over ranks is all."""
+    """The sub-clusters of some super-clusters, zeros elsewhere.
+
+    The sum over ranks is all.
+    """
 
     centroids: torch.Tensor
     assignments: torch.Tensor
@@ -295,7 +304,10 @@ class _Merged:
         )
 
     def put(self, result: KMeansResult, ids: np.ndarray, s: int, each: int, world: World) -> None:
-        """Add a super-cluster; `world` are the ranks that all have it, except its assignments."""
+        """Add a super-cluster.
+
+        `world` are the ranks that all have it, except its assignments.
+        """
         base, count, own = s * each, len(result.centroids), ids[_part(len(ids), world)]
         self.assignments[own] = torch.from_numpy(result.assignments) + base
         self.distances[own] = torch.from_numpy(result.distances)

@@ -1,7 +1,7 @@
 """A start for flat k-means with many clusters: k-means in two levels on a sample of the rows.
 
 With so many clusters that twenty passes over all centroids are too many, a few passes from this
-start come close: with k = m * m the two levels compare a row with 2 m centroids instead of k.
+start come close. With k = m * m the two levels compare a row with 2 m centroids instead of k.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ START_ITERATIONS = 10
 
 
 def given_start(points: ArrayPoints, options: KMeansOptions) -> Given:
-    """Return the centroids of `init="two-level"`; nothing for a start that `kmeans` draws."""
+    """Return the centroids of `init="two-level"`.
+
+    There are none for a start that `kmeans` draws.
+    """
     if options.init != "two-level":
         return Given()
     return Given(two_level_start(points, options.k, options.seed))

@@ -2,8 +2,8 @@
 
 Source: DeepCluster (Caron et al. 2018), section 3.4: PCA to 256, whitening, L2 normalisation.
 Their `faiss.PCAMatrix(eigen_power=-0.5)` is the reference in tests. This differs where it breaks:
-the covariance is streamed in float64 about a pivot (no n x D array, no cancellation), only the
-top eigenvectors are solved for, eigenvalues are clamped as in DeeperCluster, and directions that
+the covariance is streamed in float64 about a pivot (no n x D array, no cancellation). Only the
+top eigenvectors are solved for. Eigenvalues are clamped as in DeeperCluster, and directions that
 the data do not have give zeros instead of NaN, so the shape never changes.
 """
 
@@ -40,7 +40,10 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 @dataclass(frozen=True)
 class Whitening:
-    """The map y = normalise((x - mean) @ matrix); columns of `matrix` beyond `rank` are zero."""
+    """The map y = normalise((x - mean) @ matrix).
+
+    Columns of `matrix` beyond `rank` are zero.
+    """
 
     mean: Float32[np.ndarray, " D"]
     matrix: Float32[np.ndarray, "D dim"]
@@ -69,7 +72,10 @@ class Whitening:
         return solve(moments, dim)
 
     def __call__(self, x: Array) -> Array:
-        """Project x [n, D] to unit rows float32 [n, dim], of x's kind; zero rows stay zero."""
+        """Project x [n, D] to unit rows float32 [n, dim], of x's kind.
+
+        Zero rows stay zero.
+        """
         points = ArrayPoints(x)
         mean, matrix = (torch.from_numpy(a).to(points.device) for a in (self.mean, self.matrix))
         out = torch.empty(points.n, matrix.shape[1], device=points.device)
@@ -81,7 +87,7 @@ class Whitening:
 
     @property
     def warning(self) -> str | None:
-        """A message when the features have fewer directions than asked for; else None."""
+        """A message when the features have fewer directions than asked for, else None."""
         dim = len(self.eigenvalues)
         if self.rank == dim:
             return None
@@ -92,7 +98,10 @@ class Whitening:
         )
 
     def save(self, path: Path) -> None:
-        """Write as safetensors, atomically; `rank` is the number of eigenvalues above zero."""
+        """Write as safetensors, atomically.
+
+        `rank` is the number of eigenvalues above zero.
+        """
         arrays = {"mean": self.mean, "matrix": self.matrix, "eigenvalues": self.eigenvalues}
         with atomic_file(path) as partial:
             partial.write_bytes(save(arrays))  # not `save_file`: a full disk must be an OSError
@@ -107,9 +116,9 @@ class Whitening:
 def solve(moments: Moments, dim: int, clamp: float = CLAMP) -> Whitening:
     """Return the whitening of the rows behind `moments`, always of shape [D, dim].
 
-    Column i is eigenvector i of the covariance over the square root of its eigenvalue, which is
-    raised to `clamp` times the largest if smaller (0: as in FAISS). Signs: the component of largest
-    magnitude is positive (ties: the first), so that runs and machines agree.
+    Column i is eigenvector i of the covariance over the square root of its eigenvalue. This is
+    first raised to `clamp` times the largest if smaller (0: as in FAISS). Signs: the component of
+    largest magnitude is positive (ties: the first), so that runs and machines agree.
 
     Raises `NumericalError` if the features are constant or not finite.
     """
@@ -143,7 +152,7 @@ def _check(count: int, mean: np.ndarray, covariance: np.ndarray) -> None:
 def _top_eigenvectors(
     covariance: Float64[np.ndarray, "D D"], count: int
 ) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
-    """Return the largest eigenvalues first. Overwrites the covariance, which can be large."""
+    """Return the largest eigenvalues first, and overwrite the covariance, which can be large."""
     size = len(covariance)
     values, vectors = scipy.linalg.eigh(
         covariance.T, subset_by_index=[size - count, size - 1], overwrite_a=True, check_finite=False

@@ -2,7 +2,7 @@
 
 The protocol of the deep-clustering papers: k = the number of classes, fitted on the training
 features without labels, measured on the test features. The features go through the clustering step
-of training, PCA-whitening to `dim` directions and L2 normalisation; only k differs.
+of training, PCA-whitening to `dim` directions and L2 normalisation. Only k differs.
 
 k-means is restarted and the scores are means over the restarts. The usual choice, the restart of
 the best inertia, is close to random here. On whitened features of Fashion-MNIST ten starts have

@@ -28,7 +28,10 @@ DIM = 64  # directions that the whitening keeps where no recipe says how many
 
 
 class Skipped(Exception):
-    """An evaluator cannot measure these features; the message says why."""
+    """An evaluator cannot measure these features.
+
+    The message says why.
+    """
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def freeze(
 ) -> Frozen:
     """Return what evaluators measure, from (features [n, d], labels [n]) of both splits.
 
-    `seeds.labels` are numbers as in `train`; a label's decimal digits are its class name. Raises
+    `seeds.labels` are numbers as in `train`. A label's decimal digits are its class name. Raises
     `DataError` for labels that are missing (None or -1), and what `check` raises.
     """
     labels = [_labels(name, *split) for name, split in (("train", train), ("test", test))]
@@ -153,7 +156,10 @@ def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
 
 
 def class_names(index: Index) -> list[str]:
-    """Return the name of every label of an index; its decimal digits where it has no name."""
+    """Return the name of every label of an index.
+
+    A label without a name has its decimal digits.
+    """
     if index.class_names is not None:
         return index.class_names
     assert index.labels is not None

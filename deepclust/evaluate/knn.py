@@ -56,5 +56,8 @@ def nearest(
 
 
 def _unit(x: Float[np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
-    """Return rows in fp32 of length one; a zero row stays zero, equally far from all."""
+    """Return rows in fp32 of length one.
+
+    A zero row stays zero, equally far from all.
+    """
     return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(x, np.float32)))

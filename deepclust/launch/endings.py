@@ -1,7 +1,7 @@
 """How an attempt of a worker group ended, and who began it: one pure function for every executor.
 
 A process group cannot lose a member. When one is lost the others end too, of the collective that
-it left, so the cause is judged from what is known of all of them.
+it left. So the cause is judged from what is known of all of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class Ending:
 
 @dataclass
 class Member:
-    """What is known of one process of the group; moments are of `time.monotonic`."""
+    """What is known of one process of the group.
+
+    Moments are of `time.monotonic`.
+    """
 
     rank: int
     name: str
@@ -60,7 +63,10 @@ class Member:
         return bool(self.result) and not self.has_stopped
 
     def update(self, record: Record, now: float) -> None:
-        """Take in a record; every one is an answer, except that it died or is out of reach."""
+        """Take in a record.
+
+        Every one is an answer, except that it died or is out of reach.
+        """
         if "death" in record:
             self.death, self.cause = record["death"], record.get("cause", "death")
         elif "unreachable" in record:
@@ -77,7 +83,7 @@ class Member:
 def classify(
     members: list[Member], now: float, policy: Policy, stop_asked: float | None = None
 ) -> Ending | None:
-    """Return how the attempt has ended, and who began it; None while it goes on.
+    """Return how the attempt has ended, and who began it, or None while it goes on.
 
     When one member is lost the others end too, of the collective that it left. So an end is
     judged after a short wait, in which the others report: see `culprit` for the order.
@@ -102,8 +108,12 @@ def classify(
 def culprit(members: list[Member]) -> Ending:
     """Return the ending of a group that has lost a member: who began it.
 
-    The first of: an error of ours that no restart mends, a death, any other error, an error of a
-    member that only followed another, a cluster worker that left before the trainers.
+    The causes rank in this order:
+    1. an error of ours that no restart mends
+    2. a death
+    3. any other error
+    4. an error of a member that only followed another
+    5. a cluster worker that left before the trainers
     """
     failed = [(m.name, m.result) for m in members if m.has_failed and m.result]
     for name, result in failed:

@@ -22,7 +22,7 @@ from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"
 TAIL_LINES = 15
-EXIT_POLL_S = 0.2  # a process that dies may leave its pipe open in a child of its own
+EXIT_POLL_S = 0.2  # a process that dies may leave its pipe open in one of its children
 
 
 class WorkerProcess:
@@ -110,7 +110,10 @@ class Pipes:
         self.folder = Path(tempfile.mkdtemp(prefix="deepclust-"))
 
     def start(self, roles: list[Role]) -> list[Record]:
-        """Start a child for every role; they meet at a file."""
+        """Start a child for every role.
+
+        They meet at a file.
+        """
         rendezvous = str(self.folder / "rendezvous")
         for role in roles:
             process = WorkerProcess(self.run, replace(role, rendezvous=rendezvous))

@@ -45,7 +45,7 @@ class Budget:
     without_progress: int = 0
 
     def spend(self, cause: str, last: str, progress: bool) -> None:
-        """Count a fault. Raises `ResourceError` when there have been too many."""
+        """Count a fault, or raise `ResourceError` when there have been too many."""
         self.without_progress = 0 if progress else self.without_progress + 1
         self.preemptions += cause == "preemption"
         self.failures += cause != "preemption"
@@ -66,7 +66,7 @@ class Budget:
 
 
 def progress_on_disk(run: Run) -> tuple[int, int, int]:
-    """Return the last step, the stages and the units on disk; every commit changes one of them."""
+    """Return the last step, the stages and the units on disk, of which every commit changes one."""
     steps = [int(folder.name) for folder in run.checkpoints()]
     stages = len(list(run.path.glob("rounds/*/*/DONE")))
     units = len(list(run.path.glob("rounds/*/raw/unit-*")))

@@ -12,9 +12,9 @@ PORTS = range(20000, 32768)  # Linux gives connections those above
 
 
 def free_ports(address: str, count: int) -> list[int]:
-    """Return ports of that address that are free at this moment. Raises `ResourceError`.
+    """Return ports of that address that are free at this moment, or raise `ResourceError`.
 
-    They are below those that the kernel gives to connections, and drawn at random, so another
+    They are below those that the kernel gives to connections, and drawn at random. So another
     process hardly ever takes one between now and its use.
     """
     ports: list[int] = []

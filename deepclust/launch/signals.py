@@ -14,7 +14,7 @@ HELD_BACK = set(STOP_SIGNALS)
 
 @contextlib.contextmanager
 def collected_signals(earlier: list[int] | None = None) -> Iterator[list[int]]:
-    """Collect USR2, TERM and INT instead of dying of them; a second INT interrupts at once.
+    """Collect USR2, TERM and INT instead of dying of them, but let a second INT interrupt.
 
     They are added to those that came earlier, in the same list.
     """

@@ -32,9 +32,9 @@ MAY_CHANGE = (
 
 
 def pretrain(recipe: Recipe, run: str | Path, show: Show | None = None) -> Run:
-    """Pretrain by a recipe into a new run directory, in the foreground; returns the run.
+    """Pretrain by a recipe into a new run directory, in the foreground, and return the run.
 
-    Raises the errors of `deepclust.errors`; whatever was finished before stays and `resume`
+    Raises the errors of `deepclust.errors`. Whatever was finished before stays and `resume`
     continues from it.
     """
     path = Path(run)
@@ -51,9 +51,11 @@ def prepare_run(recipe: Recipe, path: Path) -> None:
 
 
 def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
-    """Continue a run from what is on disk; a finished one is left as it is.
+    """Continue a run from what is on disk.
 
-    Ranks and workers may change, and `train.epochs` may grow; any other difference raises
+    A finished one is left as it is.
+
+    Ranks and workers may change, and `train.epochs` may grow. Any other difference raises
     `RunDiffersError`.
     """
     before = directory.open_run(run)
@@ -66,7 +68,9 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
 
 
 def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
-    """Do one stage (extract, cluster or train) of a run, then stop; `resume` does the rest.
+    """Do one stage (extract, cluster or train) of a run, then stop.
+
+    `resume` does the rest.
 
     Raises `RecipeError` for a run with `cluster.overlap`, where no stage is alone.
     """
@@ -83,7 +87,7 @@ def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run has been trained to the end of its recipe."""
+    """Return whether the run has been trained to the end of its recipe."""
     finished = [e for e in run.events() if e["event"] == "finished"]
     return bool(finished) and finished[-1]["epochs"] >= run.recipe.train.epochs
 

@@ -32,20 +32,23 @@ class Transport(Protocol):
     """How a supervisor reaches the processes of one attempt."""
 
     def start(self, roles: list[Role]) -> list[Record]:
-        """Start a process for every role; return where each is. Raises `AttemptEnded`."""
+        """Start a process for every role and return where each is, or raise `AttemptEnded`."""
 
     def poll(self, timeout: float) -> list[tuple[int, Record]]:
         """Return what came within `timeout` seconds, each record with the rank that it is from.
 
-        Records: `event` and `progress` of a `Report`; `idle_s`, an answer; `result`, {} or
-        {failed, kind, exit_code}; `death` with a text, and perhaps its `cause`; `unreachable`.
+        Records: `event` and `progress` of a `Report`, `idle_s` (an answer), `result` ({} or
+        {failed, kind, exit_code}), `death` (a text, and perhaps its `cause`), `unreachable`.
         """
 
     def stop(self) -> None:
         """Ask the trainers to stop at their next step."""
 
     def kill(self) -> None:
-        """End every process; each stage is atomic, so nothing is lost."""
+        """End every process.
+
+        Each stage is atomic, so nothing is lost.
+        """
 
 
 class AttemptEnded(Exception):
@@ -109,7 +112,7 @@ class Supervisor:
     ) -> Ending:
         """Run one attempt on a transport and leave none of its processes behind.
 
-        `stopping`: whether this attempt is asked to stop; the supervisor's `asked` by default.
+        `stopping`: whether this attempt is asked to stop. The supervisor's `asked` by default.
         """
         try:
             self.event("placed", members=transport.start(roles))

@@ -81,7 +81,7 @@ def _beating(report: Report, stopping: Callable[[], bool]) -> Callable[[], bool]
 
 
 def training_device(recipe: Recipe, gpu: int) -> torch.device:
-    """The rank's device: its own GPU, by its number on this machine, or the CPU."""
+    """Return the rank's device: its own GPU, by its number on this machine, or the CPU."""
     wanted, gpus = recipe.train.device, torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not gpus):
         return torch.device("cpu")
@@ -95,7 +95,7 @@ def training_device(recipe: Recipe, gpu: int) -> torch.device:
 
 
 def clustering_device(recipe: Recipe, gpu: int | None = None) -> torch.device:
-    """The cluster worker's device: a GPU that no rank trains on, else rank 0's, else the CPU.
+    """Return the cluster worker's device: a GPU without a rank, else rank 0's, else the CPU.
 
     `gpu`: the one that a scheduler has given to the worker.
     """
@@ -110,7 +110,7 @@ def clustering_device(recipe: Recipe, gpu: int | None = None) -> torch.device:
 
 
 def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
-    """The index of the run's shards, and how they are read, which decides the order of plans.
+    """Return the index of the run's shards and how they are read, which decides plans' order.
 
     Raises `RunDiffersError` when they are not those that the run began with.
     """
@@ -144,7 +144,10 @@ def is_local(rendezvous: str) -> bool:
 
 
 def main() -> int:
-    """Run one role in this process; `launch.local` gives the arguments."""
+    """Run one role in this process.
+
+    `launch.local` gives the arguments.
+    """
     parser = argparse.ArgumentParser()
     for name in ("--run", "--token", "--rendezvous"):
         parser.add_argument(name, required=True)

@@ -2,7 +2,7 @@
 
 Almost every method is cross-entropy between a target q and a prediction p. Methods differ in where
 q comes from. `config.py` declares, as data, what a method asks of the data and of a round
-(`MethodSection`); the class here computes.
+(`MethodSection`). The class here computes.
 
 The training loop calls, in this order and in plain sight: `before_step`, `forward` (that is `loss`
 and the terms), `frozen`, the optimizers, `after_step`. What depends on time is a function of
@@ -52,7 +52,10 @@ class Now:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step, on its device; without a clustering there are 0 heads."""
+    """One rank's part of a step, on its device.
+
+    Without a clustering there are 0 heads.
+    """
 
     sample_ids: Int64[Tensor, " b"]  # on the CPU
     crops: tuple[Float[Tensor, "b 3 s s"], ...]
@@ -145,7 +148,9 @@ class Method(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no classes")
 
     def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:
-        """Take a round in; return, by parameter name, which rows were renewed.
+        """Take a round in.
+
+        Return, by parameter name, which rows were renewed.
 
         The optimizer forgets the state of those rows. Draws depend on (seed, round) only.
         """

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[int, int, int, int] | str, ...] = (
 
 
 def alexnet_bn(in_channels: int, image_size: int) -> nn.Module:
-    """Images [b, in_channels, s, s] to fc7 before its ReLU, [b, 4096]; s >= 63.
+    """Images [b, in_channels, s, s] to fc7 before its ReLU, [b, 4096] (s >= 63).
 
     Layers, names and initialisation are those of DeepCluster's `models/alexnet.py`, cut before
     the last ReLU. Our one addition is the average pool to 6 x 6, which is the identity for images

@@ -85,7 +85,7 @@ def build_backbone(
     name: a key of BACKBONES, else an architecture of timm, bare or as `timm/NAME`, else a module
     `a.b.c` with a function `build(channels, image_size)`. Without `import_module` it must be
     imported already, for names from files that may come from anywhere. The weights depend on
-    (name, sobel, image_size, seed) only; the caller's random state stays as it was. Raises
+    (name, sobel, image_size, seed) only. The caller's random state stays as it was. Raises
     RecipeError for an unknown name, a size that is too small, or channels that do not fit.
     """
     name, builder = _find(name, import_module)
@@ -114,7 +114,10 @@ def check_sizes(backbone: Backbone, sizes: Iterable[int]) -> None:
 
 
 def _find(name: str, import_module: bool) -> tuple[str, Builder]:
-    """Return the full name and its builder; the table comes first, then timm, then modules."""
+    """Return the full name and its builder.
+
+    The table comes first, then timm, then modules.
+    """
     if name in BACKBONES:
         return name, BACKBONES[name]
     short = name.removeprefix("timm/")

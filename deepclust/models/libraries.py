@@ -24,7 +24,7 @@ def torchvision_net(name: str, in_channels: int, image_size: int) -> nn.Module:
 
 
 def torchvision_plain(name: str, image_size: int) -> nn.Module:
-    """Build the torchvision network `name` with classifier; a ViT for `image_size`."""
+    """Build the torchvision network `name` with classifier (a ViT for `image_size`)."""
     net: nn.Module
     if not name.startswith("vit_"):
         net = torchvision.models.get_model(name, weights=None)
@@ -41,7 +41,9 @@ def torchvision_plain(name: str, image_size: int) -> nn.Module:
 
 
 def headless(net: nn.Module) -> nn.Module:
-    """Take the classifier off a torchvision network, in place; what remains gives features.
+    """Take the classifier off a torchvision network, in place.
+
+    What remains gives features.
 
     A VGG is cut before the ReLU of fc7, as in DeepCluster's `models/vgg16.py`, which has the same
     layers and initialisation. The others are cut after their global pooling or class token.
@@ -79,7 +81,7 @@ def is_timm(name: str) -> bool:
 
 
 def timm_names() -> list[str]:
-    """Return every architecture that the installed timm can build; none without timm."""
+    """Return every architecture that the installed timm can build, or none without timm."""
     if not has_timm():
         return []
     import timm

@@ -16,7 +16,7 @@ def small_resnet(
 ) -> nn.Module:
     """Build a torchvision ResNet with a 3x3 stride-1 stem and no max-pool, as for CIFAR.
 
-    Images [b, in_channels, h, w] to the pooled last stage, [b, 512 * block.expansion]; the last
+    Images [b, in_channels, h, w] to the pooled last stage, [b, 512 * block.expansion]. The last
     stage is h/8 x w/8.
     """
     net: nn.Module = ResNet(block, list(depths))

@@ -98,12 +98,18 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Check a tree of plain values; one `RecipeError` lists every problem."""
+        """Check a tree of plain values.
+
+        One `RecipeError` lists every problem.
+        """
         tree, sections, problems = choose_sections(tree)
         return checked(_recipe_with(*sections), tree, source, problems=problems)
 
     def dump(self) -> str:
-        """Return the resolved recipe as YAML; `load` gives the same recipe back."""
+        """Return the resolved recipe as YAML.
+
+        `load` gives the same recipe back.
+        """
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def save(self, path: Path) -> None:

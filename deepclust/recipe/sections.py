@@ -126,14 +126,17 @@ class Data(Section):
 
 
 class BackboneSection(Section):
-    """Which network; the names are listed in `deepclust.models.BACKBONES`."""
+    """Which network.
+
+    The names are listed in `deepclust.models.BACKBONES`.
+    """
 
     name: str
     sobel: bool = Field(False, description="see two Sobel gradients instead of colour")
 
 
 class MethodSection(Section, ABC):
-    """What a method declares; `Config` in its `config.py` derives from this."""
+    """What a method declares, the base of `Config` in its `config.py`."""
 
     name: str = Field(description="a method of the table, or an importable module: a.b.c")
 
@@ -143,7 +146,7 @@ class MethodSection(Section, ABC):
 
     @property
     def round(self) -> Refresh | None:
-        """How a round is made; None for a method that trains without a clustering."""
+        """How a round is made, or None for a method that trains without a clustering."""
         return None
 
     @property
@@ -181,7 +184,10 @@ class ClusteringMethodSection(MethodSection):
 
 
 class TermSection(Section):
-    """A weighted regulariser beside the loss; the `Config` of a term may add keys."""
+    """A weighted regulariser beside the loss.
+
+    The `Config` of a term may add keys.
+    """
 
     uses_labels: ClassVar[bool] = False
 
@@ -343,7 +349,10 @@ class InitSection(Section):
 
 
 class KeepSection(Section):
-    """How much of the past stays on disk; assignments are all kept."""
+    """How much of the past stays on disk.
+
+    Assignments are all kept.
+    """
 
     features: int = Field(1, ge=0)
     checkpoints: int = Field(3, ge=1)

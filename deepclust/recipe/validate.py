@@ -23,7 +23,9 @@ def checked(
     within: str = "",
     problems: Sequence[str] = (),
 ) -> M:
-    """Return a tree of plain values as a model; a RecipeError has keys `within` + key.
+    """Return a tree of plain values as a model.
+
+    A RecipeError has keys `within` + key.
 
     `problems` are already known. Together with them nothing is said about the whole recipe.
     """
@@ -52,7 +54,10 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
 
 
 def _keys_at(section: Any, location: list[str]) -> list[str]:
-    """Known keys of the section at a location; optional sections are unions with None."""
+    """Known keys of the section at a location.
+
+    Optional sections are unions with None.
+    """
     for part in location:
         inner = _keys(section)[part]
         options = [one for one in typing.get_args(inner) if one is not types.NoneType]

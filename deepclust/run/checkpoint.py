@@ -196,7 +196,10 @@ def owned_names(folder: Path) -> set[str]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[list[_OwnedFile]]:
-    """Open the owners' files; one that cannot be read is a `DataError`."""
+    """Open the owners' files.
+
+    One that cannot be read is a `DataError`.
+    """
     with ExitStack() as stack:
         try:
             yield [

@@ -95,7 +95,10 @@ class Run:
         atomic_folder(stage, complete, replace_unfinished)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append to events.jsonl; only the controller that holds the run does this."""
+        """Append to events.jsonl.
+
+        Only the controller that holds the run does this.
+        """
         if self.token:
             self.fence()
         record = {"time": time.time(), "attempt": self.attempt, "event": name, **fields}
@@ -106,7 +109,10 @@ class Run:
         return read_jsonl(self.path / "events.jsonl")
 
     def metric(self, kind: str, **fields: Any) -> None:
-        """Append to metrics.jsonl; of two with one kind and step the later attempt's counts."""
+        """Append to metrics.jsonl.
+
+        Of two with one kind and step the later attempt's counts.
+        """
         record = {"kind": kind, "attempt": self.attempt, **fields, "time": time.time()}
         append_json(self.path / "metrics.jsonl", record)
 
@@ -175,7 +181,10 @@ def open_run(run_dir: str | Path) -> Run:
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what killed processes left half-written; only the holder of the lock may."""
+    """Delete what killed processes left half-written.
+
+    Only the holder of the lock may.
+    """
     for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
         for leftover in run_dir.glob(pattern):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """One controller for a run: the lock, its heartbeat, and the token that fences off an old one.
 
 The lock names host, boot, pid, start time and, inside a job, the job and its restart. A dead
-process on this host frees it at once; one on another host when its heartbeat is two minutes old.
+process on this host frees it at once. A lock of another host is freed when its
+heartbeat is two minutes old.
 A process that acquires it writes a new token. Every commit compares tokens just before its rename,
 so an old controller that wakes up cannot write anything. A controller that restarts its worker
 group renews the token, which fences off what is left of the old group in the same way.
@@ -101,7 +102,10 @@ def _acquire(run_dir: Path) -> str:
 
 @contextlib.contextmanager
 def _guarded(run_dir: Path) -> Iterator[None]:
-    """Let one process of this host at a time write the lock; across hosts the token decides."""
+    """Let one process of this host at a time write the lock.
+
+    Across hosts the token decides.
+    """
     with disk_errors(run_dir), open(run_dir / ".lock-guard", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield

@@ -26,13 +26,22 @@ class Report(Protocol):
     """Where a rank's events and progress go."""
 
     def event(self, name: EventName, **fields: Any) -> None:
-        """Report something that happened once; it goes to events.jsonl."""
+        """Report something that happened once.
+
+        It goes to events.jsonl.
+        """
 
     def progress(self, **fields: Any) -> None:
-        """Report how far we are; it goes to the screen and is not kept."""
+        """Report how far we are.
+
+        It goes to the screen and is not kept.
+        """
 
     def alive(self) -> None:
-        """Show that this process still gets somewhere; every loop of a long stage calls it."""
+        """Show that this process still gets somewhere.
+
+        Every loop of a long stage calls it.
+        """
 
 
 class DirectReport:
@@ -86,7 +95,10 @@ class PipeReport(SignsOfLife):
         self._send({"result": failure(error, exit_code)})
 
     def done(self) -> None:
-        """Report that this process has done its work; its supervisor need not wait for its exit."""
+        """Report that this process has done its work.
+
+        Its supervisor need not wait for its exit.
+        """
         self._send({"result": {}})
 
     def _beat(self) -> None:
@@ -121,7 +133,10 @@ class Metrics:
         self.board = SummaryWriter(str(run.path / "tensorboard"))
 
     def record(self, kind: str, step: int, **values: Any) -> None:
-        """Write one record; numbers also become TensorBoard scalars `kind/name`."""
+        """Write one record.
+
+        Numbers also become TensorBoard scalars `kind/name`.
+        """
         self.run.metric(kind, step=step, **values)
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("epoch", "step"):
@@ -133,7 +148,7 @@ class Metrics:
 
 
 def log_to(path: Path, rank: int) -> logging.Logger:
-    """Let the package's logger write to a file, each line with time and rank; return it."""
+    """Let the package's logger write to a file, each line with time and rank, and return it."""
     logger = logging.getLogger("deepclust")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -32,7 +32,7 @@ def read_whitening(round_dir: Path) -> Whitening:
 
 
 def find_whitening(round_dir: Path) -> Whitening | None:
-    """Return the whitening of a round; None where its features are not whitened."""
+    """Return the whitening of a round, or None where its features are not whitened."""
     return read_whitening(round_dir) if is_done(round_dir / "whitening") else None
 
 
@@ -42,7 +42,7 @@ def read_statistics(run: Run, number: int) -> dict[str, Any]:
 
 
 def read_kept(round_dir: Path) -> Bool[np.ndarray, "heads k"] | None:
-    """Return which clusters continue one of the round before; None where ids are not matched."""
+    """Return which clusters continue one of the round before, or None where ids are not matched."""
     file = round_dir / "assignments" / "kept.npy"
     # rounds written before there were heads have one row without its axis
     return np.atleast_2d(np.load(file)) if file.exists() else None

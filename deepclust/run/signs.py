@@ -23,5 +23,5 @@ class SignsOfLife:
 
     @property
     def idle_s(self) -> float | None:
-        """Seconds since the last sign of life; None before the first."""
+        """Seconds since the last sign of life, or None before the first."""
         return None if self._last is None else time.monotonic() - self._last

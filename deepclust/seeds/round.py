@@ -138,7 +138,7 @@ def save(seeded: SeededRound, stage: Path) -> None:
 
 
 def read(round_dir: Path) -> Prototypes | None:
-    """Return the prototypes of a round's folder; None if it was not seeded."""
+    """Return the prototypes of a round's folder, or None if it was not seeded."""
     stage = round_dir / "centroids"
     if not (stage / "prototypes.npy").exists():
         return None

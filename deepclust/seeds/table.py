@@ -108,7 +108,10 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def _read(index: Index, source: str, option: str, notes: list[str]) -> SeedTable:
-    """Read all labels of "shards" or of a table; `option` is the recipe's key, for messages."""
+    """Read all labels of "shards" or of a table.
+
+    `option` is the recipe's key, for messages.
+    """
     if source == SHARDS:
         return _from_shards(index, option)
     path = Path(source)
@@ -174,7 +177,10 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> SeedTable:
-    """Return a table's classes by sample id; keys that no shard has are counted."""
+    """Return a table's classes by sample id.
+
+    Keys that no shard has are counted.
+    """
     key = table["key"]
     if by_shard := "shard" in table.column_names:
         key = _in_shard(table["shard"], key)
@@ -209,7 +215,7 @@ def _one_class_each(
     class_of: Int64[np.ndarray, " rows"],
     path: Path,
 ) -> Int64[np.ndarray, " keys"]:
-    """Return the class of every key; raise `DataError` for a key with two."""
+    """Return the class of every key, or raise `DataError` for a key with two."""
     pairs = np.unique(key_of * len(names) + class_of)
     key, classes = np.divmod(pairs, len(names))
     twice = np.flatnonzero(key[1:] == key[:-1])
@@ -267,7 +273,10 @@ def _note_unknown(
     notes: list[str],
     shard: str | None,
 ) -> None:
-    """Note the keys that no shard has; `shard` is the name of one, if the table names them."""
+    """Note the keys that no shard has.
+
+    `shard` is the name of one, if the table names them.
+    """
     if known.all():
         return
     first = [keys[int(i)].as_py() for i in np.flatnonzero(~known)[:SHOWN]]
@@ -282,7 +291,10 @@ def _note_unknown(
 
 
 def _usable(table: SeedTable, excluded: Int64[np.ndarray, " e"], notes: list[str]) -> SeedTable:
-    """Return the table without samples that are excluded; they are counted."""
+    """Return the table without samples that are excluded.
+
+    They are counted.
+    """
     left = table.without(excluded)
     if len(left) < len(table):
         notes.append(f"{len(table) - len(left)} of {len(table)} labelled samples are excluded")
@@ -318,7 +330,7 @@ def _draw(table: SeedTable, per_class: int | None, seed: int) -> Bool[np.ndarray
 def _held_out(
     index: Index, config: SeedsSection, table: SeedTable, rest: SeedTable, notes: list[str]
 ) -> SeedTable | None:
-    """Return the labels to judge by, as classes of the seeds; None if there are none."""
+    """Return the labels to judge by, as classes of the seeds, or None if there are none."""
     if config.held_out is not None:
         judges = _read(index, config.held_out, "seeds.held_out", notes)
         if config.held_out != SHARDS:

@@ -41,7 +41,7 @@ class Feed:
     table: SeedTable | None = None  # labels by sample id
 
     def plan(self, timeline: Timeline, state: State, targets: Targets | None) -> EpochPlan:
-        """Plan a segment, uniform over the round's clusters; without a clustering, over samples.
+        """Plan a segment, uniform over the round's clusters, or over samples without a clustering.
 
         With `seeds.share` every batch has that share of labelled samples, uniform over their
         clusters, or over their classes where nothing is clustered. Head 0 samples.
@@ -130,7 +130,7 @@ class Feed:
         return floats.contiguous(memory_format=torch.channels_last)
 
     def _labelled_share(self, lanes: int, targets: Targets | None) -> int:
-        """Labelled samples of a batch, equally many for each lane; all for a share of 1."""
+        """Labelled samples of a batch, equally many for each lane, all for a share of 1."""
         seeds, batch = self.recipe.seeds, self.recipe.train.batch
         if seeds is None or self.table is None or seeds.share == 0:
             return 0
@@ -143,7 +143,7 @@ class Feed:
     def _labelled_groups(
         self, cluster_ids: np.ndarray, targets: Targets | None
     ) -> Int32[np.ndarray, " n"]:
-        """Return the groups that labelled samples are drawn from; -1 for all other samples."""
+        """Return the groups that labelled samples are drawn from, or -1 for all other samples."""
         assert self.table is not None
         groups = np.full(len(cluster_ids), -1, np.int32)
         ids = self.table.sample_ids
@@ -195,7 +195,10 @@ def labels_of(
 
 
 def _colour(data: Data, number: int, full_size: bool) -> Colour:
-    """Return the colours of a crop; a small one has those of the last full-size one by default."""
+    """Return the colours of a crop.
+
+    A small one has those of the last full-size one by default.
+    """
     chances = {}
     for name in ("blur", "solarise"):
         chance = getattr(data, name)

@@ -54,13 +54,19 @@ class Context:
     stage: str | None = None  # extract, cluster or train: do only that one
 
     def emit(self, name: EventName, **fields: Any) -> None:
-        """Report an event of the worker group; the first rank does, for all."""
+        """Report an event of the worker group.
+
+        The first rank does, for all.
+        """
         if self.world.is_first:
             self.report.event(name, **fields)
 
 
 def build_trainer(context: Context) -> Trainer:
-    """Return the parts of training, from the recipe; weights depend on the seed."""
+    """Return the parts of training, from the recipe.
+
+    Weights depend on the seed.
+    """
     recipe, world, run = context.recipe, context.world, context.run
     method = build_method(recipe, world, new=not run.checkpoints()).to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
@@ -82,7 +88,10 @@ def build_trainer(context: Context) -> Trainer:
 
 
 def build_method(recipe: Recipe, world: World, new: bool) -> Method:
-    """Return the recipe's method around the recipe's backbone; a new run may inherit weights."""
+    """Return the recipe's method around the recipe's backbone.
+
+    A new run may inherit weights.
+    """
     backbone = build_backbone(
         recipe.backbone.name,
         sobel=recipe.backbone.sobel,

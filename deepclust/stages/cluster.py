@@ -1,8 +1,9 @@
 """Clustering a round: moments -> whitening, and features -> k-means -> assignments.
 
-Both are idempotent functions over the files of the run, so it does not matter which process calls
-them: the only rank (inline), all ranks together, or the cluster worker, a process with a device for
-itself that watches the run directory. Ranks wait for the worker's files, never in a collective.
+Both are idempotent functions over the files of the run. Any process can call
+them: the only rank (inline), all ranks together, or the cluster worker. The worker is a process
+with a device for itself that watches the run directory. Ranks wait for the worker's files, never in
+a collective.
 """
 
 from __future__ import annotations
@@ -64,9 +65,11 @@ class ClusterContext:
 def make_context(
     run: Run, recipe: Recipe, index: Index, device: torch.device, report: Report, world: World
 ) -> ClusterContext:
-    """Return the context of a recipe, its backend and device tested; a fallback is reported.
+    """Return the context of a recipe, its backend and device tested.
 
-    The labels of seeds are read; see `seeds.table.load` and `seeds.round.check` for their errors.
+    A fallback is reported.
+
+    The labels of seeds are read. See `seeds.table.load` and `seeds.round.check` for their errors.
     """
     config, refresh = recipe.clustering, recipe.method.round
     assert refresh is not None, "the method has no rounds"
@@ -162,13 +165,19 @@ def make_task(context: ClusterContext, number: int) -> RoundTask:
 
 
 def head_seeds(seed: int, number: int, heads: int) -> tuple[int, ...]:
-    """Return the random seeds of a round's heads; head 0 has the one of rounds with one head."""
+    """Return the random seeds of a round's heads.
+
+    Head 0 has the one of rounds with one head.
+    """
     first = derive(seed, "cluster", number)
     return first, *(derive(seed, "cluster", number, "head", head) for head in range(1, heads))
 
 
 def advance(context: ClusterContext, number: int) -> None:
-    """Do whatever of the round can be done now; what is there is not done again."""
+    """Do whatever of the round can be done now.
+
+    What is there is not done again.
+    """
     round_dir = context.run.round(number)
     if context.refresh.whiten and context.world.is_first and is_done(round_dir / "raw"):
         solve_whitening(context, number)
@@ -186,7 +195,7 @@ def serve(context: ClusterContext, stopping: Callable[[], bool]) -> None:
 
 
 def wait_for(stage: Path, stopping: Callable[[], bool]) -> bool:
-    """Wait until a stage is done; return False when a stop is wanted before."""
+    """Wait until a stage is done, or return False when a stop is wanted before."""
     while not is_done(stage):
         if stopping():
             return False
@@ -195,7 +204,10 @@ def wait_for(stage: Path, stopping: Callable[[], bool]) -> bool:
 
 
 def read_targets(run: Run, number: int) -> Targets:
-    """Return a finished round with all its heads; assignments stay on disk, memory-mapped."""
+    """Return a finished round with all its heads.
+
+    Assignments stay on disk, memory-mapped.
+    """
     round_dir = run.round(number)
     file = round_dir / "assignments" / "assignments.npy"
     return Targets(
@@ -211,7 +223,7 @@ def read_targets(run: Run, number: int) -> Targets:
 def _seeds(
     context: ClusterContext, number: int, rows: np.ndarray, excluded: Int64[np.ndarray, " e"]
 ) -> SeededRound | None:
-    """Return the round's prototypes, if it is seeded; the same on every rank."""
+    """Return the round's prototypes, if it is seeded, the same on every rank."""
     if context.seeds is None or number < context.seeds[0].pin_from:
         return None
     config, seeds = context.seeds

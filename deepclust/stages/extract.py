@@ -62,7 +62,10 @@ class ExtractContext:
 
     @property
     def rows_path(self) -> Path:
-        """The file for projected rows; its name keeps processes of an older attempt out."""
+        """The file for projected rows.
+
+        Its name keeps processes of an older attempt out.
+        """
         return self.raw_dir / f"rows-{self.run.token}.npy"
 
     def chunk_path(self, number: int) -> Path:
@@ -213,7 +216,10 @@ def _add_batch(
     bad: list[Any],
     pivot: Tensor,
 ) -> None:
-    """Centre, round to fp16, and count what is usable; a row that is not becomes zeros."""
+    """Centre, round to fp16, and count what is usable.
+
+    A row that is not becomes zeros.
+    """
     centred = rows - pivot
     half = centred.half()
     usable = torch.isfinite(half).all(1)

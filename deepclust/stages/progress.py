@@ -26,7 +26,10 @@ class StageProgress:
         self.first_done: int | None = None
 
     def show(self, done: int, of: int, eta: float | None = None, **facts: Any) -> None:
-        """Report `done` parts `of` all; `eta` (seconds) is estimated from the calls so far."""
+        """Report `done` parts `of` all.
+
+        `eta` (seconds) is estimated from the calls so far.
+        """
         self.report.alive()
         now = time.monotonic()
         self.first_done = done - 1 if self.first_done is None else self.first_done

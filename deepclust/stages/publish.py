@@ -146,7 +146,10 @@ def _match_ids(
     previous: Int32[np.ndarray, " n"] | None,
     seeds: SeededRound | None,
 ) -> tuple[RoundClusters, Bool[np.ndarray, " k"] | None]:
-    """Return ids that continue the last round's, and which do; seeded clusters keep theirs."""
+    """Return ids that continue the last round's, and which do.
+
+    Seeded clusters keep theirs.
+    """
     if previous is None or not context.refresh.keeps_ids:
         return clusters, None
     k, m, assignments = context.config.k, seeds.count if seeds else 0, clusters.assignments
@@ -164,7 +167,7 @@ def _match_ids(
 
 
 def _free(assignments: Int32[np.ndarray, " n"], m: int) -> Int32[np.ndarray, " n"]:
-    """Return ids of free clusters counted from 0; -1 for those of the m seeded ones."""
+    """Return ids of free clusters counted from 0, or -1 for those of the m seeded ones."""
     free: Int32[np.ndarray, " n"] = np.maximum(assignments - m, -1).astype(np.int32)
     return free
 
@@ -179,7 +182,7 @@ def _seed_statistics(report: dict[str, Any] | None, clusters: RoundClusters) -> 
 
 
 def _previous(context: ClusterContext, number: int, head: int) -> Int32[np.ndarray, " n"] | None:
-    """Return a head's assignments of the round before; None if it had fewer heads."""
+    """Return a head's assignments of the round before, or None if it had fewer heads."""
     last = last_round_before(context.run, number)
     if last is None:
         return None

@@ -89,7 +89,7 @@ class RoundClusters:
 
 
 def cluster_round(task: RoundTask) -> tuple[list[RoundClusters], float]:
-    """Cluster once for each head; return the clusters, and the seconds spent on reading rows.
+    """Cluster once for each head, and return the clusters, and the seconds spent on reading rows.
 
     Labelled samples are moved to their class's cluster where the seeds force them. On a CPU the
     first pass reads the rows, so that the seconds are few. Called by all ranks of `task.world`,

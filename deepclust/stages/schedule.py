@@ -44,7 +44,7 @@ class Timeline:
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
-        """Return the timeline of a recipe; `DataError` for fewer images than a batch."""
+        """Return the timeline of a recipe, or raise `DataError` for fewer images than a batch."""
         steps = n // recipe.train.batch
         if steps == 0:
             raise DataError(
@@ -78,19 +78,25 @@ class Timeline:
         return state.step % steps == 0
 
     def finished(self, state: State) -> bool:
-        """Return whether the state is at the end; the last round of steps may be a short one."""
+        """Return whether the state is at the end.
+
+        The last round of steps may be a short one.
+        """
         if self.every.unit == "epoch":
             return state.segment >= self.epochs
         return state.offset == 0 and state.step >= self.epochs * self.epoch_steps
 
     def steps(self, state: State) -> int | None:
-        """Return the length of the state's segment; None is one pass over all valid samples."""
+        """Return the length of the state's segment.
+
+        None is one pass over all valid samples.
+        """
         if self.every.unit == "epoch":
             return None
         return min(self.every.count, self._steps_left(state))
 
     def round_of(self, state: State) -> int:
-        """Return the round that the state's segment trains on; -1 where nothing is clustered."""
+        """Return the round that the state's segment trains on, or -1 where nothing is clustered."""
         if not self.clusters:
             return -1
         return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)

@@ -1,6 +1,6 @@
 """Training on the pseudo-labels of one round: the one visible loop.
 
-The plan says which samples form each global batch; this rank takes its share, in `accumulate`
+The plan says which samples form each global batch. This rank takes its share, in `accumulate`
 parts. Batches, crops and dropout depend on (seed, step, rank) alone. So a run that was killed and
 resumed computes the same steps, bit for bit on a CPU.
 """
@@ -37,7 +37,10 @@ from deepclust.world import World, derive
 
 @dataclass
 class Trainer:
-    """The parts that training needs; `model` is the method, wrapped in DDP when there are ranks."""
+    """The parts that training needs.
+
+    `model` is the method, wrapped in DDP when there are ranks.
+    """
 
     recipe: Recipe
     run: Run
@@ -53,7 +56,10 @@ class Trainer:
     metrics: Metrics | None  # of the first rank
 
     def save(self, state: State) -> None:
-        """Write a checkpoint unless the step has one; all ranks call it."""
+        """Write a checkpoint unless the step has one.
+
+        All ranks call it.
+        """
         keep = self.recipe.keep.checkpoints
         save(state, self.run, keep, self.world, self.report, self.method, self.optimizers)
 
@@ -98,7 +104,7 @@ class Totals:
 def train_segment(
     trainer: Trainer, plan: EpochPlan, targets: Targets | None, state: State
 ) -> State:
-    """Train from `state.offset` to the end of the plan; return the state after it.
+    """Train from `state.offset` to the end of the plan, and return the state after it.
 
     `targets` are None for a method that trains without a clustering. Raises NumericalError on a
     loss that is not finite, RequeueWanted when asked to stop.
@@ -137,7 +143,10 @@ def train_step(
     targets: Targets | None,
     state: State,
 ) -> float:
-    """Take one optimizer step and return its learning rate; the method's hooks are called here."""
+    """Take one optimizer step and return its learning rate.
+
+    The method's hooks are called here.
+    """
     method, accumulate = trainer.method, trainer.recipe.train.accumulate
     now = trainer.timeline.now(state)
     torch.manual_seed(derive(trainer.recipe.seed, "step", state.step, trainer.world.rank))
@@ -157,7 +166,10 @@ def train_step(
 
 
 def forward_backward(trainer: Trainer, batch: Batch, last: bool) -> dict[str, Tensor]:
-    """Compute the gradients of one part of a step; the ranks' gradients meet at the last one."""
+    """Compute the gradients of one part of a step.
+
+    The ranks' gradients meet at the last one.
+    """
     config = trainer.recipe.train
     with (
         no_sync(trainer.model, last),

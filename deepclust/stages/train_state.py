@@ -30,7 +30,10 @@ def save(
     method: Method,
     optimizers: Optimizers,
 ) -> None:
-    """Save a checkpoint unless the step has one, and keep the newest; all ranks call it."""
+    """Save a checkpoint unless the step has one, and keep the newest.
+
+    All ranks call it.
+    """
     if not (world.is_first or method.owned()):
         return
     parts, slices = split(method, optimizers)

@@ -87,7 +87,10 @@ def export_meta(run: Run) -> dict[str, Any]:
 
 
 def backbone_part(tensors: dict[str, Any], trunk: str = "backbone") -> dict[str, Any]:
-    """Return the backbone's tensors of a method's state dict; `trunk` is its module there."""
+    """Return the backbone's tensors of a method's state dict.
+
+    `trunk` is its module there.
+    """
     prefix = f"{trunk}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -111,7 +114,7 @@ def _check_heads(recipe: Recipe, heads: int, source: Path) -> None:
 def _join(
     assignments: Int32[np.ndarray, "heads m"], theirs: Index, ours: Index
 ) -> Int32[np.ndarray, "heads n"]:
-    """Their assignments on our sample ids, joined by shard and key; -1 where they have none."""
+    """Their assignments on our sample ids, joined by shard and key, or -1 where they have none."""
     table = _keys(theirs).append_column("row", pa.array(np.arange(len(theirs))))
     joined = _keys(ours).append_column("id", pa.array(np.arange(len(ours))))
     joined = joined.join(table, ["shard", "key"], join_type="left outer").sort_by("id")

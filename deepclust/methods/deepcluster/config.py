@@ -24,7 +24,10 @@ class Config(ClusteringMethodSection):
 
     @property
     def round(self) -> Refresh:
-        """One level; policy `reset` renews the classifier, `match` lets clusters keep their ids."""
+        """One level.
+
+        Policy `reset` renews the classifier, `match` lets clusters keep their ids.
+        """
         return Refresh(keeps_ids=self.head == "match", resets=self.head == "reset")
 
     def chance_loss(self, recipe: Recipe) -> float:

@@ -52,7 +52,10 @@ class Method(base.Method):
 
     @torch.no_grad()
     def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " k"]]:
-        """Renew the head for a round, by policy; the draws depend on (seed, round) only."""
+        """Renew the head for a round, by policy.
+
+        The draws depend on (seed, round) only.
+        """
         if isinstance(self.head, CentroidHead):
             assert targets.whitening is not None
             self.head.take(targets.whitening, targets.centroids[0])

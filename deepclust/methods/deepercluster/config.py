@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 
 class Config(ClusteringMethodSection):
-    """DeeperCluster (Caron et al. 2019); its levels are cluster.supers and cluster.k."""
+    """DeeperCluster (Caron et al. 2019).
+
+    Its levels are cluster.supers and cluster.k.
+    """
 
     name: Literal["deepercluster"] = "deepercluster"
     rotations: Literal[1, 4] = Field(4, description="4: images turned by quarters; 1: upright")
 
     @property
     def round(self) -> Refresh:
-        """Two levels of k-means; both classifiers are renewed."""
+        """Two levels of k-means.
+
+        Both classifiers are renewed.
+        """
         return Refresh(levels=2, resets=True)
 
     def crops(self, data: Data) -> tuple[Crops, ...]:

@@ -48,7 +48,10 @@ class Method(base.Method):
         return supers * self.rotations + batch.turns, cluster_ids % self.subs
 
     def loss(self, batch: Batch) -> Output:
-        """Return -log p(s | x) - log p(z | s, x); the logits are those over super-classes."""
+        """Return -log p(s | x) - log p(z | s, x).
+
+        The logits are those over super-classes.
+        """
         s, z = self.classes(batch)
         features = self.backbone(batch.crops[0])
         active = self.backbone.activation(features)
@@ -60,7 +63,10 @@ class Method(base.Method):
 
     @torch.no_grad()
     def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:
-        """Renew the heads; with one super-cluster the outer head classifies turns, and stays."""
+        """Renew the heads.
+
+        With one super-cluster the outer head classifies turns, and stays.
+        """
         self.sub_head.reset(derive(seed, "sub", targets.round))
         if self.supers > 1:
             self.super_head.reset(derive(seed, "head", targets.round))

@@ -13,7 +13,7 @@ from deepclust.world import derive
 
 
 class LinearHead(nn.Linear):
-    """Features [b, dim] to logits [b, k]; weights N(0, 0.01), bias 0, as in DeepCluster's main.py.
+    """Features [b, dim] to logits [b, k], weights N(0, 0.01), bias 0, as in DeepCluster's main.py.
 
     The weights depend on the seed only, never on the rank, the device or the global generator.
     """
@@ -27,7 +27,7 @@ class LinearHead(nn.Linear):
         """Draw the head again, or only these rows (policy `match`: all others keep theirs).
 
         A row's draw does not depend on which others are drawn. The parameters stay the same
-        objects; the optimizer's state of the rows is not touched.
+        objects. The optimizer's state of the rows is not touched.
         """
         random = torch.Generator().manual_seed(derive(seed, "head"))
         fresh = torch.randn(self.weight.shape, generator=random).mul_(0.01).to(self.weight)

@@ -199,7 +199,10 @@ def _weight_gradients(
     rows: Float[Tensor, "g D"], slip: Float[Tensor, "g own"], groups: list[_Group],
     weight: Float[Tensor, "S own D"], size: int,
 ) -> tuple[Float[Tensor, "S own D"], Float[Tensor, "S own"]]:  # fmt: skip
-    """Return the mean over ranks in one tensor; autograd's `select` would make S of them."""
+    """Return the mean over ranks in one tensor.
+
+    Autograd's `select` would make S of them.
+    """
     whole, bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2])
     for group in groups:
         part = slip[group.rows]

@@ -1,10 +1,12 @@
 """SimCLR: among all crops of the batch, find the other crop of the same image.
 
 Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020, eq.
-1 and algorithm 1; reference implementation google-research/simclr. NT-Xent over the 2 G normalised
-projections of the global batch, both directions, without the row itself, gathered over the ranks
-with their gradients. Nothing is clustered. As in most re-implementations the projection ends
-without a batch norm (the reference has one there).
+1 and algorithm 1. The reference implementation is google-research/simclr.
+
+The loss is NT-Xent over the 2 G normalised
+projections of the global batch, both directions, without the row itself. They are gathered over
+the ranks with their gradients. Nothing is clustered. As in most re-implementations the projection
+ends without a batch norm (the reference has one there).
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ def nt_xent(
 ) -> Float[Tensor, ""]:
     """Mean over this rank's 2 b unit rows of -log softmax(row . all others / T) at its partner.
 
-    a and b are the two crops of the same b images; equal b on every rank. The mean over the ranks,
-    as DDP takes it of the gradients, is the loss of the global batch. float32, autocast or not.
+    a and b are the two crops of the same b images. b is equal on every rank. The mean over the
+    ranks, as DDP takes it of the gradients, is the loss of the global batch. float32, autocast or
+    not.
     """
     with torch.autocast(a.device.type, enabled=False):
         keys = torch.cat([world.all_gather_rows(a), world.all_gather_rows(b)])

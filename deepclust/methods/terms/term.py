@@ -25,7 +25,10 @@ class Term(nn.Module, ABC):
     """
 
     def __init__(self, config: TermSection, width: int, seed: int) -> None:
-        """Build the term for features of this width; weights depend on the seed alone."""
+        """Build the term for features of this width.
+
+        Weights depend on the seed alone.
+        """
         super().__init__()
         self.weight, self.ramp = config.weight, config.ramp
 
@@ -39,7 +42,10 @@ class Term(nn.Module, ABC):
 
 
 def build_terms(sections: Mapping[str, TermSection], width: int, seed: int) -> nn.ModuleDict:
-    """Return the terms of a recipe by name, in its order; a dot in a name becomes an underscore."""
+    """Return the terms of a recipe by name, in its order.
+
+    A dot in a name becomes an underscore.
+    """
     return nn.ModuleDict(
         {
             name.replace(".", "_"): part_of(name, TERMS, "term")(section, width, seed)
