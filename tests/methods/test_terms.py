@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from cluster_jobs.results.evaluate import evaluate_run
 from deepclust import Recipe
 from deepclust.errors import RecipeError
 from deepclust.methods.base import Now, Output
 from deepclust.methods.terms import TERMS
 from deepclust.recipe.named import part_of, section_of
 from deepclust.recipe.sections import TermSection
+from deepclust.run.directory import Run
 from deepclust.world import ALONE, World
-from tests.methods.cases import batch, method, recipe
+from tests.methods.cases import CASES, batch, method, recipe
 from tests.ranks import on_ranks
+from tests.tiny import assert_resumes_undisturbed, deepclust, tiny_recipe
 
 ENTROPY = "terms.mean_entropy={weight: 0.5, ramp: 2}"
 
@@ -109,8 +113,27 @@ def test_a_wrong_key_of_a_term_is_named(override: str, message: str) -> None:
         recipe("deepcluster", override)
 
 
-def test_the_terms_of_a_recipe_are_dumped_and_read_again(tmp_path) -> None:
+def test_the_terms_of_a_recipe_are_dumped_and_read_again(tmp_path: Path) -> None:
     given = recipe("deepcluster", ENTROPY)
     given.save(tmp_path / "recipe.yaml")
     assert Recipe.load(tmp_path / "recipe.yaml") == given
     assert given.flat()["terms.mean_entropy.ramp"] == 2
+
+
+@pytest.mark.slow
+def test_a_term_of_the_user_brings_labels_to_a_method_without_a_clustering(
+    shards: Path, tmp_path: Path
+) -> None:
+    given = tiny_recipe(
+        shards, "method.name=simclr", *CASES["simclr"], "train.lr=0.01",
+        "terms={tests.toys.term: {weight: 1, classes: 4}}",
+        "seeds={labels: shards, per_class: 20, share: 0.25}",
+    )  # fmt: skip
+    assert_resumes_undisturbed(given, tmp_path, 15)
+    told = [
+        record["term_tests_toys_term"] for record in Run(tmp_path / "straight").metrics("train")
+    ]
+    assert told[-1] < told[0]
+    scores = evaluate_run(tmp_path / "straight", str(shards), str(shards))
+    assert scores["knn"]["top1"] > 0.25
+    deepclust("report", tmp_path / "straight")

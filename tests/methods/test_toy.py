@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cluster_jobs.results.evaluate import load_trunk
 from deepclust import load_backbone
+from deepclust.models import build_backbone
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
+from deepclust.stages.export import weights_hash
+from deepclust.stages.warm_start import load_weights
 from tests.killing import kill_when, start, training
 from tests.methods.cases import CASES, TOY
 from tests.tiny import assert_same_run, deepclust, final_weights, tiny_recipe
@@ -55,6 +59,10 @@ def test_the_teacher_is_exported_and_rounds_have_two_heads(shards: Path, tmp_pat
     net = load_backbone(tmp_path / "run/export/backbone.safetensors")
     for name, value in net.net.state_dict().items():
         np.testing.assert_array_equal(value, weights[f"teacher.backbone.net.{name}"])
+    inherited = build_backbone("tests.toys.backbone", image_size=16, seed=1)
+    load_weights(inherited, str(tmp_path / "run"))
+    for other in (inherited, load_trunk(run)):
+        assert weights_hash(other.export_state()) == weights_hash(net.export_state())
     assert not np.array_equal(
         weights["teacher.backbone.net.0.weight"], weights["backbone.net.0.weight"]
     )

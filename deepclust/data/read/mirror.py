@@ -87,8 +87,9 @@ def _error(work: Future[None]) -> Exception | None:
 
 def _bytes_in(folder: Path) -> int:
     """Return the bytes of a folder's files, whichever process of this node writes them."""
-    with contextlib.suppress(FileNotFoundError):  # not there yet, or a part renamed just now
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    # the folder is not there yet, or a part was renamed just now
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return sum(entry.stat().st_size for entry in entries)
     return -1
 
 
