@@ -267,35 +267,42 @@ def extract(run_dir: RunDir) -> None:
     _run_stage(run_dir, "extract")
 
 
+Clusters = Annotated[int | None, typer.Option("--k", help="The number of clusters.")]
+Whiten = Annotated[int | None, typer.Option(help="PCA-whiten the rows to this many dimensions.")]
+Iterations = Annotated[int, typer.Option(help="The updates of the centroids.")]
+Seed = Annotated[int, typer.Option(help="The seed of the initial centroids.")]
+Init = Annotated[str, typer.Option(help="The initial centroids: random, k-means++ or two-level.")]
+Spherical = Annotated[
+    bool, typer.Option("--spherical", help="Compare unit rows by their inner product.")
+]
+Empty = Annotated[str, typer.Option(help="What becomes of an empty cluster: split or relocate.")]
+MinSize = Annotated[int, typer.Option(help="The fewest rows of a cluster.")]
+Backend = Annotated[str, typer.Option(help="auto, torch or faiss.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Ids = Annotated[Path | None, typer.Option(help="The names of the rows: a text file or Parquet.")]
+NewFolder = Annotated[Path | None, typer.Option(help="The new folder for the result.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="RUN|FEATURES.npy", help="A run, or a file of features.")
+]
+
+
 @app.command(
     epilog=_examples("cluster runs/a", "cluster features.npy --k 1000 --whiten 256 --out clusters")
 )
 def cluster(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN|FEATURES.npy", help="A run, or a file of features.")
-    ],
-    k: Annotated[int | None, typer.Option(help="The number of clusters.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The new folder for the result.")] = None,
-    whiten: Annotated[
-        int | None, typer.Option(help="PCA-whiten the rows to this many dimensions.")
-    ] = None,
-    iterations: Annotated[int, typer.Option(help="The updates of the centroids.")] = 20,
-    seed: Annotated[int, typer.Option(help="The seed of the initial centroids.")] = 0,
-    init: Annotated[
-        str, typer.Option(help="The initial centroids: random, k-means++ or two-level.")
-    ] = "random",
-    spherical: Annotated[
-        bool, typer.Option("--spherical", help="Compare unit rows by their inner product.")
-    ] = False,
-    empty: Annotated[
-        str, typer.Option(help="What becomes of an empty cluster: split or relocate.")
-    ] = "split",
-    min_size: Annotated[int, typer.Option(help="The fewest rows of a cluster.")] = 1,
-    backend: Annotated[str, typer.Option(help="auto, torch or faiss.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    ids: Annotated[
-        Path | None, typer.Option(help="The names of the rows: a text file or Parquet.")
-    ] = None,
+    source: Source,
+    k: Clusters = None,
+    out: NewFolder = None,
+    whiten: Whiten = None,
+    iterations: Iterations = 20,
+    seed: Seed = 0,
+    init: Init = "random",
+    spherical: Spherical = False,
+    empty: Empty = "split",
+    min_size: MinSize = 1,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    ids: Ids = None,
     as_json: Json = False,
 ) -> None:
     """Cluster any features by k-means, or do the clustering stage of a run.
@@ -305,17 +312,7 @@ def cluster(
     from cluster_jobs.results import cluster_file
 
     options = cluster_file.Options(
-        k=k,
-        whiten=whiten,
-        iterations=iterations,
-        seed=seed,
-        init=init,
-        spherical=spherical,
-        empty=empty,
-        min_size=min_size,
-        backend=backend,
-        device=device,
-        ids=ids,
+        k, whiten, iterations, seed, init, spherical, empty, min_size, backend, device, ids
     )
     if not cluster_file.is_features(source):
         cluster_file.refuse_options(source, options, out)

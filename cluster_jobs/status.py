@@ -96,7 +96,7 @@ def _status(run: Run) -> Status:
         name=run.path.resolve().name,
         state=state,
         phase=_phase(events),
-        epochs=run.recipe.train.epochs,
+        epochs=run.epochs,
         round=rounds[-1] if rounds else None,
         epoch=last.get("epoch"),
         step=last.get("step"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cluster_jobs import job_file
 from cluster_jobs.executors.base import Executor
 from deepclust.errors import RecipeError
+from deepclust.imports import import_named
 
 EXECUTORS = {
     "local": "cluster_jobs.executors.local",
@@ -29,16 +29,15 @@ def executor(name: str) -> Executor[Any]:
             f"--on {name!r} is not an executor: choose from {known}, or give an importable module "
             "(my.module)"
         )
-    try:
-        loaded: Executor[Any] = importlib.import_module(module).EXECUTOR
-    except (ImportError, AttributeError) as error:
+    loaded = getattr(import_named(module), "EXECUTOR", None)
+    if loaded is None:
         raise RecipeError(
-            f"--on {name}: {error}. The module must be importable and have a name EXECUTOR that "
-            "fulfils cluster_jobs.executors.base.Executor"
-        ) from error
-    return loaded
+            f"--on {name}: the module has no name EXECUTOR that fulfils "
+            "cluster_jobs.executors.base.Executor"
+        )
+    return cast(Executor[Any], loaded)
 
 
 def executor_of(run_dir: Path) -> Executor[Any]:
     """Return the executor that a run was submitted to."""
-    return executor(job_file.read(run_dir)["on"])
+    return executor(str(job_file.read(run_dir)["on"]))

@@ -25,6 +25,7 @@ from deepclust.launch.policy import UNEXPECTED
 from deepclust.launch.ports import free_port
 from deepclust.launch.role import Role
 from deepclust.run.directory import Run
+from deepclust.run.reporting import failure
 from deepclust.run.signs import SignsOfLife
 
 
@@ -143,7 +144,7 @@ class ClusterWorker(Worker):
 
 def _failed(error: BaseException, exit_code: int) -> dict[str, Any]:
     logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
-    return {"failed": str(error), "kind": type(error).__name__, "exit_code": exit_code}
+    return failure(error, exit_code)
 
 
 def _problem(run_dir: Path, token: str) -> str:

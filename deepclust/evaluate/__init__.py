@@ -6,7 +6,6 @@ name with a dot is a module that holds one in its function `evaluate`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias, cast
 
@@ -16,6 +15,7 @@ from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, freeze
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
 from deepclust.evaluate.nearest_prototype import prototypes
+from deepclust.imports import import_named
 
 Evaluator: TypeAlias = Callable[[Frozen], Iterator[tuple[str, float]]]
 Scores: TypeAlias = dict[str, dict[str, float]]
@@ -77,12 +77,7 @@ def find_evaluator(name: str) -> Evaluator:
             f"unknown evaluator {name!r}; choose from {', '.join(EVALUATORS)}, or name a module "
             "(package.module) with a function evaluate(frozen)"
         )
-    try:
-        evaluator = getattr(importlib.import_module(name), "evaluate", None)
-    except ImportError as error:
-        raise RecipeError(
-            f"the evaluator {name} cannot be imported: {error}. Add its folder to PYTHONPATH."
-        ) from error
+    evaluator = getattr(import_named(name), "evaluate", None)
     if not callable(evaluator):
         raise RecipeError(f"the module {name} has no function evaluate(frozen); write one")
     return cast(Evaluator, evaluator)

@@ -89,7 +89,7 @@ def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
 def is_finished(run: Run) -> bool:
     """Return whether the run has been trained to the end of its recipe."""
     finished = [e for e in run.events() if e["event"] == "finished"]
-    return bool(finished) and finished[-1]["epochs"] >= run.recipe.train.epochs
+    return bool(finished) and finished[-1]["epochs"] >= run.epochs
 
 
 def resolved(recipe: Recipe) -> Recipe:

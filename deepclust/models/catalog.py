@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from deepclust.errors import RecipeError
+from deepclust.imports import import_named
 from deepclust.models import libraries
 from deepclust.models.alexnet import alexnet_bn
 from deepclust.models.backbone import Backbone
@@ -130,12 +130,7 @@ def _find(name: str, import_module: bool) -> tuple[str, Builder]:
 
 def _module(name: str, import_it: bool) -> Any:
     """Return the module of that name, which has a function `build`."""
-    try:
-        module = importlib.import_module(name) if import_it else sys.modules.get(name)
-    except ImportError as error:
-        raise RecipeError(
-            f"backbone.name: {name} cannot be imported ({error}); put its folder into PYTHONPATH"
-        ) from error
+    module = import_named(name) if import_it else sys.modules.get(name)
     if module is None:
         raise RecipeError(f"import {name} first: a module is not imported because a file names it")
     if not callable(getattr(module, "build", None)):

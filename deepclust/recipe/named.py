@@ -8,13 +8,13 @@ needs no edit of this package.
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
 from deepclust.errors import RecipeError
+from deepclust.imports import import_named
 
 
 def section_of(name: str, table: Mapping[str, str], base: type) -> Any:
@@ -49,15 +49,8 @@ def _path(name: str, table: Mapping[str, str]) -> str:
 
 def _module(path: str, part: str) -> ModuleType:
     """Import the module `part` of a package, or a module that holds all in one file."""
-    try:
-        whole = sys.modules.get(path) or importlib.import_module(path)
-        if not hasattr(whole, "__path__"):
-            return whole
-        return importlib.import_module(f"{path}.{part}")
-    except ImportError as error:
-        raise RecipeError(
-            f"{path!r} cannot be imported ({error}); put its folder into PYTHONPATH"
-        ) from error
+    whole = sys.modules.get(path) or import_named(path)
+    return import_named(f"{path}.{part}") if hasattr(whole, "__path__") else whole
 
 
 def _attribute(module: ModuleType, name: str, base: type) -> Any:

@@ -94,7 +94,9 @@ class Recipe(Section):
     @classmethod
     def load(cls, source: str | Path, *overrides: str) -> Recipe:
         """Read a recipe (a path or a shipped name) and apply `a.b=c` overrides."""
-        return cls.parse(apply_overrides(_read(source), overrides, default_method()), str(source))
+        return cls.parse(
+            apply_overrides(read_tree(source), overrides, default_method()), str(source)
+        )
 
     @classmethod
     def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -148,7 +150,8 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def read_tree(source: str | Path) -> dict[str, Any]:
+    """Return a recipe (a path or a shipped name) as plain values, unchecked."""
     path = Path(source)
     if not path.is_file():
         name = str(source)

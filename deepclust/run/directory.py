@@ -31,6 +31,7 @@ from deepclust.files import (
     write_json,
 )
 from deepclust.recipe import Recipe
+from deepclust.recipe.recipe import read_tree
 from deepclust.run.lock import check_token
 from deepclust.run.signs import unwatched
 
@@ -49,6 +50,15 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe of the run, as it was when it was first read here."""
         return Recipe.load(self.path / "recipe.yaml")
+
+    @property
+    def epochs(self) -> int:
+        """The epochs to train; a look at a run of anybody's imports no module that it names."""
+        file = self.path / "recipe.yaml"
+        try:
+            return int(read_tree(file)["train"]["epochs"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"{file} has no number at train.epochs") from error
 
     def round(self, number: int) -> Path:
         """Return the folder of a round."""

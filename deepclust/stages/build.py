@@ -122,13 +122,13 @@ def build_loader(context: Context) -> Loader:
 
 
 def read_labels(context: Context) -> SeedTable | None:
-    """Return the labels of `seeds`, on every rank: they belong to every batch.
+    """Return the labels of `seeds`, on every rank, where batches are drawn by them or hold them.
 
     Raises `RunDiffersError` when they are not those that the run began with, and `DataError` as
     `seeds.table.load` does.
     """
     recipe, file = context.recipe, context.run.path / "labels.json"
-    if recipe.seeds is None:
+    if recipe.seeds is None or not (recipe.seeds.share or recipe.uses_labels):
         return None
     seeds = load(context.index, recipe.seeds, recipe.seed)
     if recipe.cluster is None:  # else the clustering reports them

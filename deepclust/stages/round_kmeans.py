@@ -163,7 +163,9 @@ def _given(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> G
         return Given()
     # it looks at rows of all ranks, and is computed once for all
     mine = points.local if isinstance(points, ShardedPoints) else points
-    whole = mine if task.world.size == 1 else ArrayPoints(task.rows).select(task.valid)
+    whole = mine
+    if task.world.size > 1:
+        whole = ArrayPoints(task.rows, alive=task.report.alive).select(task.valid)
     given = given_start(whole, options) if task.world.is_first else Given()
     return Given(task.world.broadcast_object(given.centroids))
 

@@ -159,9 +159,8 @@ def train_step(
         meter.add(scalars, len(batch.sample_ids), loaded.bad)
         trainer.report.alive()
     drop_gradients(method, method.frozen(now))
-    norm = trainer.optimizers.step()
+    meter.norms.append(trainer.optimizers.step())
     method.after_step(now)
-    meter.norms += [] if norm is None else [norm]
     return rate
 
 
@@ -256,8 +255,7 @@ def log_metrics(
         "lr": rate,
         "images_per_s": totals.images / seconds,
         "waiting": (trainer.loader.waited - meter.waited_before) / seconds,
+        "grad_norm": float(torch.stack(meter.norms).mean()),
     }
-    if meter.norms:
-        values["grad_norm"] = float(torch.stack(meter.norms).mean())
     trainer.metrics.record("train", state.step, **values)
     trainer.report.progress(step=state.step, done=state.offset, of=plan.steps, **values)

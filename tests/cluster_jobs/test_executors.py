@@ -51,7 +51,7 @@ def test_every_executor_is_known_by_its_name(name: str) -> None:
     [
         ("sge", "choose from local, ray, slurm, or give an importable module"),
         ("no.such.module", "No module named 'no'"),
-        ("tests.toys", "have a name EXECUTOR"),
+        ("tests.toys", "has no name EXECUTOR"),
     ],
 )
 def test_an_unknown_executor_is_refused_with_those_there_are(name: str, text: str) -> None:
@@ -65,14 +65,18 @@ def test_a_dry_run_of_an_executor_from_outside_writes_nothing(recipe: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_a_missing_executor_is_named_and_hides_no_other(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+def test_the_status_of_a_run_imports_no_method_and_names_a_missing_executor(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
         (tmp_path / name / "logs").mkdir(parents=True)
         Recipe.load("demo-fashion").save(tmp_path / name / "recipe.yaml")
     job_file.record(tmp_path / "a", on="not.installed")
+    recipe = (tmp_path / "c" / "recipe.yaml").read_text()
+    (tmp_path / "c" / "recipe.yaml").write_text(
+        recipe.replace("name: deepcluster", "name: no.such")
+    )
     states = json.loads(deepclust("status", tmp_path, "--json").stdout)
-    assert "--on not.installed" in states[0]["reason"]
-    assert states[1]["state"] == "PENDING"
+    assert "'not.installed' cannot be imported" in states[0]["reason"]
+    assert [one["state"] for one in states[1:]] == ["PENDING", "PENDING"]
 
 
 @pytest.mark.slow

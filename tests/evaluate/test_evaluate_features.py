@@ -48,7 +48,7 @@ def test_a_module_is_an_evaluator_without_an_edit_of_the_package() -> None:
 
 
 def test_a_module_that_is_not_an_evaluator_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"no.such cannot be imported.*PYTHONPATH"):
+    with pytest.raises(RecipeError, match=r"no.such' cannot be imported.*PYTHONPATH"):
         find_evaluator("no.such")
     with pytest.raises(RecipeError, match=r"tests.evaluate.blobs has no function evaluate"):
         find_evaluator("tests.evaluate.blobs")

@@ -91,7 +91,7 @@ def test_mean_entropy_is_that_of_the_global_batch(ranks: int) -> None:
 
 
 def test_mean_entropy_without_logits_says_so() -> None:
-    with pytest.raises(AssertionError, match="no logits"):
+    with pytest.raises(RecipeError, match="no logits"):
         method(recipe("simclr", ENTROPY))(batch(recipe("simclr")))
 
 

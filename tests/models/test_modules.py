@@ -28,7 +28,7 @@ def test_its_weights_depend_on_the_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tests.no_such", r"tests.no_such cannot be imported .*PYTHONPATH"),
+        ("tests.no_such", r"tests.no_such' cannot be imported .*PYTHONPATH"),
         ("tests.tiny", r"tests.tiny has no function build.channels, image_size."),
     ],
 )

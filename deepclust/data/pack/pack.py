@@ -48,10 +48,9 @@ def pack(
     workers: int = 1,
     seed: int = 0,
     resize_short: int | None = None,
-    name: str = "shard",
     class_names: Sequence[str] | None = None,
 ) -> Index:
-    """Write `out`/NAME-000000.tar, ..., dataset.json and the index, and return the index.
+    """Write `out`/shard-000000.tar, ..., dataset.json and the index, and return the index.
 
     source        an image folder, "idx:DIR/train", "torchvision:NAME:SPLIT@ROOT"
     out           a folder that does not exist yet, or is empty
@@ -66,20 +65,16 @@ def pack(
     """
     _check_positive(shard_size=shard_size, workers=workers, resize_short=resize_short)
     out = Path(out).absolute()
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise DataError(f"{out} exists already. Choose another folder, or delete it first.")
+    _check_empty(out)
     images = open_source(source)
     order = generator(seed, "pack").permutation(len(images.labels)).astype(np.int64)
     work = _Work(images, order, resize_short)
-    about = {
-        "class_names": list(class_names) if class_names else images.class_names,
-        "source": str(source),
-        "seed": seed,
-        "resize_short": resize_short,
-    }
+    names = list(class_names) if class_names else images.class_names
+    about = {"class_names": names, "source": str(source), "seed": seed}
+    about |= {"resize_short": resize_short}
 
     def fill(folder: Path) -> None:
-        _write_shards(work, folder, name, _shard_count(len(order), shard_size), workers)
+        _write_shards(work, folder, _shard_count(len(order), shard_size), workers)
         write_json(folder / "dataset.json", about)
         build_index(folder)
 
@@ -93,19 +88,24 @@ def _check_positive(**options: int | None) -> None:
             raise RecipeError(f"{name} must be at least 1, not {value}.")
 
 
+def _check_empty(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise DataError(f"{out} exists already. Choose another folder, or delete it first.")
+
+
 def _shard_count(n: int, shard_size: int | None) -> int:
     if shard_size is not None:
         return -(-n // shard_size)
     return min(n, max(_FEWEST_SHARDS, -(-n // _LARGEST_SHARD)))
 
 
-def _write_shards(work: _Work, folder: Path, name: str, shards: int, workers: int) -> None:
+def _write_shards(work: _Work, folder: Path, shards: int, workers: int) -> None:
     """Write shards whose numbers of samples differ by at most one."""
     borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
 
     def write(shard: int) -> None:
         positions = range(borders[shard], borders[shard + 1])
-        _write_shard(work, positions, folder / f"{name}-{shard:06d}.tar")
+        _write_shard(work, positions, folder / f"shard-{shard:06d}.tar")
 
     if workers == 1:
         for shard in range(shards):

@@ -82,7 +82,12 @@ class SubHead(nn.Module):
         Those of the features are such that DDP's mean over the ranks gives the trunk's.
         """
         loss: Tensor = _SubLoss.apply(
-            features.to(self._dtype()), s, z, self.weight, self.bias, self.range, self.world
+            features.to(self._dtype()),
+            torch.stack([s, z], 1),
+            self.weight,
+            self.bias,
+            self.range,
+            self.world,
         )
         return loss
 
@@ -144,10 +149,15 @@ class _SubLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, s: Tensor, z: Tensor, weight: Tensor, bias: Tensor,
-        own: Owned, world: World,
-    ) -> Tensor:  # fmt: skip
-        s, z = world.all_gather_rows(torch.stack([s, z], 1)).unbind(1)
+        ctx: Any,
+        features: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        own: Owned,
+        world: World,
+    ) -> Tensor:
+        s, z = world.all_gather_rows(targets).unbind(1)
         known = (z >= 0) & (z < own.total)  # else no rank would have the target
         order, groups = _groups(torch.where(known, s, -1), len(weight))
         rows = world.all_gather_rows(features)[order]
@@ -170,7 +180,7 @@ class _SubLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             partial = _feature_gradients(slip, ctx.groups, weight)
             features = world.reduce_scatter_rows(_unsorted(partial, order)).to(rows.dtype)
-        return features, None, None, *grads, None, None
+        return features, None, *grads, None, None
 
 
 def _softmax(
