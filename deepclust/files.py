@@ -1,6 +1,8 @@
 """Atomic files and folders: write under a temporary name, sync, then rename.
 
 A full disk becomes a `DiskError` that names the path, and the file that was there stays as it was.
+
+One reader of Python files is here too: `import_named`, for the modules of users.
 """
 
 from __future__ import annotations
@@ -8,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from deepclust.errors import DiskError
+from deepclust.errors import DiskError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,3 +163,21 @@ def write_tensors(
         for key, value in tensors.items()
     }
     path.write_bytes(save(whole, metadata))
+
+
+def import_named(name: str) -> ModuleType:
+    """Import the module of a dotted name.
+
+    A recipe or a run directory may come from anybody, and some modules act when they are imported
+    (`ensurepip.__main__` installs packages). So names of the standard library and names with a
+    leading underscore are refused. A run's own folder is never on the path. Raises RecipeError.
+    """
+    parts = name.split(".")
+    if parts[0] in sys.stdlib_module_names or not all(part[:1].isalpha() for part in parts):
+        raise RecipeError(f"{name!r} is not the name of a module that may be imported: use a.b.c")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RecipeError(
+            f"{name!r} cannot be imported ({error}); put its folder into PYTHONPATH"
+        ) from error

@@ -8,7 +8,7 @@ from typing import Any, cast
 from cluster_jobs import job_file
 from cluster_jobs.executors.base import Executor
 from deepclust.errors import RecipeError
-from deepclust.imports import import_named
+from deepclust.files import import_named
 
 EXECUTORS = {
     "local": "cluster_jobs.executors.local",

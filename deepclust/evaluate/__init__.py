@@ -15,7 +15,7 @@ from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, freeze
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
 from deepclust.evaluate.nearest_prototype import prototypes
-from deepclust.imports import import_named
+from deepclust.files import import_named
 
 Evaluator: TypeAlias = Callable[[Frozen], Iterator[tuple[str, float]]]
 Scores: TypeAlias = dict[str, dict[str, float]]

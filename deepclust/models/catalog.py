@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from deepclust.errors import RecipeError
-from deepclust.imports import import_named
+from deepclust.files import import_named
 from deepclust.models import libraries
 from deepclust.models.alexnet import alexnet_bn
 from deepclust.models.backbone import Backbone

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from deepclust.errors import RecipeError
-from deepclust.imports import import_named
+from deepclust.files import import_named
 
 
 def section_of(name: str, table: Mapping[str, str], base: type) -> Any:
