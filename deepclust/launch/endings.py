@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from deepclust.errors import DeepclustError, FollowedError, RequeueWanted, error_of
-from deepclust.launch.policy import AFTERMATH_S, GRACE, LOSS_S, MAY_PASS, Policy
+from deepclust.launch.policy import (
+    AFTERMATH_S,
+    GRACE,
+    LOSS_S,
+    MAY_PASS,
+    UNEXPECTED,
+    Policy,
+)
 from deepclust.launch.role import CLUSTER_WORKER
 
 Record: TypeAlias = dict[str, Any]
@@ -53,9 +60,14 @@ class Member:
         return self.result is not None or bool(self.death)
 
     @property
+    def outcome(self) -> Record:
+        """Its result; empty while it works and when it ended well."""
+        return self.result or {}
+
+    @property
     def has_stopped(self) -> bool:
         """Whether it ended because it was asked to."""
-        return (self.result or {}).get("kind") == RequeueWanted.__name__
+        return self.outcome.get("kind") == RequeueWanted.__name__
 
     @property
     def has_failed(self) -> bool:
@@ -111,22 +123,30 @@ def culprit(members: list[Member]) -> Ending:
     The causes rank in this order:
     1. an error of ours that no restart mends
     2. a death
-    3. any other error
-    4. an error of a member that only followed another
-    5. a cluster worker that left before the trainers
+    3. another error of ours, such as a reader that died
+    4. an unexpected error, such as a broken connection to the member that left
+    5. an error of a member that only followed another
+    6. a cluster worker that left before the trainers
     """
-    failed = [(m.name, m.result) for m in members if m.has_failed and m.result]
-    for name, result in failed:
-        if result["exit_code"] not in MAY_PASS:
-            return Ending("failed", name, error=error_of(result["exit_code"], result["failed"]))
+    failed = sorted((m for m in members if m.has_failed), key=_blame)
+    for member in failed:
+        if member.outcome["exit_code"] not in MAY_PASS:
+            error = error_of(member.outcome["exit_code"], member.outcome["failed"])
+            return Ending("failed", member.name, error=error)
     for member in sorted(members, key=lambda m: not m.death):
         if member.death or not member.reachable:
             text = member.death or "it cannot be reached"
             return Ending("fault", member.name, member.cause, text)
-    failed.sort(key=lambda one: one[1]["kind"] == FollowedError.__name__)
-    for name, result in failed:
-        return Ending("fault", name, "error", f"{result['kind']}: {result['failed']}")
+    for member in failed:
+        text = f"{member.outcome['kind']}: {member.outcome['failed']}"
+        return Ending("fault", member.name, "error", text)
     return Ending("fault", "cluster worker", "error", "it left before the trainers")
+
+
+def _blame(member: Member) -> tuple[bool, bool, float]:
+    """Return a key that sorts failed members by how likely they are to have begun it."""
+    follows = member.outcome["kind"] == FollowedError.__name__
+    return follows, member.outcome["exit_code"] == UNEXPECTED, member.ended or 0.0
 
 
 def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:

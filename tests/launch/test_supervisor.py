@@ -56,6 +56,8 @@ def group(*records: dict[str, Any], ago: float = 0.0) -> list[Member]:
         ((BROKEN, WORKS, NODE), ("fault", "cluster worker", "node")),
         ((KILLED, BAD_DATA, WORKS), ("failed", "rank 1", "death")),
         ((FOLLOWER, MEMORY, WORKS), ("fault", "rank 1", "error")),
+        ((BROKEN, MEMORY, WORKS), ("fault", "rank 1", "error")),
+        ((FOLLOWER, BROKEN, WORKS), ("fault", "rank 1", "error")),
         ((FOLLOWER, FOLLOWER, WORKS), ("fault", "rank 0", "error")),
         ((BROKEN, LOST, WORKS), None),
         ((WORKS, WORKS, WELL), None),
