@@ -153,11 +153,12 @@ def train_step(
     rate = trainer.optimizers.set_schedule(now)
     for part in range(accumulate):
         loaded = next(loaded_parts)
+        # Before the collectives: so a rank whose reader hangs is silent longer than the others.
+        trainer.report.alive()
         batch = trainer.feed.to_batch(loaded, targets, state.segment, now)
         method.before_step(batch)
         scalars = forward_backward(trainer, batch, last=part == accumulate - 1)
         meter.add(scalars, len(batch.sample_ids), loaded.bad)
-        trainer.report.alive()
     drop_gradients(method, method.frozen(now))
     meter.norms.append(trainer.optimizers.step())
     method.after_step(now)
