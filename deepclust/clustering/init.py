@@ -22,9 +22,10 @@ SAMPLE = 32  # rows per cluster that k-means++ looks at; more cost time and chan
 def start(
     points: Points, fixed: Float32[Tensor, "m d"], options: KMeansOptions, given: Given
 ) -> Float32[Tensor, "free d"]:
-    """Return the first free centroids.
+    """Return the free centroids that k-means begins with.
 
-    Not one equals a fixed one unless they are given.
+    Those that are drawn differ from every fixed centroid. Those that `given` holds, or the means
+    of its assignments, may equal one.
     """
     free, seed = options.k - len(fixed), options.seed
     if given.assignments is not None:

@@ -63,9 +63,9 @@ class Member:
         return bool(self.result) and not self.has_stopped
 
     def update(self, record: Record, now: float) -> None:
-        """Take in a record.
+        """Update what is known of the member from a record that came at the time `now`.
 
-        Every one is an answer, except that it died or is out of reach.
+        Every record counts as an answer of the member, except "death" and "unreachable".
         """
         if "death" in record:
             self.death, self.cause = record["death"], record.get("cause", "death")

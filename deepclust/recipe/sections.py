@@ -126,9 +126,9 @@ class Data(Section):
 
 
 class BackboneSection(Section):
-    """Which network.
+    """The network that turns images into features.
 
-    The names are listed in `deepclust.models.BACKBONES`.
+    `deepclust.models.BACKBONES` lists the names.
     """
 
     name: str

@@ -191,9 +191,9 @@ def open_run(run_dir: str | Path) -> Run:
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what killed processes left half-written.
+    """Delete the temporary files and folders that killed processes left in a run.
 
-    Only the holder of the lock may.
+    Call it only while holding the run's lock: without it, another process may be writing them.
     """
     for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
         for leftover in run_dir.glob(pattern):

@@ -215,7 +215,10 @@ def _one_class_each(
     class_of: Int64[np.ndarray, " rows"],
     path: Path,
 ) -> Int64[np.ndarray, " keys"]:
-    """Return the class of every key, or raise `DataError` for a key with two."""
+    """Return the class of every key.
+
+    Raises `DataError` if a key has two classes.
+    """
     pairs = np.unique(key_of * len(names) + class_of)
     key, classes = np.divmod(pairs, len(names))
     twice = np.flatnonzero(key[1:] == key[:-1])
