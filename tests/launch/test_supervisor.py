@@ -69,7 +69,7 @@ def test_an_attempt_ends_by_the_member_that_began_it(
     assert (decided and (decided.kind, decided.who, decided.cause)) == ending
 
 
-def test_the_others_are_waited_for_before_an_error_is_laid_to_one() -> None:
+def test_an_error_is_blamed_on_one_rank_only_after_waiting_for_the_others() -> None:
     assert classify(group(BROKEN, WORKS, WORKS, ago=1.0), NOW, POLICY) is None
     decided = classify(group(BROKEN, WORKS, WORKS, ago=3.0), NOW, POLICY)
     assert (decided and decided.who, decided and decided.cause) == ("rank 0", "error")

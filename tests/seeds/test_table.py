@@ -64,7 +64,7 @@ def test_a_table_is_joined_by_key_in_any_order(index: Index, tmp_path: Path, suf
     np.testing.assert_array_equal(one.classes, other.classes)
 
 
-def test_the_join_is_a_dictionarys(index: Index, tmp_path: Path) -> None:
+def test_the_join_equals_that_of_a_dictionary(index: Index, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     chosen = random.choice(90, 40, replace=False)  # a third of them unknown
     rows = {key(i): f"c{random.integers(5)}" for i in chosen}

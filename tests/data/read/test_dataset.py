@@ -174,6 +174,6 @@ def test_a_sample_excluded_by_the_index_keeps_its_reason(index):
     assert loaded.bad[0].reason.endswith(": no image member")
 
 
-def test_a_bomb_is_a_bad_sample(index):
+def test_a_decompression_bomb_counts_as_a_bad_sample(index):
     loaded = Batches(index, max_pixels=1000)[request([0])]
     assert "more than the limit of 1000" in loaded.bad[0].reason

@@ -271,7 +271,7 @@ def test_shards_without_labels_have_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"cat", b"", b"1.5", b"-2", b"99999999999", b"\xff"])
-def test_a_label_that_is_no_integer_names_its_key(tmp_path: Path, text: bytes) -> None:
+def test_a_label_that_is_not_an_integer_names_its_key(tmp_path: Path, text: bytes) -> None:
     with pytest.raises(DataError, match=r"key 'a': \.cls holds .* not a label"):
         open_index(shard(tmp_path, sample("a", cls=text)))
 
@@ -301,13 +301,13 @@ def test_a_pickle_in_a_shard_is_never_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_hidden_and_meta_members_are_no_samples(tmp_path: Path) -> None:
+def test_hidden_and_meta_members_are_not_samples(tmp_path: Path) -> None:
     names = ["._a.png", "f/._b.png", "__meta__/x.png", "__info__", "README", "a.png", "A.PNG"]
     shard(tmp_path, [(name, IMAGE) for name in names])
     assert scan(tmp_path / "s.tar").keys.to_pylist() == ["a", "A"]
 
 
-def test_a_copy_of_the_shards_is_looked_at_once_and_passes(tmp_path: Path) -> None:
+def test_a_copy_of_the_shards_is_checked_once_and_keeps_the_fingerprint(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "shards", n=8, shards=1)
     before = open_index(folder).fingerprint
     shard = folder / "shard-000000.tar"
