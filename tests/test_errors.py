@@ -191,7 +191,7 @@ def test_shards_indexed_again_with_other_images_are_refused_on_resume(
     shutil.rmtree(mine)
     tiny_shards(mine, n=240)
     done = deepclust("resume", tmp_path / "run", "train.epochs=2", code=8)
-    assert "300 then, 240 now" in done.stderr
+    assert "300 before, 240 now" in done.stderr
 
 
 def test_an_unreadable_checkpoint_is_reported_and_the_one_before_it_used(
@@ -202,7 +202,7 @@ def test_an_unreadable_checkpoint_is_reported_and_the_one_before_it_used(
     newest = Run(run).checkpoints()[-1]
     (newest / "model.safetensors").write_bytes(b"torn")
     done = deepclust("resume", run, "train.epochs=2")
-    assert "using the one before it" in done.stderr
+    assert "using the previous one" in done.stderr
     restored = [e for e in Run(run).events() if e["event"] == "restored"]
     assert restored[-1]["step"] == 8
 

@@ -81,7 +81,7 @@ def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:
         ids = torch.arange(start, min(start + 65_536, points.n))
         known = _first_occurrences(torch.cat([known, points.gather(ids)]), len(fixed))
     distinct = len(known) - len(fixed)
-    aside = ", those equal to a fixed centroid left aside" if len(fixed) else ""
+    aside = " that differ from every fixed centroid" if len(fixed) else ""
     return (
         f"{free} clusters need {free} distinct feature rows, but {points.n} rows have only "
         f"{distinct}{aside}. Set cluster.k to at most {distinct + len(fixed)}, or look for "

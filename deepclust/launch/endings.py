@@ -126,7 +126,7 @@ def culprit(members: list[Member]) -> Ending:
     failed.sort(key=lambda one: one[1]["kind"] == FollowedError.__name__)
     for name, result in failed:
         return Ending("fault", name, "error", f"{result['kind']}: {result['failed']}")
-    return Ending("fault", "cluster worker", "error", "it left before the trainers")
+    return Ending("fault", "cluster worker", "error", "it ended before the ranks")
 
 
 def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:

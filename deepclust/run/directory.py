@@ -58,7 +58,7 @@ class Run:
         try:
             return int(read_tree(file)["train"]["epochs"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"{file} has no number at train.epochs") from error
+            raise RecipeError(f"train.epochs in {file} is not a number") from error
 
     def round(self, number: int) -> Path:
         """Return the folder of a round."""

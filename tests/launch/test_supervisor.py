@@ -22,7 +22,7 @@ def result(text: str, kind: str = "RuntimeError", exit_code: int = 1) -> dict[st
 
 
 WELL: dict[str, Any] = {"result": {}}
-STOPPED = result("stopped at step 3, as asked", "RequeueWanted", 75)
+STOPPED = result("stopped on request at step 3", "RequeueWanted", 75)
 BAD_DATA = result("3 images cannot be read", "DataError", 3)
 NAN = result("collapsed", "NumericalError", 6)
 BROKEN = result("Connection closed by peer")

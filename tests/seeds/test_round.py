@@ -134,7 +134,7 @@ def test_other_labels_are_refused_by_a_run_that_has_begun(shards: Path, tmp_path
     table = tmp_path / "labels.csv"
     table.write_text("key,class\n0000000,a\n0000001,b\n")
     pretrain(recipe(shards, f"seeds.labels={table}", "train.epochs=1"), tmp_path / "run")
-    assert "nothing is judged" in warnings(tmp_path / "run")
+    assert "are not used for evaluation" in warnings(tmp_path / "run")
     table.write_text("key,class\n0000000,a\n0000002,b\n")
     with pytest.raises(RunDiffersError, match=r"labels of .*labels\.csv are not those"):
         resume(tmp_path / "run", "train.epochs=2")

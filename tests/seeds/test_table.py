@@ -197,7 +197,7 @@ def test_the_shards_other_labels_judge_a_table(index: Index, tmp_path: Path) -> 
 def test_other_names_in_the_shards_judge_nothing(index: Index, tmp_path: Path) -> None:
     found = seeds(index, table(tmp_path / "t.csv", [(key(0), "cat")]))
     assert found.held_out is None
-    assert "nothing is judged" in found.notes[0]
+    assert "are not used for evaluation" in found.notes[0]
     with pytest.raises(DataError, match=r"seeds.held_out: no held-out label"):
         seeds(index, tmp_path / "t.csv", held_out="shards")
 

@@ -210,7 +210,7 @@ def test_a_request_to_cancel_stops_at_a_step_and_resume_continues(
     end(process, code=75)
     state = status.status(Run(run))
     assert state.state == "STOPPED"
-    assert "as asked" in state.reason
+    assert "on request" in state.reason
     assert not job_file.stopping(run, [])
     end(controller(nodes, run))
     assert_same_run(run, local)

@@ -74,7 +74,7 @@ def test_a_peer_without_the_secret_is_refused_and_the_missing_tasks_are_named(
         address = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
         with socket.create_connection((address["address"], address["port"])) as connection:
             connection.sendall(b'{"secret": "guess", "task": 1, "node": "n2"}\n')
-            with pytest.raises(ResourceError, match="task 1 on n2 did not come within"):
+            with pytest.raises(ResourceError, match="task 1 on n2 did not connect within"):
                 head.gather({1: "n2"}, 0.5, never)
 
 
@@ -107,7 +107,7 @@ def test_a_malformed_message_does_not_stop_the_head(tmp_path: Path, message: byt
         address = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
         with socket.create_connection((address["address"], address["port"])) as connection:
             connection.sendall(message)
-            with pytest.raises(ResourceError, match="did not come"):
+            with pytest.raises(ResourceError, match="did not connect"):
                 head.gather({1: "n2"}, 0.5, never)
 
 

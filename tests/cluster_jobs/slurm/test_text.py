@@ -151,7 +151,7 @@ def test_hostile_names_stay_data() -> None:
         ("slurm.time=soon", "'soon' is not a time limit; write 90m, 24h, 2d"),
         ("slurm.mem=lots", "slurm.mem"),
         ("slurm.sbatch={nodes: 3}", "nodes: use slurm.nodes"),
-        ("slurm.sbatch={output: x}", "output: use nothing: we set it"),
+        ("slurm.sbatch={output: x}", "output: deepclust sets it"),
         ('slurm.sbatch={"x y": 1}', "is not a long option of sbatch"),
         ("slurm.launcher=mpirun", "slurm.launcher"),
     ],

@@ -127,7 +127,7 @@ def test_the_index_of_a_run_stands_in_the_run_and_without_one_must_be_given_a_pl
 def test_shards_that_changed_size_are_noticed(server, tmp_path):
     open_index(server.url, tmp_path / "i")
     server.cut = 512
-    with pytest.raises(DataError, match=r"shard-000000\.tar had \d+ bytes and has \d+"):
+    with pytest.raises(DataError, match=r"shard-000000\.tar had \d+ bytes and now has \d+"):
         open_index(server.url, tmp_path / "i")
 
 
