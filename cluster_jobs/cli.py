@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
-            sys.stderr.write("interrupted; what was finished is kept\n")
+            sys.stderr.write("interrupted; finished work is kept\n")
         raise
 
 
@@ -99,7 +99,9 @@ def pack(
         typer.Argument(help="An image folder, idx:DIR/train or torchvision:NAME@DIR."),
     ],
     out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
-    workers: Annotated[int, typer.Option(help="Threads; the bytes do not depend on them.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="The threads; the bytes are the same for any number.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="The seed of the shuffle.")] = 0,
     resize_short: Annotated[
         int | None, typer.Option(help="The short side of every image, in pixels.")
@@ -161,7 +163,7 @@ def submit(
         str, typer.Option("--on", help="local, ray, slurm, or the module of another executor.")
     ] = "local",
     address: Annotated[
-        str | None, typer.Option(help="The address of a standing Ray cluster (ray.address).")
+        str | None, typer.Option(help="The address of a running Ray cluster (ray.address).")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be submitted, and do nothing.")
@@ -225,7 +227,7 @@ def logs(
         for line in tail(run_dir, rank, follow):
             typer.echo(line)
     except KeyboardInterrupt:
-        _log(f"detached; {run_dir} goes on")
+        _log(f"detached; {run_dir} continues")
 
 
 @app.command(epilog=_examples("cancel runs/a"))
@@ -244,7 +246,7 @@ def resume(
     run_dir: RunDir,
     on: Annotated[
         str | None,
-        typer.Option("--on", help="local, ray or slurm, in the background; default: right here."),
+        typer.Option("--on", help="local, ray or slurm, in the background; default: foreground."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -269,14 +271,14 @@ def extract(run_dir: RunDir) -> None:
 
 Clusters = Annotated[int | None, typer.Option("--k", help="The number of clusters.")]
 Whiten = Annotated[int | None, typer.Option(help="PCA-whiten the rows to this many dimensions.")]
-Iterations = Annotated[int, typer.Option(help="The updates of the centroids.")]
+Iterations = Annotated[int, typer.Option(help="The number of updates of the centroids.")]
 Seed = Annotated[int, typer.Option(help="The seed of the initial centroids.")]
 Init = Annotated[str, typer.Option(help="The initial centroids: random, k-means++ or two-level.")]
 Spherical = Annotated[
     bool, typer.Option("--spherical", help="Compare unit rows by their inner product.")
 ]
-Empty = Annotated[str, typer.Option(help="What becomes of an empty cluster: split or relocate.")]
-MinSize = Annotated[int, typer.Option(help="The fewest rows of a cluster.")]
+Empty = Annotated[str, typer.Option(help="How an empty cluster is refilled: split or relocate.")]
+MinSize = Annotated[int, typer.Option(help="The smallest number of rows of a cluster.")]
 Backend = Annotated[str, typer.Option(help="auto, torch or faiss.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Ids = Annotated[Path | None, typer.Option(help="The names of the rows: a text file or Parquet.")]
@@ -417,7 +419,7 @@ def _follow(run_dir: Path) -> None:
     try:
         ending = runs.follow(run_dir, typer.echo)
     except KeyboardInterrupt:
-        _log(f"detached; {run_dir} goes on")
+        _log(f"detached; {run_dir} continues")
         return
     _log(f"{run_dir}: {ending.state} {ending.reason}".rstrip())
     sys.exit(ending.exit_code)

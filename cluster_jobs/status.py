@@ -156,9 +156,9 @@ def _ended(run: Run, job: JobState | None, events: list[Record]) -> tuple[str, s
         return "PENDING", job.text if job else "not started yet", 0
     last = events[-1]
     if last["event"] != "stopped" and job is not None and job.phase == "unknown":
-        return "DIED", f"ended without a reason, or is queued again; {job.text}", 1
+        return "DIED", f"ended without a recorded reason, or is queued again; {job.text}", 1
     if last["event"] != "stopped":
-        return "DIED", f"ended without a reason; deepclust resume {run.path}", 1
+        return "DIED", f"ended without a recorded reason; deepclust resume {run.path}", 1
     code = exit_code_of(last["kind"])
     if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
         return "STOPPED", last["text"], code

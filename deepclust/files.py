@@ -39,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         # NumPy reports a short write without an errno
         if error.errno in _FULL or str(error).endswith(" written"):
-            remedy = "Free some space there and resume; nothing that was finished is lost."
+            remedy = "Free some space there and resume; finished work is kept."
         elif error.errno in _FORBIDDEN:
             remedy = "Choose a folder that you may write to."
         else:

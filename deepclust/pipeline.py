@@ -92,7 +92,7 @@ def begin_round(context: Context, trainer: Trainer, number: int) -> None:
 
 
 def warn_if_late(context: Context, number: int) -> None:
-    """Say it when a round that overlap begins a boundary early has to be made in its place."""
+    """Warn when a round that should have been begun one boundary earlier is only made now."""
     begun = is_done(context.run.round(number) / "features")
     if context.recipe.clustering.overlap and number > 0 and not begun:
         why = "the run has been made longer, or that round's features were lost"

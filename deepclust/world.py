@@ -67,7 +67,10 @@ class World:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' tensors (of one shape) on every rank, [size, ...], for small ones."""
+        """Return the ranks' tensors, which have one shape, as [size, ...] on every rank.
+
+        Every rank holds the whole result, so it is meant for small tensors.
+        """
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -135,7 +138,7 @@ class World:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Wait until every rank is here, never for the cluster worker."""
+        """Wait until every rank has called this; the cluster worker does not take part."""
         if self.size > 1:
             dist.barrier()
 

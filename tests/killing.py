@@ -174,7 +174,7 @@ def _words(pid: int) -> list[bytes]:
 
 
 def wait_until_gone(pids: list[int], patience: float = 20.0) -> None:
-    """The children must die with their parent; raise if one lives on."""
+    """The children must die with their parent; raise if one is still running."""
     deadline = time.monotonic() + patience
     while any(_alive(pid) for pid in pids):
         if time.monotonic() > deadline:

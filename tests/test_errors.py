@@ -66,7 +66,7 @@ def break_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_a_corrupt_image_is_left_out_and_said_why(tmp_path: Path) -> None:
+def test_a_corrupt_image_is_left_out_with_a_reason(tmp_path: Path) -> None:
     broken = break_images(tmp_path / "shards", 2)
     deepclust("pretrain", recipe(broken, tmp_path), "--run", tmp_path / "run")
     labels = assignments(tmp_path / "run")[0][0]
@@ -86,7 +86,7 @@ def test_too_many_corrupt_images_fail_the_run_with_their_names(tmp_path: Path) -
     assert "data.max_bad" in text
 
 
-def test_an_image_bomb_is_refused_unread(shards: Path, tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_refused_before_decoding(shards: Path, tmp_path: Path) -> None:
     text = fails(shards, tmp_path, 3, "data.max_pixels=100")
     assert "16 x 16" in text or "256 pixels" in text
 
@@ -182,7 +182,7 @@ def test_changed_shards_are_refused_on_resume(shards: Path, tmp_path: Path) -> N
     assert Run(tmp_path / "run").rounds() == [0]
 
 
-def test_shards_indexed_anew_with_other_images_are_refused_on_resume(
+def test_shards_indexed_again_with_other_images_are_refused_on_resume(
     shards: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "shards"
@@ -191,10 +191,10 @@ def test_shards_indexed_anew_with_other_images_are_refused_on_resume(
     shutil.rmtree(mine)
     tiny_shards(mine, n=240)
     done = deepclust("resume", tmp_path / "run", "train.epochs=2", code=8)
-    assert "300 then, 240 now" in done.stderr
+    assert "300 before, 240 now" in done.stderr
 
 
-def test_an_unreadable_checkpoint_is_said_and_the_one_before_it_used(
+def test_an_unreadable_checkpoint_is_reported_and_the_one_before_it_used(
     shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -202,7 +202,7 @@ def test_an_unreadable_checkpoint_is_said_and_the_one_before_it_used(
     newest = Run(run).checkpoints()[-1]
     (newest / "model.safetensors").write_bytes(b"torn")
     done = deepclust("resume", run, "train.epochs=2")
-    assert "using the one before it" in done.stderr
+    assert "using the previous one" in done.stderr
     restored = [e for e in Run(run).events() if e["event"] == "restored"]
     assert restored[-1]["step"] == 8
 

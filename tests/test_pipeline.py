@@ -145,7 +145,7 @@ def test_matched_clusters_keep_their_head_rows(shards: Path, tmp_path: Path) -> 
     recipe = tiny_recipe(shards, "method.head=match", "train.lr=1e-6")
     pretrain(recipe, tmp_path / "run")
     first, second = (labels[0] for labels in assignments(tmp_path / "run"))
-    assert (first == second).mean() > 0.5  # ids continue, though k-means started anew
+    assert (first == second).mean() > 0.5  # ids continue, though k-means starts from new centroids
     assert np.load(Run(tmp_path / "run").round(1) / "assignments" / "kept.npy").any()
 
 

@@ -26,7 +26,7 @@ def test_generators_of_one_purpose_agree() -> None:
     assert generator(3, "x").integers(1 << 40) == generator(3, "x").integers(1 << 40)
 
 
-def test_a_queue_hands_out_every_number_once_and_a_new_world_starts_anew() -> None:
+def test_a_queue_hands_out_every_number_once_and_a_new_world_starts_at_zero() -> None:
     world = World()
     assert [world.ticket("a"), world.ticket("b"), world.ticket("a")] == [0, 0, 1]
     assert World().ticket("a") == 0

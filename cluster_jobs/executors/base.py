@@ -110,7 +110,7 @@ class Executor(Protocol[PlanT]):
     def prepare_sweep(self, plans: list[PlanT], folder: Path) -> Sweep[PlanT]:
         """Return the sweep of these plans, whose runs lie in the folder.
 
-        Here it is refused.
+        This base class raises `RecipeError`; an executor with a queue overrides it.
         """
         raise RecipeError(
             f"a sweep needs a queue, and --on {self.name} would run all at once on this machine: "

@@ -127,7 +127,7 @@ class RayExecutor(Executor[Plan]):
         if not plans[0].spec.address:
             raise RecipeError(
                 "a sweep needs a queue, and a Ray of this machine alone would run all at once: use "
-                "--on slurm, or --on ray with the --address of a standing cluster"
+                "--on slurm, or --on ray with the --address of a running cluster"
             )
         return SeparateJobs(plans)
 

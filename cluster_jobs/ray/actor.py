@@ -82,9 +82,9 @@ class Worker(SignsOfLife):
         return f"tcp://{ip}:{free_port(ip)}"
 
     def begin(self, role: Role, token: str, attempt: int) -> None:
-        """Start the role's work.
+        """Start the role's work in a thread and return at once.
 
-        Its end comes with the news.
+        `News.result` is set when the work has ended.
         """
         order = (role, Run(self.run_dir, token, attempt))
         threading.Thread(target=self._work, args=order, daemon=True).start()

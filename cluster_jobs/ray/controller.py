@@ -76,7 +76,7 @@ class Controller:
         """Let the group grow at a new round, if there is room."""
         if record.get("event") == "clustered" and self.has_room():
             self.wants_more = True
-            self.supervisor.event("growing", text="nodes are back: a larger group takes over")
+            self.supervisor.event("growing", text="nodes have returned: restarting with more ranks")
 
     def has_room(self) -> bool:
         """Return whether a larger group would fit now."""

@@ -29,7 +29,7 @@ class RaySpec(Section):
 
     address: str | None = Field(
         None,
-        description="address of a standing cluster, http://HOST:8265 or HOST:6379; default: "
+        description="address of a running cluster, http://HOST:8265 or HOST:6379; default: "
         "a Ray that is started here",
     )
     python: str | None = Field(None, description="Python on the cluster; default: that of submit")

@@ -314,7 +314,7 @@ def summary(statistics: dict[str, Any]) -> Table:
         "cluster sizes": f"{sizes['min']:,} to {sizes['max']:,}, median {sizes['median']:,.0f}",
         "evenness (entropy / ln k)": f"{statistics['entropy_ratio']:.3f}",
         "largest cluster": f"{statistics['largest_share']:.2%}",
-        "rows moved to fill empties": f"{statistics['forced']:,}",
+        "rows moved into empty clusters": f"{statistics['forced']:,}",
         "iterations, seconds": f"{statistics['iterations']}, {seconds['all']:.1f}",
     }
     for name, value in lines.items():

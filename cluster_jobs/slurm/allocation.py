@@ -75,7 +75,7 @@ def own_address(allocation: Allocation) -> str:
             way.connect((match[1] if match else others[0], 9))  # of UDP: nothing is sent
         except OSError as error:
             raise ResourceError(
-                f"{allocation.name} knows no way to {others[0]}: {error}"
+                f"{allocation.name} finds no address of {others[0]}: {error}"
             ) from error
         return str(way.getsockname()[0])
 

@@ -21,7 +21,7 @@ WHY = {
     "BeginTime": "queued again, begins in a moment", "Dependency": "waiting for another job",
     "PartitionNodeLimit": "more nodes than the partition has",
     "PartitionTimeLimit": "more time than the partition gives",
-    "ReqNodeNotAvail": "nodes are down or reserved", "BadConstraints": "no node is like that",
+    "ReqNodeNotAvail": "nodes are down or reserved", "BadConstraints": "no node fits the job",
 }  # fmt: skip
 
 

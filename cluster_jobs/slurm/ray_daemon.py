@@ -36,9 +36,9 @@ class Daemon:
     """One node's Ray: the head's with the address where it will listen, a follower's with that."""
 
     def __init__(self, allocation: Allocation, address: str, notes: Path, head: str | None) -> None:
-        """Start it.
+        """Start Ray on this node; its output goes to a file in `notes`.
 
-        `head` is where the head's Ray listens, None on the head itself.
+        `head` is the address where the head's Ray listens, and None on the head itself.
         """
         self.temp = make_folder("dc-job", f"{allocation.job}-{allocation.number}-")
         self.notes, self.log = notes, notes / f"ray-{allocation.number}.log"

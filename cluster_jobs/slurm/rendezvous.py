@@ -93,12 +93,12 @@ class Line:
 
 @dataclass
 class Peer:
-    """A task that has come: its line, its number, the node it is on, and what it said."""
+    """A task that has come: its line, its number, the node it is on, and the fields it sent."""
 
     line: Line
     task: int
     node: str
-    said: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,12 +130,12 @@ class Head:
         deadline = time.monotonic() + patience
         while missing := {t: node for t, node in expected.items() if t not in self.peers}:
             if stopping():
-                raise RequeueWanted("asked to stop before all nodes had come")
+                raise RequeueWanted("asked to stop before all nodes had connected")
             if time.monotonic() > deadline:
                 tasks = ", ".join(f"task {task} on {node}" for task, node in missing.items())
                 raise ResourceError(
-                    f"{tasks} did not come within slurm.start={patience:g} s; their output is in "
-                    "the run's folder slurm/, JOB_TASK_log.out"
+                    f"{tasks} did not connect within slurm.start={patience:g} s; their output is "
+                    "in the run's folder slurm/, JOB_TASK_log.out"
                 )
             self._accept()
         return [self.peers[task] for task in expected]
@@ -143,16 +143,16 @@ class Head:
     def await_all(self, word: str, patience: float, stopping: Callable[[], bool]) -> None:
         """Wait until every peer has sent a key, or raise `ResourceError` with the others."""
         deadline = time.monotonic() + patience
-        while silent := [g for g in self.peers.values() if word not in g.said]:
+        while silent := [p for p in self.peers.values() if word not in p.fields]:
             if stopping():
                 raise RequeueWanted(f"asked to stop before all nodes were {word}")
             for record in silent[0].line.receive(POLL_S):
-                silent[0].said |= record
-            failed = [g for g in silent if "failed" in g.said or not g.line.open]
+                silent[0].fields |= record
+            failed = [p for p in silent if "failed" in p.fields or not p.line.open]
             if failed or time.monotonic() > deadline:
                 late = f"it is not {word} after {patience:g} s"
                 raise ResourceError(
-                    "; ".join(f"{g.node}: {g.said.get('failed', late)}" for g in failed or silent)
+                    "; ".join(f"{p.node}: {p.fields.get('failed', late)}" for p in failed or silent)
                 )
 
     def _accept(self) -> None:
@@ -162,9 +162,9 @@ class Head:
             return
         line = Line(connection)
         try:
-            said = line.first(HELLO_S) or {}
-            if hmac.compare_digest(str(said.pop("secret", "")).encode(), self.secret.encode()):
-                self.peers[int(said["task"])] = Peer(line, said["task"], said["node"], said)
+            fields = line.first(HELLO_S) or {}
+            if hmac.compare_digest(str(fields.pop("secret", "")).encode(), self.secret.encode()):
+                self.peers[int(fields["task"])] = Peer(line, fields["task"], fields["node"], fields)
                 return
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             pass  # not a task of ours

@@ -143,8 +143,10 @@ class SlurmSpec(Section):
                     f"{name!r} is not a long option of sbatch; write it without leading dashes"
                 )
             if option in known:
-                place = f"slurm.{option}" if option in cls.model_fields else "nothing: we set it"
-                raise ValueError(f"{name}: use {place}")
+                is_ours = option not in cls.model_fields
+                raise ValueError(
+                    f"{name}: " + ("deepclust sets it" if is_ours else f"use slurm.{option}")
+                )
         return value
 
 

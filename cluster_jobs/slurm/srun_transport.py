@@ -129,18 +129,18 @@ class Tasks:
         assert self.run is not None
         with another_start():
             self.head.await_all("ready", self.patience, self.stopping)
-            said = self.peers[0].said
-            rendezvous = f"tcp://{said['address']}:{said['ready']}"
+            fields = self.peers[0].fields
+            rendezvous = f"tcp://{fields['address']}:{fields['ready']}"
             for role in roles:
                 order = asdict(replace(role, rendezvous=rendezvous))
                 line = self.peers[role.rank].line
                 line.send(role=order, token=self.run.token, attempt=self.run.attempt)
             self.head.await_all("process", self.patience, self.stopping)
         places = [
-            {"who": _name(r), "node": p.node, "pid": p.said["process"]} for r, p in self._ranked
+            {"who": _name(r), "node": p.node, "pid": p.fields["process"]} for r, p in self._ranked
         ]
         for peer in self.peers.values():
-            peer.said = {"address": peer.said["address"]}
+            peer.fields = {"address": peer.fields["address"]}
         return places
 
     @property
@@ -160,7 +160,7 @@ class Tasks:
             records += [(rank, record) for record in peer.line.receive()]
             if not peer.line.open:
                 records.append(
-                    (rank, {"death": f"its task on {peer.node} is gone", "cause": "node"})
+                    (rank, {"death": f"its task on {peer.node} has ended", "cause": "node"})
                 )
         return records
 
@@ -173,7 +173,7 @@ class Tasks:
     def kill(self) -> None:
         """Have every task kill the process of its role."""
         for peer in self.peers.values():
-            peer.said = {"address": peer.said["address"]}
+            peer.fields = {"address": peer.fields["address"]}
             peer.line.send(kill=True)
 
 

@@ -134,7 +134,7 @@ def _watch(head: Head, daemon: Daemon, asked: list[int], over: Event) -> None:
                 asked.append(LOST)
                 return
     if not over.wait(LEAVE_S):
-        log.error("Ray's head is gone")
+        log.error("Ray's head has ended")
         daemon.stop()
         os._exit(RequeueWanted.exit_code)
 

@@ -81,7 +81,7 @@ def _means(points: ArrayPoints, classes: Int32[np.ndarray, " m"], names: list[st
     if len(flat):
         raise NumericalError(
             f"the {counts[flat[0]]} labelled rows of class {names[flat[0]]!r} cancel: their mean "
-            "has no direction, so the class has no prototype. Look at its labels, or set "
+            "has no direction, so the class has no prototype. Check its labels, or set "
             "seeds.prototypes to 2 or more."
         )
     return Prototypes(

@@ -22,9 +22,10 @@ SAMPLE = 32  # rows per cluster that k-means++ looks at; more cost time and chan
 def start(
     points: Points, fixed: Float32[Tensor, "m d"], options: KMeansOptions, given: Given
 ) -> Float32[Tensor, "free d"]:
-    """Return the first free centroids.
+    """Return the free centroids that k-means begins with.
 
-    Not one equals a fixed one unless they are given.
+    Those that are drawn differ from every fixed centroid. Those that `given` holds, or the means
+    of its assignments, may equal one.
     """
     free, seed = options.k - len(fixed), options.seed
     if given.assignments is not None:
@@ -80,7 +81,7 @@ def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:
         ids = torch.arange(start, min(start + 65_536, points.n))
         known = _first_occurrences(torch.cat([known, points.gather(ids)]), len(fixed))
     distinct = len(known) - len(fixed)
-    aside = ", those equal to a fixed centroid left aside" if len(fixed) else ""
+    aside = " that differ from every fixed centroid" if len(fixed) else ""
     return (
         f"{free} clusters need {free} distinct feature rows, but {points.n} rows have only "
         f"{distinct}{aside}. Set cluster.k to at most {distinct + len(fixed)}, or look for "

@@ -42,7 +42,7 @@ Claim: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """Both levels.
+    """The centroids and the assignments of both levels.
 
     Sub-cluster z of super-cluster s has id s * (k / m) + z.
     """

@@ -112,7 +112,7 @@ def freeze_shards(embed: Embed, train: Index, test: Index, data: Data, dim: int 
     if not set(names[0]) & set(names[1]):
         raise DataError(
             f"{folder_of(train)} and {folder_of(test)} share no class name ({names[0][:5]} and "
-            f"{names[1][:5]}). Give both the names of one table (class_names in dataset.json)."
+            f"{names[1][:5]}). Use one table of names for both (class_names in dataset.json)."
         )
     fit, score = (
         replace(split, labels=np.array([number[name] for name in own], np.int64)[split.labels])
@@ -178,7 +178,7 @@ def check(frozen: Frozen) -> None:
         broken = np.flatnonzero(~np.isfinite(x.sum(1, dtype=np.float64)))
         if len(broken):
             raise DataError(
-                f"{len(broken)} {name} rows are not finite, the first of them row {broken[0]}. "
+                f"{len(broken)} {name} rows are not finite; the first is row {broken[0]}. "
                 "Leave out the samples that extraction excluded (features/excluded.parquet)."
             )
     if train.features.shape[1] != test.features.shape[1]:
@@ -207,7 +207,7 @@ def _labels(
     missing = np.flatnonzero(y < 0)
     if len(missing):
         raise DataError(
-            f"{len(missing)} of the {len(y)} {split} samples have no label, the first of them row "
+            f"{len(missing)} of the {len(y)} {split} samples have no label; the first is row "
             f"{missing[0]}. {LABEL}"
         )
     return y

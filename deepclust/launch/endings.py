@@ -75,9 +75,9 @@ class Member:
         return bool(self.result) and not self.has_stopped
 
     def update(self, record: Record, now: float) -> None:
-        """Take in a record.
+        """Update what is known of the member from a record that came at the time `now`.
 
-        Every one is an answer, except that it died or is out of reach.
+        Every record counts as an answer of the member, except "death" and "unreachable".
         """
         if "death" in record:
             self.death, self.cause = record["death"], record.get("cause", "death")
@@ -140,7 +140,7 @@ def culprit(members: list[Member]) -> Ending:
     for member in failed:
         text = f"{member.outcome['kind']}: {member.outcome['failed']}"
         return Ending("fault", member.name, "error", text)
-    return Ending("fault", "cluster worker", "error", "it left before the trainers")
+    return Ending("fault", "cluster worker", "error", "it ended before the ranks")
 
 
 def _blame(member: Member) -> tuple[bool, bool, float]:

@@ -77,7 +77,7 @@ def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
     run_dir = directory.open_run(run).path
     cluster = Run(run_dir).recipe.cluster
     if cluster is None:
-        raise RecipeError(f"{run_dir} trains on no clustering, so it has no stages to run alone")
+        raise RecipeError(f"{run_dir} has no clustering, so it has no stages to run alone")
     if cluster.overlap:
         raise RecipeError(
             f"{run_dir} trains while it clusters (cluster.overlap), so its stages cannot be run "
@@ -137,7 +137,7 @@ def check_changes(run: Run, recipe: Recipe) -> None:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in refused.items())
         raise errors.RunDiffersError(
             f"resume may change {', '.join([*MAY_CHANGE, *(f'{name}.*' for name in PLACES)])} and "
-            f"a larger train.epochs, not\n{lines}\n"
+            f"a larger train.epochs, but not\n{lines}\n"
             "Start a new run instead; init.weights and init.assignments carry over what you want."
         )
 

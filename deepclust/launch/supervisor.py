@@ -162,4 +162,4 @@ class Supervisor:
         if stage is None:
             self.event("finished", epochs=self.run.recipe.train.epochs)
         else:
-            self.event("stopped", kind="Stage", text=f"only {stage} was asked for")
+            self.event("stopped", kind="Stage", text=f"only the stage {stage} was requested")

@@ -130,10 +130,10 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
         began = facts | {"read": resolve_read(index, recipe.data.read, mirror)}
         write_json(file, began)
     if facts | {"read": began["read"]} != began:
-        changed = [f"{k}: {began[k]} then, {facts[k]} now" for k in facts if began[k] != facts[k]]
+        changed = [f"{k}: {began[k]} before, {facts[k]} now" for k in facts if began[k] != facts[k]]
         raise RunDiffersError(
-            f"the data of {run.path} are not those it began with ({'; '.join(changed)}). "
-            "Put the old shards back, or start a new run."
+            f"the data of {run.path} differ from those it began with ({'; '.join(changed)}). "
+            "Restore the old shards, or start a new run."
         )
     return index, str(began["read"])
 

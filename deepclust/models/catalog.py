@@ -143,9 +143,7 @@ def _unknown(name: str, short: str) -> str:
     near = difflib.get_close_matches(short, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     hint += "" if libraries.has_timm() else " For timm's networks: pip install 'deepclust[timm]'."
-    return (
-        f"backbone.name: there is no backbone {name!r}.{hint} Our own are {', '.join(BACKBONES)}."
-    )
+    return f"backbone.name: unknown backbone {name!r}.{hint} Included are {', '.join(BACKBONES)}."
 
 
 def _width(net: nn.Module, name: str, channels: int, image_size: int) -> int:

@@ -102,8 +102,8 @@ class Data(Section):
     scratch: str | None = Field(None, description="node-local folder for block reading")
     stage: str | None = Field(None, description="node-local folder all shards are copied to first")
     extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
-    max_pixels: int = Field(178_956_970, ge=1, description="larger images are refused unread")
-    max_bad: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails")
+    max_pixels: int = Field(178_956_970, ge=1, description="larger images are not decoded")
+    max_bad: float = Field(0.01, ge=0, le=1, description="largest share of unreadable images")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -126,9 +126,9 @@ class Data(Section):
 
 
 class BackboneSection(Section):
-    """Which network.
+    """The network that turns images into features.
 
-    The names are listed in `deepclust.models.BACKBONES`.
+    `deepclust.models.BACKBONES` lists the names.
     """
 
     name: str
@@ -213,10 +213,10 @@ class ClusterSection(Section):
         description="auto: inline at one rank, else the process of the cluster worker; "
         "ranks: all ranks together, each with its part of the rows",
     )
-    overlap: bool = Field(False, description="k-means while the ranks train on; a round later")
+    overlap: bool = Field(False, description="k-means while the ranks train; used one round later")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
     gpus: int = Field(
-        1, ge=0, le=1, description="that the cluster worker gets where ranks have GPUs; 0: its CPU"
+        1, ge=0, le=1, description="GPUs of the cluster worker where ranks have GPUs; 0: CPU"
     )
     max_share: float = Field(0.9, gt=0, le=1, description="a larger cluster is a collapse")
 
@@ -230,7 +230,7 @@ class ClusterSection(Section):
         if self.k % self.supers:
             raise ValueError(f"supers={self.supers} must divide k={self.k}")
         if self.overlap and self.where in ("inline", "ranks"):
-            raise ValueError("overlap needs the cluster worker, a process apart: where=auto")
+            raise ValueError("overlap needs the cluster worker, a separate process: set where=auto")
         return self
 
 
@@ -254,14 +254,14 @@ class SeedsSection(Section):
         0, ge=0, description="the first round that is seeded: before, features may be too raw"
     )
     release_after: int | None = Field(
-        None, ge=0, description="the last round that pins them; later they only are a start"
+        None, ge=0, description="the last round that pins them; later rounds only start from them"
     )
     force: bool = Field(False, description="labelled samples take their class's cluster")
     share: float = Field(
-        0.0, ge=0, le=1, description="of every batch, drawn from the labelled samples; forces them"
+        0.0, ge=0, le=1, description="share of a batch drawn from labelled samples; implies force"
     )
     held_out: str | None = Field(
-        None, description="labels to judge by, as `labels`; default: the shards', if they have any"
+        None, description="labels for evaluation, like `labels`; default: the shards', if any"
     )
 
     @property

@@ -27,7 +27,7 @@ def checked(
 
     A RecipeError has keys `within` + key.
 
-    `problems` are already known. Together with them nothing is said about the whole recipe.
+    `problems` are already known. With any of them, problems of the whole recipe are left out.
     """
     lines = list(problems)
     try:

@@ -280,7 +280,7 @@ def load_latest(run: Run, warn: Callable[[str], None]) -> Checkpoint | None:
         try:
             return Checkpoint(folder, *load(folder, alive=run.alive))
         except DataError as error:
-            warn(f"{error}; {'using the one before it' if before else 'starting from step 0'}")
+            warn(f"{error}; {'using the previous one' if before else 'starting from step 0'}")
             if run.token:
                 folder.rename(folder.with_name(f"unreadable-{folder.name}"))
     return None

@@ -58,7 +58,7 @@ class Run:
         try:
             return int(read_tree(file)["train"]["epochs"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"{file} has no number at train.epochs") from error
+            raise RecipeError(f"train.epochs in {file} is not a number") from error
 
     def round(self, number: int) -> Path:
         """Return the folder of a round."""
@@ -191,9 +191,9 @@ def open_run(run_dir: str | Path) -> Run:
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what killed processes left half-written.
+    """Delete the temporary files and folders that killed processes left in a run.
 
-    Only the holder of the lock may.
+    Call it only while holding the run's lock: without it, another process may be writing them.
     """
     for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
         for leftover in run_dir.glob(pattern):

@@ -87,7 +87,7 @@ def check(run: Run, recipe: Recipe, seeds: Seeds) -> None:
         if inputs.get("seeds", seeds.table.digest) != seeds.table.digest:
             raise RunDiffersError(
                 f"the labels of {config.labels} are not those that {run.path} began with: its "
-                f"round {number} was seeded by others. Put them back, or start a new run."
+                f"round {number} was seeded with other labels. Restore them, or start a new run."
             )
 
 

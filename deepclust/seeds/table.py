@@ -151,7 +151,7 @@ def _read_table(path: Path, option: str) -> pa.Table:
             listed = ", ".join(sorted(missing))
             raise DataError(f"{path} has no column {listed}: it needs key and class")
         if doubled := [name for name in names if table.column_names.count(name) > 1]:
-            raise DataError(f"{path} has more than one column {doubled[0]}: leave the right one")
+            raise DataError(f"{path} has more than one column {doubled[0]}: keep the right one")
         table = table.select(names)
         table = table.cast(pa.schema([(name, pa.string()) for name in names]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -215,7 +215,10 @@ def _one_class_each(
     class_of: Int64[np.ndarray, " rows"],
     path: Path,
 ) -> Int64[np.ndarray, " keys"]:
-    """Return the class of every key, or raise `DataError` for a key with two."""
+    """Return the class of every key.
+
+    Raises `DataError` if a key has two classes.
+    """
     pairs = np.unique(key_of * len(names) + class_of)
     key, classes = np.divmod(pairs, len(names))
     twice = np.flatnonzero(key[1:] == key[:-1])
@@ -341,10 +344,10 @@ def _held_out(
         judges = _from_shards(index, "seeds.held_out")
     judges = _renamed(judges.without(table.sample_ids), table.names)
     if len(judges) and not (judges.classes < len(table.names)).any():
-        text = "no held-out label is of a class that the seeds have"
+        text = "no held-out label has a class of the seeds"
         if config.held_out is not None:
             raise DataError(f"seeds.held_out: {text} ({table.names[:SHOWN]}): check the names")
-        notes.append(f"{text}, so nothing is judged by them")
+        notes.append(f"{text}, so they are not used for evaluation")
         return None
     return judges if len(judges) else None
 
@@ -354,7 +357,7 @@ def _check_apart(index: Index, table: SeedTable, judges: SeedTable) -> None:
     if len(both):
         raise DataError(
             f"seeds.held_out: {len(both)} of its samples are seeds, the first of them "
-            f"{index.where(int(both[0]))}. Labels that judge must not be used: leave them out."
+            f"{index.where(int(both[0]))}. Labels for evaluation must not be seeds: leave them out."
         )
 
 

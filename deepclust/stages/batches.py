@@ -130,7 +130,10 @@ class Feed:
         return floats.contiguous(memory_format=torch.channels_last)
 
     def _labelled_share(self, lanes: int, targets: Targets | None) -> int:
-        """Labelled samples of a batch, equally many for each lane, all for a share of 1."""
+        """Return how many samples of a batch are labelled.
+
+        Every lane has equally many of them. With `seeds.share=1` all samples are labelled.
+        """
         seeds, batch = self.recipe.seeds, self.recipe.train.batch
         if seeds is None or self.table is None or seeds.share == 0:
             return 0

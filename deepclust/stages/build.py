@@ -137,7 +137,7 @@ def read_labels(context: Context) -> SeedTable | None:
     if file.exists() and read_json(file)["digest"] != seeds.table.digest:
         raise RunDiffersError(
             f"the labels of {recipe.seeds.labels} are not those that {context.run.path} began "
-            "with. Put them back, or start a new run."
+            "with. Restore them, or start a new run."
         )
     if context.world.is_first and not file.exists():
         write_json(file, {"digest": seeds.table.digest, "count": len(seeds.table)})

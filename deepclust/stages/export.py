@@ -158,7 +158,7 @@ def _header(backbone: Backbone, weights: str, meta: dict[str, Any]) -> dict[str,
 
 def _read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file. {REMEDY}")
+        raise DataError(f"{path} does not exist. {REMEDY}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -132,7 +132,7 @@ def train_segment(
             trainer.save(state)
         if totals.stop:
             trainer.world.barrier()  # no rank leaves before the first has written
-            raise RequeueWanted(f"stopped at step {state.step}, as asked; resume continues there")
+            raise RequeueWanted(f"stopped on request at step {state.step}; resume continues there")
     return state
 
 

@@ -74,12 +74,12 @@ def pin(folder: Path, number: int, names: list[str]) -> None:
     stage = folder / "rounds" / f"{number:04d}"
     write_json(stage / "centroids" / "prototypes.json", {"pinned": True, "clusters": clusters})
     judged = {"size": 9, "share": 0.1, "purity": 0.8, "recall": 0.7}
-    verdict = {
+    scores = {
         "pinned": True, "accuracy": 0.75, "held_out": 10, "classes": [*names, "other"],
         "confusion": np.eye(len(names) + 1, dtype=int).tolist(),
         "clusters": [one | judged for one in clusters],
     }  # fmt: skip
-    write_json(stage / "assignments" / "seeds.json", verdict)
+    write_json(stage / "assignments" / "seeds.json", scores)
 
 
 def _data(folder: Path, index: Index) -> None:

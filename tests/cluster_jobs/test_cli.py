@@ -92,7 +92,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_pack_and_index_take_an_image_folder_and_anyones_shards(
+def test_pack_and_index_accept_an_image_folder_and_foreign_shards(
     shards: Path, tmp_path: Path
 ) -> None:
     from tests.images import make_image_folder

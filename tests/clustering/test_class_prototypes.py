@@ -1,4 +1,4 @@
-"""Prototypes: a slow reference, exact sums, moving averages over turned spaces, and the verdict."""
+"""Prototypes: a slow reference, exact sums, moving averages over turned spaces, and the scores."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_the_average_is_that_of_the_formula() -> None:
     np.testing.assert_array_equal(same.rows, new.rows)
 
 
-def test_several_prototypes_meet_their_nearest_predecessor_and_take_its_place() -> None:
+def test_several_prototypes_take_the_place_of_their_nearest_predecessor() -> None:
     x = np.random.default_rng(6).normal(size=(6, 4))
     old = given(x, [0, 0, 0, 1, 1, 1])
     order = [2, 0, 1, 4, 5]  # shuffled inside the classes; class 1 has lost one
@@ -236,7 +236,7 @@ def test_claimed_samples_take_the_nearest_cluster_of_their_class() -> None:
     np.testing.assert_allclose(distances, table.min(1), atol=1e-6)
 
 
-def test_the_verdict_counts_like_a_loop() -> None:
+def test_the_scores_of_the_seeds_equal_those_counted_by_a_loop() -> None:
     random = np.random.default_rng(8)
     found = given(random.normal(size=(4, 5)), [0, 0, 1, 2])
     clusters = random.integers(0, 7, 200).astype(np.int32)
@@ -259,7 +259,7 @@ def test_the_verdict_counts_like_a_loop() -> None:
     assert facts["recall"] == pytest.approx(right / confusion[:3].sum())
 
 
-def test_nothing_held_out_is_no_number() -> None:
+def test_without_held_out_samples_purity_and_recall_are_none() -> None:
     none = np.zeros(0, np.int32)
     facts = score_seeds(given(np.eye(3)), NAMES, np.array([2, 0, 1, 5]), none, none)
     assert facts["purity"] is None

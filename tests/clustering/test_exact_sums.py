@@ -31,7 +31,7 @@ def test_half_precision_rows_up_to_a_hundred_million_are_on_the_grid_already() -
     assert torch.equal(on_grid(rows.double(), grid), rows.double())
 
 
-def test_nothing_and_infinity_are_no_trouble() -> None:
+def test_grids_of_no_rows_and_of_infinite_rows_are_defined() -> None:
     assert grid_of(0.0, 5) == grid_of(1.0, 0) == 0.0
     assert math.isinf(grid_of(math.inf, 5))
     assert on_grid(torch.ones(3, dtype=torch.float64), 0.0).tolist() == [1, 1, 1]

@@ -60,8 +60,9 @@ def test_a_pass_after_another_has_the_same_bits_from_the_rows_that_moved(weighte
     points = ArrayPoints(noise(2000), weights=weights)
     first, second = torch.from_numpy(noise(9)), torch.from_numpy(noise(9) + 0.1)
     before = points.assign_to(first, distances=False)
-    found, anew = points.assign_to(second, before), ArrayPoints(noise(2000), weights=weights)
-    for one, other in zip(vars(found).values(), vars(anew.assign_to(second)).values(), strict=True):
+    updated = points.assign_to(second, before)
+    fresh = ArrayPoints(noise(2000), weights=weights).assign_to(second)
+    for one, other in zip(vars(updated).values(), vars(fresh).values(), strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 

@@ -99,7 +99,7 @@ def test_description_of_a_round() -> None:
     assert text["accuracy_labels"] == pytest.approx(0.6)
 
 
-def test_what_cannot_be_known_is_none() -> None:
+def test_statistics_that_cannot_be_computed_are_none() -> None:
     text = describe(np.array([0, 1]), 2, classes=np.array([-1, -1]))
     assert text["nmi_labels"] is text["ari_labels"] is text["accuracy_labels"] is None
     assert text["nmi_previous"] is text["reassigned"] is None

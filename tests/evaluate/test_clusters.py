@@ -75,7 +75,7 @@ def test_features_without_structure_score_about_nothing() -> None:
     assert abs(values["ari"]) < 0.05
 
 
-def test_twice_gives_the_same_numbers() -> None:
+def test_computing_twice_gives_the_same_numbers() -> None:
     train, test = splits(300, noise=0.8)
     assert scores(train, test) == scores(train, test)
 

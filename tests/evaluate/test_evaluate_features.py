@@ -28,7 +28,7 @@ def test_only_what_is_asked_for_runs() -> None:
     assert set(evaluate_features(*splits(100), names=["knn"])) == {"knn"}
 
 
-def test_one_that_is_asked_for_and_cannot_run_is_an_error() -> None:
+def test_an_evaluator_that_is_requested_and_cannot_run_is_an_error() -> None:
     with pytest.raises(DataError, match="prototypes cannot be evaluated: no labelled seeds"):
         evaluate_features(*splits(100), names=["prototypes"])
 

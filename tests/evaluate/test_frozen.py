@@ -39,7 +39,7 @@ def test_arrays_keep_their_order_and_labels_become_positions_in_the_classes() ->
     assert frozen.train.features is x
 
 
-def test_labels_of_two_tables_meet_by_name_never_by_number(tmp_path: Path) -> None:
+def test_labels_of_two_tables_are_joined_by_name_and_never_by_number(tmp_path: Path) -> None:
     train = open_index(named_shards(tmp_path / "train", ["cat", "dog", "owl"]))
     test = open_index(named_shards(tmp_path / "test", ["owl", "emu", "cat"]))
     frozen = freeze_shards(mean_colour, train, test, DATA)

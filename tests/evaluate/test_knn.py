@@ -59,7 +59,7 @@ def test_half_precision_rows_and_sparse_class_numbers_are_fine() -> None:
     assert shifted == top1((x, y), (tx, ty)) > 0.9
 
 
-def test_twice_gives_the_same_number() -> None:
+def test_computing_twice_gives_the_same_number() -> None:
     train, test = splits(300, noise=2.0)
     assert top1(train, test) == top1(train, test)
 

@@ -43,7 +43,7 @@ def test_scale_and_shift_of_a_column_do_not_count() -> None:
     assert moved["top1"] == pytest.approx(scores((x, y), (tx, ty))["top1"], abs=0.01)
 
 
-def test_twice_gives_the_same_numbers() -> None:
+def test_computing_twice_gives_the_same_numbers() -> None:
     train, test = splits(300, noise=2.0)
     assert scores(train, test) == scores(train, test)
 

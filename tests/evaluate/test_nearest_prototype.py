@@ -60,7 +60,7 @@ def test_classes_may_have_any_numbers_and_test_rows_classes_without_a_label() ->
     assert values["recall"] == pytest.approx(0.5)
 
 
-def test_twice_gives_the_same_numbers() -> None:
+def test_computing_twice_gives_the_same_numbers() -> None:
     seeds = np.arange(0, 400, 9)
     assert scores(seeds) == scores(seeds)
 

@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         ("reader", signal.SIGSTOP, "mid-epoch", "hang"),
     ],
 )
-def test_a_group_that_loses_a_process_begins_again_and_loses_nothing(
+def test_a_group_that_loses_a_process_restarts_without_losing_work(
     many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path, victim: str, number: int,
     moment: str, cause: str,
 ) -> None:  # fmt: skip
@@ -140,6 +140,6 @@ def test_a_resumed_run_may_have_another_number_of_ranks(
     assert kill_when(process, run, MOMENTS["mid-epoch"], delay=0.0)
     assert process.returncode == -signal.SIGKILL
     deepclust("resume", run, "train.ranks=2")
-    told = [(r["step"], r["round"], r["epoch"]) for r in Run(run).metrics("train")]
+    resumed = [(r["step"], r["round"], r["epoch"]) for r in Run(run).metrics("train")]
     whole = [(r["step"], r["round"], r["epoch"]) for r in Run(undisturbed[1]).metrics("train")]
-    assert told == whole
+    assert resumed == whole

@@ -22,7 +22,7 @@ def result(text: str, kind: str = "RuntimeError", exit_code: int = 1) -> dict[st
 
 
 WELL: dict[str, Any] = {"result": {}}
-STOPPED = result("stopped at step 3, as asked", "RequeueWanted", 75)
+STOPPED = result("stopped on request at step 3", "RequeueWanted", 75)
 BAD_DATA = result("3 images cannot be read", "DataError", 3)
 NAN = result("collapsed", "NumericalError", 6)
 BROKEN = result("Connection closed by peer")
@@ -71,7 +71,7 @@ def test_an_attempt_ends_by_the_member_that_began_it(
     assert (decided and (decided.kind, decided.who, decided.cause)) == ending
 
 
-def test_the_others_are_waited_for_before_an_error_is_laid_to_one() -> None:
+def test_an_error_is_blamed_on_one_rank_only_after_waiting_for_the_others() -> None:
     assert classify(group(BROKEN, WORKS, WORKS, ago=1.0), NOW, POLICY) is None
     decided = classify(group(BROKEN, WORKS, WORKS, ago=3.0), NOW, POLICY)
     assert (decided and decided.who, decided and decided.cause) == ("rank 0", "error")

@@ -119,17 +119,17 @@ def test_a_head_that_classifies_turns_alone_is_not_renewed() -> None:
 
 
 @pytest.mark.slow
-def test_rotnet_trains_without_clusters_to_tell_apart(shards: Path, tmp_path: Path) -> None:
+def test_with_a_single_cluster_only_the_super_loss_is_trained(shards: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(shards, "cluster.k=1", "method.name=deepercluster", "cluster.until=1")
     run = pretrain(recipe, tmp_path / "run")
     assert run.rounds() == [0]
-    told = run.metrics("train")[-1]
-    assert told["sub"] == 0
-    assert told["loss"] == told["super"] > 0
+    record = run.metrics("train")[-1]
+    assert record["sub"] == 0
+    assert record["loss"] == record["super"] > 0
 
 
 @pytest.mark.slow
-def test_who_clusters_two_levels_changes_nothing(shards: Path, tmp_path: Path) -> None:
+def test_two_levels_do_not_depend_on_which_process_clusters(shards: Path, tmp_path: Path) -> None:
     two = ("method.name=deepercluster", "cluster.supers=2", "train.ranks=2", "train.epochs=1")
     for where in ("worker", "ranks", "inline"):
         pretrain(tiny_recipe(shards, *two, f"cluster.where={where}"), tmp_path / where)

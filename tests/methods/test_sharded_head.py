@@ -83,7 +83,7 @@ def test_only_the_super_classes_of_the_batch_get_a_gradient() -> None:
     assert gradient[present].flatten(1).any(1).all()
 
 
-def test_one_sub_cluster_costs_nothing_and_teaches_nothing() -> None:
+def test_one_sub_cluster_has_no_loss_and_no_gradient() -> None:
     for found in on_ranks(2, sharded, 1):
         assert found["loss"] == 0
         assert not any(found[name].any() for name in ("features", "weight", "bias"))

@@ -53,7 +53,7 @@ def test_swapping_the_views_changes_nothing() -> None:
     torch.testing.assert_close(nt_xent(a, b, ALONE, 0.5), nt_xent(b, a, ALONE, 0.5))
 
 
-def test_one_image_is_told_from_nothing() -> None:
+def test_the_loss_of_a_single_image_is_zero() -> None:
     a, b = views(1, 4)
     assert float(nt_xent(a, b, ALONE, 0.5)) == 0
 

@@ -56,10 +56,10 @@ def test_a_weight_grows_linearly_and_then_stays() -> None:
 def test_a_term_is_added_to_the_loss_and_reported() -> None:
     with_term, without = recipe("deepcluster", ENTROPY), recipe("deepcluster")
     fixed = replace(batch(with_term), now=Now(epochs=1))
-    told = method(with_term)(fixed)
+    output = method(with_term)(fixed)
     plain = method(without)(fixed)
     assert "term_mean_entropy" not in plain
-    torch.testing.assert_close(told["loss"], plain["loss"] + 0.25 * told["term_mean_entropy"])
+    torch.testing.assert_close(output["loss"], plain["loss"] + 0.25 * output["term_mean_entropy"])
 
 
 def test_mean_entropy_is_its_formula() -> None:
@@ -130,10 +130,10 @@ def test_a_term_of_the_user_brings_labels_to_a_method_without_a_clustering(
         "seeds={labels: shards, per_class: 20, share: 0.25}",
     )  # fmt: skip
     assert_resumes_undisturbed(given, tmp_path, 15)
-    told = [
+    values = [
         record["term_tests_toys_term"] for record in Run(tmp_path / "straight").metrics("train")
     ]
-    assert told[-1] < told[0]
+    assert values[-1] < values[0]
     scores = evaluate_run(tmp_path / "straight", str(shards), str(shards))
     assert scores["knn"]["top1"] > 0.25
     deepclust("report", tmp_path / "straight")

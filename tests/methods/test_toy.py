@@ -69,7 +69,7 @@ def test_the_teacher_is_exported_and_rounds_have_two_heads(shards: Path, tmp_pat
     assignments = np.load(run.round(1) / "assignments" / "assignments.npy")
     assert assignments.shape == (2, 300)
     assert not np.array_equal(*assignments)
-    told = run.metrics("train")[-1]
-    assert {"classes", "followed", "term_mean_entropy", "grad_norm"} <= told.keys()
+    record = run.metrics("train")[-1]
+    assert {"classes", "followed", "term_mean_entropy", "grad_norm"} <= record.keys()
     deepclust("report", tmp_path / "run")
     assert (tmp_path / "run/report.html").exists()

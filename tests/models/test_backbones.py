@@ -93,7 +93,7 @@ def test_a_vit_names_the_sizes_that_its_patches_fill() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18_smal", "timm/resnet18_smal"])
 def test_an_unknown_name_suggests_the_nearest(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"no backbone '{name}'. Did you mean 'resnet18_small'"):
+    with pytest.raises(RecipeError, match=f"unknown backbone '{name}'. Did you mean 'resnet18_"):
         build_backbone(name)
 
 

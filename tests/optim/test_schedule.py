@@ -52,6 +52,6 @@ def test_weight_decay_is_constant_or_a_cosine_to_its_end() -> None:
         ({"betas": (0.9, 1.0)}, "betas are two numbers"),
     ],
 )
-def test_settings_that_cannot_be_are_named(changes: dict[str, object], message: str) -> None:
+def test_impossible_settings_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(**changes)

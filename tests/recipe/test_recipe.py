@@ -146,7 +146,9 @@ def names_a_method(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize(("text", "value"), [("on", "on"), ("off", "off"), ("auto", "auto")])
-def test_on_and_off_are_words_not_truth(tmp_path: Path, text: str, value: str) -> None:
+def test_on_and_off_are_read_as_words_and_not_as_booleans(
+    tmp_path: Path, text: str, value: str
+) -> None:
     assert tiny_recipe(tmp_path, f"train.sync_bn={text}").train.sync_bn == value
 
 

@@ -240,7 +240,7 @@ def test_a_damaged_owners_file_sets_the_checkpoint_aside(
     assert "owned-00000.safetensors" in warnings[0]
 
 
-def test_an_owners_file_that_is_no_such_file_is_a_data_error(tmp_path: Path) -> None:
+def test_a_malformed_owners_file_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "owned-00000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(DeepclustError, match="cannot be read"):
         load_owned(ALONE, tmp_path)

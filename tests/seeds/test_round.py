@@ -134,7 +134,7 @@ def test_other_labels_are_refused_by_a_run_that_has_begun(shards: Path, tmp_path
     table = tmp_path / "labels.csv"
     table.write_text("key,class\n0000000,a\n0000001,b\n")
     pretrain(recipe(shards, f"seeds.labels={table}", "train.epochs=1"), tmp_path / "run")
-    assert "nothing is judged" in warnings(tmp_path / "run")
+    assert "are not used for evaluation" in warnings(tmp_path / "run")
     table.write_text("key,class\n0000000,a\n0000002,b\n")
     with pytest.raises(RunDiffersError, match=r"labels of .*labels\.csv are not those"):
         resume(tmp_path / "run", "train.epochs=2")
@@ -150,7 +150,7 @@ def test_more_prototypes_than_clusters_are_refused(shards: Path, tmp_path: Path)
         pretrain(recipe(shards, *deeper), tmp_path / "deeper")
 
 
-def test_a_labelled_image_that_cannot_be_read_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_labelled_image_that_cannot_be_read_is_left_out_and_reported(tmp_path: Path) -> None:
     folder = tiny_shards(tmp_path / "shards")
     broken = encode(draw(0, 16, 16))[:90]
     write_tar(folder / "shard-000003.tar", [("x.cls", b"0"), ("x.png", broken)])
@@ -235,15 +235,15 @@ def test_every_batch_has_its_share_of_labelled_samples_in_their_classs_cluster(
 def test_evaluation_judges_the_prototypes_of_the_runs_own_shards_only(
     seeded: Path, shards: Path, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-    own = evaluate_run(seeded, str(shards), str(shards), emit=told.append)
+    messages: list[str] = []
+    own = evaluate_run(seeded, str(shards), str(shards), emit=messages.append)
     assert own["prototypes"]["top1"] > 0.5
-    assert told == []
+    assert messages == []
     others = str(tiny_shards(tmp_path / "others", n=120))
-    foreign = evaluate_run(seeded, others, str(shards), emit=told.append)
+    foreign = evaluate_run(seeded, others, str(shards), emit=messages.append)
     assert "prototypes" not in foreign
     assert foreign["knn"]
-    assert "are not the shards" in told[0]
+    assert "are not the shards" in messages[0]
 
 
 def test_a_small_share_is_one_labelled_sample_a_batch(shards: Path) -> None:
@@ -287,7 +287,7 @@ def test_two_levels_leave_super_clusters_and_their_sizes(shards: Path, tmp_path:
     assert np.bincount(labels, minlength=18).min() > 0
 
 
-def test_one_cluster_is_rotnet_and_no_collapse(shards: Path, tmp_path: Path) -> None:
+def test_one_cluster_is_rotnet_and_not_a_collapse(shards: Path, tmp_path: Path) -> None:
     alone = ("method={name: deepercluster}", "cluster.k=1", "train.epochs=1")
     pretrain(recipe(shards, *alone), tmp_path / "run")
     assert not assignments(tmp_path / "run")[0].any()
@@ -295,7 +295,7 @@ def test_one_cluster_is_rotnet_and_no_collapse(shards: Path, tmp_path: Path) -> 
         pretrain(recipe(shards, "cluster.max_share=0.01"), tmp_path / "collapsed")
 
 
-def test_a_pinned_cluster_that_wins_nothing_is_told(shards: Path, tmp_path: Path) -> None:
+def test_a_pinned_cluster_without_samples_is_reported(shards: Path, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     every = [f"{i:07d},one" for i in range(0, 299, 2)] + ["0000001,two"]
     table.write_text("\n".join(["key,class", *every]))
@@ -303,7 +303,7 @@ def test_a_pinned_cluster_that_wins_nothing_is_told(shards: Path, tmp_path: Path
         recipe(shards, f"seeds.labels={table}", "cluster.k=120", "train.epochs=1"), tmp_path / "r"
     )
     empty = np.bincount(assignments(tmp_path / "r")[0][0], minlength=120) == 0
-    told = "pinned clusters won no sample" in warnings(tmp_path / "r")
-    assert empty[:2].any() == told
+    is_reported = "pinned clusters won no sample" in warnings(tmp_path / "r")
+    assert empty[:2].any() == is_reported
     assert not empty[2:].any()
     assert read(tmp_path / "r", 0, "assignments/statistics.json")["empty"] == empty.sum()

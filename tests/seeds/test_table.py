@@ -64,7 +64,7 @@ def test_a_table_is_joined_by_key_in_any_order(index: Index, tmp_path: Path, suf
     np.testing.assert_array_equal(one.classes, other.classes)
 
 
-def test_the_join_is_a_dictionarys(index: Index, tmp_path: Path) -> None:
+def test_the_join_equals_that_of_a_dictionary(index: Index, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     chosen = random.choice(90, 40, replace=False)  # a third of them unknown
     rows = {key(i): f"c{random.integers(5)}" for i in chosen}
@@ -197,7 +197,7 @@ def test_the_shards_other_labels_judge_a_table(index: Index, tmp_path: Path) -> 
 def test_other_names_in_the_shards_judge_nothing(index: Index, tmp_path: Path) -> None:
     found = seeds(index, table(tmp_path / "t.csv", [(key(0), "cat")]))
     assert found.held_out is None
-    assert "nothing is judged" in found.notes[0]
+    assert "are not used for evaluation" in found.notes[0]
     with pytest.raises(DataError, match=r"seeds.held_out: no held-out label"):
         seeds(index, tmp_path / "t.csv", held_out="shards")
 

@@ -136,13 +136,13 @@ def broken_files(folder: Path) -> dict[str, Path]:
     (folder / "cut").write_bytes(good.read_bytes()[:-100])
     torch.save(state, folder / "pth")
     return {
-        "no such file": folder / "absent",
+        "absent does not exist": folder / "absent",
         "not a whole safetensors file": folder / "cut",
         "not a whole safetensors file ": folder / "pth",
         "not an exported backbone": write("checkpoint", state, None),
         "header lacks name": write("lacking", state, {"dim": 3}),
         "not those that were exported": write("changed", changed, header),
-        "there is no backbone 'conv9'": write("unknown", state, {**header, "name": "conv9"}),
+        "unknown backbone 'conv9'": write("unknown", state, {**header, "name": "conv9"}),
         "cannot build it": write("unfit", state, {**header, "name": "resnet10_small"}),
     }
 

@@ -48,8 +48,8 @@ def features(run: Run, number: int, step: int) -> np.ndarray:
 def test_a_round_is_trained_on_one_boundary_after_its_features_were_made(overlapped: Path) -> None:
     assert trained_on(overlapped) == {0: 0, 1: 0, 2: 1, 3: 2}
     assert not Run(overlapped).round(3).exists()  # nobody would have trained on it
-    told = [(e["event"], e.get("round")) for e in Run(overlapped).events()]
-    chain = [one for one in told if one[0] in ("features", "training")]
+    events = [(e["event"], e.get("round")) for e in Run(overlapped).events()]
+    chain = [one for one in events if one[0] in ("features", "training")]
     assert chain[2:] == [
         ("features", 1), ("training", 0), ("features", 2), ("training", 1), ("training", 2)
     ]  # fmt: skip

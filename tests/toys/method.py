@@ -76,9 +76,9 @@ class Method(base.Method):
         with torch.no_grad():
             taught = self.teacher.backbone(full[0])
         followed = F.mse_loss(self.backbone(torch.cat(small)), taught.repeat(len(small), 1))
-        told = {"classes": classes.detach(), "followed": followed.detach()}
+        metrics = {"classes": classes.detach(), "followed": followed.detach()}
         loss = clusters + classes + followed
-        return Output(loss, told, first, logits[0][: len(first)])
+        return Output(loss, metrics, first, logits[0][: len(first)])
 
     def classify(self, features: Tensor) -> Tensor:
         return self.classifier(features)

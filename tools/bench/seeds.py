@@ -242,8 +242,8 @@ def tables(args: argparse.Namespace) -> str:
     if "seeded" in args.rows:
         for n in args.labels:
             shares = np.array([r["shares"] for r in found(args, "seeded", n)])
-            told = f"{shares.mean():.3f}, from {shares.min():.3f} to {shares.max():.3f}"
-            lines.append(f"\nShare of the points of a pinned cluster, {n} labels: {told}; "
+            summary = f"{shares.mean():.3f}, from {shares.min():.3f} to {shares.max():.3f}"
+            lines.append(f"\nShare of the points of a pinned cluster, {n} labels: {summary}; "
                          f"all together {shares.sum(1).mean():.3f}.")  # fmt: skip
     if "leftout" in args.rows:
         for r in found(args, "leftout", max(args.labels)):

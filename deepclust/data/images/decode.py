@@ -136,7 +136,7 @@ def _by_pillow(data: bytes | memoryview, max_pixels: int) -> UInt8[Tensor, "3 h 
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = str(error).partition(" <_io")[0] or type(error).__name__
-        raise DecodeError(f"damaged, truncated or no image: {reason}") from error
+        raise DecodeError(f"damaged, truncated or not an image: {reason}") from error
 
 
 def _pillow_to_tensor(image: Image.Image) -> UInt8[Tensor, "3 h w"]:

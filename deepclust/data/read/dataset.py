@@ -147,7 +147,8 @@ class Batches(Dataset[Loaded]):
             if not self._fill(images, one):
                 return substitute, Bad(sample_id, reason)
         raise DataError(
-            f"{reason}; nor could {2 * REPLACEMENTS} samples in its place. Is the storage there?"
+            f"{reason}; neither could {2 * REPLACEMENTS} samples in its place. "
+            "Check that the storage can be reached."
         )
 
     def _substitutes(self, request: Request, sample_id: int, position: int) -> Iterator[int]:

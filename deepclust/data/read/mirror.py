@@ -63,7 +63,7 @@ def mirror_shards(
                     left.set()
                     world.raise_all(_error(work), "data.stage")
                 if state == _ASKED:
-                    raise RequeueWanted("stopped while shards were copied; what is there is kept")
+                    raise RequeueWanted("stopped while copying shards; finished copies are kept")
                 before, size = size, _bytes_in(mirror_dir)
                 if size != before or work.done():
                     alive()
@@ -193,7 +193,7 @@ class _Copier:
                 part.unlink()
         raise DataError(
             f"shard {shard.source} was copied to {self.mirror_dir} twice and is not what was "
-            f"indexed: {wrong}. Bring the old one back, or index the new ones with `deepclust "
+            f"indexed: {wrong}. Restore the old one, or index the new ones with `deepclust "
             "index`."
         )
 

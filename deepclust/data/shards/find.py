@@ -36,8 +36,8 @@ def expand(shards: str | Path) -> list[Source]:
     text = os.fspath(shards)
     if text.startswith(("pipe:", "file:", "local:")):
         raise DataError(
-            f"shards {text!r}: pipes are not run, and a file is given by its plain path. Give a "
-            "folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL (s3://, https://)."
+            f"shards {text!r}: pipes are not supported, and a file is given by its plain path. "
+            "Give a folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL (s3://, https://)."
         )
     if is_url(text):
         return _with_unique_names(list(_remote_shards(text)))
@@ -85,7 +85,7 @@ def _matches(pattern: str) -> Iterator[Path]:
         if not Path(name).is_file():
             raise DataError(
                 f"no shard {name}"
-                + ("" if name == pattern else f" (the pattern {pattern} asks for it)")
+                + ("" if name == pattern else f" (required by the pattern {pattern})")
                 + ". Give a folder of *.tar, or a pattern like 'dir/train-{000000..000009}.tar'."
             )
         yield Path(name)

@@ -79,7 +79,7 @@ def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
             raise
         if not (folder / MANIFEST).exists():
             raise DataError(
-                f"{folder} holds other things than an index. Choose a folder that is not there yet."
+                f"{folder} holds files that are not an index. Choose a folder that does not exist."
             ) from error
 
 

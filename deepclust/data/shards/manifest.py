@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise damaged(folder, f"{MANIFEST} is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise damaged(folder, f"its manifest is not of format {FORMAT}")
+        raise damaged(folder, f"its manifest does not have format {FORMAT}")
     return manifest
 
 
@@ -76,7 +76,7 @@ def check_shards(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> 
         if name not in indexed:
             raise _changed(folder, f"{name} is new")
         if indexed[name] != sizes[name]:
-            raise _changed(folder, f"{name} had {indexed[name]} bytes and has {sizes[name]}")
+            raise _changed(folder, f"{name} had {indexed[name]} bytes and now has {sizes[name]}")
     _check_newer(folder, manifest, [shard for shard in shards if isinstance(shard, Path)])
 
 
@@ -106,7 +106,7 @@ def _check_newer(folder: Path, manifest: Manifest, paths: list[Path]) -> None:
 
 def _changed(folder: Path, what: str) -> DataError:
     return DataError(
-        f"the shards are not those that were indexed in {folder}: {what}. Bring the old ones back "
+        f"the shards are not those that were indexed in {folder}: {what}. Restore the old ones "
         "(then `deepclust index SHARDS --verify` checks every member), or index the new ones with "
         "`deepclust index SHARDS`; runs that began with the old ones will refuse the new."
     )

@@ -256,13 +256,13 @@ def _unreachable(url: Url, error: Exception) -> UnreachableError:
 
 
 _REMEDIES = {
-    "missing": "Put it back, or give the folder or pattern of the shards that are there.",
+    "missing": "Restore it, or give the folder or pattern of the shards that exist.",
     "denied": "Give credentials where its storage looks for them (AWS_PROFILE or "
     "AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc).",
-    "cut": "It is shorter than it was when it was indexed: put the old one back, or index the new "
+    "cut": "It is shorter than it was when it was indexed: restore the old one, or index the new "
     "ones with `deepclust index`.",
     "down": f"That was the last of {len(PAUSES_S) + 1} attempts: can this machine reach the "
-    "storage? What was finished is kept; resume when it is back.",
+    "storage? Finished work is kept; resume when it is back.",
 }
 
 
@@ -281,7 +281,7 @@ def _filesystem(url: Url) -> Any:
             "pip install 'deepclust[remote]' reads s3:// and https://, gs:// needs gcsfs as well"
         ) from None
     except ValueError as error:
-        raise DataError(f"{url}: {redact(str(error))}. Known are s3://, https://, gs://.") from None
+        raise DataError(f"{url}: {redact(str(error))}. Use s3://, https:// or gs://.") from None
     host = tuple(sorted(kind._get_kwargs_from_urls(url.text).items()))
     return _connected(url.protocol, host, os.getpid())
 

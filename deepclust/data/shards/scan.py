@@ -163,15 +163,15 @@ def _samples(shard: Shard, digest: Callable[[bytes], None]) -> Iterator[_Sample]
 
 def _twice(shard: Shard, member: TarEntry, key: str) -> DataError:
     return shard.wrong(
-        f"key {key!r} names two samples: {member.name!r} comes again at offset {member.offset}",
+        f"key {key!r} names two samples: {member.name!r} appears again at offset {member.offset}",
         "Give every sample of a shard its own key, or pack the images with `deepclust pack`.",
     )
 
 
 def _interleaved(shard: Shard, member: TarEntry, key: str) -> DataError:
     return shard.wrong(
-        f"key {key!r} comes back at offset {member.offset} ({member.name!r}) after other keys, "
-        "but the members of a sample must stand together",
+        f"key {key!r} appears again at offset {member.offset} ({member.name!r}) after other keys, "
+        "but the members of a sample must be next to each other",
         "Write the tar with `tar --sort=name`, or pack the images with `deepclust pack`.",
     )
 

@@ -70,7 +70,7 @@ class Url:
         last = self._split()[0].rstrip("/").rpartition("/")[2]
         name = unquote(last) if self.over_http else last
         if "/" in name or "\0" in name:
-            raise DataError(f"{self}: {name!r} is not a name for a shard. Rename it.")
+            raise DataError(f"{self}: {name!r} is not a valid name for a shard. Rename it.")
         return name
 
     @property

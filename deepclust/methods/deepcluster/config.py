@@ -24,9 +24,9 @@ class Config(ClusteringMethodSection):
 
     @property
     def round(self) -> Refresh:
-        """One level.
+        """What a new round changes, by `head`.
 
-        Policy `reset` renews the classifier, `match` lets clusters keep their ids.
+        `reset` makes a new classifier. `match` lets clusters keep their ids from round to round.
         """
         return Refresh(keeps_ids=self.head == "match", resets=self.head == "reset")
 

@@ -28,7 +28,7 @@ def test_the_demo_ends_with_a_table_a_report_and_weights(tmp_path: Path) -> None
     assert len(Run(run).metrics("round")) == 1
 
 
-def test_fashion_mnist_that_is_nowhere_says_what_to_do(
+def test_missing_fashion_mnist_names_the_command_that_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "nothing")

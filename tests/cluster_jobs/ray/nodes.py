@@ -113,12 +113,12 @@ def begin(nodes: Nodes, recipe: Recipe, run: Path) -> subprocess.Popen[str]:
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
     """Wait for the controller, check its exit code; what it has printed."""
     try:
-        told, _ = process.communicate(timeout=PATIENCE_S)
+        output, _ = process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == code, f"exit code {process.returncode}\n{told}"
-    return told
+    assert process.returncode == code, f"exit code {process.returncode}\n{output}"
+    return output
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:

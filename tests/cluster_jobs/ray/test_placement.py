@@ -1,4 +1,4 @@
-"""What a gang asks for, what a cluster lacks for it, and the `ray` section of a recipe."""
+"""The resources of a worker group, what a cluster lacks of them, and the `ray` section."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def recipe(*overrides: str) -> Recipe:
     return tiny_recipe(Path("/shards"), "train.device=auto", *overrides)
 
 
-def test_a_bundle_a_rank_and_one_for_the_cluster_worker_each_with_a_gpu() -> None:
+def test_every_rank_and_the_cluster_worker_have_a_bundle_with_a_gpu() -> None:
     shape = shape_of(recipe("train.ranks=3"), RaySpec(cpus=8, worker_cpus=4), 3, with_gpus=True)
     assert shape.bundles == [GPU_RANK] * 3 + [GPU_WORKER]
 
 
 @pytest.mark.parametrize("setting", ["cluster.gpus=0", "cluster.device=cpu"])
-def test_the_cluster_worker_may_do_without_a_gpu(setting: str) -> None:
+def test_the_cluster_worker_may_have_no_gpu(setting: str) -> None:
     shape = shape_of(recipe("train.ranks=2", setting), RaySpec(), 2, with_gpus=True)
     assert shape.worker == {"CPU": 1.0}
 
@@ -55,7 +55,7 @@ def test_the_cluster_worker_has_its_gpu_where_its_own_resource_is() -> None:
     assert missing(on_cpus, [first, second]) == ""
 
 
-def test_what_is_missing_is_named_even_when_the_sum_would_do() -> None:
+def test_missing_resources_are_named_even_when_their_sum_would_suffice() -> None:
     shape = Shape(1, {"CPU": 4.0}, {"CPU": 1.0})
     assert missing(shape, [{"CPU": 3}, {"CPU": 3}]) == (
         "4 CPU more than the cluster has (3 CPU; 3 CPU) is needed for "
@@ -83,15 +83,15 @@ def test_no_number_of_ranks_that_divides_the_batch_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("ray.addres=x", "ray.addres: unknown key; did you mean 'address'"),
         ("ray.ranks={min: 3, max: 2}", "ray.ranks: min=3 is more than max=2"),
         ("ray.hang=0", "ray.hang"),
     ],
 )
-def test_a_wrong_key_of_the_ray_section_is_named(override: str, told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+def test_a_wrong_key_of_the_ray_section_is_named(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         ray_spec(recipe(override))
 
 
@@ -100,9 +100,9 @@ def test_a_plan_says_where_and_what_and_writes_nothing(tmp_path: Path) -> None:
         recipe("train.ranks=2", "ray.address=http://h:8265", "ray.cpus=4", "train.threads=null"),
         tmp_path / "run with; rm -rf",
     )
-    told = str(plan)
-    assert "a job of the Ray cluster at http://h:8265: 2 ranks of 4 CPU, the cluster worker" in told
-    assert f"'{tmp_path}/run with; rm -rf'" in told  # quoted: the name stays a name
+    text = str(plan)
+    assert "a job of the Ray cluster at http://h:8265: 2 ranks of 4 CPU, the cluster worker" in text
+    assert f"'{tmp_path}/run with; rm -rf'" in text  # quoted: the name stays a name
     assert plan.recipe.train.threads == 4  # of the cluster's machines
     assert not list(tmp_path.iterdir())
 

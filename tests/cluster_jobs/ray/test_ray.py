@@ -126,7 +126,7 @@ FAULTS: list[tuple[str, int, Moment, str]] = [
 
 
 @pytest.mark.parametrize(("who", "number", "moment", "cause"), FAULTS)
-def test_a_group_that_loses_a_member_begins_again_and_loses_nothing(
+def test_a_group_that_loses_a_member_restarts_without_losing_work(
     nodes: Nodes, shards: Path, local: Path, tmp_path: Path, who: str, number: int,
     moment: Moment, cause: str,
 ) -> None:  # fmt: skip
@@ -201,7 +201,7 @@ def test_a_dead_controllers_lock_is_taken_over_and_its_group_is_gone(
     assert stages_done_twice(run) == []
 
 
-def test_word_to_cancel_stops_at_a_step_and_resume_goes_on(
+def test_a_request_to_cancel_stops_at_a_step_and_resume_continues(
     nodes: Nodes, shards: Path, local: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -210,7 +210,7 @@ def test_word_to_cancel_stops_at_a_step_and_resume_goes_on(
     end(process, code=75)
     state = status.status(Run(run))
     assert state.state == "STOPPED"
-    assert "as asked" in state.reason
+    assert "on request" in state.reason
     assert not job_file.stopping(run, [])
     end(controller(nodes, run))
     assert_same_run(run, local)
@@ -229,12 +229,12 @@ def test_three_attempts_without_progress_are_enough(
 ) -> None:
     run = tmp_path / "run"
     prepare_run(recipe(shards, "train.timeout=0.001"), run)
-    told = end(controller(nodes, run), code=4)
-    assert "3 attempts in a row made no progress on disk" in told
+    output = end(controller(nodes, run), code=4)
+    assert "3 attempts in a row made no progress on disk" in output
     assert len(events(run, "started")) == 3
 
 
-def test_a_submitted_run_is_a_ray_job_that_outlives_whoever_submitted_it(
+def test_a_submitted_run_is_a_ray_job_that_continues_after_its_submitter_is_killed(
     shards: Path, local: Path, tmp_path: Path
 ) -> None:
     nodes, run = Nodes(3, dashboard=True), tmp_path / "run"
@@ -278,17 +278,17 @@ def test_without_an_address_a_run_gets_a_ray_of_its_own_on_loopback(
 
 @pytest.mark.mount
 def test_a_node_that_does_not_see_the_run_directory_is_named(shards: Path, tmp_path: Path) -> None:
-    """The node is real: its raylet lives where another file system hides the folder of the runs."""
+    """The node is real: its raylet runs where another file system hides the folder of the runs."""
     hidden = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {tmp_path} && exec "$@"', "sh"]
     if subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount (root)")
     nodes = Nodes(2)
     try:
         blind = nodes.add_process([*hidden, RAY, "start", "--num-cpus=1", "--block"])
-        told = end(begin(nodes, recipe(shards), tmp_path / "run"), code=4)
+        output = end(begin(nodes, recipe(shards), tmp_path / "run"), code=4)
     finally:
         blind.terminate()
         blind.wait()
         nodes.close()
-    assert f"it cannot use {tmp_path / 'run'}: No such file or directory" in told
-    assert "Every node must see the run directory" in told
+    assert f"it cannot use {tmp_path / 'run'}: No such file or directory" in output
+    assert "Every node must see the run directory" in output

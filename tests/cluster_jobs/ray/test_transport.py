@@ -5,12 +5,12 @@ from __future__ import annotations
 from cluster_jobs.ray.transport import PROCESS_ALONE, death, first_line
 
 
-def test_of_a_long_message_the_line_that_says_what_happened_is_kept() -> None:
+def test_the_line_with_the_cause_is_kept_of_a_long_message() -> None:
     error = RuntimeError("The actor died.\n\tpid: 7\nThe actor is dead because its node died.\n")
     assert first_line(error) == "The actor is dead because its node died."
     assert first_line(ValueError("")) == "ValueError"
 
 
-def test_a_process_that_died_alone_is_not_laid_to_its_node() -> None:
+def test_a_process_that_died_alone_does_not_count_as_a_lost_node() -> None:
     text = f"The actor is dead because its {PROCESS_ALONE}."
     assert death(text, None) == {"death": text}

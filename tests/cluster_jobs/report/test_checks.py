@@ -63,20 +63,22 @@ def test_nothing_is_said_before_the_first_round() -> None:
         (whole, {"excluded": 7}, "7 of 1,000"),
     ],
 )
-def test_what_is_wrong_is_said(check: Any, change: dict[str, Any], words: str) -> None:
+def test_a_problem_is_reported_with_its_numbers(
+    check: Any, change: dict[str, Any], words: str
+) -> None:
     found = check(facts({**FINE, **change}))
     assert not found.good
     assert words in found.text
 
 
-def test_rounds_that_agree_less_and_less_are_told() -> None:
+def test_falling_agreement_between_rounds_is_reported() -> None:
     rounds = [{**FINE, "nmi_previous": value} for value in (None, 0.7, 0.5)]
     assert not settles(facts(*rounds)).good
     assert settles(facts(*rounds[:2])).good
     assert settles(facts(rounds[0])) is None
 
 
-def test_two_even_clusters_are_no_collapse() -> None:
+def test_two_clusters_of_equal_size_are_not_a_collapse() -> None:
     assert balanced(facts({**FINE, "largest_share": 0.5}, k=2)).good
 
 
@@ -92,7 +94,7 @@ def test_statistics_that_a_round_lacks_are_not_checked() -> None:
     assert [check(facts(lacking)) for check in (balanced, whole, filled)] == [None] * 3
 
 
-def test_a_run_without_clusters_is_not_told_to_take_fewer() -> None:
+def test_a_run_without_clusters_is_not_advised_to_use_fewer_clusters() -> None:
     (stuck,) = checks(simclr(6.24))
     assert not stuck.good
     assert stuck.text.endswith("Try another train.lr.")

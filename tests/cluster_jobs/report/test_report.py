@@ -72,7 +72,7 @@ def test_the_page_shows_what_the_run_is_and_did(run: Path) -> None:
     assert "0.8765" in text
 
 
-def test_the_page_stands_alone(run: Path) -> None:
+def test_the_page_needs_no_other_file(run: Path) -> None:
     outline = Outline(page(run))
     assert {"script", "link", "iframe"}.isdisjoint(outline.tags)
     pictures = [one for one in outline.addresses if one.startswith("data:image/")]
@@ -129,7 +129,7 @@ def test_several_heads_have_a_table_and_the_pictures_are_of_head_0(run: Path) ->
     assert "Of round 2, head 0" in text
 
 
-def test_statistics_that_a_round_lacks_are_dashes(run: Path) -> None:
+def test_missing_statistics_are_shown_as_dashes(run: Path) -> None:
     for number in range(3):
         file = run / "rounds" / f"{number:04d}" / "assignments" / "statistics.json"
         write_json(file, {"round": number, "k": 6, "n": 96})
@@ -172,7 +172,7 @@ def test_images_without_labels_have_a_gallery_without_purity(tmp_path: Path) -> 
     assert text.count("data:image/png") > 20
 
 
-def test_missing_shards_cost_the_gallery_alone(run: Path, shards: Path) -> None:
+def test_missing_shards_leave_out_only_the_gallery(run: Path, shards: Path) -> None:
     shutil.rmtree(shards)
     text = page(run)
     assert "The images cannot be shown" in text
@@ -237,7 +237,7 @@ def test_large_photos_keep_the_page_small(tmp_path: Path) -> None:
     assert len(page(run)) < 2_000_000
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a run"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

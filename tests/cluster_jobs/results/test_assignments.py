@@ -27,7 +27,7 @@ def rows(run: Path, out: Path, round: int | None = None) -> list[dict]:
     return pyarrow.parquet.read_table(export_assignments(run, out, round)).to_pylist()
 
 
-def test_every_sample_stands_once_with_its_key_shard_and_cluster(run: Path, tmp_path: Path) -> None:
+def test_every_sample_has_one_row_with_its_key_shard_and_cluster(run: Path, tmp_path: Path) -> None:
     table = rows(run, tmp_path / "a.parquet")
     stage = run / "rounds" / "0001" / "assignments"
     assert [row["sample_id"] for row in table] == list(range(N))
@@ -41,8 +41,8 @@ def test_every_sample_stands_once_with_its_key_shard_and_cluster(run: Path, tmp_
 
 def test_an_excluded_sample_has_no_cluster_but_a_reason(run: Path, tmp_path: Path) -> None:
     table = rows(run, tmp_path / "a.parquet")
-    told = {row["sample_id"]: row["reason"] for row in table if row["cluster"] == -1}
-    assert told == EXCLUDED
+    reasons = {row["sample_id"]: row["reason"] for row in table if row["cluster"] == -1}
+    assert reasons == EXCLUDED
     assert {row["sample_id"] for row in table if row["distance"] is None} == set(EXCLUDED)
     assert all(row["reason"] is None for row in table if row["cluster"] >= 0)
 
@@ -59,7 +59,7 @@ def test_csv_holds_the_same_as_parquet(run: Path, tmp_path: Path) -> None:
     assert csv.equals(parquet)
 
 
-def test_an_older_round_can_be_had(run: Path, tmp_path: Path) -> None:
+def test_an_older_round_can_be_exported(run: Path, tmp_path: Path) -> None:
     first = [row["cluster"] for row in rows(run, tmp_path / "a.parquet", round=0)]
     stage = run / "rounds" / "0000" / "assignments"
     assert first == np.load(stage / "assignments.npy")[0].tolist()
@@ -72,7 +72,9 @@ def test_the_reasons_outlive_the_features(run: Path, tmp_path: Path) -> None:
     assert {row["reason"] for row in table if row["cluster"] == -1} >= set(EXCLUDED.values())
 
 
-def test_several_heads_stand_one_after_the_other_in_each_shard(run: Path, tmp_path: Path) -> None:
+def test_several_heads_are_listed_one_after_the_other_in_each_shard(
+    run: Path, tmp_path: Path
+) -> None:
     stage = run / "rounds" / "0001" / "assignments"
     for name in ("assignments", "distances"):
         one = np.load(stage / f"{name}.npy")
@@ -84,7 +86,7 @@ def test_several_heads_stand_one_after_the_other_in_each_shard(run: Path, tmp_pa
     assert second == [row["cluster"] for row in table if row["head"] == 0][::-1]
 
 
-def test_twice_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+def test_exporting_twice_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     first, second = (export_assignments(run, tmp_path / f"{i}.csv") for i in range(2))
     assert first.read_bytes() == second.read_bytes()
 
@@ -94,7 +96,9 @@ def test_a_round_that_is_not_there_is_answered_with_those_that_are(run: Path) ->
         export_assignments(run, run / "a.csv", round=7)
 
 
-def test_a_run_without_a_round_is_told_how_to_get_one(tmp_path: Path) -> None:
+def test_the_error_for_a_run_without_a_round_names_the_command_that_makes_one(
+    tmp_path: Path,
+) -> None:
     run = make_run(tmp_path / "new", make_shards(tmp_path / "shards"), rounds=0)
     with pytest.raises(RecipeError, match=r"no finished round yet.*deepclust resume"):
         export_assignments(run, run / "a.csv")

@@ -48,9 +48,9 @@ def table(out: Path) -> dict[str, Any]:
 def test_the_command_writes_centroids_assignments_and_statistics(tmp_path: Path) -> None:
     rows, out = draw(), tmp_path / "out"
     done = deepclust("cluster", save(tmp_path, rows), "--k", K, "--out", out, "--json")
-    told = json.loads(done.stdout)
+    statistics = json.loads(done.stdout)
     assert sorted(os.listdir(out)) == WRITTEN
-    assert told == json.loads((out / "statistics.json").read_text())
+    assert statistics == json.loads((out / "statistics.json").read_text())
     centroids, labels = np.load(out / "centroids.npy"), np.load(out / "assignments.npy")
     assert (centroids.shape, centroids.dtype, labels.dtype) == ((K, D), np.float32, np.int32)
     nearest = distances(rows, centroids)
@@ -58,12 +58,12 @@ def test_the_command_writes_centroids_assignments_and_statistics(tmp_path: Path)
     assert table(out)["row"] == list(range(N))
     assert table(out)["cluster"] == labels.tolist()
     assert np.allclose(table(out)["distance"], nearest.min(1), rtol=1e-4)
-    assert told["inertia"] == pytest.approx(nearest.min(1).sum(), rel=1e-5)
-    assert told["sizes"]["min"] > 0
-    assert told["input"] == {
+    assert statistics["inertia"] == pytest.approx(nearest.min(1).sum(), rel=1e-5)
+    assert statistics["sizes"]["min"] > 0
+    assert statistics["input"] == {
         "path": str(tmp_path / "features.npy"), "shape": [N, D], "dtype": "float32",
     }  # fmt: skip
-    assert told["arguments"]["k"] == K
+    assert statistics["arguments"]["k"] == K
 
 
 def test_without_json_a_table_is_shown(tmp_path: Path) -> None:
@@ -184,12 +184,16 @@ def test_a_row_that_is_not_finite_is_named(tmp_path: Path, whiten: int | None) -
     assert os.listdir(tmp_path) == ["features.npy"]
 
 
-def test_a_file_that_is_no_array_or_cut_short_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_array_or_is_truncated_is_named(tmp_path: Path) -> None:
     source = save(tmp_path, draw())
     source.write_bytes(source.read_bytes()[:-100])
     np.savez(tmp_path / "features.npz", draw())
-    told = {"features.npy": "cut short", "features.npz": "not a .npy", "no.npy": "does not exist"}
-    for name, words in told.items():
+    messages = {
+        "features.npy": "cut short",
+        "features.npz": "not a .npy",
+        "no.npy": "does not exist",
+    }
+    for name, words in messages.items():
         with pytest.raises(DataError, match=words):
             cluster_features(tmp_path / name, tmp_path / "out", Options(5))
 
@@ -202,13 +206,13 @@ def test_usage_is_explained(tmp_path: Path) -> None:
         cluster_features(source, tmp_path / "out", Options(5, init="best"))
 
 
-def test_the_command_tells_a_run_from_a_file(tmp_path: Path) -> None:
+def test_the_command_distinguishes_a_run_from_a_file(tmp_path: Path) -> None:
     assert "in its recipe" in deepclust("cluster", tmp_path, "--k", 5, code=2).stderr
     missing = deepclust("cluster", tmp_path / "no.npy", "--k", 5, "--out", "x", code=3)
     assert "does not exist" in missing.stderr
 
 
-def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_empty_is_not_overwritten(tmp_path: Path) -> None:
     source = save(tmp_path, draw())
     (tmp_path / "out").mkdir()
     cluster_features(source, tmp_path / "out", Options(K, iterations=1))

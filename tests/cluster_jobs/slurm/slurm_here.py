@@ -222,8 +222,8 @@ class SlurmHere:
 
     def state(self, job: str) -> str:
         """What accounting says of a job: the first word of its state."""
-        told = self.call("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
-        return told[0] if told else ""
+        states = self.call("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").split()
+        return states[0] if states else ""
 
     def now(self, job: str) -> str:
         """The state of a job by squeue, which accounting follows with a delay; then by that."""

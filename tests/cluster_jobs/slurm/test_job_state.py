@@ -68,7 +68,7 @@ def test_where_slurm_does_not_answer_the_files_of_the_run_decide(
     assert "Slurm does not answer" in now.reason
 
 
-def test_a_run_that_goes_on_here_is_not_in_the_state_of_its_old_job(
+def test_a_run_that_continues_on_this_machine_ignores_the_state_of_its_old_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs(tmp_path, monkeypatch, squeue=":", sacct="echo 'CANCELLED|n1|0:15'")

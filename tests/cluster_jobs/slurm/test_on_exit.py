@@ -62,6 +62,8 @@ def test_slurm_is_asked_again_when_it_does_not_answer(
     assert end_job(monkeypatch, 75) == (75, "again")
 
 
-def test_a_job_is_requeued_only_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_not_requeued_beyond_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     programs(tmp_path, monkeypatch, squeue="echo RUNNING 5", scontrol="echo called", sleep=":")
     assert end_job(monkeypatch, 75, SLURM_RESTART_COUNT="5") == (75, "")

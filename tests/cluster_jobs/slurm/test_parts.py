@@ -31,7 +31,9 @@ def never() -> bool:
     return False
 
 
-def test_a_guest_that_knows_the_word_is_let_in_and_hears_the_end(tmp_path: Path) -> None:
+def test_a_peer_with_the_secret_is_accepted_and_notices_when_the_head_closes(
+    tmp_path: Path,
+) -> None:
     lines: list[Line | None] = []
     peer = threading.Thread(target=lambda: lines.append(join(tmp_path, OTHER, 10)))
     with hosting(tmp_path, HEAD, "127.0.0.1") as head:
@@ -49,7 +51,7 @@ def test_a_guest_that_knows_the_word_is_let_in_and_hears_the_end(tmp_path: Path)
     line.close()
 
 
-def test_where_the_head_is_only_its_owner_can_read_and_only_while_it_is_there(
+def test_the_heads_address_is_readable_by_its_owner_only_and_removed_at_the_end(
     tmp_path: Path,
 ) -> None:
     with hosting(tmp_path, HEAD, "127.0.0.1"):
@@ -60,26 +62,28 @@ def test_where_the_head_is_only_its_owner_can_read_and_only_while_it_is_there(
     assert left == {"bring-up.jsonl"}
 
 
-def test_who_comes_when_the_head_has_been_there_and_is_gone_does_not_wait(tmp_path: Path) -> None:
+def test_joining_after_the_head_has_left_returns_at_once(tmp_path: Path) -> None:
     leave(tmp_path, HEAD)
     assert join(tmp_path, OTHER, 60) is None
 
 
-def test_who_does_not_know_the_word_is_not_let_in_and_the_missing_are_named(tmp_path: Path) -> None:
+def test_a_peer_without_the_secret_is_refused_and_the_missing_tasks_are_named(
+    tmp_path: Path,
+) -> None:
     with hosting(tmp_path, HEAD, "127.0.0.1") as head:
-        told = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
-        with socket.create_connection((told["address"], told["port"])) as stranger:
-            stranger.sendall(b'{"secret": "guess", "task": 1, "node": "n2"}\n')
-            with pytest.raises(ResourceError, match="task 1 on n2 did not come within"):
+        address = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
+        with socket.create_connection((address["address"], address["port"])) as connection:
+            connection.sendall(b'{"secret": "guess", "task": 1, "node": "n2"}\n')
+            with pytest.raises(ResourceError, match="task 1 on n2 did not connect within"):
                 head.gather({1: "n2"}, 0.5, never)
 
 
-def test_a_head_that_is_asked_to_stop_waits_for_nobody(tmp_path: Path) -> None:
+def test_a_head_that_is_asked_to_stop_does_not_wait_for_its_peers(tmp_path: Path) -> None:
     with hosting(tmp_path, HEAD, "127.0.0.1") as head, pytest.raises(RequeueWanted):
         head.gather({1: "n2"}, 60, lambda: True)
 
 
-def test_an_older_start_of_the_job_is_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_the_head_of_an_older_start_of_the_job_is_ignored(tmp_path: Path) -> None:
     again = Allocation("7", 1, ["n1", "n2"], 1, 1, 2, 0)
     with (
         hosting(tmp_path, HEAD, "127.0.0.1"),
@@ -95,18 +99,19 @@ def test_outside_of_a_job_there_is_no_allocation(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "words", [b"GET / HTTP/1.0\r\n\r\n", b"1\n", b"[" * 60000 + b"\n", '{"secret": "ä"}\n'.encode()]
+    "message",
+    [b"GET / HTTP/1.0\r\n\r\n", b"1\n", b"[" * 60000 + b"\n", '{"secret": "ä"}\n'.encode()],
 )
-def test_whatever_a_stranger_says_the_head_goes_on(tmp_path: Path, words: bytes) -> None:
+def test_a_malformed_message_does_not_stop_the_head(tmp_path: Path, message: bytes) -> None:
     with hosting(tmp_path, HEAD, "127.0.0.1") as head:
-        told = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
-        with socket.create_connection((told["address"], told["port"])) as stranger:
-            stranger.sendall(words)
-            with pytest.raises(ResourceError, match="did not come"):
+        address = json.loads((folder(tmp_path, HEAD) / "head.json").read_text())
+        with socket.create_connection((address["address"], address["port"])) as connection:
+            connection.sendall(message)
+            with pytest.raises(ResourceError, match="did not connect"):
                 head.gather({1: "n2"}, 0.5, never)
 
 
-def test_a_plain_job_that_is_queued_again_finds_its_run_as_it_is(
+def test_a_plain_job_that_is_queued_again_leaves_its_run_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -120,14 +125,14 @@ def test_a_plain_job_that_is_queued_again_finds_its_run_as_it_is(
     assert job_file.read(tmp_path / "run")["job"] == "7"
 
 
-def test_free_ports_are_different_ones_that_can_be_had() -> None:
+def test_free_ports_differ_and_can_be_bound() -> None:
     ports = free_ports("127.0.0.1", 6)
     assert len(set(ports)) == 6
     for port in ports:
         socket.create_server(("127.0.0.1", port)).close()
 
 
-def test_an_error_that_is_none_of_ours_asks_for_another_start(
+def test_an_unexpected_error_requeues_the_job_until_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
@@ -143,7 +148,7 @@ def test_an_error_that_is_none_of_ours_asks_for_another_start(
     assert codes == [75, 75, 75, 4]
 
 
-def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> None:
+def test_after_three_starts_without_progress_the_job_ends(tmp_path: Path) -> None:
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
     for _ in range(3):
@@ -153,7 +158,7 @@ def test_starts_that_bring_nothing_are_not_repeated_for_ever(tmp_path: Path) -> 
     task.refuse_without_progress(tmp_path, replace(HEAD, job="8"))  # a new job has its own chances
 
 
-def test_a_start_that_brings_something_or_was_asked_to_stop_is_forgiven(tmp_path: Path) -> None:
+def test_a_start_that_made_progress_or_was_asked_to_stop_does_not_count(tmp_path: Path) -> None:
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
     for number in range(6):
@@ -164,7 +169,7 @@ def test_a_start_that_brings_something_or_was_asked_to_stop_is_forgiven(tmp_path
         assert task.after_stop(tmp_path, [signal.SIGTERM, task.LOST]) == 75
 
 
-def test_a_node_that_leaves_at_every_start_is_not_forgiven_for_ever(tmp_path: Path) -> None:
+def test_a_node_that_is_lost_at_every_start_ends_the_job(tmp_path: Path) -> None:
     prepare_run(tiny_recipe(Path("/shards")), tmp_path)
     (tmp_path / "slurm").mkdir()
     for _ in range(3):
@@ -174,7 +179,7 @@ def test_a_node_that_leaves_at_every_start_is_not_forgiven_for_ever(tmp_path: Pa
         task.refuse_without_progress(tmp_path, HEAD)
 
 
-def test_word_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) -> None:
+def test_a_request_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: Path) -> None:
     asked: list[int] = []
     assert not job_file.stopping(tmp_path, asked)
     job_file.ask_to_cancel(tmp_path)

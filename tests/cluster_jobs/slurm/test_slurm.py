@@ -77,12 +77,12 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     number = begin(run, f"slurm.launcher={launcher}", "slurm.snapshot=true")
     assert state(run)["state"] in ("PENDING", "RUNNING")
     with watched(slurm, run, number) as disagreements:
-        told = deepclust("logs", run, "-f").stdout
+        log = deepclust("logs", run, "-f").stdout
     assert disagreements == []
-    assert "finished" in told
+    assert "finished" in log
     assert slurm.wait(number) == "COMPLETED"
     assert state(run)["state"] == "SUCCEEDED"
-    assert f"code in {run / 'slurm' / 'source-0'}" in told
+    assert f"code in {run / 'slurm' / 'source-0'}" in log
     name = slurm.call("sacct", "-X", "-n", "-P", "-j", number, "-o", "JobName").strip()
     assert name == run.name.replace('"', "`")  # as Slurm's accounting writes a quote
     assert_same_run(run, local(3))
@@ -211,7 +211,7 @@ def test_bad_data_ends_the_job_once_with_the_reason(
     assert starts(run, number) == 1
 
 
-def test_a_sweep_is_one_array_whose_runs_stand_side_by_side(
+def test_a_sweep_is_one_array_whose_runs_lie_side_by_side(
     slurm: SlurmHere, shards: Path, tmp_path: Path
 ) -> None:
     recipe(shards, "train.ranks=1").save(tmp_path / "tiny.yaml")

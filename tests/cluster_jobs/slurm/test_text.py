@@ -91,7 +91,7 @@ def test_the_cluster_worker_has_the_last_gpu_of_the_first_node() -> None:
     assert found.rank_cpus * 8 <= 96
 
 
-def test_where_nodes_differ_in_gpus_ray_seats_one_rank_less_than_there_are_gpus() -> None:
+def test_with_unequal_nodes_ray_runs_one_rank_fewer_than_there_are_gpus() -> None:
     plan = prepare(recipe(*SHAPES["nodes-with-different-numbers-of-gpus"]), Path("/r/a"))
     assert plan.layout.nodes == []
     assert plan.recipe.train.ranks == 11
@@ -114,7 +114,7 @@ def test_with_srun_every_process_has_the_cpus_that_it_needs() -> None:
 
 
 @pytest.mark.parametrize("setting", ["cluster.gpus=0", "cluster.device=cpu"])
-def test_a_cluster_worker_without_a_gpu_sits_beside_the_ranks(setting: str) -> None:
+def test_a_cluster_worker_without_a_gpu_shares_the_first_node_with_ranks(setting: str) -> None:
     found = layout(recipe("slurm.nodes=2", "slurm.gpus_per_node=2", setting))
     assert roles(found) == [[0, 1, CLUSTER_WORKER], [2, 3, None]]
     assert found.worker == Slot(CLUSTER_WORKER, None)
@@ -143,7 +143,7 @@ def test_hostile_names_stay_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ('slurm.partition="a\\nb"', "no sbatch line can hold"),
         ("slurm.nods=2", "slurm.nods: unknown key; did you mean 'nodes'"),
@@ -151,19 +151,19 @@ def test_hostile_names_stay_data() -> None:
         ("slurm.time=soon", "'soon' is not a time limit; write 90m, 24h, 2d"),
         ("slurm.mem=lots", "slurm.mem"),
         ("slurm.sbatch={nodes: 3}", "nodes: use slurm.nodes"),
-        ("slurm.sbatch={output: x}", "output: use nothing: we set it"),
+        ("slurm.sbatch={output: x}", "output: deepclust sets it"),
         ('slurm.sbatch={"x y": 1}', "is not a long option of sbatch"),
         ("slurm.launcher=mpirun", "slurm.launcher"),
     ],
 )
-def test_a_wrong_key_is_named(override: str, told: str) -> None:
+def test_a_wrong_key_is_named(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match="slurm") as error:
         slurm_spec(recipe(override))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["slurm.nodes=4", "slurm.gpus_per_node=8", "train.batch=256"], "4 ranks|31 ranks"),
         (["slurm.gpus_per_node=2", "slurm.ranks=2"], "need more GPUs than"),
@@ -176,8 +176,8 @@ def test_a_wrong_key_is_named(override: str, told: str) -> None:
         (["slurm.gpus=4", "slurm.cpus_per_node=8", "slurm.ranks=4"], "the job's 4"),
     ],
 )
-def test_what_does_not_work_out_is_refused_with_the_fix(overrides: list[str], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+def test_an_impossible_layout_is_refused_with_the_fix(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         layout(recipe(*overrides))
 
 

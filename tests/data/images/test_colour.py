@@ -174,7 +174,7 @@ def test_images_that_nothing_is_drawn_for_stay_as_they_are():
     assert torch.equal(SIMCLR(images, np.array([drawn()] * 50)), images)
 
 
-def test_what_does_something_says_so():
+def test_colour_changes_are_not_reported_as_doing_nothing():
     assert not SIMCLR.does_nothing
     assert not Colour(grey=0.1).does_nothing
     assert not Colour(blur=0.1).does_nothing
@@ -182,7 +182,7 @@ def test_what_does_something_says_so():
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
-def test_images_of_few_pixels_and_no_images_are_no_trouble(side):
+def test_tiny_images_and_empty_batches_keep_their_shape(side):
     colour = Colour((0.4, 0.4, 0.4, 0.5), 1.0, 0.5, 1.0)
     for count in (0, 1, 3):
         images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
@@ -212,6 +212,6 @@ def test_a_gpu_gives_the_same_up_to_rounding():
     ],
     ids=str,
 )
-def test_a_colour_that_cannot_be_is_refused(wrong):
+def test_impossible_settings_of_colour_are_refused(wrong):
     with pytest.raises(RecipeError):
         Colour(**wrong)

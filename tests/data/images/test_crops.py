@@ -115,6 +115,6 @@ def test_to_float_normalises_per_channel():
         lambda: RandomResizedCrop(8, scale=(0.5, 0.1)),
     ],
 )
-def test_a_view_that_cannot_be_is_refused(wrong):
+def test_impossible_settings_of_a_view_are_refused(wrong):
     with pytest.raises(RecipeError):
         wrong()

@@ -40,7 +40,7 @@ def test_channels_last_and_slices_are_turned_as_well():
     assert torch.equal(rotate(images[::2, :, 1:7, 1:7], turns[::2]), expected[::2, :, 1:7, 1:7])
 
 
-def test_no_images_and_one_pixel_are_no_trouble():
+def test_empty_batches_and_images_of_one_pixel_are_rotated():
     assert rotate(pictures(0), torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 5, 5)
     one = pictures(4, 1)
     assert torch.equal(rotate(one, torch.arange(4)), one)

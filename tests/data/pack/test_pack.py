@@ -231,7 +231,7 @@ def test_a_source_that_cannot_be_read_says_why(tmp_path: Path, source: str, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
+def test_an_existing_output_folder_is_never_overwritten(tmp_path: Path) -> None:
     source = make_image_folder(tmp_path / "in", n=4)
     index = pack(source, tmp_path / "out")
     with pytest.raises(DataError, match="exists already"):

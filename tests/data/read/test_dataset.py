@@ -139,7 +139,7 @@ def test_without_clusters_any_sample_that_is_not_excluded_replaces_a_bad_one(ind
 def test_without_clusters_nothing_readable_is_an_error_too(index):
     for sample in range(32):
         damage(index, sample)
-    with pytest.raises(DataError, match="Is the storage there"):
+    with pytest.raises(DataError, match="Check that the storage can be reached"):
         Batches(index)[cropped([2], replace=True)]
 
 
@@ -163,7 +163,9 @@ def test_a_cluster_without_a_readable_member_borrows_from_the_others(index, tmp_
 def test_when_nothing_can_be_read_the_run_fails_and_says_where(index, tmp_path):
     for sample in range(32):
         damage(index, sample)
-    with pytest.raises(DataError, match=f"key '0000002'.* nor could {2 * REPLACEMENTS} samples"):
+    with pytest.raises(
+        DataError, match=f"key '0000002'.* neither could {2 * REPLACEMENTS} samples"
+    ):
         Batches(index)[request([2], tmp_path)]
 
 
@@ -174,6 +176,6 @@ def test_a_sample_excluded_by_the_index_keeps_its_reason(index):
     assert loaded.bad[0].reason.endswith(": no image member")
 
 
-def test_a_bomb_is_a_bad_sample(index):
+def test_a_decompression_bomb_counts_as_a_bad_sample(index):
     loaded = Batches(index, max_pixels=1000)[request([0])]
     assert "more than the limit of 1000" in loaded.bad[0].reason

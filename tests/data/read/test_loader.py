@@ -216,7 +216,7 @@ def test_workers_end_when_their_parent_is_killed(index, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"read": "blocks"}, {"workers": -1}, {"prefetch": 0}], ids=lambda o: next(iter(o))
 )
-def test_a_loader_that_cannot_be_is_refused(index, options):
+def test_impossible_settings_of_a_loader_are_refused(index, options):
     with pytest.raises(RecipeError, match="auto, offset, block"):
         Loader(index, **{"workers": 0, **options})
 

@@ -31,7 +31,7 @@ def test_the_bytes_are_those_at_the_offset(shards):
     files.close()
 
 
-def test_only_so_many_files_stay_open(shards):
+def test_the_number_of_open_files_is_bounded(shards):
     before = open_files()
     files = ShardFiles(shards, keep_open=2)
     for i in (0, 1, 2, 3, 4, 0):
@@ -43,7 +43,7 @@ def test_only_so_many_files_stay_open(shards):
     assert open_files() == before
 
 
-def test_a_copy_is_read_where_there_is_one_and_let_go_of_after_the_batch(shards, tmp_path):
+def test_a_local_copy_is_read_when_there_is_one_and_released_after_the_batch(shards, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "2").write_bytes(b"copy")
@@ -76,7 +76,7 @@ def test_a_missing_shard_is_an_error_at_once(shards):
         ShardFiles(shards).read(1, 0, 1)
 
 
-def test_a_hiccup_is_tried_again_with_a_new_handle(shards, monkeypatch):
+def test_a_transient_read_error_is_retried_with_a_new_handle(shards, monkeypatch):
     real, failures = os.pread, [errno.EIO, errno.ESTALE]
 
     def pread(handle: int, size: int, offset: int) -> bytes:

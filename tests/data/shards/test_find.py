@@ -84,6 +84,6 @@ def test_two_shards_with_one_base_name_are_refused(tmp_path: Path) -> None:
 )
 def test_pipes_are_refused_and_nothing_runs(tmp_path: Path, words: str) -> None:
     marker = tmp_path / "marker"
-    with pytest.raises(DataError, match="pipes are not run"):
+    with pytest.raises(DataError, match="pipes are not supported"):
         expand(words.format(marker=marker))
     assert not marker.exists()

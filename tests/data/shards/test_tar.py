@@ -68,7 +68,7 @@ def test_folders_and_links_are_skipped(tmp_path: Path) -> None:
     assert [member.name for member in read(tmp_path / "s.tar")] == ["a.jpg"]
 
 
-def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("\udcff.jpg", b"x")], tarfile.GNU_FORMAT)
     assert read(path) == by_tarfile(path)
 
@@ -117,7 +117,7 @@ def test_a_compressed_tar_says_how_to_unpack_it(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"PK\3\4 a zip, say", b"not a tar" * 500])
-def test_another_kind_of_file_is_no_tar(shard: Path, data: bytes) -> None:
+def test_a_file_of_another_kind_is_not_a_tar(shard: Path, data: bytes) -> None:
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"s\.tar: not a tar file"):
         read(shard)

@@ -32,7 +32,7 @@ def test_a_url_is_shown_without_its_secrets():
 def test_names_are_those_that_a_disk_would_show():
     assert Url("https://host/a/b%20c.tar?sig=a/b").name == "b c.tar"
     assert Url("s3://bucket/a/b%20c?.tar").name == "b%20c?.tar"
-    with pytest.raises(DataError, match="is not a name for a shard"):
+    with pytest.raises(DataError, match="is not a valid name for a shard"):
         _ = Url("https://host/..%2Fx.tar").name
 
 

@@ -49,8 +49,8 @@ def one_seed(options: argparse.Namespace, rows: Path, k: int, seed: int) -> list
     with processes.busy(options.busy):
         for name in names[turn:] + names[:turn]:
             runs.append(one(options, rows, k, seed, name))
-            told = runs[-1].get("error") or f"{runs[-1]['seconds']:.3f} s"
-            print(f"k={k} seed {seed} {name}: {told}", file=sys.stderr)
+            result = runs[-1].get("error") or f"{runs[-1]['seconds']:.3f} s"
+            print(f"k={k} seed {seed} {name}: {result}", file=sys.stderr)
     for found in runs:
         if "centroids" in found:
             job = {"rows": str(rows), "centroids": found.pop("centroids")}

@@ -9,7 +9,7 @@ duration (an extraction worker: while units of a drawn round are made). A run su
 by itself; rows are lost or doubled when any round's assignments differ from those of the local run
 that nobody disturbed, or a finished stage was made twice; work lost is the most steps that were
 trained again. Seconds: from the fault to the controller's `fault` event, and to the first event of
-the next gang's ranks. With SIGSTOP the first includes `ray.hang`, 6 s here.
+the ranks of the next attempt. With SIGSTOP the first includes `ray.hang`, 6 s here.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def extracting(run: Path, number: int) -> bool:
 def strike(nodes: Nodes, run: Path, kind: str, draw: Any, process: Any) -> dict[str, Any]:
     """The fault itself; where the run was, and when."""
     who = "cluster worker" if kind == "cluster worker" else RANKS[int(draw.integers(2))]
-    told = [e["event"] for e in Run(run).events()]
-    facts = {"who": who, "after": told[-1], "time": time.time()}
+    names = [e["event"] for e in Run(run).events()]
+    facts = {"who": who, "after": names[-1], "time": time.time()}
     if kind == "submitter":
         process.kill()
         process.wait()
@@ -138,7 +138,7 @@ def strike(nodes: Nodes, run: Path, kind: str, draw: Any, process: Any) -> dict[
 
 
 def ending(run: Path, process: Any) -> str:
-    """Wait until the run has ended, whoever controls it."""
+    """Wait until the run has ended, whichever process controls it."""
     deadline = time.monotonic() + PATIENCE_S
     while not any(e["event"] in ("finished", "stopped") for e in Run(run).events()):
         if time.monotonic() > deadline:
@@ -169,7 +169,7 @@ def judged(run: Path, whole: Path, struck: dict[str, Any]) -> dict[str, Any]:
     return {
         "survived": done, "rows right": same and not killing.stages_done_twice(run),
         "same weights": done and same_weights(run, whole), "redone": killing.redone_steps(run),
-        "lives": len(events(run, "started")),
+        "attempts": len(events(run, "started")),
         "noticed_s": noticed, "recovered_s": later[0]["time"] - struck["time"] if later else None,
         "cause": faults[0]["cause"] if faults else "",
     }  # fmt: skip

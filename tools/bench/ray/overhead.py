@@ -9,10 +9,10 @@ the Ray of one machine that a run without an address starts for itself. In the s
 step FIRST on for so many steps: the wall time (paired ratio local / Ray with its bootstrap interval
 of 95 %; above 1 Ray is faster) and the CPU time of a step, of all processes, and of those that are
 no rank and no worker ("beside": launcher, controller, Ray's daemons). Start-up: from the command to
-the first unit of extraction; and of it, until the gang is placed.
+the first unit of extraction; and of it, until the ranks are placed.
 
 Also compared: the assignments of round 0, the epoch's global batches, the final weights; and where
-the cluster worker's time goes, and how long the gang waits for it, without and with overlap.
+the cluster worker's time goes, and how long the ranks wait for it, without and with overlap.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def reached(
 
 
 def cpu(roots: list[int]) -> dict[str, float]:
-    """CPU seconds of these processes and all that descend from them: the gang's, and the rest's."""
-    used = {"gang": 0.0, "beside": 0.0}
+    """CPU seconds of these processes and their descendants: of the worker group, and of others."""
+    used = {"group": 0.0, "beside": 0.0}
     for pid in {pid for root in roots for pid in killing.family(root)}:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -149,7 +149,7 @@ def cpu(roots: list[int]) -> dict[str, float]:
         mine = any(
             name in words for name in (b"deepclust.launch.worker", b"ray::Trainer", b"ray::Cluster")
         )
-        used["gang" if mine else "beside"] += sum(map(int, fields[11:13])) / TICK
+        used["group" if mine else "beside"] += sum(map(int, fields[11:13])) / TICK
     return used
 
 
@@ -168,7 +168,7 @@ def compared(local: Path, ray: Path) -> str:
 
 
 def waits(args: argparse.Namespace, nodes: Nodes | None, mode: str, setting: str) -> dict[str, Any]:
-    """Where the cluster worker's time goes, and how long the gang waits, a round."""
+    """Where the cluster worker's time goes, and how long the ranks wait, a round."""
     run = args.work / f"overlap-{mode}"
     prepare_run(recipe(args, f"train.epochs={args.epochs}", "cluster.k=1000", setting), run)
     controller(nodes, run).communicate(timeout=PATIENCE_S)
@@ -182,7 +182,7 @@ def waits(args: argparse.Namespace, nodes: Nodes | None, mode: str, setting: str
     whitened = [e["seconds"] for e in events(run, "whitening") if e["round"] > 0]
     return {
         **{part: statistics.mean(e[part] for e in done) for part in parts},
-        "whiten": statistics.mean(whitened), "gang waited": sum(waited) / len(done),
+        "whiten": statistics.mean(whitened), "ranks waited": sum(waited) / len(done),
     }  # fmt: skip
 
 

@@ -5,9 +5,9 @@
 
 Fashion-MNIST, recipe demo-fashion, on a Slurm of two nodes on this machine: two ranks and the
 cluster worker, with both launchers in turn. When it trains, a job of a higher partition takes all
-nodes for a second; the first job is told by USR2, stops at a step, is queued again and resumes
+nodes for a second; the first job gets the signal USR2, stops at a step, is queued again and resumes
 from that step. The parts, each from the moment before: allocated (Slurm's, in whole seconds), the
-job script, its task 0, all tasks here, Ray up, the gang placed, the first unit of features (in it
+job script, its task 0, all tasks here, Ray up, the ranks placed, the first unit of features (in it
 `import torch`), clustered, training (the plan, the loader), the first step. Of the preemption:
 until the run has stopped and committed, until Slurm starts it again (with `cred_expire`, here 12
 s), and then the same parts. The job is followed to its end, and status is compared with sacct.
@@ -115,12 +115,12 @@ def table(records: list[dict[str, Any]]) -> str:
         mine = [r for r in records if r["launcher"] == launcher]
         for start, since in (("first", "allocation"), ("again", "preemption")):
             sums = sorted(sum(r[start].values()) for r in mine)
-            told = ", ".join(
+            medians = ", ".join(
                 f"{part} {statistics.median(r[start][part] for r in mine):.1f}"
                 for part in mine[0][start]
             )
             spread = f"{sums[0]:.1f}, {statistics.median(sums):.1f}, {sums[-1]:.1f}"
-            lines.append(f"| {launcher} | {since} | {spread} | {told} |")
+            lines.append(f"| {launcher} | {since} | {spread} | {medians} |")
     return "\n".join(lines)
 
 

@@ -16,13 +16,13 @@ MOMENTS = (
 
 def moments(run: Path, name: str, start: int) -> dict[str, float]:
     """Seconds since the epoch; the first step is the first that is logged (`train.log=1`)."""
-    told = read_jsonl(run / "slurm" / f"{name}-{start}" / "bring-up.jsonl")
-    found = {record["moment"]: record["time"] for record in told}
-    life = found["job script"]
+    records = read_jsonl(run / "slurm" / f"{name}-{start}" / "bring-up.jsonl")
+    times = {record["moment"]: record["time"] for record in records}
+    life = times["job script"]
     following = [e for e in Run(run).events() if e["time"] > life]
     for moment in ("placed", "unit", "clustered", "training"):
-        found |= {e["event"]: e["time"] for e in following[::-1] if e["event"] == moment}
-    early = {m: when for m, when in found.items() if when <= found.get("training", when)}
+        times |= {e["event"]: e["time"] for e in following[::-1] if e["event"] == moment}
+    early = {m: when for m, when in times.items() if when <= times.get("training", when)}
     trained = [r for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"]
     logged = [r["time"] for r in trained if r["time"] > life]
     return early | ({"first step": min(logged)} if logged else {})
