@@ -119,7 +119,7 @@ def test_a_rank_that_does_not_stop_when_asked_is_killed_and_the_run_resumes(
     run = tmp_path / "run"
 
     def show(record: dict[str, Any]) -> None:
-        if record.get("progress") and record["step"] == 3:
+        if record.get("progress") and record.get("step") == 3:
             for pid in family(os.getpid()):
                 if role(pid, 0) == "rank 1":
                     os.kill(pid, signal.SIGSTOP)
