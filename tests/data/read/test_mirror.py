@@ -156,7 +156,7 @@ def test_a_run_that_is_asked_to_stop_stops_copying_and_keeps_what_is_there(
 ):
     server.slow_s = 0.2
     began = time.monotonic()
-    with pytest.raises(RequeueWanted, match="is kept"):
+    with pytest.raises(RequeueWanted, match="copies are kept"):
         mirror_shards(
             index, tmp_path / "node", stopping=lambda: bool(sum(server.sent.values()) > 50_000)
         )
