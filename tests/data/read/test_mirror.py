@@ -206,7 +206,7 @@ def test_a_node_that_fails_ends_the_others(index, folder, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from deepclust.data import remote
+from deepclust.data.shards import remote
 from deepclust.data.shards.index import open_index
 from deepclust.data.read.mirror import copy_all
 remote.CHUNK = 8192
