@@ -85,8 +85,10 @@ def family(pid: int) -> list[int]:
 
 
 def _children(pid: int) -> list[int]:
+    """The children of all threads of a process: Ray's actors work in a thread of their own."""
     try:
-        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        threads = [*Path(f"/proc/{pid}/task").iterdir()]
+        return [int(n) for one in threads for n in (one / "children").read_text().split()]
     except OSError:
         return []
 

@@ -37,9 +37,8 @@ def toy(shards: Path, ranks: int) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_toy_resumes_to_the_same_bits(ranks: int, shards: Path, tmp_path: Path) -> None:
-    toy(shards, ranks).save(tmp_path / "toy.yaml")
+def test_a_killed_toy_of_two_ranks_resumes_to_the_same_bits(shards: Path, tmp_path: Path) -> None:
+    toy(shards, 2).save(tmp_path / "toy.yaml")
     deepclust("pretrain", tmp_path / "toy.yaml", "--run", tmp_path / "straight")
     process = start("pretrain", tmp_path / "toy.yaml", "--run", tmp_path / "killed")
     assert kill_when(process, tmp_path / "killed", training, 0.1)

@@ -172,11 +172,13 @@ def whitened(run: Path) -> bool:
 
 
 @slow
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("moment", "step"),
-    [(extracting, 20), (pending, 20), (pending_between_boundaries, 30), (waited_for, 40)],
-)
+    ("moment", "step", "ranks"),
+    [
+        (extracting, 20, 1), (pending, 20, 2), (pending_between_boundaries, 30, 2),
+        (waited_for, 40, 1),
+    ],
+)  # fmt: skip
 def test_a_killed_run_resumes_to_the_same_bits(
     many_shards: Path,
     undisturbed: dict[int, Path],

@@ -118,7 +118,7 @@ def strike(run: Path, attempt: int, victim: str, number: int) -> float:
     who = "rank 1" if victim == "reader" else victim
     places = events(run, "placed")[-1]["members"]
     (pid,) = [place["pid"] for place in places if place["who"] == who]
-    for one in killing.readers(pid) if victim == "reader" else [pid]:
+    for one in wait(lambda: killing.readers(pid)) if victim == "reader" else [pid]:
         os.kill(one, number)
     return time.time()
 

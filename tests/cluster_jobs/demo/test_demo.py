@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tests.tiny import deepclust
 def test_the_demo_ends_with_a_table_a_report_and_weights(tmp_path: Path) -> None:
     if not fashion_mnist.complete(fashion_mnist.INSTALLED):
         pytest.skip(f"needs Fashion-MNIST: apt-get install {fashion_mnist.PACKAGE}")
+    fewer_images(tmp_path / "data" / "fashion-mnist", train=6000, t10k=2000)
     run, size = tmp_path / "run", ("train.epochs=1", "cluster.k=20", "cluster.iterations=3")
     done = deepclust("demo", "--run", run, "--data", tmp_path / "data", *size)
     assert "knn: top1" in done.stdout
@@ -26,6 +29,17 @@ def test_the_demo_ends_with_a_table_a_report_and_weights(tmp_path: Path) -> None
     assert (run / "report.html").stat().st_size > 100_000  # charts and galleries are inside
     assert load_file(run / "export" / "backbone.safetensors")
     assert len(Run(run).metrics("round")) == 1
+
+
+def fewer_images(folder: Path, **counts: int) -> None:
+    """The first images of the real files, and their labels, where the demo looks first."""
+    folder.mkdir(parents=True)
+    for split, count in counts.items():
+        for name, header, row in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+            name = f"{split}-{name}-ubyte"
+            with gzip.open(fashion_mnist.INSTALLED / f"{name}.gz") as file:
+                data = file.read(header + count * row)
+            (folder / name).write_bytes(data[:4] + struct.pack(">i", count) + data[8:])
 
 
 def test_missing_fashion_mnist_names_the_command_that_helps(

@@ -117,11 +117,9 @@ def in_training(nodes: Nodes, shards: Path, run: Path) -> subprocess.Popen[str]:
 
 
 FAULTS: list[tuple[str, int, Moment, str]] = [
-    ("rank 0", signal.SIGKILL, training, "death"),
     ("rank 1", signal.SIGKILL, extracting, "death"),
     ("cluster worker", signal.SIGKILL, clustering, "death"),
     ("rank 1", signal.SIGSTOP, training, "hang"),
-    ("cluster worker", signal.SIGSTOP, training, "hang"),
 ]
 
 

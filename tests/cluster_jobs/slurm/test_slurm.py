@@ -93,7 +93,7 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
 @pytest.mark.parametrize(
     ("kind", "launcher"),
     [
-        ("USR2", "srun"), ("TERM", "ray"), ("preempted", "ray"), ("time limit", "srun"),
+        ("TERM", "srun"), ("preempted", "ray"), ("time limit", "srun"),  # these two send USR2
         ("kill -9 of the head", "ray"), ("kill -9 of Ray's head", "ray"),
         ("slurmd alone", "ray"), ("slurmd and its tree", "srun"),
     ],
@@ -118,12 +118,11 @@ def test_a_job_resumes_by_itself_to_the_undisturbed_result_after(
     until_gone(slurm, number)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_scancel_ends_a_job_and_leaves_nothing_running(
-    slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path, launcher: str
+    slurm: SlurmHere, begin: Callable[..., str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    number = begin(run, f"slurm.launcher={launcher}", "train.epochs=100")
+    number = begin(run, "slurm.launcher=ray", "train.epochs=100")
     until(lambda: training(run))
     slurm.call("scancel", number)
     assert slurm.wait(number) == "CANCELLED"
@@ -132,13 +131,11 @@ def test_scancel_ends_a_job_and_leaves_nothing_running(
     assert len(events(run, "started")) == 1
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_cancel_stops_at_a_step_and_resume_queues_a_new_job_that_finishes(
-    slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path,
-    launcher: str,
-) -> None:  # fmt: skip
+    slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    first = begin(run, f"slurm.launcher={launcher}", f"train.epochs={LONG}")
+    first = begin(run, "slurm.launcher=srun", f"train.epochs={LONG}")
     until(lambda: training(run))
     assert "was stopped" in deepclust("cancel", run).stderr
     assert slurm.wait(first) == "CANCELLED"
@@ -165,9 +162,8 @@ def test_a_waiting_job_says_why_and_is_cancelled_before_it_starts(
 
 @pytest.mark.parametrize(
     ("launcher", "sent", "cause"),
-    [("srun", signal.SIGKILL, "death"), ("srun", signal.SIGSTOP, "hang"),
-     ("ray", signal.SIGSTOP, "hang")],
-)  # fmt: skip
+    [("srun", signal.SIGKILL, "death"), ("ray", signal.SIGSTOP, "hang")],
+)
 def test_a_rank_that_is_lost_is_named_and_begins_again_in_the_same_job(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path,
     launcher: str, sent: int, cause: str,
