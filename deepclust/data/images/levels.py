@@ -33,6 +33,10 @@ class DecodeError(DataError):
     """An image that cannot be decoded, with the reason and without the sample's name."""
 
 
+class UnknownRangeError(DecodeError):
+    """Values of which nobody has said what is black and what is white."""
+
+
 @dataclass(frozen=True)
 class Levels:
     """A rule of the list above, and for LOW:HIGH its two values."""
@@ -60,7 +64,7 @@ class Levels:
         """Return the values as 0..255, rounded.
 
         `declared` is the largest value that the file itself allows, if it says so. NaN becomes
-        LOW where a range was given. Raises DecodeError with the values for what `auto` refuses.
+        LOW where a range was given. Raises UnknownRangeError for what `auto` refuses.
         """
         low, high = self._limits(pixels, declared)
         scaled = (np.clip(pixels.astype(np.float64), low, high) - low) * (255 / (high - low))
@@ -78,7 +82,7 @@ class Levels:
             return 0, _UINT16
         if kind == "f" and _is_used(pixels, 1):
             return 0, 1
-        raise DecodeError(f"{_described(pixels)}: which is black and white? {REMEDY}")
+        raise UnknownRangeError(f"{_described(pixels)}: which is black and white? {REMEDY}")
 
 
 STORED = Levels("stored")

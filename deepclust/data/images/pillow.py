@@ -6,6 +6,7 @@ it was stored. A PNG that cannot be read is tried again without its metadata.
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 import warnings
@@ -19,7 +20,7 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from deepclust.data.images.formats import sniff
-from deepclust.data.images.levels import REMEDY, DecodeError, Levels, is_dim
+from deepclust.data.images.levels import REMEDY, DecodeError, Levels, UnknownRangeError, is_dim
 
 # What Pillow may open. Its other plugins are never wanted here, and some start programs (EPS:
 # Ghostscript). "JPEG" includes MPO, what cameras with two lenses write.
@@ -92,10 +93,10 @@ def _rare_formats(data: bytes) -> tuple[str, ...]:
 
 def _register_heif() -> None:
     try:
-        from pillow_heif import register_heif_opener
+        plugin = importlib.import_module("pillow_heif")
     except ImportError as error:
-        raise DecodeError("HEIC, which Pillow cannot read alone: pip install pillow-heif") from error
-    register_heif_opener()
+        raise DecodeError("HEIC, which needs a plugin: pip install pillow-heif") from error
+    plugin.register_heif_opener()
 
 
 def _without_metadata(data: bytes) -> bytes | None:
@@ -138,7 +139,9 @@ def _pixels(image: Image.Image, stored: Image.Image, levels: Levels) -> np.ndarr
         return np.broadcast_to(grey[..., None], (*grey.shape, 3))
     pixels = np.array(image.convert("RGB"))
     if kind == _SIGNED:
-        raise DecodeError(f"signed {bits} bits, which Pillow reads as unsigned. Convert it first.")
+        raise UnknownRangeError(
+            f"signed {bits} bits, which Pillow reads as unsigned. Convert it first."
+        )
     if bits > 8:
         _check_cut(pixels, bits, levels)
     return pixels
@@ -157,11 +160,11 @@ def _values(image: Image.Image, bits: int, kind: int) -> np.ndarray:
 def _check_cut(pixels: np.ndarray, bits: int, levels: Levels) -> None:
     """Refuse colour of 16 bits that Pillow has cut to the upper 8, where they are not enough."""
     if levels.rule == "given":
-        raise DecodeError(
-            f"colour of {bits} bits in a TIFF, which Pillow cuts to 8. Convert it to a PNG of 16 bits."
+        raise UnknownRangeError(
+            f"colour of {bits} bits in a TIFF, which Pillow cuts to 8. Convert it to 16 bit PNG."
         )
     if levels.rule != "full" and is_dim(pixels):
-        raise DecodeError(
+        raise UnknownRangeError(
             f"colour of {bits} bits with values up to {256 * int(pixels.max()) + 255}: {REMEDY}"
         )
 

@@ -1,0 +1,80 @@
+"""Many images in one file, read by their offsets: what archives and tables are packed from.
+
+Shards are shuffled, and a compressed archive can only be read from its beginning. So its images are
+first copied to a temporary file, which has no name and vanishes with the process.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from deepclust.errors import DataError
+from deepclust.files import disk_errors
+
+LARGEST = 1 << 30  # bytes of one image; more is a mistake or an attack
+_BLOCK = 1 << 20
+
+
+class Blobs:
+    """The images of one file: `read(i)` returns the bytes of the i-th that was added."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Begin with no image."""
+        self.file = file
+        self.places: list[tuple[int, int]] = []
+
+    def add(self, offset: int, size: int) -> None:
+        """Add an image that is in the file already."""
+        self.places.append((offset, size))
+
+    def put(self, data: bytes) -> None:
+        """Append an image to the file, which has to be our own."""
+        self.add(self.file.tell(), len(data))
+        self.file.write(data)
+
+    def copy(self, head: bytes, source: BinaryIO) -> int:
+        """Append an image to the file, which has to be our own, and return its size."""
+        offset = self.file.tell()
+        self.file.write(head)
+        while block := source.read(_BLOCK):
+            self.file.write(block)
+        size = self.file.tell() - offset
+        self.add(offset, size)
+        return size
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of image i, for any thread."""
+        offset, size = self.places[i]
+        self.file.flush()
+        return os.pread(self.file.fileno(), size, offset)
+
+
+def scratch(folder: Path) -> BinaryIO:
+    """Return an unnamed file on the disk of `folder`, or raise DiskError."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder)
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file, without waiting for the other end of a pipe, or raise OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "neither file nor folder", os.fspath(path))
+        if status.st_size > LARGEST:
+            raise OSError(0, f"larger than {LARGEST >> 30} GiB", os.fspath(path))
+        return file.read()
+
+
+def open_archive(path: Path) -> BinaryIO:
+    """Open a file for reading, or raise DataError."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}.") from error

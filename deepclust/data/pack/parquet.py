@@ -1,0 +1,138 @@
+"""Images in Parquet, as Hugging Face writes them, or a table of paths in Parquet.
+
+The column of images is a struct {"bytes", "path"} or binary, and is copied to an unnamed file. That
+of paths is text, called as in `lists.PATHS`. The names of classes are those that Hugging Face's
+metadata have for the column of labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepclust.data.pack.blobs import Blobs, scratch
+from deepclust.data.pack.lists import LABELS, PATHS, column_of
+from deepclust.data.pack.tally import Tally, shown
+from deepclust.errors import DataError
+from deepclust.files import disk_errors
+
+_IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+_ROWS = 256  # that are in memory at once
+
+
+class Table(NamedTuple):
+    """The rows: a name and a label's word for each image, and the bytes unless `blobs` is None."""
+
+    files: list[str]
+    words: list[str]
+    class_names: list[str] | None
+    blobs: Blobs | None
+
+
+class _Columns(NamedTuple):
+    image: str | None
+    path: str | None
+    label: str | None
+
+
+def read_parquet(paths: Sequence[Path], tally: Tally, folder: Path) -> Table:
+    """Read the tables one after the other; the bytes are copied to the disk of `folder`."""
+    columns = _columns(paths[0])
+    table = Table([], [], _class_names(paths[0], columns.label), None)
+    if columns.image is not None:
+        table = table._replace(blobs=Blobs(scratch(folder)))
+    for path in paths:
+        try:
+            with disk_errors(folder):
+                for number, row in enumerate(_rows(path, columns)):
+                    _take(table, row, columns, _default_name(path, paths, number), tally)
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+            if isinstance(error, DataError) or getattr(error, "exit_code", None):
+                raise
+            raise _unreadable(path, error) from error
+    return table
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"cannot read {path}: {reason}. Fetch it again.")
+
+
+def _default_name(path: Path, paths: Sequence[Path], number: int) -> str:
+    return f"{number:09d}" if len(paths) == 1 else f"{path.stem}/{number:09d}"
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _columns(path: Path) -> _Columns:
+    schema = _schema(path)
+    images = [field.name for field in schema if _holds_bytes(field.type)]
+    image = column_of(images, _IMAGES) or (images[0] if len(images) == 1 else None)
+    texts = [field.name for field in schema if _is_text(field.type)]
+    at = None if image else column_of(texts, PATHS)
+    if image is None and at is None:
+        raise DataError(
+            f"{path} has no column of images or paths: {', '.join(map(shown, schema.names[:10]))}. "
+            f'Call it "image" (bytes, or a struct of bytes and path) or "path".'
+        )
+    # a list of labels, or boxes, does not name one class
+    plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    return _Columns(image, at, column_of(plain, LABELS))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and _holds_bytes(kind.field(at).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _class_names(path: Path, label: str | None) -> list[str] | None:
+    """Return the names that Hugging Face's metadata have for the labels, if there are any."""
+    try:
+        about = json.loads((_schema(path).metadata or {})[b"huggingface"])
+        names = about["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list and names else None
+
+
+def _rows(path: Path, columns: _Columns) -> Iterator[dict[str, Any]]:
+    wanted = [column for column in columns if column is not None]
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=wanted):
+            yield from batch.to_pylist()
+
+
+def _take(table: Table, row: dict[str, Any], columns: _Columns, default: str, tally: Tally) -> None:
+    """Keep the image of a row, or count a row without one."""
+    label = row[columns.label] if columns.label else None
+    word = "" if label is None else str(label)
+    if columns.path is not None:
+        table.files.append(row[columns.path] or default)
+    else:
+        value = row[str(columns.image)]
+        name = (value or {}).get("path") if not isinstance(value, bytes) else None
+        data = value if isinstance(value, bytes) else (value or {}).get("bytes")
+        if not data:
+            tally.add("row without the bytes of an image", name or default)
+            return
+        assert table.blobs is not None
+        table.blobs.put(data)
+        table.files.append(name or default)
+    table.words.append(word)
