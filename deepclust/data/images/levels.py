@@ -26,6 +26,7 @@ from deepclust.errors import DataError, RecipeError
 Pixels = Num[np.ndarray, " *shape"]
 _ENOUGH = 0.25  # of the range: 14 bits and fewer in 16 do not reach it
 _UINT16 = 65535
+UNKNOWN = ", and nothing says which is black and which is white."
 REMEDY = "Give `deepclust pack` its --range LOW:HIGH, or --range full."
 
 
@@ -82,7 +83,7 @@ class Levels:
             return 0, _UINT16
         if kind == "f" and _is_used(pixels, 1):
             return 0, 1
-        raise UnknownRangeError(f"{_described(pixels)}: which is black and white? {REMEDY}")
+        raise UnknownRangeError(f"{_described(pixels)}{UNKNOWN} {REMEDY}")
 
 
 STORED = Levels("stored")

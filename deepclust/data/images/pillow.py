@@ -20,7 +20,14 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from deepclust.data.images.formats import sniff
-from deepclust.data.images.levels import REMEDY, DecodeError, Levels, UnknownRangeError, is_dim
+from deepclust.data.images.levels import (
+    REMEDY,
+    UNKNOWN,
+    DecodeError,
+    Levels,
+    UnknownRangeError,
+    is_dim,
+)
 
 # What Pillow may open. Its other plugins are never wanted here, and some start programs (EPS:
 # Ghostscript). "JPEG" includes MPO, what cameras with two lenses write.
@@ -165,7 +172,8 @@ def _check_cut(pixels: np.ndarray, bits: int, levels: Levels) -> None:
         )
     if levels.rule != "full" and is_dim(pixels):
         raise UnknownRangeError(
-            f"colour of {bits} bits with values up to {256 * int(pixels.max()) + 255}: {REMEDY}"
+            f"colour of {bits} bits with values up to {256 * int(pixels.max()) + 255}"
+            f"{UNKNOWN} {REMEDY}"
         )
 
 

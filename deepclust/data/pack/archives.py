@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Self, cast
 
 from deepclust.data.images.formats import HEAD
 from deepclust.data.pack.blobs import LARGEST, Blobs, open_archive, scratch
@@ -28,6 +28,8 @@ from deepclust.files import disk_errors
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _ENCRYPTED = 0x1
+_ENDS = ("EOFHeaderError", "EmptyHeaderError")
+_BLOCK = 1 << 20
 _LINKS = 40  # steps from link to link, as Linux allows
 
 
@@ -82,9 +84,13 @@ def tar_images(path: Path, tally: Tally, folder: Path) -> tuple[list[str], Calla
     members = _Tar(Blobs(file if plain is None else scratch(folder)), tally)
     try:
         # A stream never goes back, so a header of a negative size cannot make it turn in a circle.
-        with tarfile.open(fileobj=open_archive(path) if plain is None else plain, mode="r|") as tar:
+        with tarfile.open(
+            fileobj=open_archive(path) if plain is None else plain, mode="r|", tarinfo=_Header
+        ) as tar:
             for member in tar:
                 members.take(member, tar, is_copied=plain is not None)
+        while plain is not None and plain.read(_BLOCK):
+            pass  # so that the checksum at the end is compared
     except DeepclustError:
         raise
     except Exception as error:  # tarfile raises almost anything on damaged files
@@ -113,6 +119,20 @@ _COMPRESSED: dict[bytes, Callable[[BinaryIO], object]] = {
 }
 
 
+class _Header(tarfile.TarInfo):
+    """A header that is an error where it is damaged; tarfile would take that for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        """Read the next header, or raise EOFError, or tarfile's errors for an end."""
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ in _ENDS:
+                raise
+            raise EOFError(f"{error} at offset {tarfile_.offset}") from error
+
+
 @dataclass
 class _Tar:
     """The images of a tar, as its members come by."""
@@ -131,6 +151,8 @@ class _Tar:
             self.links[name] = member.linkname
         elif member.issparse() or not (member.isfile() or member.isdir()):
             self.tally.add("neither file nor folder in the archive", name)
+        elif member.size < 0:
+            raise EOFError(f"{shown(name)} has {member.size} bytes")
         elif member.size > LARGEST:
             self.tally.add(f"larger than {LARGEST >> 30} GiB", name)
         elif member.isfile() and _is_visible(name, self.tally):

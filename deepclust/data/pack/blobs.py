@@ -62,7 +62,10 @@ def scratch(folder: Path) -> BinaryIO:
 
 def read_file(path: Path) -> bytes:
     """Read a regular file, without waiting for the other end of a pipe, or raise OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:
+        raise OSError(0, "a NUL in its name", os.fspath(path)) from error
     with open(handle, "rb") as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):

@@ -112,7 +112,8 @@ def _rule_of(files: Sequence[str], names: list[str], classes: str) -> str:
 def describe(labels: Labels) -> Iterator[str]:
     """Yield the line on the classes, and a warning if they look like the splits of a set."""
     if labels.names is None:
-        yield "no labels" if (labels.numbers < 0).all() else "labels without class names"
+        count = len(np.unique(labels.numbers[labels.numbers >= 0]))
+        yield f"{_count(count)} without names" if count else "no labels"
         return
     names = [shown(name) for name in labels.names]
     rest = f", ... {names[-1]}" if len(names) > _PRINTED else ""

@@ -97,7 +97,7 @@ def _of_files(
 def _folder(folder: Path, options: SourceOptions) -> ImageSource:
     files = walk(folder, options.packer.left)
     if not files:
-        tables = sorted(folder.glob("*.parquet"))
+        tables = sorted(folder.rglob("*.parquet"))
         if tables:
             options.packer.left.clear()  # the tables were counted
             return _tables(tables, options)
@@ -142,6 +142,9 @@ def _tables(paths: list[Path], options: SourceOptions) -> ImageSource:
     table = parquet.read_parquet(paths, options.packer.left, options.scratch)
     if not table.files:
         raise _no_images(paths[0], options)
+    if len({path.name.partition("-")[0] for path in paths}) > 1:
+        for path in paths:
+            options.packer.notes.add("tables packed as one, though they may be splits", path.name)
     labels = _labels(table.files, table.words, options)
     if labels.names is None and table.class_names and options.classes != "none":
         labels = Labels(labels.numbers, table.class_names)

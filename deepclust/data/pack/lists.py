@@ -1,7 +1,7 @@
 """Lists of images: text files of "PATH LABEL" lines (.txt, .lst), and tables (.csv, .tsv).
 
 A path is relative to the list. In a line, the label is what follows the last space or tab. A line
-that is a path as a whole has no label. Lines of MXNet (NUMBER, tab, LABEL, tab, PATH) are read too.
+that is a path as a whole, or ends as one, has no label. Lines of MXNet (NUMBER, tab, LABEL, tab, PATH) are read too.
 A table has a column of paths, called as in `PATHS`, and perhaps one of labels, as in `LABELS`.
 Labels that are all integers are the class ids. Others are names, numbered in alphabetical order.
 """
@@ -20,6 +20,7 @@ import numpy as np
 
 from deepclust.data.pack.classes import Labels, number, read_names
 from deepclust.data.pack.tally import Tally, shown
+from deepclust.data.pack.walk import CONVERTED, COPIED
 from deepclust.errors import DataError
 
 TEXTS, TABLES = (".txt", ".lst"), (".csv", ".tsv")
@@ -60,7 +61,8 @@ def _row(folder: Path, line: str) -> Row:
     if len(parts) >= 3 and parts[0].strip().isdigit() and not (folder / parts[0]).exists():
         return Row(parts[-1].strip(), parts[1].strip())
     file, _, label = line.rpartition("\t") if "\t" in line else line.rpartition(" ")
-    if not file or _exists(folder / line):
+    is_word = os.path.splitext(label)[1].lower() not in COPIED | CONVERTED
+    if not file or not is_word or _exists(folder / line):
         return Row(line, "")
     return Row(file.strip(), label.strip())
 

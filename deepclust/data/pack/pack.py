@@ -31,8 +31,8 @@ from deepclust.data.pack.names import storable
 from deepclust.data.pack.stored import LeftOutError, Packer, png
 from deepclust.data.pack.tally import shown
 from deepclust.data.shards.index import Index, build_index, open_index
-from deepclust.errors import DataError, RecipeError
-from deepclust.files import atomic_folder, write_json
+from deepclust.errors import DataError, DiskError, RecipeError
+from deepclust.files import atomic_folder, temporary, write_json
 from deepclust.world import generator
 
 _JPEG_QUALITY = 92
@@ -148,6 +148,15 @@ def _checked_out(out: Path) -> Path:
         raise DataError(f"{out} is a link to nothing. Choose another folder, or delete the link.")
     out = out.resolve() if out.is_symlink() else out
     _refuse_existing(out)
+    try:
+        str(out).encode()  # pyarrow takes no other name
+        probe = temporary(out)
+        probe.mkdir(parents=True)
+        probe.rmdir()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{shown(str(out))} is not UTF-8. Choose another folder.") from error
+    except OSError as error:
+        raise DiskError(f"cannot make {out}: {error.strerror}. Choose another folder.") from error
     return out
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.images.formats import HEAD, sniff
-from deepclust.data.images.levels import AUTO, REMEDY, Levels, UnknownRangeError
+from deepclust.data.images.levels import AUTO, REMEDY, UNKNOWN, Levels, UnknownRangeError
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.data.pack.walk import COPIED
 from deepclust.errors import DataError
@@ -57,7 +57,7 @@ class Packer:
                 raise DataError(f"cannot read {shown(file)}: {error.strerror}.") from error
             self.left.add(f"unreadable: {error.strerror or error}", file)
         except UnknownRangeError as error:
-            self.left.add(_NO_RANGE, f"{file}: {error}".removesuffix(f" {REMEDY}"))
+            self.left.add(_NO_RANGE, f"{file}: {error}".partition(UNKNOWN)[0])
         except DecodeError as error:
             self.left.add("that cannot be converted", f"{file}: {error}")
         raise LeftOutError

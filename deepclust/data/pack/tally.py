@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 
 _EXAMPLES = 5
+_LONGEST = 200  # characters of an example
 
 
 def shown(name: str) -> str:
@@ -37,7 +38,7 @@ class Tally:
         with self._lock:
             one = self._reasons.setdefault(reason, _Reason())
             one.count += 1
-            one.examples = sorted([*one.examples, shown(example)])[:_EXAMPLES]
+            one.examples = sorted([*one.examples, _shortened(shown(example))])[:_EXAMPLES]
 
     def clear(self) -> None:
         """Forget what was counted."""
@@ -59,6 +60,10 @@ class Tally:
         """Return "COUNT REASON (EXAMPLES)" for every reason, the largest count first."""
         ordered = sorted(self._reasons.items(), key=lambda item: (-item[1].count, item[0]))
         return [f"{one.count} {reason} ({_joined(one)})" for reason, one in ordered]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 2 :]}"
 
 
 def _joined(one: _Reason) -> str:
