@@ -26,6 +26,7 @@ from deepclust.errors import DataError, RecipeError
 Pixels = Num[np.ndarray, " *shape"]
 _ENOUGH = 0.25  # of the range: 14 bits and fewer in 16 do not reach it
 _UINT16 = 65535
+_BLOCK = 1 << 20  # values that are in float64 at once
 UNKNOWN = ", and nothing says which is black and which is white."
 REMEDY = "Give `deepclust pack` its --range LOW:HIGH, or --range full."
 
@@ -68,8 +69,13 @@ class Levels:
         LOW where a range was given. Raises UnknownRangeError for what `auto` refuses.
         """
         low, high = self._limits(pixels, declared)
-        scaled = (np.clip(pixels.astype(np.float64), low, high) - low) * (255 / (high - low))
-        return np.rint(np.nan_to_num(scaled, nan=0.0)).astype(np.uint8)
+        if pixels.dtype == np.uint16:  # a table has the same results, and needs less memory
+            return _scaled(np.arange(_UINT16 + 1), low, high)[pixels]
+        flat = pixels.reshape(-1)
+        scaled = np.empty(flat.size, np.uint8)
+        for start in range(0, flat.size, _BLOCK):
+            scaled[start : start + _BLOCK] = _scaled(flat[start : start + _BLOCK], low, high)
+        return scaled.reshape(pixels.shape)
 
     def _limits(self, pixels: Pixels, declared: int | None) -> tuple[float, float]:
         if self.rule == "given":
@@ -88,6 +94,11 @@ class Levels:
 
 STORED = Levels("stored")
 AUTO = Levels("auto")
+
+
+def _scaled(values: Pixels, low: float, high: float) -> UInt8[np.ndarray, " *shape"]:
+    scaled = (np.clip(values.astype(np.float64), low, high) - low) * (255 / (high - low))
+    return np.rint(np.nan_to_num(scaled, nan=0.0)).astype(np.uint8)
 
 
 def is_dim(pixels: UInt8[np.ndarray, " *s"]) -> bool:

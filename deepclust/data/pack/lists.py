@@ -1,7 +1,8 @@
 """Lists of images: text files of "PATH LABEL" lines (.txt, .lst), and tables (.csv, .tsv).
 
 A path is relative to the list. In a line, the label is what follows the last space or tab. A line
-that is a path as a whole, or ends as one, has no label. Lines of MXNet (NUMBER, tab, LABEL, tab, PATH) are read too.
+that is a path as a whole, or ends as one, has no label. Lines of MXNet are read too: NUMBER, LABEL
+and PATH with tabs between them.
 A table has a column of paths, called as in `PATHS`, and perhaps one of labels, as in `LABELS`.
 Labels that are all integers are the class ids. Others are names, numbered in alphabetical order.
 """

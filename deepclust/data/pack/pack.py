@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -189,7 +190,9 @@ def _write_shards(work: _Work, folder: Path, shards: int, workers: int) -> None:
         positions = range(borders[shard], borders[shard + 1])
         return _write_shard(work, positions, folder / _shard(shard))
 
-    with ThreadPoolExecutor(workers) as pool:
+    # Pillow warns of damaged files, and threads cannot silence it without a trace in the filters.
+    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         counts = list(pool.map(write, range(shards)) if workers > 1 else map(write, range(shards)))
     _drop_empty(folder, counts, work.images.packer)
 
