@@ -70,7 +70,8 @@ class Levels:
         """
         low, high = self._limits(pixels, declared)
         if pixels.dtype == np.uint16:  # a table has the same results, and needs less memory
-            return _scaled(np.arange(_UINT16 + 1), low, high)[pixels]
+            table = _scaled(np.arange(_UINT16 + 1), low, high)
+            return np.take(table, pixels)
         flat = pixels.reshape(-1)
         scaled = np.empty(flat.size, np.uint8)
         for start in range(0, flat.size, _BLOCK):

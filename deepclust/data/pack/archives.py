@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Self, cast
 
 from deepclust.data.images.formats import HEAD
-from deepclust.data.pack.blobs import LARGEST, Blobs, open_archive, scratch
+from deepclust.data.pack.blobs import LARGEST, Blobs, Files
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.data.pack.walk import is_image
 from deepclust.errors import DataError, DeepclustError
@@ -33,11 +33,11 @@ _BLOCK = 1 << 20
 _LINKS = 40  # steps from link to link, as Linux allows
 
 
-def zip_images(path: Path, tally: Tally) -> tuple[list[str], Callable[[int], bytes]]:
+def zip_images(path: Path, tally: Tally, files: Files) -> tuple[list[str], Callable[[int], bytes]]:
     """Return the names of the images of a zip, and a function that reads one."""
-    file = open_archive(path)
+    file = files.read(path)
     try:
-        archive = zipfile.ZipFile(file)
+        archive = files.opened.enter_context(zipfile.ZipFile(file))
         members = [info for info in archive.infolist() if _is_zip_image(archive, info, tally)]
     except Exception as error:  # zipfile raises almost anything on damaged files
         raise _damaged(path, error) from error
@@ -74,18 +74,20 @@ def _zip_head(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         return b""
 
 
-def tar_images(path: Path, tally: Tally, folder: Path) -> tuple[list[str], Callable[[int], bytes]]:
+def tar_images(path: Path, tally: Tally, files: Files) -> tuple[list[str], Callable[[int], bytes]]:
     """Return the names of the images of a tar, and a function that reads one.
 
-    Those of a compressed tar are copied into an unnamed file on the disk of `folder`.
+    Those of a compressed tar are copied into an unnamed file.
     """
-    file = open_archive(path)
+    file = files.read(path)
     plain = _opened(file)
-    members = _Tar(Blobs(file if plain is None else scratch(folder)), tally)
+    if plain is not None:
+        files.opened.enter_context(plain)
+    members = _Tar(Blobs(file if plain is None else files.scratch()), tally)
     try:
         # A stream never goes back, so a header of a negative size cannot make it turn in a circle.
         with tarfile.open(
-            fileobj=open_archive(path) if plain is None else plain, mode="r|", tarinfo=_Header
+            fileobj=files.read(path) if plain is None else plain, mode="r|", tarinfo=_Header
         ) as tar:
             for member in tar:
                 members.take(member, tar, is_copied=plain is not None)
@@ -95,7 +97,7 @@ def tar_images(path: Path, tally: Tally, folder: Path) -> tuple[list[str], Calla
         raise
     except Exception as error:  # tarfile raises almost anything on damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            with disk_errors(folder):  # the disk of the copy
+            with disk_errors(files.folder):  # the disk of the copy
                 raise
         raise _damaged(path, error) from error
     members.resolve_links()

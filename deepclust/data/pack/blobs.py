@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,11 +55,26 @@ class Blobs:
         return os.pread(self.file.fileno(), size, offset)
 
 
-def scratch(folder: Path) -> BinaryIO:
-    """Return an unnamed file on the disk of `folder`, or raise DiskError."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=folder)
+@dataclass(frozen=True)
+class Files:
+    """The files that a source holds open until it is packed, and the folder for its copies."""
+
+    folder: Path = Path()
+    opened: ExitStack = field(default_factory=ExitStack)
+
+    def read(self, path: Path) -> BinaryIO:
+        """Open a file for reading, or raise DataError."""
+        try:
+            return self.opened.enter_context(path.open("rb"))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}.") from error
+
+    def scratch(self) -> BinaryIO:
+        """Return an unnamed file on the disk of the folder, or raise DiskError."""
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self.folder)
+        return self.opened.enter_context(file)
 
 
 def read_file(path: Path) -> bytes:
@@ -73,11 +90,3 @@ def read_file(path: Path) -> bytes:
         if status.st_size > LARGEST:
             raise OSError(0, f"larger than {LARGEST >> 30} GiB", os.fspath(path))
         return file.read()
-
-
-def open_archive(path: Path) -> BinaryIO:
-    """Open a file for reading, or raise DataError."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error

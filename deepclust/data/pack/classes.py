@@ -126,7 +126,7 @@ def describe(labels: Labels) -> Iterator[str]:
         )
     without = int((labels.numbers < 0).sum())
     if without:
-        yield f"{without} images are in no class"
+        yield f"images in no class: {without}"
 
 
 def _count(n: int) -> str:

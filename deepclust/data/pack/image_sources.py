@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from deepclust.data.pack import archives, idx, lists, parquet, torchvision_sets
-from deepclust.data.pack.blobs import read_file
+from deepclust.data.pack.blobs import Files, read_file
 from deepclust.data.pack.classes import Labels, check_classes, labels_by_folder, read_names
 from deepclust.data.pack.names import keys_of
 from deepclust.data.pack.stored import Packer, png
@@ -46,12 +46,12 @@ class ImageSource:
 class SourceOptions:
     """How a source is read: the rule for classes ("" for the source's own), and for values.
 
-    A copy of what is compressed is put on the disk of the folder `scratch`.
+    `files` are those that stay open, and the place for a copy of what is compressed.
     """
 
     classes: str = ""
     packer: Packer = field(default_factory=Packer)
-    scratch: Path = Path()
+    files: Files = field(default_factory=Files)
 
 
 def open_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
@@ -139,7 +139,7 @@ def _table(path: Path, options: SourceOptions) -> ImageSource:
 
 
 def _tables(paths: list[Path], options: SourceOptions) -> ImageSource:
-    table = parquet.read_parquet(paths, options.packer.left, options.scratch)
+    table = parquet.read_parquet(paths, options.packer.left, options.files)
     if not table.files:
         raise _no_images(paths[0], options)
     if len({path.name.partition("-")[0] for path in paths}) > 1:
@@ -154,11 +154,11 @@ def _tables(paths: list[Path], options: SourceOptions) -> ImageSource:
 
 
 def _zip(path: Path, options: SourceOptions) -> ImageSource:
-    return _archive(path, *archives.zip_images(path, options.packer.left), options)
+    return _archive(path, *archives.zip_images(path, options.packer.left, options.files), options)
 
 
 def _tar(path: Path, options: SourceOptions) -> ImageSource:
-    images = archives.tar_images(path, options.packer.left, options.scratch)
+    images = archives.tar_images(path, options.packer.left, options.files)
     return _archive(path, *images, options)
 
 

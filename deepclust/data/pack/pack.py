@@ -10,6 +10,7 @@ written. No image ends the packing. One that cannot be read or converted is left
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import warnings
@@ -26,6 +27,7 @@ from webdataset.writer import TarWriter
 
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.images.levels import Levels
+from deepclust.data.pack.blobs import Files
 from deepclust.data.pack.classes import Labels, describe
 from deepclust.data.pack.image_sources import ImageSource, SourceOptions, open_source
 from deepclust.data.pack.names import storable
@@ -95,7 +97,24 @@ def pack(
     _check_positive(asked)
     out = _checked_out(Path(out))
     packer = Packer(Levels.parse(asked.range))
-    images = open_source(source, SourceOptions(asked.classes, packer, out.parent))
+    with contextlib.ExitStack() as opened:
+        files = Files(out.parent, opened)
+        images = open_source(source, SourceOptions(asked.classes, packer, files))
+        _pack(images, source, out, asked, emit)
+    for line in _lost(packer):
+        emit(line)
+    return open_index(out)
+
+
+def _pack(
+    images: ImageSource,
+    source: str | Path,
+    out: Path,
+    asked: PackOptions,
+    emit: Callable[[str], None],
+) -> None:
+    """Write the shards of an opened source, or nothing."""
+    packer = images.packer
     labels = _named(images.labels, asked.class_names)
     for line in (*_leftovers(out), *describe(labels)):
         emit(line)
@@ -112,9 +131,6 @@ def pack(
         build_index(folder)
 
     atomic_folder(out, fill, before=lambda: _refuse_existing(out))
-    for line in _lost(packer):
-        emit(line)
-    return open_index(out)
 
 
 def _named(labels: Labels, names: Sequence[str] | None) -> Labels:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepclust.data.pack.blobs import Blobs, scratch
+from deepclust.data.pack.blobs import Blobs, Files
 from deepclust.data.pack.lists import LABELS, PATHS, column_of
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.errors import DataError
@@ -40,15 +40,15 @@ class _Columns(NamedTuple):
     label: str | None
 
 
-def read_parquet(paths: Sequence[Path], tally: Tally, folder: Path) -> Table:
-    """Read the tables one after the other; the bytes are copied to the disk of `folder`."""
+def read_parquet(paths: Sequence[Path], tally: Tally, files: Files) -> Table:
+    """Read the tables one after the other; the bytes are copied to an unnamed file."""
     columns = _columns(paths[0])
     table = Table([], [], _class_names(paths[0], columns.label), None)
     if columns.image is not None:
-        table = table._replace(blobs=Blobs(scratch(folder)))
+        table = table._replace(blobs=Blobs(files.scratch()))
     for path in paths:
         try:
-            with disk_errors(folder):
+            with disk_errors(files.folder):
                 for number, row in enumerate(_rows(path, columns)):
                     _take(table, row, columns, _default_name(path, paths, number), tally)
         except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
