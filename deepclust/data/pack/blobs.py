@@ -65,7 +65,7 @@ class Files:
     def read(self, path: Path) -> BinaryIO:
         """Open a file for reading, or raise DataError."""
         try:
-            return self.opened.enter_context(path.open("rb"))
+            return self.opened.enter_context(open(path, "rb"))
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}.") from error
 
@@ -73,7 +73,7 @@ class Files:
         """Return an unnamed file on the disk of the folder, or raise DiskError."""
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=self.folder)
+            file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - `opened` closes it
         return self.opened.enter_context(file)
 
 
