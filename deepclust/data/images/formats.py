@@ -10,6 +10,7 @@ import re
 
 HEAD = 64  # bytes that are enough for every format below
 
+_PNG_DEPTH = 24  # the byte with the bits of a channel
 _BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes of the header that follows "BM" at byte 14
 _AVIF = (b"avif", b"avis")
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -41,6 +42,14 @@ def sniff(head: bytes | memoryview) -> str | None:
     # "BM" alone begins many a text, so two more fields have to fit
     is_bmp = head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS
     return "bmp" if is_bmp else None
+
+
+def has_16_bits(data: bytes | memoryview) -> bool:
+    """Return whether a PNG has 16 bits a channel, or a PPM values up to 65535."""
+    kind = sniff(data)
+    if kind == "png":
+        return bytes(data[_PNG_DEPTH : _PNG_DEPTH + 1]) == b"\x10"
+    return kind == "ppm" and b"65535" in bytes(data[:HEAD])
 
 
 def _of_brands(head: bytes) -> str | None:

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
-from deepclust.data.images.formats import sniff
+from deepclust.data.images.formats import has_16_bits, sniff
 from deepclust.data.images.levels import (
     REMEDY,
     UNKNOWN,
@@ -70,7 +70,8 @@ def _decode(data: bytes, levels: Levels, check_size: Callable[[int, int], None])
         with Image.open(io.BytesIO(data), formats=formats) as stored:
             check_size(stored.height, stored.width)
             stored.load()
-            pixels = _pixels(_upright(stored), stored, levels)
+            bits = 16 if has_16_bits(data) else 8
+            pixels = _pixels(_upright(stored), stored, levels, bits)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -133,10 +134,10 @@ def _upright(stored: Image.Image) -> Image.Image:
     return stored if turn is None else stored.transpose(turn)
 
 
-def _pixels(image: Image.Image, stored: Image.Image, levels: Levels) -> np.ndarray:
-    """Return the image as uint8 [h, w, 3]; `stored` has the tags."""
+def _pixels(image: Image.Image, stored: Image.Image, levels: Levels, bits: int) -> np.ndarray:
+    """Return the image as uint8 [h, w, 3]; `stored` has the tags, `bits` is without them."""
     tags = getattr(stored, "tag_v2", {})
-    bits = max(_tuple(tags.get(_BITS, 8)))
+    bits = max(_tuple(tags.get(_BITS, bits)))
     kind = max(_tuple(tags.get(_SAMPLE_FORMAT, _UNSIGNED)))
     if image.mode.startswith("I") or image.mode == "F":
         values = _values(image, bits, kind)
@@ -168,9 +169,9 @@ def _check_cut(pixels: np.ndarray, bits: int, levels: Levels) -> None:
     """Refuse colour of 16 bits that Pillow has cut to the upper 8, where they are not enough."""
     if levels.rule == "given":
         raise UnknownRangeError(
-            f"colour of {bits} bits in a TIFF, which Pillow cuts to 8. Convert it to 16 bit PNG."
+            f"colour of {bits} bits, which Pillow cuts to 8. Convert it to plain 16 bit PNG."
         )
-    if levels.rule != "full" and is_dim(pixels):
+    if levels.rule == "auto" and is_dim(pixels):
         raise UnknownRangeError(
             f"colour of {bits} bits with values up to {256 * int(pixels.max()) + 255}"
             f"{UNKNOWN} {REMEDY}"

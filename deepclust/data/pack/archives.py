@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import BinaryIO, Self, cast
 
 from deepclust.data.images.formats import HEAD
-from deepclust.data.pack.blobs import LARGEST, Blobs, Files
+from deepclust.data.pack.blobs import LARGEST, Blobs, Files, failed
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.data.pack.walk import is_image
-from deepclust.errors import DataError, DeepclustError
-from deepclust.files import disk_errors
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _ENCRYPTED = 0x1
@@ -40,7 +38,7 @@ def zip_images(path: Path, tally: Tally, files: Files) -> tuple[list[str], Calla
         archive = files.opened.enter_context(zipfile.ZipFile(file))
         members = [info for info in archive.infolist() if _is_zip_image(archive, info, tally)]
     except Exception as error:  # zipfile raises almost anything on damaged files
-        raise _damaged(path, error) from error
+        raise failed(path, error, files.folder) from error
 
     def read(i: int) -> bytes:
         try:
@@ -93,13 +91,9 @@ def tar_images(path: Path, tally: Tally, files: Files) -> tuple[list[str], Calla
                 members.take(member, tar, is_copied=plain is not None)
         while plain is not None and plain.read(_BLOCK):
             pass  # so that the checksum at the end is compared
-    except DeepclustError:
-        raise
+        members.blobs.file.flush()
     except Exception as error:  # tarfile raises almost anything on damaged files
-        if isinstance(error, OSError) and error.errno is not None:
-            with disk_errors(files.folder):  # the disk of the copy
-                raise
-        raise _damaged(path, error) from error
+        raise failed(path, error, files.folder) from error
     members.resolve_links()
     return members.names, members.blobs.read
 
@@ -197,8 +191,3 @@ def _is_visible(name: str, tally: Tally) -> bool:
     if hidden:
         tally.add("hidden", name)
     return not hidden and bool(name)
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    reason = str(error) or type(error).__name__
-    return DataError(f"cannot read {path}: {reason}. Fetch it again, or unpack what is whole.")

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from deepclust.errors import DataError
-from deepclust.files import disk_errors
+from deepclust.errors import DataError, DeepclustError, DiskError
+from deepclust.files import FULL, disk_errors
 
 LARGEST = 1 << 30  # bytes of one image; more is a mistake or an attack
 _BLOCK = 1 << 20
@@ -51,7 +51,6 @@ class Blobs:
     def read(self, i: int) -> bytes:
         """Return the bytes of image i, for any thread."""
         offset, size = self.places[i]
-        self.file.flush()
         return os.pread(self.file.fileno(), size, offset)
 
 
@@ -75,6 +74,20 @@ class Files:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - `opened` closes it
         return self.opened.enter_context(file)
+
+
+def failed(path: Path, error: Exception, folder: Path) -> DeepclustError:
+    """Return the error of a source that cannot be read, or of the disk of its copy."""
+    if isinstance(error, DeepclustError):
+        return error
+    try:
+        with disk_errors(folder):
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise error
+    except DiskError as full:
+        return full
+    reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+    return DataError(f"cannot read {path}: {reason}. Fetch it again, or unpack what is whole.")
 
 
 def read_file(path: Path) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import math
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +76,7 @@ def _read(prefix: Path, what: str) -> np.ndarray:
         if min(shape, default=-1) < 0:
             raise ValueError(f"its sizes are {shape}")
         start = _HEADER + 4 * len(shape)
-        values = np.frombuffer(data, _TYPES[data[2]], math.prod(shape), start)
+        values = np.frombuffer(data, _TYPES[data[2]], offset=start).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, zlib.error, MemoryError) as error:
         raise DataError(f"cannot read {path}: {error}. Fetch it again.") from error
-    return values.reshape(shape).astype(values.dtype.newbyteorder("="), copy=False)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepclust.data.pack.blobs import Blobs, Files
+from deepclust.data.pack.blobs import Blobs, Files, failed
 from deepclust.data.pack.lists import LABELS, PATHS, column_of
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.errors import DataError
-from deepclust.files import disk_errors
 
 _IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 _ROWS = 256  # that are in memory at once
@@ -48,19 +47,13 @@ def read_parquet(paths: Sequence[Path], tally: Tally, files: Files) -> Table:
         table = table._replace(blobs=Blobs(files.scratch()))
     for path in paths:
         try:
-            with disk_errors(files.folder):
-                for number, row in enumerate(_rows(path, columns)):
-                    _take(table, row, columns, _default_name(path, paths, number), tally)
-        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            if isinstance(error, DataError) or getattr(error, "exit_code", None):
-                raise
-            raise _unreadable(path, error) from error
+            for number, row in enumerate(_rows(path, columns)):
+                _take(table, row, columns, _default_name(path, paths, number), tally)
+            if table.blobs is not None:
+                table.blobs.file.flush()
+        except Exception as error:  # of many types, where a file is damaged
+            raise failed(path, error, files.folder) from error
     return table
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"cannot read {path}: {reason}. Fetch it again.")
 
 
 def _default_name(path: Path, paths: Sequence[Path], number: int) -> str:
@@ -70,8 +63,8 @@ def _default_name(path: Path, paths: Sequence[Path], number: int) -> str:
 def _schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise failed(path, error, path.parent) from error
 
 
 def _columns(path: Path) -> _Columns:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.images.formats import HEAD, sniff
+from deepclust.data.images.formats import has_16_bits, sniff
 from deepclust.data.images.levels import AUTO, REMEDY, UNKNOWN, Levels, UnknownRangeError
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.data.pack.walk import COPIED
@@ -27,7 +27,6 @@ _NO_RANGE = f"with values whose black and white are unknown. {REMEDY}"
 _COPIED_KINDS = ("jpg", "png", "webp")
 _PILLOW = {"gif": "GIF", "tif": "TIFF", "avif": "AVIF"}
 _PNG_LEVEL = 1  # zlib: 20 % faster than 6 on a 28 x 28 image, and 1 % larger
-_PNG_DEPTH = 24  # the byte with the bits of a channel
 _PNG_CONTROL = 512  # bytes that hold the chunk of an animation, which comes before the pixels
 _OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _STORAGE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
@@ -69,7 +68,7 @@ class Packer:
         named = extension in COPIED and kind != "heic"
         if not named and kind not in _COPIED_KINDS:
             return "png", self._png(data)
-        if _has_16_bits(kind, data) and (converted := self._of_16_bits(data)) is not None:
+        if has_16_bits(data) and (converted := self._of_16_bits(data)) is not None:
             return "png", converted
         return extension[1:] if named else str(kind), data
 
@@ -93,13 +92,6 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=_PNG_LEVEL)
     return buffer.getvalue()
-
-
-def _has_16_bits(kind: str | None, data: bytes) -> bool:
-    """Return whether an image has to be looked at, though its bytes can be stored."""
-    if kind == "png":
-        return data[_PNG_DEPTH : _PNG_DEPTH + 1] == b"\x10"
-    return kind == "ppm" and b"65535" in data[:HEAD]
 
 
 def _has_pages(kind: str | None, data: bytes) -> bool:

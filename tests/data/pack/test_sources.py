@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -17,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deepclust.data.pack.blobs import Blobs
 from deepclust.data.pack.image_sources import open_source
 from deepclust.data.pack.pack import pack
-from deepclust.errors import DataError
+from deepclust.errors import DataError, DiskError
 from tests.data.pack.test_pack import tree
 from tests.data.pack.test_walk import PNG, packed, put
 from tests.images import draw, encode
@@ -262,6 +264,18 @@ def test_a_damaged_source_is_a_clear_error_before_any_shard(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_under_the_copy_of_an_archive_is_a_disk_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = in_tar_gz(tmp_path)
+    monkeypatch.setattr(Blobs, "copy", full)
+    with pytest.raises(DiskError, match="No space left on device"):
+        packed(source)
+
+
 def idx(values: np.ndarray, kind: int = 8, dtype: str = ">u1") -> bytes:
     sizes = b"".join(struct.pack(">I", size) for size in values.shape)
     return bytes([0, 0, kind, values.ndim]) + sizes + values.astype(dtype).tobytes()
@@ -280,6 +294,7 @@ def test_the_labels_of_qmnist_are_read(tmp_path: Path) -> None:
         (idx(np.zeros((0, 12, 12))), "0 images"),
         (idx(np.zeros((2, 3, 12, 12))), "images of shape"),
         (idx(np.zeros((2, 4, 4)), 0x0D, ">f4"), "type float32"),
+        (idx(np.zeros((2, 4, 4))) + b"more", "cannot read"),
         (b"\0\0\x08\3" + b"\xff" * 12, "its sizes are"), (b"\0\0\x77\3", "not an idx file"),
     ],
 )  # fmt: skip
