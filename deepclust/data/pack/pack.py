@@ -2,7 +2,6 @@
 
 Shards are read in blocks from shared storage, so the shuffle at packing time makes the blocks
 random. The same source, seed and arguments give the same bytes for any number of workers.
-Order and shard borders are fixed before the first write, times and owners are constants.
 
 What is small is checked first: that OUT can be made, that the classes have names that can be
 written. No image ends the packing. One that cannot be read or converted is left out and counted.
@@ -12,36 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import io
-import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
-from PIL import Image
-from webdataset.writer import TarWriter
 
-from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.images.levels import Levels
 from deepclust.data.pack.blobs import Files
 from deepclust.data.pack.classes import Labels, describe
 from deepclust.data.pack.image_sources import ImageSource, SourceOptions, open_source
 from deepclust.data.pack.names import storable
-from deepclust.data.pack.stored import LeftOutError, Packer, png
+from deepclust.data.pack.stored import Packer
 from deepclust.data.pack.tally import shown
+from deepclust.data.pack.write import Work, shard_count, write_shards
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.files import atomic_folder, temporary, write_json
 from deepclust.world import generator
-
-_JPEG_QUALITY = 92
-_FEWEST_SHARDS = 16  # so that a small data set has blocks to shuffle and to divide over ranks
-_LARGEST_SHARD = 10_000  # samples: about 1 GB of ImageNet
-_LOSSLESS = ("png", "ppm")
 
 
 @dataclass(frozen=True)
@@ -64,15 +52,6 @@ class PackOptions:
     class_names: Sequence[str] | None = None
     classes: str = ""
     range: str = "auto"
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Everything that determines the bytes of the shards."""
-
-    images: ImageSource
-    order: Int64[np.ndarray, " n"]
-    resize_short: int | None
 
 
 def pack(
@@ -119,13 +98,13 @@ def _pack(
     for line in (*_leftovers(out), *describe(labels)):
         emit(line)
     order = generator(asked.seed, "pack").permutation(len(labels.numbers)).astype(np.int64)
-    work = _Work(images, order, asked.resize_short)
+    work = Work(images, order, asked.resize_short)
     about = {"class_names": labels.names, "source": storable(str(source)), "seed": asked.seed}
     about |= {"resize_short": asked.resize_short}
 
     def fill(folder: Path) -> None:
         write_json(folder / "dataset.json", about)  # the small file first
-        _write_shards(work, folder, _shard_count(len(order), asked.shard_size), asked.workers)
+        write_shards(work, folder, shard_count(len(order), asked.shard_size), asked.workers)
         if packer.left:
             write_json(folder / "dataset.json", about | {"left_out": packer.left.as_dict()})
         build_index(folder)
@@ -190,88 +169,3 @@ def _leftovers(out: Path) -> list[str]:
         "there now. Delete it to free its space"
         for folder in folders
     ]
-
-
-def _shard_count(n: int, shard_size: int | None) -> int:
-    if shard_size is not None:
-        return -(-n // shard_size)
-    return min(n, max(_FEWEST_SHARDS, -(-n // _LARGEST_SHARD)))
-
-
-def _write_shards(work: _Work, folder: Path, shards: int, workers: int) -> None:
-    """Write shards whose numbers of samples differ by at most one."""
-    borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
-
-    def write(shard: int) -> int:
-        positions = range(borders[shard], borders[shard + 1])
-        return _write_shard(work, positions, folder / _shard(shard))
-
-    # Pillow warns of damaged files, and threads cannot silence it without a trace in the filters.
-    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        counts = list(pool.map(write, range(shards)) if workers > 1 else map(write, range(shards)))
-    _drop_empty(folder, counts, work.images.packer)
-
-
-def _drop_empty(folder: Path, counts: list[int], packer: Packer) -> None:
-    """Delete shards of which all images were left out, and number the others again."""
-    if not any(counts):
-        raise DataError(f"no image could be packed: {', '.join(packer.left.lines())}.")
-    for new, old in enumerate(np.flatnonzero(counts)):
-        if new != old:
-            (folder / _shard(int(old))).rename(folder / _shard(new))
-    for empty in range(int(np.count_nonzero(counts)), len(counts)):
-        (folder / _shard(empty)).unlink(missing_ok=True)
-
-
-def _shard(number: int) -> str:
-    return f"shard-{number:06d}.tar"
-
-
-def _write_shard(work: _Work, positions: range, path: Path) -> int:
-    """Write a shard, and return the number of its samples."""
-    count = 0
-    with (
-        open(path, "wb") as file,
-        TarWriter(file, encoder=False, compress=False, mtime=0, format="PAX_FORMAT") as tar,
-    ):
-        for position in positions:
-            sample = _sample(work, position)
-            if sample is not None:
-                tar.write(sample)
-                count += 1
-    return count
-
-
-def _sample(work: _Work, position: int) -> dict[str, str | bytes] | None:
-    """Return what a shard holds of an image, or None for one that is left out."""
-    i = int(work.order[position])
-    keys, label = work.images.keys, int(work.images.labels.numbers[i])
-    try:
-        extension, data = work.images.read(i)
-    except LeftOutError:
-        return None
-    key = f"{position:09d}" if keys is None else keys[i]
-    if work.resize_short is not None:
-        try:
-            extension, data = _reduce(extension, data, work.resize_short)
-        except DecodeError:
-            work.images.packer.notes.add("that cannot be decoded: packed as it is", key)
-    sample: dict[str, str | bytes] = {"__key__": key, extension: data}
-    return sample if label < 0 else sample | {"cls": str(label).encode()}
-
-
-def _reduce(extension: str, data: bytes, short: int) -> tuple[str, bytes]:
-    """Reduce the image's shorter side to `short` (bicubic, antialiased), and encode it again."""
-    image = decode(data)
-    height, width = image.shape[1:]
-    if min(height, width) <= short:
-        return extension, data
-    ratio = short / min(height, width)
-    size = (max(short, round(width * ratio)), max(short, round(height * ratio)))
-    small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
-    if extension in _LOSSLESS:
-        return "png", png(small)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return "jpg", buffer.getvalue()
