@@ -1,7 +1,7 @@
 """Images in a zip or a tar: .zip, .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz.
 
 They are read where they are, but from a compressed tar only after a copy (see `blobs.py`).
-Nothing is unpacked under the names that an archive gives.
+Nothing is unpacked under the names that an archive gives. One folder around all is not a class.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from deepclust.errors import DataError
 FIRST_PAGE = "of several pages: only the first is packed"
 _NO_RANGE = f"with values whose black and white are unknown. {REMEDY}"
 _COPIED_KINDS = ("jpg", "png", "webp")
+_CONVERTED_KINDS = ("tif", "jp2", "heic")  # even if called .jpg: many bits, or a plugin
 _PILLOW = {"gif": "GIF", "tif": "TIFF", "avif": "AVIF"}
 _PNG_LEVEL = 1  # zlib: 20 % faster than 6 on a 28 x 28 image, and 1 % larger
 _PNG_CONTROL = 512  # bytes that hold the chunk of an animation, which comes before the pixels
@@ -65,7 +66,9 @@ class Packer:
         extension, kind = os.path.splitext(file)[1].lower(), sniff(data)
         if _has_pages(kind, data):
             self.notes.add(FIRST_PAGE, file)
-        named = extension in COPIED and kind != "heic"
+        if kind is None and extension in COPIED:
+            self.notes.add("not an image by its first bytes: packed as it is", file)
+        named = extension in COPIED and kind not in _CONVERTED_KINDS
         if not named and kind not in _COPIED_KINDS:
             return "png", self._png(data)
         if has_16_bits(data) and (converted := self._of_16_bits(data)) is not None:

@@ -163,6 +163,16 @@ def test_values_of_an_unknown_range_are_left_out_until_it_is_given(tmp_path: Pat
     assert len(pack(tmp_path / "in", tmp_path / "given", range="0:4095")) == 3
 
 
+def test_a_copied_name_does_not_hide_what_a_file_is(tmp_path: Path) -> None:
+    put(tmp_path / "in/page.jpg", b"<html>404</html>")
+    put(tmp_path / "in/deep.jpg", tiff(np.rint(RAMP * 4095).astype("u2"), 1))
+    put(tmp_path / "in/a.png")
+    index, lines = packed(tmp_path / "in")
+    assert sorted(index.keys) == ["a", "page"]
+    assert "deep.jpg: unsigned 16 bits" in lines[2]
+    assert lines[3] == "1 not an image by its first bytes: packed as it is (page.jpg)"
+
+
 def test_marks_stay_in_keys_and_masks_are_told_from_photos() -> None:
     tally = Tally()
     files = ["c/हिन्दी.png", "c/Mu\u0308ller.png", "c/x.jpg", "c/x.png", "c/a b.png", "c/a_b.png"]
