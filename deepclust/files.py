@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HASH_BLOCK = 2**24  # bytes; small enough for a sign of life every second on a slow disk
-FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -38,7 +38,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         # NumPy reports a short write without an errno
-        if error.errno in FULL or str(error).endswith(" written"):
+        if error.errno in _FULL or str(error).endswith(" written"):
             remedy = "Free some space there and resume; finished work is kept."
         elif error.errno in _FORBIDDEN:
             remedy = "Choose a folder that you may write to."

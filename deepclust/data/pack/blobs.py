@@ -6,6 +6,7 @@ first copied to a temporary file, which has no name and vanishes with the proces
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deepclust.errors import DataError, DeepclustError, DiskError
-from deepclust.files import FULL, disk_errors
+from deepclust.files import disk_errors
 
 LARGEST = 1 << 30  # bytes of one image; more is a mistake or an attack
 _BLOCK = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Blobs:
@@ -80,12 +82,8 @@ def failed(path: Path, error: Exception, folder: Path) -> DeepclustError:
     """Return the error of a source that cannot be read, or of the disk of its copy."""
     if isinstance(error, DeepclustError):
         return error
-    try:
-        with disk_errors(folder):
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise error
-    except DiskError as full:
-        return full
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return DiskError(f"cannot write to {folder}: {error.strerror}. Free some space there.")
     reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
     return DataError(f"cannot read {path}: {reason}. Fetch it again, or unpack what is whole.")
 

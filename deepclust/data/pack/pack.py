@@ -80,9 +80,12 @@ def pack(
         files = Files(out.parent, opened)
         images = open_source(source, SourceOptions(asked.classes, packer, files))
         _pack(images, source, out, asked, emit)
+    index = open_index(out)
+    for i, reason in index.excluded.items():
+        packer.notes.add(f"packed, but excluded by the index: {reason}", index.keys[i])
     for line in _lost(packer):
         emit(line)
-    return open_index(out)
+    return index
 
 
 def _pack(

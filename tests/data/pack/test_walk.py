@@ -167,10 +167,12 @@ def test_a_copied_name_does_not_hide_what_a_file_is(tmp_path: Path) -> None:
     put(tmp_path / "in/page.jpg", b"<html>404</html>")
     put(tmp_path / "in/deep.jpg", tiff(np.rint(RAMP * 4095).astype("u2"), 1))
     put(tmp_path / "in/a.png")
+    put(tmp_path / "in/zero.jpg", b"")
     index, lines = packed(tmp_path / "in")
-    assert sorted(index.keys) == ["a", "page"]
+    assert sorted(index.keys) == ["a", "page", "zero"]
+    assert lines[4] == "1 packed, but excluded by the index: image of 0 bytes (zero)"
     assert "deep.jpg: unsigned 16 bits" in lines[2]
-    assert lines[3] == "1 not an image by its first bytes: packed as it is (page.jpg)"
+    assert lines[3] == "2 not an image by its first bytes: packed as it is (page.jpg, zero.jpg)"
 
 
 def test_marks_stay_in_keys_and_masks_are_told_from_photos() -> None:
