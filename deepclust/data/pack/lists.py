@@ -25,8 +25,29 @@ from deepclust.data.pack.walk import CONVERTED, COPIED
 from deepclust.errors import DataError
 
 TEXTS, TABLES = (".txt", ".lst"), (".csv", ".tsv")
-PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image")
-LABELS = ("label", "class", "class_name", "class_id", "cls", "category", "target", "label_name")
+PATHS = (
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "image_path",
+    "img_path",
+    "image",
+    "img",
+)
+LABELS = (
+    "label",
+    "class",
+    "class_name",
+    "class_id",
+    "cls",
+    "category",
+    "target",
+    "label_name",
+    "labels",
+)
 _INTEGER = re.compile(r"-?\d+(\.0*)?", re.ASCII)  # pandas writes 3.0 where a label is missing
 _MISSING = ("nan", "none", "null", "n/a", "na", "<na>")
 _NO_LABEL = "with a label that is not a class id: packed without one"

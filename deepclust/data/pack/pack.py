@@ -121,7 +121,8 @@ def _named(labels: Labels, names: Sequence[str] | None) -> Labels:
     largest = int(labels.numbers.max(initial=-1))
     if labels.names is not None and largest >= len(labels.names):
         raise DataError(
-            f"there are {len(labels.names)} class names, but labels reach {largest}. Correct them."
+            f"there are {len(labels.names)} class names, but labels reach {largest}. "
+            "Correct them, or give --classes none."
         )
     return labels
 

@@ -80,7 +80,24 @@ def _columns(path: Path) -> _Columns:
         )
     # a list of labels, or boxes, does not name one class
     plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
-    return _Columns(image, at, column_of(plain, LABELS))
+    label = column_of(plain, LABELS) or _only_class(schema, plain)
+    return _Columns(image, at, label)
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Return what Hugging Face's metadata say of the columns, or nothing."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    known = features.items() if isinstance(features, dict) else ()
+    return {name: feature for name, feature in known if isinstance(feature, dict)}
+
+
+def _only_class(schema: pa.Schema, columns: Sequence[str]) -> str | None:
+    """Return the column that the metadata call a class, if there is only one."""
+    classes = [name for name, feature in _features(schema).items() if "names" in feature]
+    return classes[0] if len(classes) == 1 and classes[0] in columns else None
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -98,11 +115,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _class_names(path: Path, label: str | None) -> list[str] | None:
     """Return the names that Hugging Face's metadata have for the labels, if there are any."""
-    try:
-        about = json.loads((_schema(path).metadata or {})[b"huggingface"])
-        names = about["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
+    names = _features(_schema(path)).get(label or "", {}).get("names")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_list and names else None
 

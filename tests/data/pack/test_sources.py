@@ -61,7 +61,8 @@ def in_csv(folder: Path) -> Path:
 def in_parquet(folder: Path) -> Path:
     rows = [{"bytes": data, "path": name} for name, data in zip(NAMES, IMAGES, strict=True)]
     table = pa.table({"image": rows, "label": [i % 2 for i in range(N)]})
-    about = {"info": {"features": {"label": {"names": ["c0", "c1"]}}}}
+    table = table.rename_columns(["image", "species"])
+    about = {"info": {"features": {"species": {"names": ["c0", "c1"]}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
     pq.write_table(table, folder / "a.parquet")
     return folder / "a.parquet"
