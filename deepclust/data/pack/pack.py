@@ -144,11 +144,11 @@ def _check_positive(options: PackOptions) -> None:
 def _checked_out(out: Path) -> Path:
     """Return the full path of a folder that can be made, or of an empty one, without its links."""
     out = out.absolute()
-    if out.is_symlink() and not out.exists():
-        raise DataError(f"{out} is a link to nothing. Choose another folder, or delete the link.")
-    out = out.resolve() if out.is_symlink() else out
-    _refuse_existing(out)
     try:
+        if out.is_symlink() and not out.exists():
+            raise DataError(f"{out} is a link to nothing. Choose another folder, or delete it.")
+        out = out.resolve() if out.is_symlink() else out
+        _refuse_existing(out)
         str(out).encode()  # pyarrow takes no other name
         probe = temporary(out)
         probe.mkdir(parents=True)
