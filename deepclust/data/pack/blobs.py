@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from deepclust.data.pack.tally import shown
 from deepclust.errors import DataError, DeepclustError, DiskError
 from deepclust.files import disk_errors
 
@@ -67,8 +68,8 @@ class Files:
         """Open a file for reading, or raise DataError."""
         try:
             return self.opened.enter_context(open(path, "rb"))
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}.") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise DataError(f"cannot read {shown(str(path))}: {error}.") from error
 
     def scratch(self) -> BinaryIO:
         """Return an unnamed file on the disk of the folder, or raise DiskError."""

@@ -11,6 +11,7 @@ A folder without images is never a class.
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ _RULES: dict[str, Callable[[str], str]] = {
 
 def check_classes(classes: str) -> None:
     """Raise RecipeError for what is neither a rule nor a file."""
-    if classes != "none" and classes not in _RULES and not Path(classes).is_file():
+    if classes != "none" and classes not in _RULES and not os.path.isfile(classes):
         raise RecipeError(
             f"classes {classes!r} is not none, first, last or full, and no file of class names."
         )

@@ -62,8 +62,10 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Ima
     for prefix, opener in _PREFIXES.items():
         if text.startswith(prefix):
             return _relabelled(opener(text.removeprefix(prefix), options), options.classes)
+    if not text:
+        raise DataError("the source has no name, and the current folder is '.'. Give a folder.")
     path = Path(text)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # false, too, for a name that no disk can have
         for suffixes, open_file in _FILES:
             if path.name.lower().endswith(suffixes):
                 return open_file(path, options)

@@ -66,8 +66,8 @@ def read_list(path: Path) -> list[Row]:
     try:
         # Names that are not UTF-8 stay what they are.
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise DataError(f"cannot read {shown(str(path))}: {error}.") from error
     if path.suffix.lower() in TABLES:
         rows = list(_table(path, text))
     else:

@@ -48,7 +48,7 @@ def walk(folder: Path, tally: Tally) -> list[str]:
 
     Raises DataError for a folder that cannot be listed.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"no folder {folder} to pack. Give an image folder, a list (.txt, .lst, .csv), "
             "a .parquet, .zip or .tar.gz, 'idx:DIR/train', or 'torchvision:NAME:SPLIT@ROOT'."

@@ -21,7 +21,7 @@ import pytest
 from deepclust.data.pack.blobs import Blobs
 from deepclust.data.pack.image_sources import open_source
 from deepclust.data.pack.pack import pack
-from deepclust.errors import DataError, DiskError
+from deepclust.errors import DataError, DiskError, RecipeError
 from tests.data.pack.test_pack import tree
 from tests.data.pack.test_walk import PNG, packed, put
 from tests.images import draw, encode
@@ -168,6 +168,16 @@ def test_numbers_among_names_are_refused_unless_labels_are_not_wanted(tmp_path: 
     with pytest.raises(DataError, match="some labels are integers"):
         packed(source)
     assert packed(source, classes="none")[0].labels is None
+
+
+@pytest.mark.parametrize("end", ["", ".txt", ".csv", ".parquet", ".zip", ".tar.gz"])
+@pytest.mark.parametrize("stem", ["x" * 300, "a\0b", "nowhere"])
+def test_a_source_that_cannot_exist_is_a_clear_error(tmp_path: Path, stem: str, end: str) -> None:
+    for source in (f"{stem}{end}", f"idx:{stem}", ""):
+        with pytest.raises(DataError, match=r"cannot read|^no |Give a folder"):
+            pack(source, tmp_path / "out")
+    with pytest.raises(RecipeError, match="no file of class names"):
+        pack(tmp_path, tmp_path / "out", classes=stem)
 
 
 def test_names_in_a_list_may_be_latin1(tmp_path: Path) -> None:
