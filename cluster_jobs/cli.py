@@ -92,11 +92,21 @@ def demo(
     run_demo(run_dir, data, overrides or [])
 
 
-@app.command(epilog=_examples("pack photos shards --workers 8", "pack idx:fashion/train shards"))
+@app.command(
+    epilog=_examples(
+        "pack photos shards --workers 8",
+        "pack photos.zip shards --classes last",
+        "pack labels.csv shards --range 0:4095",
+        "pack idx:fashion/train shards",
+    )
+)
 def pack(
     source: Annotated[
         str,
-        typer.Argument(help="An image folder, idx:DIR/train or torchvision:NAME@DIR."),
+        typer.Argument(
+            help="A folder of images; a list (.txt, .csv) or .parquet of them; a .zip or .tar.gz; "
+            "idx:DIR/train; torchvision:NAME:SPLIT@DIR."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
     workers: Annotated[
@@ -107,13 +117,21 @@ def pack(
         int | None, typer.Option(help="The short side of every image, in pixels.")
     ] = None,
     shard_size: Annotated[int | None, typer.Option(help="The samples of a shard.")] = None,
+    classes: Annotated[
+        str,
+        typer.Option(help="none, first, last or full folder, or a file with a class name a line."),
+    ] = "",
+    range_: Annotated[
+        str,
+        typer.Option("--range", help="Black and white of more than 8 bits: auto, full, LOW:HIGH."),
+    ] = "auto",
 ) -> None:
-    """Write images as shuffled tar shards, and index them."""
+    """Write images as shuffled tar shards, index them, and say what was left out."""
     from deepclust.data.pack.pack import pack as pack_images
 
-    index = pack_images(
-        source, out, workers=workers, seed=seed, resize_short=resize_short, shard_size=shard_size
-    )
+    shape = {"resize_short": resize_short, "shard_size": shard_size}
+    rules = {"classes": classes, "range": range_}
+    index = pack_images(source, out, emit=_log, workers=workers, seed=seed, **shape, **rules)
     _log(f"{len(index)} samples in {len(index.shards)} shards: {out}")
 
 

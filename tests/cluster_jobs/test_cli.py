@@ -91,6 +91,22 @@ def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_pack_says_its_classes_and_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    from cluster_jobs.cli import app
+    from tests.images import make_image_folder
+
+    (make_image_folder(tmp_path / "in", n=4, classes=2) / "notes.txt").write_text("text")
+    words = ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--classes", "last"]
+    typer.main.get_command(app).main([*words, "--range", "0:4095"], standalone_mode=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["2 classes: class-0, class-1", "left out: 1 file", "  1 .txt (notes.txt)"]
+    assert lines[3].startswith("4 samples in 4 shards: ")
+
+
 @pytest.mark.slow
 def test_pack_and_index_accept_an_image_folder_and_foreign_shards(
     shards: Path, tmp_path: Path

@@ -1,217 +1,212 @@
-"""The sources that `deepclust pack` reads: image folder, idx files, torchvision data set.
+"""The sources that `deepclust pack` reads: what each is called, and what opens it.
 
-DIR                              class folders of images (torchvision's ImageFolder convention)
+DIR                              image files below a folder, or the .parquet files in it
+FILE.txt, .lst, .csv, .tsv       a list of image files, with labels or without (`lists.py`)
+FILE.parquet                     images or paths in a table (`parquet.py`)
+FILE.zip, .tar, .tar.gz, ...     image files in an archive (`archives.py`)
 idx:DIR/train                    DIR/train-images-idx3-ubyte[.gz] and its labels (LeCun's format)
 torchvision:CIFAR10:train@ROOT   a torchvision data set, downloaded to ROOT when absent
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from deepclust.data.images.decode import decode
+from deepclust.data.pack import archives, idx, lists, parquet, torchvision_sets
+from deepclust.data.pack.blobs import Files, read_file
+from deepclust.data.pack.classes import Labels, check_classes, labels_by_folder, read_names
+from deepclust.data.pack.names import keys_of
+from deepclust.data.pack.stored import Packer, png
+from deepclust.data.pack.walk import CONVERTED, COPIED, walk
 from deepclust.errors import DataError
 
-_STORED = {".jpg", ".jpeg", ".png", ".webp", ".ppm"}  # copied byte for byte
-_CONVERTED = {".bmp", ".gif", ".pgm", ".tif", ".tiff"}  # become PNG
-_UNSAFE = re.compile(r"[^\w/-]")
-_PNG_LEVEL = 1  # zlib: 20 % faster than 6 on a 28 x 28 image, and 1 % larger
+_BY_FOLDER = ("first", "last", "full")
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images to pack: `read(i)` returns image i's extension and bytes, label -1 means none."""
+    """Images to pack: `read(i)` returns image i's extension and bytes.
 
-    labels: Int32[np.ndarray, " n"]
-    class_names: list[str] | None
+    It raises `LeftOutError` for an image that `packer` has counted as left out.
+    """
+
+    labels: Labels
     read: Callable[[int], tuple[str, bytes]]
     keys: list[str] | None = None  # None: the packer numbers them
-
-
-def open_source(source: str | Path) -> ImageSource:
-    """Open a source in one of the forms above, or raise DataError."""
-    text = os.fspath(source)
-    if text.startswith("idx:"):
-        return _idx(Path(text.removeprefix("idx:")))
-    if text.startswith("torchvision:"):
-        return _torchvision(text.removeprefix("torchvision:"))
-    return _image_folder(Path(text))
-
-
-def png(image: Image.Image) -> bytes:
-    """Return the image as a lightly compressed PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=_PNG_LEVEL)
-    return buffer.getvalue()
-
-
-def _image_folder(folder: Path) -> ImageSource:
-    """Return every image below `folder`, with the first folder of its path as its class."""
-    files = sorted(_walk(folder))
-    if not files:
-        raise DataError(f"no images below {folder}. {_advice(folder)}")
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    number = {name: i for i, name in enumerate(names)}
-    labels = [number.get(file.partition("/")[0], -1) if "/" in file else -1 for file in files]
-    return ImageSource(
-        np.array(labels, np.int32), names or None, _FileReader(folder, files), _keys(files)
-    )
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the relative POSIX paths of the images below a folder, without hidden ones."""
-    if not folder.is_dir():
-        raise DataError(
-            f"no folder {folder} to pack. Give an image folder, 'idx:DIR/train', or "
-            "'torchvision:NAME:SPLIT@ROOT'."
-        )
-    for place, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in _STORED | _CONVERTED:
-                yield Path(place, name).relative_to(folder).as_posix()
-
-
-def _unreadable(error: OSError) -> None:
-    """Raise for a folder that cannot be listed, where `os.walk` would continue without it."""
-    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
-
-
-def _advice(folder: Path) -> str:
-    idx = sorted(folder.glob("*-images-idx?-ubyte*"))
-    if idx:
-        return f"It holds idx files: pack 'idx:{folder / idx[0].name.partition('-images')[0]}'."
-    return f"Images end in {', '.join(sorted(_STORED | _CONVERTED))}."
+    packer: Packer = field(default_factory=Packer)
 
 
 @dataclass(frozen=True)
-class _FileReader:
-    folder: Path
-    files: list[str]
+class SourceOptions:
+    """How a source is read: the rule for classes ("" for the source's own), and for values.
 
-    def __call__(self, i: int) -> tuple[str, bytes]:
-        path = self.folder / self.files[i]
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}.") from error
-        suffix = path.suffix.lower()
-        if suffix in _STORED:
-            return suffix[1:], data
-        return "png", png(Image.fromarray(decode(data).permute(1, 2, 0).numpy()))
-
-
-def _keys(files: list[str]) -> list[str]:
-    """Return a readable key for each file: its relative path without the extension.
-
-    All but letters, digits, "_", "-" and "/" becomes "_" (a dot would end the key). Files that
-    become equal by this get "~" and a hash of their path.
+    `files` are those that stay open, and the place for a copy of what is compressed.
     """
-    plain = [_UNSAFE.sub("_", os.path.splitext(file)[0]).lstrip("_") or "image" for file in files]
-    counts = Counter(plain)
-    return [
-        key if counts[key] == 1 else f"{key}~{_short_hash(file)}"
-        for key, file in zip(plain, files, strict=True)
-    ]
+
+    classes: str = ""
+    packer: Packer = field(default_factory=Packer)
+    files: Files = field(default_factory=Files)
 
 
-def _short_hash(file: str) -> str:
-    return hashlib.blake2b(os.fsencode(file), digest_size=6).hexdigest()
+def open_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
+    """Open a source in one of the forms above, or raise DataError."""
+    text, options = os.fspath(source), options or SourceOptions()
+    if options.classes:
+        check_classes(options.classes)
+    for prefix, opener in _PREFIXES.items():
+        if text.startswith(prefix):
+            return _relabelled(opener(text.removeprefix(prefix), options), options.classes)
+    if not text:
+        raise DataError("the source has no name, and the current folder is '.'. Give a folder.")
+    path = Path(text)
+    if not os.path.isdir(path):  # false, too, for a name that no disk can have
+        for suffixes, open_file in _FILES:
+            if path.name.lower().endswith(suffixes):
+                return open_file(path, options)
+    return _folder(path, options)
 
 
-def _idx(prefix: Path) -> ImageSource:
-    images = _read_idx(prefix, "images")
-    labels = _read_idx(prefix, "labels") if _find_idx(prefix, "labels") else None
-    if labels is not None and len(labels) != len(images):
-        raise DataError(f"{prefix}: {len(images)} images, but {len(labels)} labels.")
-    known = np.full(len(images), -1) if labels is None else labels
-    return ImageSource(
-        known.astype(np.int32), None, lambda i: ("png", png(Image.fromarray(images[i])))
+def _relabelled(source: ImageSource, classes: str) -> ImageSource:
+    """Return a source without folders with other names of its classes, or without labels."""
+    numbers = source.labels.numbers
+    if classes in _BY_FOLDER or not classes:
+        return source
+    if classes == "none":
+        return replace(source, labels=Labels(np.full_like(numbers, -1), None))
+    return replace(source, labels=Labels(numbers, read_names(Path(classes))))
+
+
+def _of_files(
+    files: Sequence[str],
+    read: Callable[[int], bytes],
+    labels: Labels,
+    packer: Packer,
+) -> ImageSource:
+    keys = keys_of([lists.relative(file) for file in files], packer.notes)
+
+    def member(i: int) -> tuple[str, bytes]:
+        return packer.member(files[i], lambda: read(i))
+
+    return ImageSource(labels, member, keys, packer)
+
+
+def _folder(folder: Path, options: SourceOptions) -> ImageSource:
+    files = walk(folder, options.packer.left)
+    if not files:
+        tables = sorted(folder.rglob("*.parquet"))
+        if tables:
+            options.packer.left.clear()  # the tables were counted
+            return _tables(tables, options)
+        raise _no_images(folder, options, _advice(folder))
+    labels = labels_by_folder(files, options.classes or "first")
+    return _of_files(files, lambda i: read_file(folder / files[i]), labels, options.packer)
+
+
+def _no_images(source: Path, options: SourceOptions, advice: str = "") -> DataError:
+    left = options.packer.left.lines()
+    rest = f" Left out: {', '.join(left[:_REASONS])}." if left else ""
+    return DataError(f"no images below {source}.{rest} {advice}".rstrip())
+
+
+def _advice(folder: Path) -> str:
+    files = sorted(folder.glob("*-images-idx?-ubyte*"))
+    if files:
+        return f"It holds idx files: pack 'idx:{folder / files[0].name.partition('-images')[0]}'."
+    return f"Images end in {', '.join(sorted(COPIED | CONVERTED))}."
+
+
+def _list(path: Path, options: SourceOptions) -> ImageSource:
+    rows = lists.read_list(path)
+    files = [row.file for row in rows]
+    labels = _labels(files, [row.label for row in rows], options)
+    folder = path.absolute().parent
+    return _of_files(files, lambda i: read_file(folder / files[i]), labels, options.packer)
+
+
+def _labels(files: list[str], words: list[str], options: SourceOptions) -> Labels:
+    """Label the rows of a list by their words, or by the folders of their paths if asked to."""
+    if options.classes == "none" or options.classes in _BY_FOLDER:
+        return labels_by_folder([lists.relative(file) for file in files], options.classes)
+    return lists.labels_of(words, files, options.classes, options.packer.notes)
+
+
+def _table(path: Path, options: SourceOptions) -> ImageSource:
+    return _tables([path], options)
+
+
+def _tables(paths: list[Path], options: SourceOptions) -> ImageSource:
+    table = parquet.read_parquet(paths, options.packer.left, options.files)
+    if not table.files:
+        raise _no_images(paths[0], options)
+    if len({path.name.partition("-")[0] for path in paths}) > 1:
+        for path in paths:
+            options.packer.notes.add("tables packed as one, though they may be splits", path.name)
+    labels = _labels(table.files, table.words, options)
+    if labels.names is None and table.class_names and options.classes != "none":
+        labels = Labels(labels.numbers, table.class_names)
+    folder, blobs = paths[0].absolute().parent, table.blobs
+    read = blobs.read if blobs is not None else lambda i: read_file(folder / table.files[i])
+    return _of_files(table.files, read, labels, options.packer)
+
+
+def _zip(path: Path, options: SourceOptions) -> ImageSource:
+    return _archive(path, *archives.zip_images(path, options.packer.left, options.files), options)
+
+
+def _tar(path: Path, options: SourceOptions) -> ImageSource:
+    images = archives.tar_images(path, options.packer.left, options.files)
+    return _archive(path, *images, options)
+
+
+def _archive(
+    path: Path, files: list[str], read: Callable[[int], bytes], options: SourceOptions
+) -> ImageSource:
+    if not files:
+        raise _no_images(path, options)
+    tops = {file.partition("/")[0] for file in files}
+    is_wrapped = len(tops) == 1 and all(file.count("/") >= 2 for file in files)
+    inner = [file.partition("/")[2] if is_wrapped else file for file in files]
+    return _of_files(
+        files, read, labels_by_folder(inner, options.classes or "first"), options.packer
     )
 
 
-def _find_idx(prefix: Path, what: str) -> Path | None:
-    pattern = f"{prefix.name}-{what}[-.]idx[0-9]-ubyte*"
-    return next(iter(sorted(prefix.parent.glob(pattern))), None)
+def _idx(prefix: str, options: SourceOptions) -> ImageSource:
+    images, labels = idx.read_idx(Path(prefix))
+    if labels is None:
+        options.packer.notes.add("without a file of labels", prefix)
+    numbers = np.full(len(images), -1, np.int32) if labels is None else labels
+    return ImageSource(
+        Labels(numbers, None),
+        lambda i: ("png", png(Image.fromarray(images[i]))),
+        packer=options.packer,
+    )
 
 
-def _read_idx(prefix: Path, what: str) -> UInt8[np.ndarray, " *shape"]:
-    """Read LeCun's format: 0, 0, 8 (unsigned bytes), number of dimensions, sizes, data.
-
-    The sizes are big-endian int32.
-    """
-    path = _find_idx(prefix, what)
-    if path is None:
-        raise DataError(f"no {prefix}-{what}-idx*-ubyte[.gz]. Give 'idx:DIR/train' for DIR/train-*")
-    try:
-        data = path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes())
-        shape = np.frombuffer(data, ">i4", data[3], 4)
-        if data[:3] != b"\0\0\x08":
-            raise ValueError("not an idx file of unsigned bytes")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise DataError(f"cannot read {path}: {error}. Fetch it again.") from error
-
-
-def _by_train(name: str) -> Callable[[str, str], Any]:
-    return lambda root, split: _class(name)(root, train=_is_train(split), download=True)
-
-
-def _by_split(name: str) -> Callable[[str, str], Any]:
-    return lambda root, split: _class(name)(root, split=split, download=True)
-
-
-def _class(name: str) -> Any:
-    # It takes seconds to import, and is rarely needed.
-    from torchvision import datasets
-
-    return getattr(datasets, name)
-
-
-def _is_train(split: str) -> bool:
-    if split not in ("train", "test"):
-        raise ValueError(f"its splits are train and test, not {split!r}")
-    return split == "train"
-
-
-# CIFAR's own files are pickles; torchvision checks their MD5 before it reads them.
-_TORCHVISION: dict[str, Callable[[str, str], Any]] = {
-    "CIFAR10": _by_train("CIFAR10"),
-    "CIFAR100": _by_train("CIFAR100"),
-    "FashionMNIST": _by_train("FashionMNIST"),
-    "MNIST": _by_train("MNIST"),
-    "STL10": _by_split("STL10"),
-    "SVHN": _by_split("SVHN"),
-}
-
-
-def _torchvision(words: str) -> ImageSource:
-    match = re.fullmatch(r"(\w+):(\w+)@(.+)", words)
-    if match is None or match[1] not in _TORCHVISION:
-        raise DataError(
-            f"'torchvision:{words}' is not a data set. Write torchvision:NAME:SPLIT@FOLDER with "
-            f"one of {', '.join(_TORCHVISION)}."
-        )
-    try:
-        data = _TORCHVISION[match[1]](match[3], match[2])
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"torchvision's {match[1]}, {match[2]}: {error}") from error
+def _torchvision(words: str, options: SourceOptions) -> ImageSource:
+    data = torchvision_sets.open_set(words)
     labels = np.asarray(data.targets if hasattr(data, "targets") else data.labels)
     return ImageSource(
-        labels.astype(np.int32),
-        list(data.classes) if hasattr(data, "classes") else None,
+        Labels(labels.astype(np.int32), list(data.classes) if hasattr(data, "classes") else None),
         lambda i: ("png", png(data[i][0])),
+        packer=options.packer,
     )
+
+
+_REASONS = 5  # that a message names
+_PREFIXES: dict[str, Callable[[str, SourceOptions], ImageSource]] = {
+    "idx:": _idx,
+    "torchvision:": _torchvision,
+}
+_FILES: list[tuple[tuple[str, ...], Callable[[Path, SourceOptions], ImageSource]]] = [
+    ((*lists.TEXTS, *lists.TABLES), _list),
+    ((".parquet",), _table),
+    ((".zip",), _zip),
+    (archives.TARS, _tar),
+]

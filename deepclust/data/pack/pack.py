@@ -2,156 +2,174 @@
 
 Shards are read in blocks from shared storage, so the shuffle at packing time makes the blocks
 random. The same source, seed and arguments give the same bytes for any number of workers.
-Order and shard borders are fixed before the first write, times and owners are constants.
+
+What is small is checked first: that OUT can be made, that the classes have names that can be
+written. No image ends the packing. One that cannot be read or converted is left out and counted.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import glob
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
-from PIL import Image
-from webdataset.writer import TarWriter
 
-from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.pack.image_sources import ImageSource, open_source, png
+from deepclust.data.images.levels import Levels
+from deepclust.data.pack.blobs import Files
+from deepclust.data.pack.classes import Labels, describe
+from deepclust.data.pack.image_sources import ImageSource, SourceOptions, open_source
+from deepclust.data.pack.names import storable
+from deepclust.data.pack.stored import Packer
+from deepclust.data.pack.tally import shown
+from deepclust.data.pack.write import Work, shard_count, write_shards
 from deepclust.data.shards.index import Index, build_index, open_index
-from deepclust.errors import DataError, RecipeError
-from deepclust.files import atomic_folder, write_json
+from deepclust.errors import DataError, DiskError, RecipeError
+from deepclust.files import atomic_folder, temporary, write_json
 from deepclust.world import generator
-
-_JPEG_QUALITY = 92
-_FEWEST_SHARDS = 16  # so that a small data set has blocks to shuffle and to divide over ranks
-_LARGEST_SHARD = 10_000  # samples: about 1 GB of ImageNet
-_LOSSLESS = ("png", "ppm")
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Everything that determines the bytes of the shards."""
+class PackOptions:
+    """How images become shards.
 
-    images: ImageSource
-    order: Int64[np.ndarray, " n"]
-    resize_short: int | None
+    shard_size    largest number of samples of a shard: 10,000 by default, or less to make 16 shards
+    workers       number of threads (for resize_short), which changes no byte
+    resize_short  images whose shorter side is longer are reduced to it: JPEG and WebP become JPEG
+                  of quality 92, PNG and PPM become PNG
+    class_names   overrides the names that the source has
+    classes       none, first, last, full or a file of names (`classes.py`), "" for the source's own
+    range         auto, full or LOW:HIGH, for images of more than 8 bits (`levels.py`)
+    """
+
+    shard_size: int | None = None
+    workers: int = 1
+    seed: int = 0
+    resize_short: int | None = None
+    class_names: Sequence[str] | None = None
+    classes: str = ""
+    range: str = "auto"
 
 
 def pack(
     source: str | Path,
     out: str | Path,
     *,
-    shard_size: int | None = None,
-    workers: int = 1,
-    seed: int = 0,
-    resize_short: int | None = None,
-    class_names: Sequence[str] | None = None,
+    emit: Callable[[str], None] = lambda text: None,
+    **options: Any,
 ) -> Index:
     """Write `out`/shard-000000.tar, ..., dataset.json and the index, and return the index.
 
-    source        an image folder, "idx:DIR/train", "torchvision:NAME:SPLIT@ROOT"
+    source        a form of `image_sources.py`: a folder, a list, a table, an archive, a data set
     out           a folder that does not exist yet, or is empty
-    shard_size    largest number of samples of a shard: 10,000 by default, or less to make 16 shards
-    workers       number of threads (for resize_short), which changes no byte
-    resize_short  images whose shorter side is longer are reduced to it: JPEG and WebP become JPEG
-                  of quality 92, PNG and PPM become PNG
-    class_names   overrides the names that the source has
+    emit          is called with lines on the classes, and on what was left out, by reason
+    options       the fields of `PackOptions`
 
-    Other images keep their bytes. An image that cannot be decoded is packed as it is, and reported
-    and excluded at extraction. Raises DataError for a source without images, and DiskError.
+    Images that are JPEG, PNG, WebP or PPM keep their bytes. One of these that cannot be decoded is
+    packed as it is, and reported and excluded at extraction. Other formats become PNG, and one that
+    cannot be converted is left out. Raises DataError for a source without images, and DiskError.
     """
-    _check_positive(shard_size=shard_size, workers=workers, resize_short=resize_short)
-    out = Path(out).absolute()
-    _check_empty(out)
-    images = open_source(source)
-    order = generator(seed, "pack").permutation(len(images.labels)).astype(np.int64)
-    work = _Work(images, order, resize_short)
-    names = list(class_names) if class_names else images.class_names
-    about = {"class_names": names, "source": str(source), "seed": seed}
-    about |= {"resize_short": resize_short}
+    asked = PackOptions(**options)
+    _check_positive(asked)
+    out = _checked_out(Path(out))
+    packer = Packer(Levels.parse(asked.range))
+    with contextlib.ExitStack() as opened:
+        files = Files(out.parent, opened)
+        images = open_source(source, SourceOptions(asked.classes, packer, files))
+        _pack(images, source, out, asked, emit)
+    index = open_index(out)
+    for i, reason in index.excluded.items():
+        packer.notes.add(f"packed, but excluded by the index: {reason}", index.keys[i])
+    for line in _lost(packer):
+        emit(line)
+    return index
+
+
+def _pack(
+    images: ImageSource,
+    source: str | Path,
+    out: Path,
+    asked: PackOptions,
+    emit: Callable[[str], None],
+) -> None:
+    """Write the shards of an opened source, or nothing."""
+    packer = images.packer
+    labels = _named(images.labels, asked.class_names)
+    for line in (*_leftovers(out), *describe(labels)):
+        emit(line)
+    order = generator(asked.seed, "pack").permutation(len(labels.numbers)).astype(np.int64)
+    work = Work(images, order, asked.resize_short)
+    about = {"class_names": labels.names, "source": storable(str(source)), "seed": asked.seed}
+    about |= {"resize_short": asked.resize_short}
 
     def fill(folder: Path) -> None:
-        _write_shards(work, folder, _shard_count(len(order), shard_size), workers)
-        write_json(folder / "dataset.json", about)
+        write_json(folder / "dataset.json", about)  # the small file first
+        write_shards(work, folder, shard_count(len(order), asked.shard_size), asked.workers)
+        if packer.left:
+            write_json(folder / "dataset.json", about | {"left_out": packer.left.as_dict()})
         build_index(folder)
 
-    atomic_folder(out, fill, before=lambda: None)
-    return open_index(out)
+    atomic_folder(out, fill, before=lambda: _refuse_existing(out))
 
 
-def _check_positive(**options: int | None) -> None:
-    for name, value in options.items():
+def _named(labels: Labels, names: Sequence[str] | None) -> Labels:
+    """Return the labels with the names that were asked for, if there are enough of them."""
+    labels = labels if names is None else Labels(labels.numbers, list(names))
+    largest = int(labels.numbers.max(initial=-1))
+    if labels.names is not None and largest >= len(labels.names):
+        raise DataError(
+            f"there are {len(labels.names)} class names, but labels reach {largest}. "
+            "Correct them, or give --classes none."
+        )
+    return labels
+
+
+def _lost(packer: Packer) -> list[str]:
+    """Return the lines on what is not in the shards, or not as it was."""
+    total = packer.left.total()
+    title = [f"left out: {total} file{'' if total == 1 else 's'}"] if total else []
+    return [*title, *(f"  {line}" for line in packer.left.lines()), *packer.notes.lines()]
+
+
+def _check_positive(options: PackOptions) -> None:
+    for name in ("shard_size", "workers", "resize_short"):
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise RecipeError(f"{name} must be at least 1, not {value}.")
 
 
-def _check_empty(out: Path) -> None:
+def _checked_out(out: Path) -> Path:
+    """Return the full path of a folder that can be made, or of an empty one, without its links."""
+    out = out.absolute()
+    try:
+        if out.is_symlink() and not out.exists():
+            raise DataError(f"{out} is a link to nothing. Choose another folder, or delete it.")
+        out = out.resolve() if out.is_symlink() else out
+        _refuse_existing(out)
+        str(out).encode()  # pyarrow takes no other name
+        probe = temporary(out)
+        probe.mkdir(parents=True)
+        probe.rmdir()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{shown(str(out))} is not UTF-8. Choose another folder.") from error
+    except OSError as error:
+        raise DiskError(f"cannot make {out}: {error.strerror}. Choose another folder.") from error
+    return out
+
+
+def _refuse_existing(out: Path) -> None:
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise DataError(f"{out} exists already. Choose another folder, or delete it first.")
 
 
-def _shard_count(n: int, shard_size: int | None) -> int:
-    if shard_size is not None:
-        return -(-n // shard_size)
-    return min(n, max(_FEWEST_SHARDS, -(-n // _LARGEST_SHARD)))
-
-
-def _write_shards(work: _Work, folder: Path, shards: int, workers: int) -> None:
-    """Write shards whose numbers of samples differ by at most one."""
-    borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
-
-    def write(shard: int) -> None:
-        positions = range(borders[shard], borders[shard + 1])
-        _write_shard(work, positions, folder / f"shard-{shard:06d}.tar")
-
-    if workers == 1:
-        for shard in range(shards):
-            write(shard)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(write, range(shards)):
-            pass
-
-
-def _write_shard(work: _Work, positions: range, path: Path) -> None:
-    with (
-        open(path, "wb") as file,
-        TarWriter(file, encoder=False, compress=False, mtime=0, format="PAX_FORMAT") as tar,
-    ):
-        for position in positions:
-            tar.write(_sample(work, position))
-
-
-def _sample(work: _Work, position: int) -> dict[str, str | bytes]:
-    i = int(work.order[position])
-    keys, label = work.images.keys, int(work.images.labels[i])
-    extension, data = work.images.read(i)
-    if work.resize_short is not None:
-        extension, data = _reduce(extension, data, work.resize_short)
-    sample: dict[str, str | bytes] = {
-        "__key__": f"{position:09d}" if keys is None else keys[i],
-        extension: data,
-    }
-    return sample if label < 0 else sample | {"cls": str(label).encode()}
-
-
-def _reduce(extension: str, data: bytes, short: int) -> tuple[str, bytes]:
-    """Reduce the image's shorter side to `short` (bicubic, antialiased), and encode it again."""
-    try:
-        image = decode(data)
-    except DecodeError:
-        return extension, data
-    height, width = image.shape[1:]
-    if min(height, width) <= short:
-        return extension, data
-    ratio = short / min(height, width)
-    size = (max(short, round(width * ratio)), max(short, round(height * ratio)))
-    small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
-    if extension in _LOSSLESS:
-        return "png", png(small)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return "jpg", buffer.getvalue()
+def _leftovers(out: Path) -> list[str]:
+    """Return a line for each folder that a killed `pack` to the same place has left."""
+    folders = sorted(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
+    return [
+        f"note: {shown(str(folder))} is of a `pack` that was stopped, unless another one writes "
+        "there now. Delete it to free its space"
+        for folder in folders
+    ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from deepclust.data.images.decode import decode
 from deepclust.data.pack.image_sources import open_source
 from deepclust.data.pack.pack import pack
+from deepclust.data.pack.stored import LeftOutError
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.files import read_json
@@ -273,8 +274,10 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
         open_source(source)
 
 
-def test_reading_an_image_that_vanished_names_it(tmp_path: Path) -> None:
+def test_an_image_that_vanishes_while_packing_is_counted_by_name(tmp_path: Path) -> None:
     originals = open_source(make_image_folder(tmp_path / "in", n=1))
     (tmp_path / "in/class-0/0000.png").unlink()
-    with pytest.raises(DataError, match=r"cannot read .*0000\.png: No such file"):
+    with pytest.raises(LeftOutError):
         originals.read(0)
+    lines = originals.packer.left.lines()
+    assert lines == ["1 unreadable: No such file or directory (class-0/0000.png)"]

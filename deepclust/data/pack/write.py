@@ -1,0 +1,122 @@
+"""Write shuffled images as shards of tar, with the same bytes for any number of workers.
+
+Order and shard borders are fixed before the first write, times and owners are constants.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.pack.image_sources import ImageSource
+from deepclust.data.pack.stored import LeftOutError, Packer, png
+from deepclust.errors import DataError
+
+_JPEG_QUALITY = 92
+_FEWEST_SHARDS = 16  # so that a small data set has blocks to shuffle and to divide over ranks
+_LARGEST_SHARD = 10_000  # samples: about 1 GB of ImageNet
+_LOSSLESS = ("png", "ppm")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that determines the bytes of the shards."""
+
+    images: ImageSource
+    order: Int64[np.ndarray, " n"]
+    resize_short: int | None
+
+
+def shard_count(n: int, shard_size: int | None) -> int:
+    """Return the number of shards of n samples, of which each has `shard_size` at most."""
+    if shard_size is not None:
+        return -(-n // shard_size)
+    return min(n, max(_FEWEST_SHARDS, -(-n // _LARGEST_SHARD)))
+
+
+def write_shards(work: Work, folder: Path, shards: int, workers: int) -> None:
+    """Write shards whose numbers of samples differ by at most one."""
+    borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
+
+    def write(shard: int) -> int:
+        positions = range(borders[shard], borders[shard + 1])
+        return _write_shard(work, positions, folder / _shard(shard))
+
+    # Pillow warns of damaged files, and threads cannot silence it without a trace in the filters.
+    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = list(pool.map(write, range(shards)) if workers > 1 else map(write, range(shards)))
+    _drop_empty(folder, counts, work.images.packer)
+
+
+def _drop_empty(folder: Path, counts: list[int], packer: Packer) -> None:
+    """Delete shards of which all images were left out, and number the others again."""
+    if not any(counts):
+        raise DataError(f"no image could be packed: {', '.join(packer.left.lines())}.")
+    for new, old in enumerate(np.flatnonzero(counts)):
+        if new != old:
+            (folder / _shard(int(old))).rename(folder / _shard(new))
+    for empty in range(int(np.count_nonzero(counts)), len(counts)):
+        (folder / _shard(empty)).unlink(missing_ok=True)
+
+
+def _shard(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _write_shard(work: Work, positions: range, path: Path) -> int:
+    """Write a shard, and return the number of its samples."""
+    count = 0
+    with (
+        open(path, "wb") as file,
+        TarWriter(file, encoder=False, compress=False, mtime=0, format="PAX_FORMAT") as tar,
+    ):
+        for position in positions:
+            sample = _sample(work, position)
+            if sample is not None:
+                tar.write(sample)
+                count += 1
+    return count
+
+
+def _sample(work: Work, position: int) -> dict[str, str | bytes] | None:
+    """Return what a shard holds of an image, or None for one that is left out."""
+    i = int(work.order[position])
+    keys, label = work.images.keys, int(work.images.labels.numbers[i])
+    try:
+        extension, data = work.images.read(i)
+    except LeftOutError:
+        return None
+    key = f"{position:09d}" if keys is None else keys[i]
+    if work.resize_short is not None:
+        try:
+            extension, data = _reduce(extension, data, work.resize_short)
+        except DecodeError:
+            work.images.packer.notes.add("that cannot be decoded: packed as it is", key)
+    sample: dict[str, str | bytes] = {"__key__": key, extension: data}
+    return sample if label < 0 else sample | {"cls": str(label).encode()}
+
+
+def _reduce(extension: str, data: bytes, short: int) -> tuple[str, bytes]:
+    """Reduce the image's shorter side to `short` (bicubic, antialiased), and encode it again."""
+    image = decode(data)
+    height, width = image.shape[1:]
+    if min(height, width) <= short:
+        return extension, data
+    ratio = short / min(height, width)
+    size = (max(short, round(width * ratio)), max(short, round(height * ratio)))
+    small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+    if extension in _LOSSLESS:
+        return "png", png(small)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return "jpg", buffer.getvalue()
