@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int32, Int64
 
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.left_out import shown
 from deepclust.errors import DataError
 from deepclust.recipe.sections import SHARDS, SeedsSection
 from deepclust.world import generator
@@ -189,7 +190,7 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
     classes = _one_class_each(keys, key_of, names, class_of, path)
     ids = _sample_ids(index, keys, by_shard, path)
     known = ids >= 0
-    _note_unknown(keys, known, path, notes, index.shards[0].name if by_shard else None)
+    _note_unknown(keys, known, path, notes, index, by_shard)
     joined = _numbered(ids[known], classes[known], names.to_pylist())
     _check_classes(joined, f"{path} names")
     return joined
@@ -274,21 +275,21 @@ def _note_unknown(
     known: Bool[np.ndarray, " keys"],
     path: Path,
     notes: list[str],
-    shard: str | None,
+    index: Index,
+    by_shard: bool,
 ) -> None:
-    """Note the keys that no shard has.
-
-    `shard` is the name of one, if the table names them.
-    """
+    """Note the keys that no shard has; raise DataError, with a real key, if no shard has any."""
     if known.all():
         return
     first = [keys[int(i)].as_py() for i in np.flatnonzero(~known)[:SHOWN]]
     text = f"{path}: {int((~known).sum())} of {len(known)} keys are not in data.shards: {first}"
     if not known.any():
-        column = "" if shard is None else f" The column shard must hold file names such as {shard}."
+        shard, example, folder = index.shards[0].name, shown(index.keys[0]), index.folder
+        column = f" The column shard must hold file names such as {shard}." if by_shard else ""
         raise DataError(
-            f"{text}. A key is the name of a sample's files without folder of the tar and extension"
-            f" (`deepclust index` lists them in keys.parquet).{column}"
+            f"{text}. A key is the name of a sample's files in the tar, with its folders and up to "
+            f"the first dot of the name: that of the first sample is {example!r} (all of them are "
+            f"in {folder}/keys.parquet).{column}"
         )
     notes.append(text)
 

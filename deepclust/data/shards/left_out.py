@@ -20,7 +20,7 @@ def shown(name: str) -> str:
 
 def listed(names: Iterable[str], total: int | None = None) -> str:
     """Return the first five names, and "..." if there are more of them, or `total` is more."""
-    few = []
+    few: list[str] = []
     for name in names:
         if len(few) == EXAMPLES:
             return ", ".join([*few, "..."])
@@ -41,6 +41,10 @@ class Tally:
         one["count"] += 1
         if len(one["examples"]) < EXAMPLES:
             one["examples"].append(shown(example))
+
+    def wants(self, reason: str) -> bool:
+        """Return whether another example of a reason would be kept."""
+        return reason not in self._counts or len(self._counts[reason]["examples"]) < EXAMPLES
 
     def merge(self, other: Tally) -> None:
         """Add another tally's counts, and its examples after the own ones."""
