@@ -23,6 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int32, Int64
 
+from deepclust.data.shards.check import read_keys
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.left_out import shown
 from deepclust.errors import DataError
@@ -259,15 +260,14 @@ def _sample_ids(
 def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, pa.Array]]:
     """Yield first sample id and keys of stretches of shards, about the length of the table."""
     wanted, held, base = min(STRETCH, max(keys, STRETCH // 4)), [], 0
-    with pq.ParquetFile(index.folder / "keys.parquet") as file:
-        for number, shard in enumerate(index.shards):
-            own = file.read_row_group(number, ["key"])["key"]
-            held.append(_in_shard(pa.scalar(shard.name), own) if by_shard else own)
-            end = int(index.bases[number + 1])
-            if end - base >= wanted or end == len(index):
-                chunks = [chunk for column in held for chunk in column.chunks]
-                yield base, pa.concat_arrays(chunks)
-                held, base = [], end
+    keys_of = read_keys(index.folder, range(len(index.shards)))
+    for number, (shard, own) in enumerate(zip(index.shards, keys_of, strict=True)):
+        held.append(_in_shard(pa.scalar(shard.name), own) if by_shard else own)
+        end = int(index.bases[number + 1])
+        if end - base >= wanted or end == len(index):
+            chunks = [chunk for column in held for chunk in column.chunks]
+            yield base, pa.concat_arrays(chunks)
+            held, base = [], end
 
 
 def _note_unknown(

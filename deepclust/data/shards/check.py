@@ -95,6 +95,18 @@ def check_keys(folder: Path, manifest: Manifest) -> None:
         raise damaged(folder, f"{KEYS} has other rows than the manifest")
 
 
+def read_keys(folder: Path, shards: Iterable[int]) -> Iterator[pa.ChunkedArray]:
+    """Yield the keys of each of these shards, as text, from a file that is opened once."""
+    try:
+        with pq.ParquetFile(folder / KEYS) as file:
+            for shard in shards:
+                keys = file.read_row_group(shard, ["key"])["key"]
+                keys.validate(full=True)  # that it is UTF-8, too
+                yield keys
+    except (OSError, ValueError, IndexError, MemoryError, pa.ArrowException) as error:
+        raise damaged(folder, f"{KEYS} cannot be read") from error
+
+
 def check_places(folder: Path, manifest: Manifest) -> None:
     """Raise DataError if an image lies outside its shard, or is empty and not excluded."""
     samples = sum(entry["samples"] for entry in manifest["shards"])
@@ -137,8 +149,7 @@ def verify(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> None:
     check_columns(folder, manifest, largest=None)
     check_places(folder, manifest)
     scans = scan_all(shards, scanned_fields(manifest))
-    for one in check_members(folder, manifest, scans, _Rows(folder, manifest).check):
-        del one
+    check_members(folder, manifest, scans, _Rows(folder, manifest).check)
     for shard, entry in zip(shards, manifest["shards"], strict=True):
         if "bodies" in entry and hash_shard(shard) != entry["bodies"]:
             raise _changed(folder, f"{shard.name} has the same members, but other bytes in them")
@@ -159,8 +170,11 @@ def check_members(
     manifest: Manifest,
     scans: Iterable[Scan],
     also: Callable[[int, Scan], None] = lambda number, one: None,
-) -> Iterator[Scan]:
-    """Yield scanned shards whose members and labels are those of the manifest, else raise."""
+) -> None:
+    """Raise DataError unless members and labels of scanned shards are those of the manifest.
+
+    `also` is then called with each shard's number and scan.
+    """
     entries = {entry["name"]: (i, entry) for i, entry in enumerate(manifest["shards"])}
     for one in scans:
         number, entry = entries[one.name]
@@ -172,7 +186,6 @@ def check_members(
                 "`deepclust index SHARDS` reads them again; ids and fingerprint stay."
             )
         also(number, one)
-        yield one
 
 
 class _Rows:
@@ -182,6 +195,7 @@ class _Rows:
         counts = [entry["samples"] for entry in manifest["shards"]]
         self.folder, self.manifest = folder, manifest
         self.bases = np.cumsum([0, *counts], dtype=np.int64)
+        self.keys = read_keys(folder, range(len(counts)))  # scans come in this order
         names = column_names(manifest)
         self.columns = {name: load_column(folder, name, int(self.bases[-1])) for name in names}
 
@@ -192,9 +206,7 @@ class _Rows:
         for name, column in self.columns.items():
             if not np.array_equal(column[part], scanned[name]):
                 raise self._wrong(f"{name}.npy", one)
-        with pq.ParquetFile(self.folder / KEYS) as file:
-            keys = file.read_row_group(number)["key"].combine_chunks()
-        if keys.to_pylist() != one.keys.to_pylist():
+        if next(self.keys).to_pylist() != one.keys.to_pylist():
             raise self._wrong(KEYS, one)
         ids = range(part.start, part.stop)
         if set(one.excluded) != {
@@ -225,8 +237,7 @@ def _check_newer(folder: Path, manifest: Manifest, paths: list[Path]) -> None:
     newer = [path for path in paths if path.stat().st_mtime_ns > indexed]
     if not newer:
         return
-    for one in check_members(folder, manifest, scan_all(newer, scanned_fields(manifest))):
-        del one
+    check_members(folder, manifest, scan_all(newer, scanned_fields(manifest)))
     # A read-only index keeps its time, and the headers are read at every start.
     with contextlib.suppress(OSError):
         os.utime(folder / MANIFEST)

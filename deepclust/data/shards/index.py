@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
 from deepclust.data.shards import index_build
@@ -35,6 +34,7 @@ from deepclust.data.shards.check import (
     check_columns,
     check_shards,
     load_column,
+    read_keys,
 )
 from deepclust.data.shards.check import (
     verify as verify_index,
@@ -47,7 +47,6 @@ from deepclust.data.shards.manifest import (
     FOLDER,
     MANIFEST,
     Manifest,
-    damaged,
     fields_of,
     read_manifest,
 )
@@ -67,9 +66,9 @@ class Location(NamedTuple):
 class Keys(Sequence[str]):
     """The samples' keys by sample id, read from keys.parquet a shard at a time."""
 
-    def __init__(self, path: Path, bases: Int64[np.ndarray, " s1"]) -> None:
-        """Remember the file and `bases`, the shards' first sample ids and n."""
-        self._path, self._bases = path, bases
+    def __init__(self, folder: Path, bases: Int64[np.ndarray, " s1"]) -> None:
+        """Remember the index's folder and `bases`, the shards' first sample ids and n."""
+        self._folder, self._bases = folder, bases
         self._loaded: tuple[int, pa.ChunkedArray] | None = None
 
     def __len__(self) -> int:
@@ -92,16 +91,12 @@ class Keys(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield all keys in the order of sample ids."""
-        for shard in range(len(self._bases) - 1):
-            yield from self._shard(shard).to_pylist()
+        for keys in read_keys(self._folder, range(len(self._bases) - 1)):
+            yield from keys.to_pylist()
 
     def _shard(self, shard: int) -> pa.ChunkedArray:
         if self._loaded is None or self._loaded[0] != shard:
-            try:
-                with pq.ParquetFile(self._path) as file:
-                    self._loaded = shard, file.read_row_group(shard)["key"]
-            except (OSError, ValueError, IndexError) as error:
-                raise damaged(self._path.parent, f"{self._path.name} cannot be read") from error
+            self._loaded = shard, next(read_keys(self._folder, [shard]))
         return self._loaded[1]
 
 
@@ -139,7 +134,7 @@ class Index:
     @cached_property
     def keys(self) -> Keys:
         """The samples' keys, read when first used."""
-        return Keys(self.folder / "keys.parquet", self.bases)
+        return Keys(self.folder, self.bases)
 
     @cached_property
     def class_names(self) -> list[str] | None:

@@ -8,6 +8,7 @@ have neither seal nor hashes of columns, and go on.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,6 +120,9 @@ def _why_wrong(manifest: Any) -> str:
     shards = manifest.get("shards")
     if not isinstance(shards, list) or not shards or not all(map(_is_entry, shards)):
         return "its manifest has no valid list of shards"
+    names = [one["name"] for one in shards]
+    if any(before >= after for before, after in itertools.pairwise(names)):
+        return "its shards are not in the order of their names"
     if manifest.get("fingerprint") != fingerprint(shards):
         return "its fingerprint is not that of its shards"
     if type(manifest.get("labelled")) is not bool:
