@@ -213,6 +213,9 @@ def _by_tarfile(path: Path) -> list[TarEntry]:
             members = [m for m in tar if m.isreg() and not m.issparse()]
     except Exception:  # it raises what it likes, and is then no reference
         return []
+    # A number that begins with a NUL is 0 for `tarfile`, and for GNU tar and us what follows it.
+    data = path.read_bytes()
+    members = [m for m in members if data[m.offset_data - BLOCK + FIELDS["size"][0]]]
     last = {member.name: member for member in members}.values()
     return [TarEntry(m.name, m.offset_data, m.size) for m in last]
 

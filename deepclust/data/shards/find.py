@@ -188,6 +188,9 @@ def _matches(pattern: str) -> Iterator[Path]:
 def _globbed(pattern: str) -> list[Path]:
     """Return the files that match a glob; if some of them are *.tar, only those."""
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise _missing(str(path), pattern)
     files = [path for path in paths if path.is_file()]
     shards = [path for path in files if path.suffix.lower() == ".tar"]
     if not shards:

@@ -120,6 +120,7 @@ def _number(field: bytes) -> int:
             raise ValueError("a number in its header is negative or too large")
         number = int.from_bytes(field[1:], "big")
     else:
+        # An old program wrote a NUL before a number; GNU tar reads it so too.
         digits = field.strip(b" \0").partition(b"\0")[0].strip() or b"0"
         if not _OCTAL.fullmatch(digits):
             raise ValueError(f"{digits!r} in its header is no number")

@@ -39,7 +39,7 @@ from deepclust.data.shards.check import (
 from deepclust.data.shards.check import (
     verify as verify_index,
 )
-from deepclust.data.shards.fields import DEFAULT, NONE, Fields
+from deepclust.data.shards.fields import DEFAULT, NO_LABEL_MEMBER, NONE, Fields
 from deepclust.data.shards.file_lock import held
 from deepclust.data.shards.find import Shards, beside, common_folder, expand, is_folder
 from deepclust.data.shards.left_out import Tally, listed
@@ -156,13 +156,15 @@ class Index:
         for sample, reason in self.excluded.items():
             excluded.add(reason, self.keys[sample] if excluded.wants(reason) else "")
         left = Tally(self.manifest.get("left_out"))
-        unlabelled = Tally(self.manifest.get("unlabelled"))
+        unlabelled = Tally(self.manifest.get("unlabelled") if labels else None)
+        if self.labels is None and unlabelled.reasons == {NO_LABEL_MEMBER}:
+            unlabelled = Tally()  # shards without labels, and nothing is wrong with them
         notes = [
             f"{tally.total} {what}: {tally}"
             for what, tally in (
                 (f"of {len(self)} samples left out", excluded),
                 ("files and members left out", left),
-                (f"of {len(self)} samples have no label", unlabelled if labels else Tally()),
+                (f"of {len(self)} samples have no label", unlabelled),
             )
             if tally.total
         ]

@@ -58,15 +58,20 @@ class Tally:
         return {reason: self._counts[reason] for reason in sorted(self._counts)}
 
     @property
+    def reasons(self) -> set[str]:
+        """The reasons that were given."""
+        return set(self._counts)
+
+    @property
     def total(self) -> int:
         """The sum of all counts."""
         return sum(one["count"] for one in self._counts.values())
 
     def __str__(self) -> str:
-        """Return "COUNT REASON (EXAMPLES)" of the five most frequent reasons."""
+        """Return "COUNT x REASON: EXAMPLES" of the five most frequent reasons."""
         order = sorted(self._counts.items(), key=lambda item: (-item[1]["count"], item[0]))
         parts = [
-            f"{one['count']} {reason} ({listed(one['examples'], one['count'])})"
+            f"{one['count']} x {reason}: {listed(one['examples'], one['count'])}"
             for reason, one in order[:EXAMPLES]
         ]
         return "; ".join(
