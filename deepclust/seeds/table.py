@@ -123,8 +123,9 @@ def _read(index: Index, source: str, option: str, notes: list[str]) -> SeedTable
 def _from_shards(index: Index, option: str) -> SeedTable:
     if index.labels is None:
         raise DataError(
-            f"{option}=shards, but the shards have no labels: add a KEY.cls to the samples, or "
-            "give a table (Parquet or CSV) with the columns key and class."
+            f"{option}=shards, but the shards have no labels: add a KEY.cls to the samples, name "
+            "the field that has them (data.labels=cls, json.KEY or folder), or give a table "
+            "(Parquet or CSV) with the columns key and class."
         )
     labels = np.asarray(index.labels)
     ids = np.flatnonzero(labels >= 0)

@@ -181,10 +181,7 @@ def check_members(
         if entry["digest"] != one.digest:
             raise _changed(folder, f"{one.name} holds other members")
         if entry.get("labels", one.labels_digest) != one.labels_digest:
-            raise LabelsChangedError(
-                f"the labels in {one.name} are not those that were indexed in {folder}. "
-                "`deepclust index SHARDS` reads them again; ids and fingerprint stay."
-            )
+            raise _labels_changed(folder, one)
         also(number, one)
 
 
@@ -202,9 +199,9 @@ class _Rows:
     def check(self, number: int, one: Scan) -> None:
         """Raise DataError if the rows of a shard are not those of its scan."""
         part = slice(int(self.bases[number]), int(self.bases[number + 1]))
-        scanned = {"offsets": one.offsets, "sizes": one.sizes, "labels": self._labels(one)}
-        for name, column in self.columns.items():
-            if not np.array_equal(column[part], scanned[name]):
+        self.check_labels(number, one)
+        for name, scanned in (("offsets", one.offsets), ("sizes", one.sizes)):
+            if not np.array_equal(self.columns[name][part], scanned):
                 raise self._wrong(f"{name}.npy", one)
         if next(self.keys).to_pylist() != one.keys.to_pylist():
             raise self._wrong(KEYS, one)
@@ -213,6 +210,13 @@ class _Rows:
             i - part.start for i in ids if str(i) in self.manifest["excluded"]
         }:
             raise self._wrong(MANIFEST, one)
+
+    def check_labels(self, number: int, one: Scan) -> None:
+        """Raise `LabelsChangedError` if a shard has other labels than the rows of the index."""
+        part = slice(int(self.bases[number]), int(self.bases[number + 1]))
+        column = self.columns.get("labels")
+        if column is not None and not np.array_equal(column[part], self._labels(one)):
+            raise _labels_changed(self.folder, one)
 
     def _labels(self, one: Scan) -> np.ndarray:
         if one.classes is None:
@@ -237,10 +241,18 @@ def _check_newer(folder: Path, manifest: Manifest, paths: list[Path]) -> None:
     newer = [path for path in paths if path.stat().st_mtime_ns > indexed]
     if not newer:
         return
-    check_members(folder, manifest, scan_all(newer, scanned_fields(manifest)))
+    scans = scan_all(newer, scanned_fields(manifest))
+    check_members(folder, manifest, scans, _Rows(folder, manifest).check_labels)
     # A read-only index keeps its time, and the headers are read at every start.
     with contextlib.suppress(OSError):
         os.utime(folder / MANIFEST)
+
+
+def _labels_changed(folder: Path, one: Scan) -> DataError:
+    return LabelsChangedError(
+        f"the labels in {one.name} are not those that were indexed in {folder}. "
+        "`deepclust index SHARDS` reads them again; ids and fingerprint stay."
+    )
 
 
 def _changed(folder: Path, what: str) -> DataError:

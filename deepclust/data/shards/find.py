@@ -49,6 +49,8 @@ def expand(shards: Shards) -> list[Source]:
     sources = [source for text in _texts(shards) for source in _expand_one(text)]
     if not sources:
         raise DataError("data.shards is an empty list. Give a folder, or a pattern.")
+    if len({isinstance(source, Url) for source in sources}) > 1:
+        raise DataError(f"{described(shards)}: give either paths or URLs, not both.")
     return _with_unique_names(sources)
 
 
@@ -84,7 +86,11 @@ def _expand_one(text: str) -> list[Source]:
     if is_url(text):
         return list(_remote_shards(text))
     path = Path(text)
-    paths = _in_folder(path) if path.is_dir() else list(_matches(text))
+    try:
+        paths = _in_folder(path) if path.is_dir() else list(_matches(text))
+    except OSError as error:
+        place = error.filename or text
+        raise DataError(f"cannot read the folder or shard {place}: {error.strerror}.") from error
     return [shard.absolute() for shard in paths]
 
 
@@ -108,38 +114,38 @@ def _remote_shards(text: str) -> Iterator[Url]:
 
 def _in_folder(folder: Path) -> list[Path]:
     """Return the *.tar of a folder, else its *.TAR, else the *.tar of its subfolders."""
-    names = _visible(folder)
+    names = [entry.name for entry in _entries(folder)]
     shards = [folder / name for name in names if name.endswith(".tar")]
     shards = shards or [folder / name for name in names if name.lower().endswith(".tar")]
-    shards = shards or list(_nested(folder, names))
+    shards = shards or list(_nested(folder))
     if not shards:
         raise DataError(f"no shards (*.tar) in {folder}. {_advice(names)}")
     return shards
 
 
-def _visible(folder: Path) -> list[str]:
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:
-        raise DataError(f"cannot read the folder {folder}: {error.strerror}.") from error
-    return [name for name in names if not name.startswith(".")]
-
-
-def _nested(folder: Path, names: list[str], most: int | None = None) -> Iterator[Path]:
+def _nested(folder: Path, most: int | None = None) -> Iterator[Path]:
     """Yield the *.tar in subfolders, each folder once, though links may lead in circles.
 
     After `most` names the search ends.
     """
-    seen, looked_at = {_identity(folder)}, 0
-    waiting = [folder / name for name in reversed(names)]
+    seen, waiting, looked_at = {_identity(folder)}, [folder], 0
     while waiting and (most is None or looked_at < most):
-        looked_at += 1
-        path = waiting.pop()
-        if path.is_dir() and (place := _identity(path)) not in seen:
-            seen.add(place)
-            waiting += [path / name for name in reversed(_visible(path))]
-        elif path.suffix == ".tar" and path.parent != folder:
-            yield path
+        place = waiting.pop()
+        for entry in _entries(place):
+            looked_at += 1
+            if entry.is_dir():
+                inner = _identity(Path(entry.path))
+                waiting += [] if inner in seen else [Path(entry.path)]
+                seen.add(inner)
+            elif entry.name.endswith(".tar") and place != folder:
+                yield Path(entry.path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder by name, without hidden ones."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -148,7 +154,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _count_beside(folder: Path, left: Tally) -> None:
-    names = _visible(folder)
+    names = [entry.name for entry in _entries(folder)]
     for name in names:
         if name.endswith(_COMPRESSED):
             left.add("compressed shard: unpack it", name)
@@ -157,8 +163,12 @@ def _count_beside(folder: Path, left: Tally) -> None:
         if name.lower().endswith(".tar") and name not in plain:
             left.add("shard in capitals: rename it to .tar", name)
     if any(name.lower().endswith(".tar") for name in names):
-        for path in _nested(folder, names, _MOST_LOOKED_AT):
-            left.add("shard in a subfolder: give FOLDER/**/*.tar", str(path.relative_to(folder)))
+        try:
+            for path in _nested(folder, _MOST_LOOKED_AT):
+                where = str(path.relative_to(folder))
+                left.add("shard in a subfolder: give FOLDER/**/*.tar", where)
+        except OSError as error:  # it is not ours to read
+            left.add("subfolder that cannot be read", str(error.filename))
 
 
 def _advice(names: list[str]) -> str:

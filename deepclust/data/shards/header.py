@@ -41,7 +41,7 @@ def parse(block: bytes) -> Header:
     if len(block) != BLOCK:
         raise ValueError("it is cut short")
     _check_sum(block)
-    kind, prefix = block[156:157], _text(block[345:500])
+    kind, prefix = block[156:157], _text(block[345:500]) if block[345] else ""
     name = _text(block[:100])
     if kind == b"\0" and name.endswith("/"):
         kind = FOLDER
@@ -50,7 +50,7 @@ def parse(block: bytes) -> Header:
         name = name.rstrip("/")
     if prefix and kind not in (LONG_NAME, LONG_LINK, SPARSE):
         name = f"{prefix}/{name}"
-    return Header(name, kind, size, _text(block[157:257]))
+    return Header(name, kind, size, _text(block[157:257]) if block[157] else "")
 
 
 def pax_records(data: bytes) -> dict[str, str]:
@@ -121,7 +121,9 @@ def _number(field: bytes) -> int:
         number = int.from_bytes(field[1:], "big")
     else:
         # An old program wrote a NUL before a number; GNU tar reads it so too.
-        digits = field.strip(b" \0").partition(b"\0")[0].strip() or b"0"
+        digits = field.strip(b" \0") or b"0"
+        if b"\0" in digits:
+            digits = digits.partition(b"\0")[0].strip()
         if not _OCTAL.fullmatch(digits):
             raise ValueError(f"{digits!r} in its header is no number")
         number = int(digits, 8)

@@ -193,7 +193,8 @@ def _member(shard: Shard, block: bytes, position: int) -> tuple[Header, int]:
             raise shard.wrong(
                 f"{header.name!r} is a sparse file", "Write the tar without --sparse."
             )
-        return headers.with_extensions(header, long, pax), at + BLOCK
+        extended = bool(long or pax)
+        return headers.with_extensions(header, long, pax) if extended else header, at + BLOCK
     except DataError:
         raise
     except ValueError as error:

@@ -136,3 +136,15 @@ def test_pipes_are_refused_and_nothing_runs(tmp_path: Path, words: str) -> None:
     with pytest.raises(DataError, match="pipes are not supported"):
         expand(words.format(marker=marker))
     assert not marker.exists()
+
+
+def test_paths_and_urls_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.tar")
+    monkeypatch.setattr("deepclust.data.shards.remote.with_sizes", list)
+    with pytest.raises(DataError, match="either paths or URLs"):
+        expand([tmp_path, "s3://x/b.tar"])
+
+
+def test_a_name_that_is_too_long_is_an_error_with_the_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name too long"):
+        expand(tmp_path / ("x" * 300))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -130,6 +131,21 @@ def test_labels_that_were_corrected_are_noticed_and_read_again(tmp_path: Path) -
     after = open_index(tmp_path)
     assert labels_of(after) == ["0", "9", "2", "3"]
     assert after.fingerprint == before.fingerprint
+
+
+def test_an_index_of_an_older_version_notices_corrected_labels_too(tmp_path: Path) -> None:
+    place = build_index(shards(tmp_path, s=[("a.png", IMAGE), ("a.cls", b"1")])).folder
+    manifest = json.loads((place / "manifest.json").read_bytes())
+    kept = ("format", "fingerprint", "labelled", "excluded")
+    old = {key: manifest[key] for key in kept}
+    old["shards"] = [{k: v for k, v in e.items() if k != "labels"} for e in manifest["shards"]]
+    (place / "manifest.json").write_text(json.dumps(old))
+    os.utime(place / "manifest.json", (1, 1))
+    assert labels_of(open_index(tmp_path)) == ["1"]
+    shards(tmp_path, s=[("a.png", IMAGE), ("a.cls", b"2")])
+    with pytest.raises(DataError, match=r"the labels in s\.tar are not those"):
+        build_index(tmp_path, verify=True)
+    assert labels_of(open_index(tmp_path)) == ["2"]
 
 
 @pytest.mark.parametrize("text", [b"[", b"[]", b'{"class_names": 3}', b'{"class_names": [1]}'])
