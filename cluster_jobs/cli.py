@@ -146,6 +146,7 @@ def index(
     ] = "auto",
 ) -> None:
     """Index WebDataset shards of any origin, and say what is left out."""
+    from deepclust.data.shards import summary
     from deepclust.data.shards.index import build_index
 
     built = build_index(
@@ -158,10 +159,10 @@ def index(
     )
     for note in built.notes():
         _log(f"note: {note}")
-    told = built.told_labels()
-    _log(f"{len(built)} samples in {len(built.shards)} shards, {told}, {built.fingerprint}")
+    labelled = summary.describe_labels(built.manifest)
+    _log(f"{len(built)} samples in {len(built.shards)} shards, {labelled}, {built.fingerprint}")
     if verify:
-        _log(built.told_verified())
+        _log(summary.describe_check(built.manifest))
 
 
 @app.command(epilog=_examples("pretrain small-photos --run runs/a data.shards=shards cluster.k=50"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -120,7 +121,8 @@ class Data(Section):
     @classmethod
     def _list_as_text(cls, value: object) -> object:
         """Read "[a, b]", as an override gives it, as a list of paths without quotes."""
-        if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        is_list = isinstance(value, str) and value.startswith("[") and value.endswith("]")
+        if isinstance(value, str) and is_list and not Path(value).exists():
             return tuple(part.strip() for part in value[1:-1].split(",") if part.strip())
         return value
 

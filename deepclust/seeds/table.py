@@ -23,8 +23,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int32, Int64
 
-from deepclust.data.shards.check import read_keys
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.keys import read_keys
 from deepclust.data.shards.left_out import shown
 from deepclust.errors import DataError
 from deepclust.recipe.sections import SHARDS, SeedsSection

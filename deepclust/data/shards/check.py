@@ -1,10 +1,9 @@
 """Whether an index is whole, and whether the shards are still those that it was made from.
 
-What is checked when an index is opened: names and sizes of the shards, the headers and labels of
-shards that are newer than the index, and of the index itself its manifest, and the sizes of its
-columns and their hashes up to 64 MiB each. `deepclust index --verify` reads every header and label
-and compares them with every row. The bytes of images are compared only where `index --bodies` has
-hashed them.
+Whenever an index is opened, names and sizes of the shards are compared, and the headers and labels
+of shards that are newer. The manifest and the columns are hashed, but of a column above 64 MiB only
+the size is looked at. `deepclust index --verify` reads every header and label and compares them
+with every row. The bytes of images are compared only where `index --bodies` has hashed them.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from deepclust.data.shards import remote
+from deepclust.data.shards.keys import KEYS, check_keys, read_keys
 from deepclust.data.shards.manifest import (
     MANIFEST,
     Manifest,
@@ -31,7 +29,6 @@ from deepclust.data.shards.url import Source
 from deepclust.errors import DataError
 from deepclust.files import file_hash
 
-KEYS = "keys.parquet"
 DTYPES = {"offsets": np.uint64, "sizes": np.uint32, "labels": np.int32}
 HASHED_AT_OPEN = 64 << 20  # bytes; larger columns are hashed by --verify
 _SMALL = 1 << 22  # samples of an older index, whose places are all looked at when it is opened
@@ -53,7 +50,7 @@ def load_column(folder: Path, name: str, samples: int) -> np.ndarray:
     except FileNotFoundError as error:
         raise damaged(folder, f"{name}.npy is missing") from error
     except Exception as error:  # of a damaged header NumPy raises many types, SyntaxError too
-        raise damaged(folder, f"{name}.npy is no column") from error
+        raise damaged(folder, f"{name}.npy is not a column of numbers") from error
     if column.shape != (samples,) or column.dtype != DTYPES[name]:
         raise damaged(folder, f"{name}.npy has shape {column.shape} and type {column.dtype}")
     return column
@@ -80,31 +77,6 @@ def check_columns(folder: Path, manifest: Manifest, largest: int | None = HASHED
     check_keys(folder, manifest)
     if columns is None and samples <= _SMALL:
         check_places(folder, manifest)
-
-
-def check_keys(folder: Path, manifest: Manifest) -> None:
-    """Raise DataError unless keys.parquet has a row group of the right length for every shard."""
-    try:
-        with pq.ParquetFile(folder / KEYS) as file:
-            about = file.metadata
-            rows = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-            right = file.schema_arrow.names == ["key"]
-    except (OSError, ValueError, pa.ArrowException, MemoryError) as error:
-        raise damaged(folder, f"{KEYS} cannot be read") from error
-    if not right or rows != [entry["samples"] for entry in manifest["shards"]]:
-        raise damaged(folder, f"{KEYS} has other rows than the manifest")
-
-
-def read_keys(folder: Path, shards: Iterable[int]) -> Iterator[pa.ChunkedArray]:
-    """Yield the keys of each of these shards, as text, from a file that is opened once."""
-    try:
-        with pq.ParquetFile(folder / KEYS) as file:
-            for shard in shards:
-                keys = file.read_row_group(shard, ["key"])["key"]
-                keys.validate(full=True)  # that it is UTF-8, too
-                yield keys
-    except (OSError, ValueError, IndexError, MemoryError, pa.ArrowException) as error:
-        raise damaged(folder, f"{KEYS} cannot be read") from error
 
 
 def check_places(folder: Path, manifest: Manifest) -> None:

@@ -1,7 +1,7 @@
 """Which members of a sample are its image and its label (`data.image`, `data.labels`).
 
 A member's field is its extension: "jpg" of KEY.jpg, "input.jpg" of KEY.input.jpg. A label that
-cannot be read is no label. It is counted with the reason and never ends a run that needs none.
+cannot be read counts as none. It is counted with the reason and never ends a run that needs none.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _class_name(shard: Shard, sample: Sample, field: str) -> str:
     text = _read_text(shard, member, extension)
     if field == "json" or (extension == "json" and field not in sample.files):
         return _checked_name(_json_name(_json(text), key), f".json without {key or 'a label'}")
-    return _checked_name(text.decode("utf-8", "backslashreplace"), f".{field} that is no name")
+    return _checked_name(text.decode("utf-8", "backslashreplace"), f".{field} that is not a name")
 
 
 def _checked_name(name: str, reason: str) -> str:
@@ -158,7 +158,7 @@ def _in_range(label: int) -> int:
 
 def _cls_number(text: bytes) -> int:
     if not _INTEGER.fullmatch(text):
-        raise NoLabel(".cls that is no integer (data.labels=cls takes text)")
+        raise NoLabel(".cls that is not an integer (data.labels=cls takes text)")
     return int(text)
 
 

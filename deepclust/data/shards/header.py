@@ -1,9 +1,9 @@
 """One header block of a tar, and the records of extended headers, as values.
 
 Everything here takes bytes that may be damaged or hostile, works in time linear in their number,
-and raises `ValueError` with what is wrong. Python's `tarfile` is not used for reading: up to 3.11.7
-negative sizes send it backwards (CVE-2025-8194), a PAX header of digits takes quadratic time
-(CVE-2024-6232), and it allocates whatever a header claims. Names and sizes come out as `tarfile`
+and raises `ValueError` with what is wrong. Python's `tarfile` is not used for reading. Up to 3.11.7
+negative sizes send it backwards (CVE-2025-8194) and a PAX header of digits takes quadratic time
+(CVE-2024-6232). It also allocates whatever a header claims. Names and sizes come out as `tarfile`
 has them, which a test compares.
 """
 
@@ -125,7 +125,7 @@ def _number(field: bytes) -> int:
         if b"\0" in digits:
             digits = digits.partition(b"\0")[0].strip()
         if not _OCTAL.fullmatch(digits):
-            raise ValueError(f"{digits!r} in its header is no number")
+            raise ValueError(f"{digits!r} in its header is not a number")
         number = int(digits, 8)
     if number > _LARGEST:
         raise ValueError("a number in its header is negative or too large")

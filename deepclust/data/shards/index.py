@@ -19,30 +19,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
-from deepclust.data.shards import index_build
+from deepclust.data.shards import index_build, summary
 from deepclust.data.shards.check import (
     LabelsChangedError,
     check_columns,
     check_shards,
     load_column,
-    read_keys,
 )
 from deepclust.data.shards.check import (
     verify as verify_index,
 )
-from deepclust.data.shards.fields import DEFAULT, NO_LABEL_MEMBER, NONE, Fields
+from deepclust.data.shards.fields import DEFAULT, NONE, Fields
 from deepclust.data.shards.file_lock import held
 from deepclust.data.shards.find import Shards, beside, common_folder, expand, is_folder
-from deepclust.data.shards.left_out import Tally, listed
+from deepclust.data.shards.keys import Keys
+from deepclust.data.shards.left_out import Tally
 from deepclust.data.shards.manifest import (
     FOLDER,
     MANIFEST,
@@ -61,43 +59,6 @@ class Location(NamedTuple):
     shard: Int64[np.ndarray, " m"]
     offset: Int64[np.ndarray, " m"]
     size: Int64[np.ndarray, " m"]
-
-
-class Keys(Sequence[str]):
-    """The samples' keys by sample id, read from keys.parquet a shard at a time."""
-
-    def __init__(self, folder: Path, bases: Int64[np.ndarray, " s1"]) -> None:
-        """Remember the index's folder and `bases`, the shards' first sample ids and n."""
-        self._folder, self._bases = folder, bases
-        self._loaded: tuple[int, pa.ChunkedArray] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return int(self._bases[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """Return one key, or a list of keys."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        sample = range(len(self))[index]
-        shard = int(np.searchsorted(self._bases, sample, side="right")) - 1
-        return str(self._shard(shard)[sample - int(self._bases[shard])].as_py())
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield all keys in the order of sample ids."""
-        for keys in read_keys(self._folder, range(len(self._bases) - 1)):
-            yield from keys.to_pylist()
-
-    def _shard(self, shard: int) -> pa.ChunkedArray:
-        if self._loaded is None or self._loaded[0] != shard:
-            self._loaded = shard, next(read_keys(self._folder, [shard]))
-        return self._loaded[1]
 
 
 class Index:
@@ -152,41 +113,7 @@ class Index:
 
     def notes(self, labels: bool = True) -> list[str]:
         """Return what was left out, by reason with examples, and with `labels` what has none."""
-        excluded = Tally()
-        for sample, reason in self.excluded.items():
-            excluded.add(reason, self.keys[sample] if excluded.wants(reason) else "")
-        left = Tally(self.manifest.get("left_out"))
-        unlabelled = Tally(self.manifest.get("unlabelled") if labels else None)
-        if self.labels is None and unlabelled.reasons == {NO_LABEL_MEMBER}:
-            unlabelled = Tally()  # shards without labels, and nothing is wrong with them
-        notes = [
-            f"{tally.total} {what}: {tally}"
-            for what, tally in (
-                (f"of {len(self)} samples left out", excluded),
-                ("files and members left out", left),
-                (f"of {len(self)} samples have no label", unlabelled),
-            )
-            if tally.total
-        ]
-        image = self.manifest.get("image_field")
-        return [f"the image of every sample is KEY.{image}", *notes] if image else notes
-
-    def told_labels(self) -> str:
-        """Return "labels", "no labels", or the names of the first classes."""
-        names = self.manifest.get("classes")
-        if self.labels is None:
-            return "no labels"
-        return "labels" if names is None else f"{len(names)} classes ({listed(names)})"
-
-    def told_verified(self) -> str:
-        """Return what `--verify` has compared."""
-        bodies = all("bodies" in entry for entry in self.manifest["shards"])
-        images = (
-            "all bytes of the shards are as hashed"
-            if bodies
-            else "the images' bytes were not compared (`deepclust index --bodies` hashes them)"
-        )
-        return f"every header, label and row of the index is as indexed; {images}"
+        return summary.notes(self.manifest, self.keys, labels=labels)
 
     def locate(self, sample_ids: Integer[np.ndarray, " m"]) -> Location:
         """Return where the images of these samples are (size 0 for excluded samples)."""
@@ -267,9 +194,9 @@ def build_index(
 ) -> Index:
     """Scan all shards and write their index in place of an old one.
 
-    With `bodies` all bytes of the shards are hashed too. With `verify` nothing is written: every
-    header and label is read again and compared with every row of the index, and the bytes with
-    their hashes where there are some. A DataError says what is not as it was.
+    With `bodies` all bytes of the shards are hashed too. With `verify` nothing is written. Every
+    header and label is read again and compared with the rows of the index, and bytes with their
+    hashes where there are some. A DataError says what is not as it was.
 
     Raises DataError for broken shards (see `scan.scan`) and when no sample has an image. Raises
     DiskError when the index cannot be written.

@@ -21,7 +21,6 @@ from jaxtyping import Int32
 from deepclust.data.shards import remote
 from deepclust.data.shards.check import (
     DTYPES,
-    KEYS,
     check_columns,
     check_places,
     check_shards,
@@ -29,6 +28,7 @@ from deepclust.data.shards.check import (
     hash_shard,
 )
 from deepclust.data.shards.fields import AUTO, IMAGE_EXTENSIONS, Fields
+from deepclust.data.shards.keys import KEYS
 from deepclust.data.shards.left_out import Tally, listed, shown
 from deepclust.data.shards.manifest import (
     FOLDER,

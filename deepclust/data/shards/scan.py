@@ -56,8 +56,8 @@ class Scan:
     """The content of one shard: row i is its i-th sample, and label -1 is "no label".
 
     `classes` are the names that the labels number, or None if the labels are numbers of their own.
-    `pairs` is a sample with several images whose names have more dots (key, fields), if there is
-    one, and `common` the one such field that every sample has.
+    `pairs` is the key and the fields of a sample whose images all have further dots in their names.
+    `common` is the one such field, if every sample has just that.
     """
 
     name: str

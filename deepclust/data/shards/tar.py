@@ -107,7 +107,7 @@ def open_shard(path: Source, stopped: Callable[[], bool] = remote.never) -> Iter
         raise DataError(f"shard {path} cannot be read: {error.strerror}.") from error
 
 
-Left = Callable[[str, str], None]  # told the reason and the name of every member left out
+Left = Callable[[str, str], None]  # given the reason and the name of every member left out
 
 
 def ignore(reason: str, name: str) -> None:
@@ -117,7 +117,7 @@ def ignore(reason: str, name: str) -> None:
 def entries(shard: Shard, left: Left = ignore) -> Iterator[TarEntry]:
     """Yield the regular files in order, and hard links as the file that they name.
 
-    Folders are passed over. `left` is told of every other member. Names that are not UTF-8 hold
+    Folders are passed over. `left` is called with every other member. Names that are not UTF-8 hold
     their bytes as surrogates, as in `tarfile`.
 
     Raises DataError for a file that is empty, compressed, not a tar, damaged, truncated, or sparse,
