@@ -223,7 +223,7 @@ def _check_newer(folder: Path, manifest: Manifest, paths: list[Path]) -> None:
 def _labels_changed(folder: Path, one: Scan) -> DataError:
     return LabelsChangedError(
         f"the labels in {one.name} are not those that were indexed in {folder}. "
-        "`deepclust index SHARDS` reads them again; ids and fingerprint stay."
+        f"`deepclust index SHARDS --index {folder}` reads them again; ids and fingerprint stay."
     )
 
 
@@ -231,5 +231,6 @@ def _changed(folder: Path, what: str) -> DataError:
     return DataError(
         f"the shards are not those that were indexed in {folder}: {what}. Restore the old ones "
         "(then `deepclust index SHARDS --verify` checks every member), or index the new ones with "
-        "`deepclust index SHARDS`; runs that began with the old ones will refuse the new."
+        f"`deepclust index SHARDS --index {folder}`. Runs that began with the old ones will refuse "
+        "the new."
     )

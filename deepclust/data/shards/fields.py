@@ -47,6 +47,14 @@ class Fields(NamedTuple):
 DEFAULT = Fields()
 
 
+def fields_from(image: str, labels: str) -> Fields:
+    """Return the fields of `data.image` and `data.labels`: extensions are in lower case."""
+    extension, dot, key = labels.removeprefix(".").partition(".")
+    if extension.lower() != "json":
+        key = key.lower()
+    return Fields(image.removeprefix(".").lower(), f"{extension.lower()}{dot}{key}")
+
+
 class Sample(NamedTuple):
     """A sample's key, and its members by field."""
 
@@ -114,9 +122,9 @@ def _class_name(shard: Shard, sample: Sample, field: str) -> str:
         folder = sample.key.removeprefix("./").rpartition("/")[0].rpartition("/")[2]
         return _checked_name(folder, "no folder")
     extension, _, key = field.partition(".")
-    member = sample.files.get(field) or sample.files.get(extension)
+    member = sample.files.get(field) or (sample.files.get("json") if extension == "json" else None)
     if member is None:
-        raise NoLabel(f"no .{extension}")
+        raise NoLabel(f"no .{extension if extension == 'json' else field}")
     text = _read_text(shard, member, extension)
     if field == "json" or (extension == "json" and field not in sample.files):
         return _checked_name(_json_name(_json(text), key), f".json without {key or 'a label'}")

@@ -36,7 +36,7 @@ from deepclust.data.shards.check import (
 from deepclust.data.shards.check import (
     verify as verify_index,
 )
-from deepclust.data.shards.fields import DEFAULT, NONE, Fields
+from deepclust.data.shards.fields import DEFAULT, NONE, Fields, fields_from
 from deepclust.data.shards.file_lock import held
 from deepclust.data.shards.find import Shards, beside, common_folder, expand, is_folder
 from deepclust.data.shards.keys import Keys
@@ -168,7 +168,7 @@ def open_index(
     Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
     damaged, and whatever `build_index` raises.
     """
-    sources, fields = expand(shards), Fields(_field(image), labels)
+    sources, fields = expand(shards), fields_from(image, labels)
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
         _make(folder, shards, sources, fields)
@@ -176,9 +176,9 @@ def open_index(
     try:
         check_shards(folder, manifest, sources)
     except LabelsChangedError as error:
-        if labels != NONE:
+        if fields.labels != NONE:
             manifest = _read_labels_again(folder, shards, sources, error)
-    if labels == NONE:
+    if fields.labels == NONE:
         manifest = {**manifest, "labelled": False, "unlabelled": {}}
     return Index(folder, sources, manifest)
 
@@ -201,7 +201,7 @@ def build_index(
     Raises DataError for broken shards (see `scan.scan`) and when no sample has an image. Raises
     DiskError when the index cannot be written.
     """
-    sources, fields = expand(shards), Fields(_field(image), labels)
+    sources, fields = expand(shards), fields_from(image, labels)
     folder = _place(shards, sources, fields, index)
     if not verify:
         index_build.write(folder, sources, fields, beside(shards), replace=True, bodies=bodies)
@@ -210,10 +210,6 @@ def build_index(
     check_shards(folder, manifest, sources)
     verify_index(folder, manifest, sources)
     return Index(folder, sources, manifest)
-
-
-def _field(image: str) -> str:
-    return image.removeprefix(".").lower()
 
 
 def _checked(folder: Path, sources: list[Source], fields: Fields) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deepclust.data.shards.fields import NO_LABEL_MEMBER
-from deepclust.data.shards.left_out import Tally, listed
+from deepclust.data.shards.left_out import Tally, listed, shown
 from deepclust.data.shards.manifest import Manifest
 
 
@@ -28,7 +28,7 @@ def notes(manifest: Manifest, keys: Sequence[str], *, labels: bool) -> list[str]
         if tally.total
     ]
     image = manifest.get("image_field")
-    return [f"the image of every sample is KEY.{image}", *lines] if image else lines
+    return [f"the image of every sample is KEY.{shown(image)}", *lines] if image else lines
 
 
 def describe_labels(manifest: Manifest) -> str:

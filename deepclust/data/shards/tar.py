@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from deepclust.data.shards.url import Source, Url
 from deepclust.errors import DataError
 
 _END = bytes(BLOCK)
+_LARGEST_PADDING = (1 << 20) + 2 * BLOCK  # bytes of zeros that a tar may well end with
 _LARGEST_EXTENSION = 1 << 20  # bytes of a PAX header or a GNU long name
 _OTHER_KINDS = {
     headers.SYMBOLIC_LINK: "symbolic link (write the tar with `tar --dereference`)",
@@ -98,9 +100,12 @@ def open_shard(path: Source, stopped: Callable[[], bool] = remote.never) -> Iter
         yield Shard(path, _Blocks(path, stopped).read, path.size)
         return
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
         try:
-            yield Shard(path, functools.partial(os.pread, handle), os.fstat(handle).st_size)
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode):
+                raise DataError(f"shard {path} is not a regular file. Take it out of the folder.")
+            yield Shard(path, functools.partial(os.pread, handle), about.st_size)
         finally:
             os.close(handle)
     except OSError as error:
@@ -137,7 +142,7 @@ def entries(shard: Shard, left: Left = ignore) -> Iterator[TarEntry]:
                 targets[_plain_name(header.name)] = place
             yield TarEntry(header.name, *place)
         position = _following(shard, header, start)
-    _check_tail(shard, position)
+    _check_tail(shard, position, left)
 
 
 def _place(
@@ -229,8 +234,10 @@ def _following(shard: Shard, header: Header, start: int) -> int:
     return following
 
 
-def _check_tail(shard: Shard, position: int) -> None:
+def _check_tail(shard: Shard, position: int, left: Left) -> None:
     """Raise if anything but zeros follows the end marker: further members would be lost."""
+    if shard.size - position > _LARGEST_PADDING:
+        left("end of more than 1 MiB of zeros, as in an unfinished copy", shard.path.name)
     while block := shard.read(1 << 16, position):
         if block.count(0) != len(block):
             raise shard.wrong(

@@ -67,7 +67,7 @@ def test_a_mask_beside_an_image_is_counted_and_not_the_image(tmp_path: Path) -> 
     ("field", "expected"),
     [
         ("cls", ["tench", None, "tench", "3 7"]),
-        ("txt", [None, "a dog", None, None]),
+        (".TXT", [None, "a dog", None, None]),
         ("json", ["5", None, None, None]),
         ("json.name", ["x", None, "3", None]),
         ("json.deep.key", [None, None, "y", None]),

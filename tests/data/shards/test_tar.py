@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -227,3 +228,19 @@ def test_members_hold_the_bytes_that_were_written(tmp_path: Path) -> None:
     data = write_tar(tmp_path / "s.tar", written).read_bytes()
     for member, (_, content) in zip(read(tmp_path / "s.tar"), written, strict=True):
         assert io.BytesIO(data[member.offset :]).read(member.size) == content
+
+
+def test_a_pipe_or_folder_called_like_a_shard_is_an_error_and_nobody_waits(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").mkdir()
+    for name in ("a.tar", "b.tar"):
+        with pytest.raises(DataError, match=f"{name} is not a regular file"):
+            read(tmp_path / name)
+
+
+def test_a_shard_that_ends_in_zeros_where_members_should_be_is_noted(shard: Path) -> None:
+    os.truncate(shard, 2 << 20)
+    notes: list[str] = []
+    with open_shard(shard) as opened:
+        assert len(list(entries(opened, lambda reason, name: notes.append(reason)))) == 2
+    assert "unfinished copy" in notes[0]
