@@ -135,24 +135,52 @@ def pack(
     _log(f"{len(index)} samples in {len(index.shards)} shards: {out}")
 
 
-@app.command(epilog=_examples("index shards", "index 's3://bucket/train-{000..146}.tar' --index i"))
+@app.command(
+    epilog=_examples(
+        "index shards",
+        "index 's3://bucket/train-{000..146}.tar' --index i",
+        "index 'shards/**/*.tar' --image input.jpg --labels json.class",
+    )
+)
 def index(
     shards: Annotated[
-        str, typer.Argument(help="A folder of tar shards, a brace pattern, or a URL.")
+        list[str],
+        typer.Argument(help="Folders of tar shards, patterns with {0..9} or *, or URLs."),
     ],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every header again and compare.")
+        bool,
+        typer.Option("--verify", help="Read headers and labels again; compare with every row."),
+    ] = False,
+    bodies: Annotated[
+        bool,
+        typer.Option("--bodies", help="Hash all bytes too, so that --verify compares images."),
     ] = False,
     at: Annotated[
         Path | None, typer.Option("--index", help="The folder of the index; default: the shards'.")
     ] = None,
+    image: Annotated[str, typer.Option(help="As data.image: auto, or input.jpg.")] = "auto",
+    labels: Annotated[
+        str, typer.Option(help="As data.labels: auto, none, folder, cls, json.KEY.")
+    ] = "auto",
 ) -> None:
-    """Index WebDataset shards of any origin."""
+    """Index WebDataset shards of any origin, and say what is left out."""
+    from deepclust.data.shards import summary
     from deepclust.data.shards.index import build_index
 
-    built = build_index(shards, at, verify=verify)
-    labels = "no labels" if built.labels is None else "labels"
-    _log(f"{len(built)} samples in {len(built.shards)} shards, {labels}, {built.fingerprint}")
+    built = build_index(
+        shards[0] if len(shards) == 1 else shards,
+        at,
+        verify=verify,
+        bodies=bodies,
+        image=image,
+        labels=labels,
+    )
+    for note in built.notes():
+        _log(f"note: {note}")
+    labelled = summary.describe_labels(built.manifest)
+    _log(f"{len(built)} samples in {len(built.shards)} shards, {labelled}, {built.fingerprint}")
+    if verify:
+        _log(summary.describe_check(built.manifest))
 
 
 @app.command(epilog=_examples("pretrain small-photos --run runs/a data.shards=shards cluster.k=50"))

@@ -10,7 +10,7 @@ from typing import Any
 from cluster_jobs.results.assignments import seeded_supers
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
-from deepclust.data.shards.url import redact
+from deepclust.data.shards.find import described
 from deepclust.files import file_hash, read_json
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import ClusterSection, MethodSection
@@ -135,7 +135,7 @@ def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
         *_clusters(recipe.cluster),
         ("Training", f"{train.epochs} epochs, batch {train.batch:,}, rate {train.lr:g}"),
         ("Ranks", f"{train.ranks}, seed {recipe.seed}"),
-        ("Data", f"{redact(data.shards)} at {data.size} px"),
+        ("Data", f"{described(data.shards)} at {data.size} px"),
         *_data(run),
         *_environment(run),
     ]

@@ -16,12 +16,13 @@ import pyarrow.csv
 import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
-from deepclust.data.shards.index import Index, open_index
-from deepclust.data.shards.url import redact
+from deepclust.data.shards.find import described
+from deepclust.data.shards.index import Index
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import atomic_file, read_json
 from deepclust.run.directory import Run, manifest, open_run
 from deepclust.run.round_files import read_excluded
+from deepclust.stages.data_index import open_data_index
 
 SCHEMA = pa.schema(
     {
@@ -94,12 +95,12 @@ def open_clustered(run: Run, number: int) -> Index:
     Raises `RunDiffersError` if round `number` had others.
     """
     data = run.recipe.data
-    index = open_index(data.shards, data.index, run.path)
+    index = open_data_index(data, run.path)
     clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
     if index.fingerprint != clustered:
         raise RunDiffersError(
-            f"{redact(data.shards)} now has fingerprint {index.fingerprint}, but round {number} of "
-            f"{run.path} clustered {clustered}: the ids no longer name the same images. "
+            f"{described(data.shards)} now has fingerprint {index.fingerprint}, but round {number} "
+            f"of {run.path} clustered {clustered}: the ids no longer name the same images. "
             "Put the shards of the run back in that folder."
         )
     return index

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepclust.data.shards.index import Index, open_index
+from deepclust.data.shards.index import Index
 from deepclust.errors import DataError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import (
@@ -37,6 +37,7 @@ from deepclust.run.checkpoint import Checkpoint, load_latest
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.build import build_method
+from deepclust.stages.data_index import open_labelled
 from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
@@ -59,11 +60,11 @@ def evaluate_run(
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
     checkpoint = _newest_checkpoint(run)
-    index = open_index(train)
+    index = open_labelled(train, run.recipe.data)
     frozen = freeze_shards(
         _embedder(run.recipe, checkpoint.parts["model"]),
         index,
-        open_index(test),
+        open_labelled(test, run.recipe.data),
         run.recipe.data,
         dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from deepclust import errors
 from deepclust.errors import RecipeError, RequeueWanted
@@ -117,10 +118,15 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _absolute(section: Section, *names: str) -> dict[str, str]:
-    values = {name: getattr(section, name) for name in names}
-    paths = {n: v for n, v in values.items() if v is not None and ":" not in v and v != SHARDS}
-    return {name: os.path.abspath(value) for name, value in paths.items()}
+def _absolute(section: Section, *names: str) -> dict[str, Any]:
+    return {name: _absolute_path(getattr(section, name)) for name in names}
+
+
+def _absolute_path(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute_path, value))
+    is_path = value is not None and ":" not in value and value != SHARDS
+    return os.path.abspath(value) if is_path else value
 
 
 def check_changes(run: Run, recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from deepclust import pipeline
 from deepclust.data.read.loader import resolve_read
-from deepclust.data.shards.index import Index, open_index
+from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
 from deepclust.files import disk_errors, read_json, write_json
@@ -31,6 +31,7 @@ from deepclust.run.directory import Run
 from deepclust.run.reporting import PipeReport, Report, log_to
 from deepclust.stages import cluster
 from deepclust.stages.build import Context
+from deepclust.stages.data_index import open_data_index
 from deepclust.world import World, close_process_group, join
 
 
@@ -46,6 +47,9 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(recipe.train.threads or 1)
     index, read = open_data(run, recipe)
+    if role.rank == 0 and not run.rounds():
+        for note in index.notes(labels=False):
+            report.event("warning", text=note)
     if role.rank == CLUSTER_WORKER:
         device = clustering_device(recipe, role.gpu)
         cluster.serve(cluster.make_context(run, recipe, index, device, report, World()), stopping)
@@ -117,7 +121,7 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
     file = run.path / "data.json"
     began: dict[str, Any] | None = read_json(file) if file.exists() else None
     try:
-        index = open_index(recipe.data.shards, recipe.data.index, run.path)
+        index = open_data_index(recipe.data, run.path)
     except DataError as error:
         if began is None or isinstance(error, UnreachableError):
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -72,7 +73,18 @@ class LocalCrops(Section):
 class Data(Section):
     """Which images, and how they are cropped and coloured."""
 
-    shards: str = Field(description="folder of tar shards or brace pattern; path or URL (s3://)")
+    shards: str | tuple[str, ...] = Field(
+        description="folder of tar shards, pattern ({0..9}, *), URL (s3://), or a list of these"
+    )
+    image: str = Field(
+        "auto", min_length=1, description='the image member: auto, or a field such as "input.jpg"'
+    )
+    labels: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: integer in .cls or .json; none; folder: that in the tar; or a field "
+        'such as "cls", "txt" or "json.KEY", whose text names the class',
+    )
     index: str | None = Field(None, description="where the index lies, if not beside the shards")
     size: int = Field(224, ge=8, description="side of the square that the backbone sees, pixels")
     resize: int | None = Field(None, ge=8, description="short side before the centre crop, pixels")
@@ -104,6 +116,15 @@ class Data(Section):
     extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
     max_pixels: int = Field(178_956_970, ge=1, description="larger images are not decoded")
     max_bad: float = Field(0.01, ge=0, le=1, description="largest share of unreadable images")
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _list_as_text(cls, value: object) -> object:
+        """Read "[a, b]", as an override gives it, as a list of paths without quotes."""
+        is_list = isinstance(value, str) and value.startswith("[") and value.endswith("]")
+        if isinstance(value, str) and is_list and not Path(value).exists():
+            return tuple(part.strip() for part in value[1:-1].split(",") if part.strip())
+        return value
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:

@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int32, Int64
 
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.keys import read_keys
+from deepclust.data.shards.left_out import shown
 from deepclust.errors import DataError
 from deepclust.recipe.sections import SHARDS, SeedsSection
 from deepclust.world import generator
@@ -121,8 +123,9 @@ def _read(index: Index, source: str, option: str, notes: list[str]) -> SeedTable
 def _from_shards(index: Index, option: str) -> SeedTable:
     if index.labels is None:
         raise DataError(
-            f"{option}=shards, but the shards have no labels: add a KEY.cls to the samples, or "
-            "give a table (Parquet or CSV) with the columns key and class."
+            f"{option}=shards, but the shards have no labels: add a KEY.cls to the samples, name "
+            "the field that has them (data.labels=cls, json.KEY or folder), or give a table "
+            "(Parquet or CSV) with the columns key and class."
         )
     labels = np.asarray(index.labels)
     ids = np.flatnonzero(labels >= 0)
@@ -189,7 +192,7 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
     classes = _one_class_each(keys, key_of, names, class_of, path)
     ids = _sample_ids(index, keys, by_shard, path)
     known = ids >= 0
-    _note_unknown(keys, known, path, notes, index.shards[0].name if by_shard else None)
+    _note_unknown(keys, known, path, notes, index, by_shard)
     joined = _numbered(ids[known], classes[known], names.to_pylist())
     _check_classes(joined, f"{path} names")
     return joined
@@ -258,15 +261,14 @@ def _sample_ids(
 def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, pa.Array]]:
     """Yield first sample id and keys of stretches of shards, about the length of the table."""
     wanted, held, base = min(STRETCH, max(keys, STRETCH // 4)), [], 0
-    with pq.ParquetFile(index.folder / "keys.parquet") as file:
-        for number, shard in enumerate(index.shards):
-            own = file.read_row_group(number, ["key"])["key"]
-            held.append(_in_shard(pa.scalar(shard.name), own) if by_shard else own)
-            end = int(index.bases[number + 1])
-            if end - base >= wanted or end == len(index):
-                chunks = [chunk for column in held for chunk in column.chunks]
-                yield base, pa.concat_arrays(chunks)
-                held, base = [], end
+    keys_of = read_keys(index.folder, range(len(index.shards)))
+    for number, (shard, own) in enumerate(zip(index.shards, keys_of, strict=True)):
+        held.append(_in_shard(pa.scalar(shard.name), own) if by_shard else own)
+        end = int(index.bases[number + 1])
+        if end - base >= wanted or end == len(index):
+            chunks = [chunk for column in held for chunk in column.chunks]
+            yield base, pa.concat_arrays(chunks)
+            held, base = [], end
 
 
 def _note_unknown(
@@ -274,21 +276,21 @@ def _note_unknown(
     known: Bool[np.ndarray, " keys"],
     path: Path,
     notes: list[str],
-    shard: str | None,
+    index: Index,
+    by_shard: bool,
 ) -> None:
-    """Note the keys that no shard has.
-
-    `shard` is the name of one, if the table names them.
-    """
+    """Note the keys that no shard has; raise DataError, with a real key, if no shard has any."""
     if known.all():
         return
     first = [keys[int(i)].as_py() for i in np.flatnonzero(~known)[:SHOWN]]
     text = f"{path}: {int((~known).sum())} of {len(known)} keys are not in data.shards: {first}"
     if not known.any():
-        column = "" if shard is None else f" The column shard must hold file names such as {shard}."
+        shard, example, folder = index.shards[0].name, shown(index.keys[0]), index.folder
+        column = f" The column shard must hold file names such as {shard}." if by_shard else ""
         raise DataError(
-            f"{text}. A key is the name of a sample's files without folder of the tar and extension"
-            f" (`deepclust index` lists them in keys.parquet).{column}"
+            f"{text}. A key is the name of a sample's files in the tar, with its folders and up to "
+            f"the first dot of the name: that of the first sample is {example!r} (all of them are "
+            f"in {folder}/keys.parquet).{column}"
         )
     notes.append(text)
 

@@ -27,6 +27,7 @@ from deepclust.clustering.whiten import Moments
 from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.left_out import EXAMPLES
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import atomic_file, write_json, write_tensors
 from deepclust.recipe.sections import Data
@@ -116,6 +117,7 @@ def extract(context: ExtractContext, embed: Embed) -> None:
     """Fill `raw/` with every chunk's rows and moments, then mark it DONE."""
     if is_done(context.raw_dir) or is_done(context.raw_dir.parent / "features"):
         return
+    _check_bad(context, _excluded_by_index(context.index))
     chunks = chunk_ranges(context.index.bases)
     if context.world.is_first:
         context.raw_dir.mkdir(parents=True, exist_ok=True)
@@ -195,12 +197,14 @@ def _fill(
                 sample_ids = np.arange(start, min(chunk.stop, start + step))
                 yield _request(context.config, sample_ids, number)
 
-    current = _Open()
+    current, bad = _Open(), _excluded_by_index(context.index)
     for loaded in context.loader.stream(requests()):
         context.report.alive()
         number = loaded.tag
         rows = embed(loaded.images[0]).float()
         _add_batch(current, rows, loaded.sample_ids, loaded.bad, pivot)
+        bad.update(current.bad)
+        _check_bad(context, bad)  # no later image can make it better
         if len(current.rows) == -(-len(chunks[number]) // step):
             _commit_chunk(context, number, current, pivot)
             context.report.event("unit", round=context.round, unit=number, of=len(chunks))
@@ -258,10 +262,17 @@ def _finish_raw(context: ExtractContext, chunks: int) -> None:
     context.report.event("extracted", round=context.round, units=chunks, excluded=len(excluded))
 
 
+def _excluded_by_index(index: Index) -> dict[int, str]:
+    """Return what the index knows to be without a usable image; where they are, of the first."""
+    first = itertools.islice(index.excluded.items(), EXAMPLES)
+    placed = {sample: f"{index.where(sample)}: {reason}" for sample, reason in first}
+    return {**index.excluded, **placed}
+
+
 def _check_bad(context: ExtractContext, excluded: dict[int, str]) -> None:
     if len(excluded) <= context.config.max_bad * len(context.index):
         return
-    listed = "\n".join(f"  {reason}" for reason in list(excluded.values())[:20])
+    listed = "\n".join(f"  {reason}" for reason in list(excluded.values())[:EXAMPLES])
     raise DataError(
         f"{len(excluded)} of {len(context.index)} samples cannot be used, more than data.max_bad="
         f"{context.config.max_bad} allows. The first of them:\n{listed}\n"

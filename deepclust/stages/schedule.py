@@ -18,7 +18,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from deepclust.data.shards.url import redact
+from deepclust.data.shards.find import described
 from deepclust.errors import DataError
 from deepclust.methods.base import Now
 from deepclust.recipe import Recipe
@@ -48,7 +48,7 @@ class Timeline:
         steps = n // recipe.train.batch
         if steps == 0:
             raise DataError(
-                f"{redact(recipe.data.shards)} has {n} images, fewer than one batch of "
+                f"{described(recipe.data.shards)} has {n} images, fewer than one batch of "
                 f"{recipe.train.batch}: lower train.batch"
             )
         config, train = recipe.cluster, recipe.train

@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Int32
 
 from deepclust import __version__
-from deepclust.data.shards.index import Index, open_index
+from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import read_json, write_json
 from deepclust.models import Backbone
@@ -18,6 +18,7 @@ from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import load, load_latest
 from deepclust.run.directory import Run, exists, is_done, manifest
 from deepclust.run.round_files import read_whitening
+from deepclust.stages.data_index import open_data_index
 from deepclust.stages.export import load_backbone
 
 
@@ -98,7 +99,7 @@ def backbone_part(tensors: dict[str, Any], trunk: str = "backbone") -> dict[str,
 def _index_of(source: Path) -> Index:
     other = Run(source.parent.parent)
     data = other.recipe.data
-    return open_index(data.shards, data.index, other.path)
+    return open_data_index(data, other.path)
 
 
 def _check_heads(recipe: Recipe, heads: int, source: Path) -> None:

@@ -70,7 +70,8 @@ def mirror_shards(
                 wait([work], timeout=_SYNC_S)
         finally:
             left.set()
-    return Index(index.folder, [mirror_dir / shard.name for shard in index.shards])
+    paths: list[Source] = [mirror_dir / shard.name for shard in index.shards]
+    return Index(index.folder, paths, index.manifest)
 
 
 def _state(work: Future[None], stopping: Callable[[], bool]) -> int:

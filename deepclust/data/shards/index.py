@@ -18,30 +18,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
-from deepclust.data.shards import index_build
+from deepclust.data.shards import index_build, summary
+from deepclust.data.shards.check import (
+    LabelsChangedError,
+    check_columns,
+    check_shards,
+    load_column,
+)
+from deepclust.data.shards.check import (
+    verify as verify_index,
+)
+from deepclust.data.shards.fields import DEFAULT, NONE, Fields, fields_from
 from deepclust.data.shards.file_lock import held
-from deepclust.data.shards.find import common_folder, expand
+from deepclust.data.shards.find import Shards, beside, common_folder, expand, is_folder
+from deepclust.data.shards.keys import Keys
+from deepclust.data.shards.left_out import Tally
 from deepclust.data.shards.manifest import (
     FOLDER,
     MANIFEST,
     Manifest,
-    check_members,
-    check_shards,
-    damaged,
+    fields_of,
     read_manifest,
 )
 from deepclust.data.shards.remote import fetch
-from deepclust.data.shards.scan import scan_all
 from deepclust.data.shards.url import Source, Url
 from deepclust.errors import DataError, RecipeError
 
@@ -52,44 +59,6 @@ class Location(NamedTuple):
     shard: Int64[np.ndarray, " m"]
     offset: Int64[np.ndarray, " m"]
     size: Int64[np.ndarray, " m"]
-
-
-class Keys(Sequence[str]):
-    """The samples' keys by sample id, read from keys.parquet a shard at a time."""
-
-    def __init__(self, path: Path, bases: Int64[np.ndarray, " s1"]) -> None:
-        """Remember the file and `bases`, the shards' first sample ids and n."""
-        self._path, self._bases = path, bases
-        self._loaded: tuple[int, pa.ChunkedArray] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return int(self._bases[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        """Return one key, or a list of keys."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        sample = range(len(self))[index]
-        shard = int(np.searchsorted(self._bases, sample, side="right")) - 1
-        return str(self._shard(shard)[sample - int(self._bases[shard])].as_py())
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield all keys in the order of sample ids."""
-        for shard in range(len(self._bases) - 1):
-            yield from self._shard(shard).to_pylist()
-
-    def _shard(self, shard: int) -> pa.ChunkedArray:
-        if self._loaded is None or self._loaded[0] != shard:
-            with pq.ParquetFile(self._path) as file:
-                self._loaded = shard, file.read_row_group(shard)["key"]
-        return self._loaded[1]
 
 
 class Index:
@@ -126,19 +95,25 @@ class Index:
     @cached_property
     def keys(self) -> Keys:
         """The samples' keys, read when first used."""
-        return Keys(self.folder / "keys.parquet", self.bases)
+        return Keys(self.folder, self.bases)
 
     @cached_property
     def class_names(self) -> list[str] | None:
         """The names of the labels, from the dataset.json next to the shards, if there is one."""
+        if (named := self.manifest.get("classes")) is not None:
+            return named
         path = common_folder(self.shards) / "dataset.json"
-        names: list[str] | None = json.loads(fetch(path) or b"{}").get("class_names")
+        names = _class_names(path)
         if names is not None and self.labels is not None and self.labels.max() >= len(names):
             raise DataError(
                 f"{path} names {len(names)} classes, but labels reach {self.labels.max()}. "
                 "Correct its class_names, or delete it."
             )
         return names
+
+    def notes(self, labels: bool = True) -> list[str]:
+        """Return what was left out, by reason with examples, and with `labels` what has none."""
+        return summary.notes(self.manifest, self.keys, labels=labels)
 
     def locate(self, sample_ids: Integer[np.ndarray, " m"]) -> Location:
         """Return where the images of these samples are (size 0 for excluded samples)."""
@@ -154,73 +129,142 @@ class Index:
         return f"{name}, key {self.keys[sample]!r}, offset {int(offset[0])}"
 
     def _column(self, name: str) -> np.ndarray:
-        try:
-            column: np.ndarray = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise damaged(self.folder, f"{name}.npy cannot be read: {error}") from error
-        if column.shape != (len(self),):
-            raise damaged(self.folder, f"{name}.npy has shape {column.shape}")
-        return column
+        return load_column(self.folder, name, len(self))
+
+
+def _class_names(path: Source) -> list[str] | None:
+    """Return the class names of a dataset.json, or None if it is missing or has none."""
+    try:
+        about = json.loads(fetch(path) or b"{}")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not JSON. Correct it, or delete it.") from error
+    names = about.get("class_names") if isinstance(about, dict) else 0
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(n, str) for n in names)
+    ):
+        raise DataError(f"{path} has no list class_names of texts. Correct it, or delete it.")
+    return names
 
 
 def open_index(
-    shards: str | Path, index: str | Path | None = None, run_dir: Path | None = None
+    shards: Shards,
+    index: str | Path | None = None,
+    run_dir: Path | None = None,
+    *,
+    image: str = DEFAULT.image,
+    labels: str = DEFAULT.labels,
 ) -> Index:
-    """Open the index of a folder, brace pattern or URL of shards, and build it if there is none.
+    """Open the index of shards (see `find.expand`), and build it if there is none.
 
     The index is the folder `index`, if that is given, else a folder next to the shards. Its name is
-    `deepclust-index` for all *.tar of one folder, and `deepclust-index-<8 hex digits>` for some.
-    For shards behind a URL it is `index`, or `run_dir / "index"` of the run that reads them. An
-    index that was uploaded next to such shards is copied. Otherwise one process reads all shards
-    once, and others wait for it.
+    `deepclust-index` for all *.tar of one folder, and `deepclust-index-<8 hex digits>` for some, or
+    for another `image` or `labels` (`fields.py`). For shards behind a URL it is `index`, or
+    `run_dir / "index"` of the run that reads them. An index that was uploaded next to such shards
+    is copied. Otherwise one process reads all shards once, and others wait for it. Labels that
+    have changed since are read again.
 
-    Raises DataError if the shards' names or sizes are not those that were indexed, and whatever
-    `build_index` raises.
+    Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
+    damaged, and whatever `build_index` raises.
     """
-    sources = expand(shards)
-    folder = _place(shards, sources, index, run_dir)
+    sources, fields = expand(shards), fields_from(image, labels)
+    folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
-        _make(folder, sources)
-    manifest = read_manifest(folder)
-    check_shards(folder, manifest, sources)
+        _make(folder, shards, sources, fields)
+    manifest = _checked(folder, sources, fields)
+    try:
+        check_shards(folder, manifest, sources)
+    except LabelsChangedError as error:
+        if fields.labels != NONE:
+            manifest = _read_labels_again(folder, shards, sources, error)
+    if fields.labels == NONE:
+        manifest = {**manifest, "labelled": False, "unlabelled": {}}
     return Index(folder, sources, manifest)
 
 
 def build_index(
-    shards: str | Path, index: str | Path | None = None, *, verify: bool = False
+    shards: Shards,
+    index: str | Path | None = None,
+    *,
+    verify: bool = False,
+    bodies: bool = False,
+    image: str = DEFAULT.image,
+    labels: str = DEFAULT.labels,
 ) -> Index:
     """Scan all shards and write their index in place of an old one.
 
-    With `verify` nothing is written. Every header and label is read again, and a DataError names
-    the first shard that is not as the index says.
+    With `bodies` all bytes of the shards are hashed too. With `verify` nothing is written. Every
+    header and label is read again and compared with the rows of the index, and bytes with their
+    hashes where there are some. A DataError says what is not as it was.
 
     Raises DataError for broken shards (see `scan.scan`) and when no sample has an image. Raises
     DiskError when the index cannot be written.
     """
-    sources = expand(shards)
-    folder = _place(shards, sources, index)
+    sources, fields = expand(shards), fields_from(image, labels)
+    folder = _place(shards, sources, fields, index)
     if not verify:
-        index_build.write(folder, scan_all(sources), replace=True)
+        index_build.write(folder, sources, fields, beside(shards), replace=True, bodies=bodies)
         return Index(folder, sources)
-    manifest = read_manifest(folder)
+    manifest = _checked(folder, sources, fields)
     check_shards(folder, manifest, sources)
-    check_members(folder, manifest, scan_all(sources))
+    verify_index(folder, manifest, sources)
     return Index(folder, sources, manifest)
 
 
-def _make(folder: Path, shards: list[Source]) -> None:
-    if isinstance(shards[0], Path):
-        index_build.write(folder, scan_all(shards), replace=False)
+def _checked(folder: Path, sources: list[Source], fields: Fields) -> Manifest:
+    """Return the manifest of an index that is whole and was made for these fields."""
+    try:
+        manifest = read_manifest(folder)
+        check_columns(folder, manifest)
+    except DataError:  # another process may have written it again meanwhile
+        manifest = read_manifest(folder)
+        check_columns(folder, manifest)
+    made = fields_of(manifest)
+    if made.image != fields.image or (fields.labels != NONE and made.labels != fields.labels):
+        raise DataError(
+            f"the index {folder} was made with data.image={made.image} data.labels={made.labels}, "
+            f"not data.image={fields.image} data.labels={fields.labels}: set data.index to another "
+            "folder, or write it again with `deepclust index SHARDS --image I --labels L`."
+        )
+    return manifest
+
+
+def _read_labels_again(
+    folder: Path, shards: Shards, sources: list[Source], error: LabelsChangedError
+) -> Manifest:
+    """Write an index again whose members are the same, and whose labels are not."""
+    with held(folder.with_name(f".{folder.name}.lock"), "indexes the shards"):
+        manifest = read_manifest(folder)
+        try:
+            check_shards(folder, manifest, sources)
+        except LabelsChangedError:
+            logging.getLogger("deepclust").warning("%s They are read again now.", error)
+            before, fields = manifest["fingerprint"], fields_of(manifest)
+            index_build.write(folder, sources, fields, beside(shards), replace=True)
+            manifest = read_manifest(folder)
+            if manifest["fingerprint"] != before:
+                raise DataError(f"the shards of {folder} changed while they were read.") from error
+    return manifest
+
+
+def _make(folder: Path, shards: Shards, sources: list[Source], fields: Fields) -> None:
+    if isinstance(sources[0], Path):
+        index_build.write(folder, sources, fields, beside(shards), replace=False)
         return
     # All bytes of remote shards are read, so one process does it for all.
     with held(folder.with_name(f".{folder.name}.lock"), "indexes the shards"):
-        if (folder / MANIFEST).exists() or index_build.copy_remote(folder, shards):
+        if (folder / MANIFEST).exists() or index_build.copy_remote(folder, sources, fields):
             return
-        index_build.write(folder, scan_all(shards), replace=False)
+        index_build.write(folder, sources, fields, Tally(), replace=False)
 
 
 def _place(
-    shards: str | Path, sources: list[Source], index: str | Path | None, run_dir: Path | None = None
+    shards: Shards,
+    sources: list[Source],
+    fields: Fields,
+    index: str | Path | None,
+    run_dir: Path | None = None,
 ) -> Path:
     """Return the folder of the index of `sources`, which `shards` was expanded to."""
     if index is not None:
@@ -233,10 +277,18 @@ def _place(
             f"the index of {folder} cannot be next to the shards: set data.index=FOLDER, or run "
             "`deepclust index URL --index FOLDER`"
         )
-    # A folder was listed already; what a pattern names may be all of its folder, or a part.
-    if Path(shards).is_dir() or (
+    usual = folder / _name(shards, sources, folder)
+    if fields == DEFAULT or (fields == Fields(labels=NONE) and (usual / MANIFEST).exists()):
+        return usual
+    words = repr((usual.name, *fields)).encode()
+    return folder / f"{FOLDER}-{hashlib.blake2b(words, digest_size=4).hexdigest()}"
+
+
+def _name(shards: Shards, sources: list[Source], folder: Path) -> str:
+    """Return the name of an index: what a pattern names may be all of its folder, or a part."""
+    if is_folder(shards) or (
         all(source.parent == folder for source in sources) and sources == expand(folder)
     ):
-        return folder / FOLDER
+        return FOLDER
     names = "\n".join(source.name for source in sources).encode()
-    return folder / f"{FOLDER}-{hashlib.blake2b(names, digest_size=4).hexdigest()}"
+    return f"{FOLDER}-{hashlib.blake2b(names, digest_size=4).hexdigest()}"

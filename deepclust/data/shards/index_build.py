@@ -7,7 +7,7 @@ renamed, so that a half-written one is never visible.
 from __future__ import annotations
 
 import errno
-import hashlib
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,46 +16,104 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int32
 
 from deepclust.data.shards import remote
+from deepclust.data.shards.check import (
+    DTYPES,
+    check_columns,
+    check_places,
+    check_shards,
+    column_names,
+    hash_shard,
+)
+from deepclust.data.shards.fields import AUTO, IMAGE_EXTENSIONS, Fields
+from deepclust.data.shards.keys import KEYS
+from deepclust.data.shards.left_out import Tally, listed, shown
 from deepclust.data.shards.manifest import (
     FOLDER,
     FORMAT,
     MANIFEST,
     Manifest,
-    check_shards,
+    ShardEntry,
+    fields_of,
+    fingerprint,
     read_manifest,
+    seal,
 )
-from deepclust.data.shards.scan import Scan
+from deepclust.data.shards.scan import Scan, scan, scan_all
 from deepclust.data.shards.url import Source, Url, common_folder
 from deepclust.errors import DataError, DiskError
-from deepclust.files import atomic_folder, write_json
+from deepclust.files import atomic_folder, file_hash, write_json
 
 _SCHEMA = pa.schema([("key", pa.string())])
+_LARGEST_FETCHED = 256 << 20  # bytes of a manifest behind a URL
+_LARGEST_LABEL = int(np.iinfo(np.int32).max)
+_OWN_FILES = {*(f"{name}.npy" for name in DTYPES), KEYS, MANIFEST}
 
 
-def write(folder: Path, scans: Iterator[Scan], *, replace: bool) -> None:
-    """Write the index, but keep one that another process finished first unless `replace`."""
-    _put(folder, lambda partial: _fill(partial, scans), replace=replace)
+def write(
+    folder: Path,
+    shards: Sequence[Source],
+    fields: Fields,
+    beside: Tally,
+    *,
+    replace: bool,
+    bodies: bool = False,
+) -> None:
+    """Write the index, but keep one that another process finished first unless `replace`.
+
+    `beside` counts files next to the shards that are not read. `bodies` hashes all bytes too.
+    """
+
+    def fill(partial: Path) -> None:
+        scans, used = _scans(shards, fields)
+        manifest = _fill(partial, scans, used, beside)
+        manifest["fields"] = fields._asdict()
+        if used != fields:
+            manifest["image_field"] = used.image
+        if bodies:
+            for shard, entry in zip(shards, manifest["shards"], strict=True):
+                entry["bodies"] = hash_shard(shard)
+        manifest["seal"] = seal(manifest)
+        write_json(partial / MANIFEST, manifest)
+
+    _put(folder, fill, replace=replace)
 
 
-def copy_remote(folder: Path, shards: Sequence[Source]) -> bool:
-    """Copy the index next to remote shards, and return whether there is one of just these."""
+def copy_remote(folder: Path, shards: Sequence[Source], fields: Fields) -> bool:
+    """Copy the index next to remote shards, and return whether there is one of just these.
+
+    Its sizes are known from the manifest before anything is copied.
+    """
     place = common_folder(shards) / FOLDER
-    if not isinstance(place, Url) or (data := remote.fetch(place / MANIFEST)) is None:
+    if not isinstance(place, Url):
         return False
 
     def fill(partial: Path) -> None:
+        data = remote.fetch(place / MANIFEST, _LARGEST_FETCHED)
+        if data is None:
+            raise DataError("it has no manifest")
         (partial / MANIFEST).write_bytes(data)
         manifest = read_manifest(partial)
         check_shards(partial, manifest, shards)
-        columns = ["offsets.npy", "sizes.npy", *(["labels.npy"] if manifest["labelled"] else [])]
-        for name in (*columns, "keys.parquet"):
-            remote.save(place / name, partial / name)
+        if fields_of(manifest) != fields:
+            raise DataError(f"it was made for {fields_of(manifest)}")
+        samples = sum(entry["samples"] for entry in manifest["shards"])
+        for name in column_names(manifest):
+            largest = 4096 + np.dtype(DTYPES[name]).itemsize * samples
+            remote.save(place / f"{name}.npy", partial / f"{name}.npy", largest)
+        # A key is in a header of its shard, so that all of them are smaller than the shards.
+        largest = (1 << 20) + sum(entry["size"] for entry in manifest["shards"])
+        remote.save(place / KEYS, partial / KEYS, largest)
+        check_columns(partial, manifest, largest=None)
+        check_places(partial, manifest)
 
     try:
         _put(folder, fill, replace=False)
     except DataError as error:
+        if isinstance(error, remote.UnreachableError) and error.kind == "down":
+            raise
         # It is torn, or of other shards. We cannot mend it there, and can do without it.
         logging.getLogger("deepclust").info("%s is not used: %s", place, error)
         return False
@@ -64,7 +122,7 @@ def copy_remote(folder: Path, shards: Sequence[Source]) -> bool:
 
 def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
     def make_room() -> None:
-        if replace and (folder / MANIFEST).exists():
+        if (replace and (folder / MANIFEST).exists()) or _is_torn(folder):
             shutil.rmtree(folder)
 
     try:
@@ -83,40 +141,118 @@ def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
             ) from error
 
 
-def _fill(folder: Path, scans: Iterator[Scan]) -> None:
+def _is_torn(folder: Path) -> bool:
+    """Return whether this was an index, and has lost its manifest."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names) and MANIFEST not in names and names <= _OWN_FILES
+
+
+def _scans(shards: Sequence[Source], fields: Fields) -> tuple[Iterator[Scan], Fields]:
+    """Return the scans, and with image=auto the field that all samples of the first shard have."""
+    first = scan(shards[0], fields=fields)
+    if fields.image == AUTO and first.common is not None:
+        used = fields._replace(image=first.common)
+        return scan_all(shards, used), used
+    rest = scan_all(shards[1:], fields) if len(shards) > 1 else iter(())
+    return itertools.chain([first], rest), fields
+
+
+def _fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> Manifest:
+    """Write the columns, and return the manifest of what was scanned."""
     done = []
-    with pq.ParquetWriter(folder / "keys.parquet", _SCHEMA, compression="zstd") as keys:
+    with pq.ParquetWriter(folder / KEYS, _SCHEMA, compression="zstd") as keys:
         for one in scans:
+            if one.pairs is not None:
+                raise _glued(one, *one.pairs)
             keys.write_table(pa.table([one.keys], schema=_SCHEMA), row_group_size=len(one.keys))
             done.append(one)
-    labels = np.concatenate([one.labels for one in done])
+    labels, classes = _numbered(done)
+    labelled = bool((labels >= 0).any())
     np.save(folder / "offsets.npy", np.concatenate([one.offsets for one in done]))
     np.save(folder / "sizes.npy", np.concatenate([one.sizes for one in done]))
-    if (labels >= 0).any():
+    if labelled:
         np.save(folder / "labels.npy", labels)
-    write_json(folder / MANIFEST, _manifest(done, bool((labels >= 0).any())))
+    manifest = _manifest(done, labelled, beside)
+    if classes is not None:
+        manifest["classes"] = classes
+    _check_useful(manifest, used, len(labels))
+    manifest["columns"] = {
+        path.name: {"bytes": path.stat().st_size, "hash": file_hash(path)}
+        for path in sorted(folder.iterdir())
+    }
+    return manifest
 
 
-def _manifest(scans: list[Scan], labelled: bool) -> Manifest:
+def _numbered(scans: list[Scan]) -> tuple[Int32[np.ndarray, " n"], list[str] | None]:
+    """Return all labels, and the sorted names that they number, unless all are numbers."""
+    names = sorted({name for one in scans for name in one.classes or ()})
+    numeric = all(n.isascii() and n.isdecimal() and len(n) < 11 for n in names)
+    numeric = numeric and all(int(name) <= _LARGEST_LABEL for name in names)
+    number = {name: int(name) if numeric else i for i, name in enumerate(names)}
+    columns = []
+    for one in scans:
+        own = [number[name] for name in one.classes or ()]
+        table = np.array([*own, -1], np.int32)
+        columns.append(one.labels if one.classes is None else table[one.labels])
+    return np.concatenate(columns), names if names and not numeric else None
+
+
+def _manifest(scans: list[Scan], labelled: bool, beside: Tally) -> Manifest:
     bases = np.cumsum([0, *(len(one.keys) for one in scans)])
     excluded = {
         str(int(base) + i): reason
         for base, one in zip(bases, scans, strict=False)
         for i, reason in one.excluded.items()
     }
-    if len(excluded) == bases[-1]:
-        raise DataError(
-            f"none of the {bases[-1]} samples has an image ({excluded['0']}). Images are .jpg, "
-            ".jpeg, .png, .webp or .ppm."
-        )
-    identity = repr([(one.name, one.size, one.digest) for one in scans]).encode()
+    left, unlabelled = Tally(), Tally()
+    for one in scans:
+        left.merge(one.left)
+        unlabelled.merge(one.unlabelled)
+    left.merge(beside)
+    shards = [_entry(one) for one in scans]
     return {
         "format": FORMAT,
-        "fingerprint": hashlib.blake2b(identity, digest_size=16).hexdigest(),
+        "fingerprint": fingerprint(shards),
         "labelled": labelled,
-        "shards": [
-            {"name": one.name, "size": one.size, "samples": len(one.keys), "digest": one.digest}
-            for one in scans
-        ],
+        "shards": shards,
         "excluded": excluded,
+        "left_out": left.as_dict(),
+        "unlabelled": unlabelled.as_dict(),
     }
+
+
+def _entry(one: Scan) -> ShardEntry:
+    return {
+        "name": one.name,
+        "size": one.size,
+        "samples": len(one.keys),
+        "digest": one.digest,
+        "labels": one.labels_digest,
+    }
+
+
+def _check_useful(manifest: Manifest, used: Fields, samples: int) -> None:
+    """Raise DataError if no sample has an image, or not the label that was asked for."""
+    excluded, asked = manifest["excluded"], used.image != AUTO
+    if len(excluded) == samples:
+        wanted = "" if asked else f" Images are .{', .'.join(IMAGE_EXTENSIONS)}"
+        raise DataError(
+            f"none of the {samples} samples has an image ({excluded['0']}).{wanted}; "
+            "data.image=FIELD takes the member KEY.FIELD, for example data.image=input.jpg."
+        )
+    if used.names_classes and not manifest["labelled"]:
+        why = Tally(manifest["unlabelled"])
+        raise DataError(
+            f"data.labels={used.labels}: no sample has such a label: {why}. "
+            "data.labels=none goes on without labels."
+        )
+
+
+def _glued(one: Scan, key: str, fields: list[str]) -> DataError:
+    some = listed(f".{name}" for name in fields)
+    return DataError(
+        f"shard {one.name}: key {shown(key)!r} holds {len(fields)} images ({some}), because a key "
+        "ends at the first dot of the name. If they are images of their own (frames), write the "
+        "shard again with names without further dots, for example clip_0001.png for "
+        f"clip.0001.png. If they belong together, choose one: data.image={shown(fields[0])}."
+    )

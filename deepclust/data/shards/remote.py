@@ -29,6 +29,7 @@ CHUNK = 8 << 20  # bytes of one request
 PAUSES_S = (0.1, 0.5, 2.0)  # before the second, third and last attempt of a read
 LIMIT_S = 120.0  # of one request
 WINDOW = 4  # concurrent requests for one shard that is copied
+LARGEST_FETCHED = 64 << 20  # bytes of a dataset.json
 _SILENCE_S = 60.0  # after which a web server that sends nothing counts as lost
 _SIZE_REQUESTS = 32  # concurrent requests for sizes
 _LATER = (408, 425, 429)  # HTTP statuses below 500 that may pass
@@ -89,24 +90,38 @@ def stream(url: Url, start: int, stop: int, stopped: Callable[[], bool] = never)
             left.set()
 
 
-def fetch(source: Source) -> bytes | None:
-    """Return a small file as a whole, or None if it is missing or access is denied."""
+def fetch(source: Source, largest: int = LARGEST_FETCHED) -> bytes | None:
+    """Return a small file as a whole, or None if it is missing or access is denied.
+
+    Raises `DataError` if it is larger than `largest` bytes.
+    """
     if isinstance(source, Path):
-        return source.read_bytes() if source.exists() else None
+        if not source.exists():
+            return None
+        _check_size(source, source.stat().st_size, largest)
+        return source.read_bytes()
     try:
         size = _size(source)
     except UnreachableError as error:
         if error.kind in ("missing", "denied"):
             return None
         raise
+    _check_size(source, size, largest)
     return b"".join(stream(source, 0, size))
 
 
-def save(url: Url, path: Path) -> None:
-    """Copy a file that must exist to `path`, piece by piece."""
+def save(url: Url, path: Path, largest: int) -> None:
+    """Copy a file that must exist, and be at most `largest` bytes, to `path`, piece by piece."""
+    size = _size(url)
+    _check_size(url, size, largest)
     with open(path, "wb") as file:
-        for piece in stream(url, 0, _size(url)):
+        for piece in stream(url, 0, size):
             file.write(piece)
+
+
+def _check_size(source: Source, size: int, largest: int) -> None:
+    if not 0 <= size <= largest:
+        raise DataError(f"{source} has {size} bytes, more than the {largest} that it can need.")
 
 
 def list_folder(folder: Url) -> list[Url]:

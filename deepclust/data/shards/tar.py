@@ -1,12 +1,10 @@
-"""The members of a tar file: where each one's bytes begin.
+"""The members of a tar file: where each one's bytes begin, and what is left out.
 
 `tarfile` and `webdataset` stop without an error at a damaged header and at a missing end-of-archive
 marker. They also stop at the end of the first of two tars joined by `cat`. Here each of these is an
-error that names the file, the offset and the fix.
-
-`tarfile` reads about 25,000 headers a second. Plain headers are therefore read here, each by one
-`pread` of 512 bytes, so that several threads can wait for a slow disk together. The others (PAX,
-GNU long names, ustar prefixes, sizes in base 256) are read by `tarfile`. Nothing is extracted.
+error that names the file, the offset and the fix. Headers are read by one `pread` of 512 bytes
+each, so that several threads can wait for a slow disk together, and understood by `header.py`.
+Nothing is extracted, and whatever a header says, the next position is behind it.
 
 A shard behind a URL is read from front to back in large blocks, because a request costs more than
 the images between two headers.
@@ -16,20 +14,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import os
-import tarfile
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from deepclust.data.shards import header as headers
 from deepclust.data.shards import remote
+from deepclust.data.shards.header import BLOCK, Header
 from deepclust.data.shards.url import Source, Url
 from deepclust.errors import DataError
 
-_BLOCK = 512
-_END = bytes(_BLOCK)
-_REGULAR = b"0\0"
+_END = bytes(BLOCK)
+_LARGEST_PADDING = (1 << 20) + 2 * BLOCK  # bytes of zeros that a tar may well end with
+_LARGEST_EXTENSION = 1 << 20  # bytes of a PAX header or a GNU long name
+_OTHER_KINDS = {
+    headers.SYMBOLIC_LINK: "symbolic link (write the tar with `tar --dereference`)",
+    b"3": "device",
+    b"4": "device",
+    b"6": "pipe",
+}
+_LOST_LINK = (
+    "hard link to a file that is not before it in this tar (write the tar with "
+    "`tar --hard-dereference`)"
+)
 _COMPRESSIONS = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -81,33 +90,6 @@ class _Blocks:
         return remote.read(self.url, start, size, self.stopped)
 
 
-class _File(io.RawIOBase):
-    """A shard as the file object that `tarfile` needs."""
-
-    def __init__(self, shard: Shard, position: int) -> None:
-        self.shard, self.position = shard, position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        assert whence == os.SEEK_SET
-        self.position = position
-        return position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.shard.read(len(buffer), self.position)
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
 @contextlib.contextmanager
 def open_shard(path: Source, stopped: Callable[[], bool] = remote.never) -> Iterator[Shard]:
     """Open a shard, and turn errors of the disk into a DataError that names it.
@@ -118,81 +100,144 @@ def open_shard(path: Source, stopped: Callable[[], bool] = remote.never) -> Iter
         yield Shard(path, _Blocks(path, stopped).read, path.size)
         return
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
         try:
-            yield Shard(path, functools.partial(os.pread, handle), os.fstat(handle).st_size)
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode):
+                raise DataError(f"shard {path} is not a regular file. Take it out of the folder.")
+            yield Shard(path, functools.partial(os.pread, handle), about.st_size)
         finally:
             os.close(handle)
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}.") from error
 
 
-def entries(shard: Shard) -> Iterator[TarEntry]:
-    """Yield the regular files in order, without folders and links.
+Left = Callable[[str, str], None]  # given the reason and the name of every member left out
 
-    Names that are not UTF-8 hold their bytes as surrogates, as in `tarfile`.
+
+def ignore(reason: str, name: str) -> None:
+    """Leave a member out without counting it: for callers that want the digest alone."""
+
+
+def entries(shard: Shard, left: Left = ignore) -> Iterator[TarEntry]:
+    """Yield the regular files in order, and hard links as the file that they name.
+
+    Folders are passed over. `left` is called with every other member. Names that are not UTF-8 hold
+    their bytes as surrogates, as in `tarfile`.
 
     Raises DataError for a file that is empty, compressed, not a tar, damaged, truncated, or sparse,
     or that has data after its end.
     """
     position = 0
-    while (header := shard.read(_BLOCK, position)) != _END:
-        entry, following = _plain(header, position) or _extended(shard, header, position)
-        if following > shard.size:
-            raise _truncated(shard, f"the member at offset {position} ends at {following}")
-        if entry is not None:
-            yield entry
-        position = following
-    _check_tail(shard, position)
+    targets: dict[str, tuple[int, int]] | None = None  # filled at the first hard link
+    while (block := shard.read(BLOCK, position)) != _END:
+        header, start = _member(shard, block, position)
+        if header.kind == headers.HARD_LINK and targets is None:
+            targets = _by_name(shard, position)
+        place = _place(header, start, targets)
+        if place is None:
+            _tell(header, left)
+        else:
+            if targets is not None:
+                targets[_plain_name(header.name)] = place
+            yield TarEntry(header.name, *place)
+        position = _following(shard, header, start)
+    _check_tail(shard, position, left)
 
 
-def _plain(header: bytes, position: int) -> tuple[TarEntry | None, int] | None:
-    """Return the regular file that this header alone describes, or None for `_extended`."""
-    if len(header) < _BLOCK or header[156] not in _REGULAR or header[124] & 0x80 or header[345]:
-        return None
+def _place(
+    header: Header, start: int, targets: dict[str, tuple[int, int]] | None
+) -> tuple[int, int] | None:
+    """Return offset and size of a member's bytes, or None if it has none in this tar."""
+    if header.kind in headers.REGULAR:
+        return start, header.size
+    if header.kind == headers.HARD_LINK and targets is not None:
+        return targets.get(_plain_name(header.target))
+    return None
+
+
+def _by_name(shard: Shard, stop: int) -> dict[str, tuple[int, int]]:
+    """Return offset and size of the regular files before `stop`, for hard links.
+
+    Only a shard that has hard links needs it, and is read again up to the first of them.
+    """
+    targets: dict[str, tuple[int, int]] = {}
+    position = 0
+    while position < stop:
+        header, start = _member(shard, shard.read(BLOCK, position), position)
+        if header.kind in headers.REGULAR:
+            targets[_plain_name(header.name)] = start, header.size
+        position = _following(shard, header, start)
+    return targets
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _tell(header: Header, left: Left) -> None:
+    if header.kind == headers.FOLDER:
+        return
+    reason = _OTHER_KINDS.get(header.kind, f"member of the unknown type {header.kind!r}")
+    left(_LOST_LINK if header.kind == headers.HARD_LINK else reason, header.name)
+
+
+def _member(shard: Shard, block: bytes, position: int) -> tuple[Header, int]:
+    """Return the member at this position, with its extended headers, and where its data begin."""
+    long: dict[bytes, str] = {}
+    pax: dict[str, str] = {}
+    at = position
     try:
-        size = int(header[124:136].strip(b" \0") or b"0", 8)
-        checksum = int(header[148:156].strip(b" \0"), 8)
-    except ValueError:
-        return None
-    name = header[:100].partition(b"\0")[0]
-    counted = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if counted != checksum or name.endswith(b"/"):
-        return None
-    start = position + _BLOCK
-    text = name.decode("utf-8", "surrogateescape")
-    return TarEntry(text, start, size), start + -(-size // _BLOCK) * _BLOCK
+        while (header := _header(shard, block, at)).kind in headers.EXTENSIONS:
+            headers.extend(header, _extension(shard, header, at), long, pax)
+            at = _following(shard, header, at + BLOCK)
+            block = shard.read(BLOCK, at)
+            if len(block) < BLOCK or block == _END:
+                raise _truncated(shard, f"the header at offset {position} has no member after it")
+        if headers.is_sparse(header, pax):
+            raise shard.wrong(
+                f"{header.name!r} is a sparse file", "Write the tar without --sparse."
+            )
+        extended = bool(long or pax)
+        return headers.with_extensions(header, long, pax) if extended else header, at + BLOCK
+    except DataError:
+        raise
+    except ValueError as error:
+        raise _damaged(shard, position, str(error)) from error
 
 
-def _extended(shard: Shard, header: bytes, position: int) -> tuple[TarEntry | None, int]:
-    """Return the entry at this position, read by `tarfile`, or None for folders and links."""
-    if len(header) < _BLOCK:
-        raise _ended_early(shard, header, position)
+def _header(shard: Shard, block: bytes, at: int) -> Header:
+    if len(block) < BLOCK:
+        raise _ended_early(shard, block, at)
     try:
-        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise _no_header(shard, header, position) from error
-    try:
-        info, following = _read_with_tarfile(shard, position)
-    except tarfile.TarError as error:
-        raise _damaged(shard, position) from error
-    if info is None:
-        raise _truncated(shard, f"the header at offset {position} has no member after it")
-    if info.issparse():
-        raise shard.wrong(f"{info.name!r} is a sparse file", "Write the tar without --sparse.")
-    if not info.isreg():
-        return None, following
-    return TarEntry(info.name, info.offset_data, info.size), following
+        return headers.parse(block)
+    except ValueError as error:
+        raise _no_header(shard, block, at, str(error)) from error
 
 
-def _read_with_tarfile(shard: Shard, position: int) -> tuple[tarfile.TarInfo | None, int]:
-    with _File(shard, position) as file:
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
-        return tar.next(), tar.offset
+def _extension(shard: Shard, header: Header, at: int) -> bytes:
+    """Return the data of an extended header."""
+    if header.size > _LARGEST_EXTENSION:
+        raise _damaged(shard, at, f"it has an extended header of {header.size} bytes")
+    data = shard.read(header.size, at + BLOCK)
+    if len(data) < header.size:
+        raise _truncated(shard, f"the header at offset {at} has no member after it")
+    return data
 
 
-def _check_tail(shard: Shard, position: int) -> None:
+def _following(shard: Shard, header: Header, start: int) -> int:
+    """Return the position after a member's data, which is behind its header and in the file."""
+    size = 0 if header.kind in headers.DATALESS else header.size
+    following = start + -(-size // BLOCK) * BLOCK
+    if following > shard.size:
+        raise _truncated(shard, f"the member at offset {start - BLOCK} ends at {following}")
+    return following
+
+
+def _check_tail(shard: Shard, position: int, left: Left) -> None:
     """Raise if anything but zeros follows the end marker: further members would be lost."""
+    if shard.size - position > _LARGEST_PADDING:
+        left("end of more than 1 MiB of zeros, as in an unfinished copy", shard.path.name)
     while block := shard.read(1 << 16, position):
         if block.count(0) != len(block):
             raise shard.wrong(
@@ -203,9 +248,9 @@ def _check_tail(shard: Shard, position: int) -> None:
         position += len(block)
 
 
-def _no_header(shard: Shard, header: bytes, position: int) -> DataError:
+def _no_header(shard: Shard, header: bytes, position: int, why: str) -> DataError:
     if position:
-        return _damaged(shard, position)
+        return _damaged(shard, position, why)
     for magic, program in _COMPRESSIONS.items():
         if header.startswith(magic):
             return shard.wrong(
@@ -219,12 +264,12 @@ def _ended_early(shard: Shard, header: bytes, position: int) -> DataError:
     if shard.size == 0:
         return shard.wrong("empty (0 bytes)", _REWRITE)
     if position == 0:
-        return _no_header(shard, header, position)
+        return _no_header(shard, header, position, "")
     return _truncated(shard, f"there is no end-of-archive marker at offset {position}")
 
 
-def _damaged(shard: Shard, position: int) -> DataError:
-    return shard.wrong(f"damaged or cut short at offset {position}", _REWRITE)
+def _damaged(shard: Shard, position: int, why: str) -> DataError:
+    return shard.wrong(f"damaged or cut short at offset {position} ({why})", _REWRITE)
 
 
 def _truncated(shard: Shard, what: str) -> DataError:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deepclust.data.shards.find import common_folder, expand
+from deepclust.data.shards.find import beside, common_folder, expand
+from deepclust.data.shards.index import open_index
 from deepclust.errors import DataError
 
 
@@ -67,6 +68,54 @@ def test_a_folder_of_compressed_shards_says_to_unpack_them(tmp_path: Path) -> No
         expand(touch(tmp_path, "a.tar.gz"))
 
 
+def test_a_folder_of_folders_gives_the_shards_in_them_though_links_go_round(tmp_path: Path) -> None:
+    touch(tmp_path, "0/100.tar", "1/201.tar", "1/x/302.tar", "1/note.txt", ".hidden/9.tar")
+    (tmp_path / "1" / "up").symlink_to(tmp_path)
+    assert names(expand(tmp_path)) == ["100.tar", "201.tar", "302.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["*/*.tar", "**/*.tar", "{0,1}", "{0,1}/*.tar", "**"])
+def test_stars_and_braces_of_folders_name_shards_in_subfolders(
+    tmp_path: Path, pattern: str
+) -> None:
+    touch(tmp_path, "0/100.tar", "1/201.tar", "1/201.json")
+    assert names(expand(f"{tmp_path}/{pattern}")) == ["100.tar", "201.tar"]
+
+
+def test_a_list_of_folders_and_patterns_is_one_set(tmp_path: Path) -> None:
+    touch(tmp_path, "x/b.tar", "y/a.tar", "y/c.tar")
+    both = expand([tmp_path / "x", f"{tmp_path}/y/{{a,c}}.tar"])
+    assert names(both) == ["a.tar", "b.tar", "c.tar"]
+    with pytest.raises(DataError, match="empty list"):
+        expand([])
+
+
+def test_what_looks_like_a_shard_and_is_not_read_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar", "B.TAR", "c.tar.gz", "d.tgz", "more/e.tar", "f.tar.zst")
+    assert names(expand(tmp_path)) == ["a.tar"]
+    told = str(beside(tmp_path))
+    assert "3 x compressed shard: unpack it: c.tar.gz, d.tgz, f.tar.zst" in told
+    assert "B.TAR" in told
+    assert "more/e.tar" in told
+
+
+def test_a_folder_of_shards_in_capitals_is_read(tmp_path: Path) -> None:
+    assert names(expand(touch(tmp_path, "A.TAR", "b.Tar"))) == ["A.TAR", "b.Tar"]
+
+
+@pytest.mark.parametrize("by", ["s.tar", "*.tar", ""])
+def test_a_link_that_leads_nowhere_is_named_as_such(tmp_path: Path, by: str) -> None:
+    (tmp_path / "s.tar").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"s\.tar"):
+        open_index(f"{tmp_path}/{by}")
+
+
+@pytest.mark.parametrize("inside", ["0..99999999999999999999", "9..0", "0..999999999"])
+def test_a_range_that_cannot_be_meant_is_refused(tmp_path: Path, inside: str) -> None:
+    with pytest.raises(DataError, match="first and the last shard"):
+        expand(f"https://host/s-{{{inside}}}.tar")
+
+
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no shard .*nowhere"):
         expand(tmp_path / "nowhere")
@@ -87,3 +136,15 @@ def test_pipes_are_refused_and_nothing_runs(tmp_path: Path, words: str) -> None:
     with pytest.raises(DataError, match="pipes are not supported"):
         expand(words.format(marker=marker))
     assert not marker.exists()
+
+
+def test_paths_and_urls_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.tar")
+    monkeypatch.setattr("deepclust.data.shards.remote.with_sizes", list)
+    with pytest.raises(DataError, match="either paths or URLs"):
+        expand([tmp_path, "s3://x/b.tar"])
+
+
+def test_a_name_that_is_too_long_is_an_error_with_the_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name too long"):
+        expand(tmp_path / ("x" * 300))

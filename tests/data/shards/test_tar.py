@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -58,13 +59,93 @@ def test_a_ustar_prefix_belongs_to_the_name(tmp_path: Path) -> None:
     assert read(path) == by_tarfile(path)
 
 
-def test_folders_and_links_are_skipped(tmp_path: Path) -> None:
+def add(tar: tarfile.TarFile, name: str, kind: bytes, target: str = "") -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    tar.addfile(member)
+
+
+def test_folders_are_passed_over_and_links_without_a_file_are_told(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for name, kind in [("f", tarfile.DIRTYPE), ("l", tarfile.SYMTYPE), ("h", tarfile.LNKTYPE)]:
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "a.jpg"
-            tar.addfile(member)
+        add(tar, "f", tarfile.DIRTYPE)
+        add(tar, "l.jpg", tarfile.SYMTYPE, "a.jpg")
+        add(tar, "h.jpg", tarfile.LNKTYPE, "a.jpg")  # a.jpg comes later
+        add(tar, "p", tarfile.FIFOTYPE)
         tar.addfile(tarfile.TarInfo("a.jpg"))
+    told: list[tuple[str, str]] = []
+    with open_shard(tmp_path / "s.tar") as shard:
+        members = list(entries(shard, lambda reason, name: told.append((name, reason))))
+    assert [member.name for member in members] == ["a.jpg"]
+    assert [name for name, _ in told] == ["l.jpg", "h.jpg", "p"]
+    assert "--dereference" in told[0][1]
+    assert "--hard-dereference" in told[1][1]
+
+
+def test_a_hard_link_is_the_file_that_it_names(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("./a.jpg", LONG):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+        add(tar, "b.jpg", tarfile.LNKTYPE, "./a.jpg")
+        add(tar, "c.jpg", tarfile.LNKTYPE, LONG)
+        add(tar, "d.jpg", tarfile.LNKTYPE, "c.jpg")  # a link to a link
+        add(tar, "e.jpg", tarfile.LNKTYPE, "a.jpg")
+    a, long, b, c, d, e = read(tmp_path / "s.tar")
+    assert (b.offset, b.size) == (e.offset, e.size) == (a.offset, 3)
+    assert (c.offset, c.size) == (d.offset, d.size) == (long.offset, 3)
+
+
+def with_size(field: bytes) -> bytes:
+    """A tar of one member whose header has these bytes as its size, and a right check sum."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = field.ljust(12, b"\0")
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * 32)
+    return bytes(header) + bytes(4 * BLOCK)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *(b"-0000001000", b"-1", b"+12", b"1_0", b"0o17", b"77777777777", b"1e3", b"\xb2"),
+        *(b"\xff" * 12, b"\xff" * 11 + b"\0", b"\x80" + b"\xff" * 11, b"\x80\0\0\0\x40"),
+    ],
+)
+def test_a_hostile_size_is_an_error_and_reading_ends(tmp_path: Path, field: bytes) -> None:
+    (tmp_path / "s.tar").write_bytes(with_size(field))
+    with pytest.raises(DataError, match=r"s\.tar: (damaged|not a tar|truncated)"):
+        read(tmp_path / "s.tar")
+
+
+def extended(kind: bytes, body: bytes, claimed: int | None = None) -> bytes:
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = kind, len(body) if claimed is None else claimed
+    return header.tobuf(tarfile.GNU_FORMAT) + body + bytes(-len(body) % BLOCK)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        extended(b"x", b"12 size=-512\n"),
+        extended(b"x", b"29 size=9223372036854775808\n"),
+        extended(b"x", b"999 path=a\n"),
+        extended(b"x", b"0 path=a\n"),
+        extended(b"x", b"9" * 500_000),
+        extended(b"x", b"", claimed=2**62),
+        extended(b"L", b"", claimed=2**33),
+        extended(b"g", b"14 path=a.jpg\n"),
+        extended(b"x", b"23 GNU.sparse.map=a,b\n"),
+    ],
+)
+def test_a_hostile_extended_header_is_an_error(tmp_path: Path, before: bytes) -> None:
+    (tmp_path / "s.tar").write_bytes(before + with_size(b"0"))
+    with pytest.raises(DataError, match=r"s\.tar: (damaged|truncated|'a\.jpg' is a sparse)"):
+        read(tmp_path / "s.tar")
+
+
+def test_thousands_of_extended_headers_are_read(tmp_path: Path) -> None:
+    many = extended(b"x", b"15 mtime=12345\n") * 3000
+    (tmp_path / "s.tar").write_bytes(many + with_size(b"0"))
     assert [member.name for member in read(tmp_path / "s.tar")] == ["a.jpg"]
 
 
@@ -147,3 +228,19 @@ def test_members_hold_the_bytes_that_were_written(tmp_path: Path) -> None:
     data = write_tar(tmp_path / "s.tar", written).read_bytes()
     for member, (_, content) in zip(read(tmp_path / "s.tar"), written, strict=True):
         assert io.BytesIO(data[member.offset :]).read(member.size) == content
+
+
+def test_a_pipe_or_folder_called_like_a_shard_is_an_error_and_nobody_waits(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").mkdir()
+    for name in ("a.tar", "b.tar"):
+        with pytest.raises(DataError, match=f"{name} is not a regular file"):
+            read(tmp_path / name)
+
+
+def test_a_shard_that_ends_in_zeros_where_members_should_be_is_noted(shard: Path) -> None:
+    os.truncate(shard, 2 << 20)
+    notes: list[str] = []
+    with open_shard(shard) as opened:
+        assert len(list(entries(opened, lambda reason, name: notes.append(reason)))) == 2
+    assert "unfinished copy" in notes[0]

@@ -1,0 +1,21 @@
+"""The index that a recipe's `data` section means: the only place that reads its keys for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepclust.data.shards.fields import AUTO, NONE
+from deepclust.data.shards.find import Shards
+from deepclust.data.shards.index import Index, open_index
+from deepclust.recipe.sections import Data
+
+
+def open_data_index(data: Data, run_dir: Path | None = None) -> Index:
+    """Return the index of `data.shards`; raises what `open_index` raises."""
+    return open_index(data.shards, data.index, run_dir, image=data.image, labels=data.labels)
+
+
+def open_labelled(shards: Shards, data: Data) -> Index:
+    """Return the index of other shards read in the same way, with their labels in any case."""
+    labels = AUTO if data.labels == NONE else data.labels
+    return open_index(shards, image=data.image, labels=labels)
