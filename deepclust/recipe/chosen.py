@@ -54,7 +54,8 @@ def choose_sections(
         try:
             chosen[name] = section_of(str(name), table, TermSection)
         except RecipeError as error:
-            chosen[name] = _UnknownTerm
+            if str(name).isprintable():  # pydantic takes no field whose name is not UTF-8
+                chosen[name] = _UnknownTerm
             problems.append(f"terms.{name}: {error}")
     return tree, (section, tuple(chosen.items())), problems
 
