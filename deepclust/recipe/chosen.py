@@ -54,7 +54,7 @@ def choose_sections(
         try:
             chosen[name] = section_of(str(name), table, TermSection)
         except RecipeError as error:
-            if str(name).isprintable():  # pydantic takes no field whose name is not UTF-8
+            if isinstance(name, str) and name.isprintable():  # else no field for pydantic
                 chosen[name] = _UnknownTerm
             problems.append(f"terms.{name}: {error}")
     return tree, (section, tuple(chosen.items())), problems
