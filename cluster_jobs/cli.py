@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deepclust import __version__
-from deepclust.errors import DeepclustError, RecipeError
+from deepclust.errors import DeepclustError, DiskError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,6 +50,11 @@ def main() -> None:
     except DeepclustError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a file that nobody expected to be refused
+        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
+        sys.exit(DiskError.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             sys.stderr.write("interrupted; finished work is kept\n")
@@ -429,7 +434,7 @@ def export(
     """Write the backbone of the newest checkpoint, and compare the file with it."""
     from cluster_jobs.results.evaluate import export_run
 
-    exported = export_run(run_dir, out, format_)
+    exported = export_run(run_dir, out, format_, emit=_log)
     _log(f"wrote {exported.path} ({exported.hash})\n{exported.usage}")
 
 
@@ -442,8 +447,11 @@ def report(
 ) -> None:
     """Write one static HTML page: curves, clusters, images."""
     from cluster_jobs.report import write_report
+    from deepclust.files import target_of
 
-    _log(f"wrote {write_report(run_dir, out or run_dir / 'report.html')}")
+    file = target_of(out) if out else run_dir / "report.html"
+    write_report(run_dir, file)
+    _log(f"wrote {out or file}")
 
 
 @app.command(epilog=_examples("guide", "guide imagenet-on-slurm"))

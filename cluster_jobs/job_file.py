@@ -6,15 +6,26 @@ They reach a controller on any host, and all who see the run can read them.
 from __future__ import annotations
 
 import logging
+import os
+import re
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from deepclust.files import disk_errors, read_json, write_json
+from deepclust.errors import DataError
+from deepclust.files import create_empty, disk_errors, read_record, write_json
 from deepclust.run import lock
+from deepclust.run.reporting import AppendingHandler
 
 LOCAL = {"on": "local"}
+FIELDS = {  # of job.json, where it has them
+    "on": str,
+    "time": (int, float, None),
+    "job": (str, int, None),
+    **dict.fromkeys(("address", "submission", "output"), (str, None)),
+}
+MOST = 2**20  # bytes of job.json
 
 
 def record(run_dir: Path, **facts: Any) -> None:
@@ -24,9 +35,19 @@ def record(run_dir: Path, **facts: Any) -> None:
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """Return where the run was submitted: `on` and what that executor has recorded."""
+    """Return where the run was submitted: `on` and what that executor has recorded.
+
+    Raises `DataError` for a damaged file, and for a `job` that does not look like one. It goes to a
+    command, where it must not be an option.
+    """
     file = run_dir / "job.json"
-    return dict(read_json(file)) if file.exists() else dict(LOCAL)
+    if not os.path.lexists(file):
+        return dict(LOCAL)
+    facts = read_record(file, FIELDS, MOST)
+    job = str(facts.get("job", 0))
+    if not re.fullmatch(r"[0-9A-Za-z][\w.\[\]-]*", job):
+        raise DataError(f"{file} is damaged: its job {job[:80]!r} cannot be one")
+    return facts
 
 
 def record_local(run_dir: Path) -> None:
@@ -42,8 +63,7 @@ def output(run_dir: Path) -> Path:
 
 def ask_to_cancel(run_dir: Path) -> None:
     """Write a cancel request, which the controller polls for."""
-    with disk_errors(run_dir):
-        (run_dir / "cancel").touch()
+    create_empty(run_dir / "cancel")
 
 
 def stopping(run_dir: Path, signals: list[int]) -> bool:
@@ -58,11 +78,13 @@ def stopping(run_dir: Path, signals: list[int]) -> bool:
 
 def forget_cancel(run_dir: Path) -> None:
     """Remove the cancel request, if there is one."""
-    (run_dir / "cancel").unlink(missing_ok=True)
+    with disk_errors(run_dir):
+        (run_dir / "cancel").unlink(missing_ok=True)
 
 
 def log_to(run_dir: Path) -> None:
     """Send a controller's log to the run and to stderr."""
-    file = logging.FileHandler(run_dir / "logs" / "controller.log")
+    with disk_errors(run_dir):
+        file = AppendingHandler(run_dir / "logs" / "controller.log")
     handlers: list[logging.Handler] = [file, logging.StreamHandler()]
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)

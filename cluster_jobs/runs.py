@@ -16,7 +16,7 @@ from cluster_jobs.executors.base import Plan, Sweep
 from cluster_jobs.status import Status, find_runs
 from cluster_jobs.status import follow as follow_log
 from cluster_jobs.sweep import run_dirs
-from deepclust.errors import RecipeError, ResourceError, RunHeldError
+from deepclust.errors import DeepclustError, RecipeError, ResourceError, RunHeldError
 from deepclust.launch import start
 from deepclust.recipe import Recipe
 from deepclust.run import directory, lock
@@ -94,8 +94,14 @@ def run_stage(run_dir: Path, stage: str, show: Show) -> Run:
 
 def cancel(folder: Path) -> Iterator[str]:
     """Stop a run, or all runs in a folder, and yield what became of each."""
+    if directory.exists(folder):
+        yield executor_of(folder).cancel(folder)
+        return
     for run in find_runs(folder) or [directory.open_run(folder)]:
-        yield executor_of(run.path).cancel(run.path)
+        try:
+            yield executor_of(run.path).cancel(run.path)
+        except DeepclustError as error:  # one broken run must not keep the others going
+            yield f"{run.path} was not stopped: {error}"
 
 
 def follow(run_dir: Path, emit: Callable[[str], None]) -> Status:

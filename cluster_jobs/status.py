@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,11 +19,13 @@ from deepclust.errors import (
     ResourceError,
     exit_code_of,
 )
+from deepclust.files import open_regular, reading
 from deepclust.launch.start import is_finished
 from deepclust.run import directory, lock
 from deepclust.run.directory import Run
 
 Record = dict[str, Any]
+MOST_READ = 2**26  # bytes of a log that are printed at a time
 PHASES = {  # what goes on after an event
     "started": "start",
     "unit": "extract",
@@ -69,20 +72,40 @@ class Status:
 
 def find_runs(folder: Path) -> list[Run]:
     """Return the run that a folder is, or the runs in it."""
-    if not folder.is_dir():
-        raise RecipeError(f"{folder} is not a folder: give a run, or a folder of runs")
-    if directory.exists(folder):
+    with reading(folder):
+        if not folder.is_dir():
+            raise RecipeError(f"{folder} is not a folder: give a run, or a folder of runs")
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    if "recipe.yaml" in names:
         return [Run(folder)]
-    return [Run(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))]
+    return [Run(folder / name) for name in names if _may_be_run(folder / name)]
+
+
+def _may_be_run(folder: Path) -> bool:
+    """Return whether a folder holds a recipe, or may hold one that we cannot see."""
+    try:
+        return "recipe.yaml" in os.listdir(folder)
+    except NotADirectoryError:
+        return False
+    except OSError:  # of another user: a line says so
+        return folder.is_dir()
 
 
 def status(run: Run) -> Status:
     """Return the state of a run, from its lock, events, metrics and the queue of its job."""
     try:
         return _status(run)
-    except DeepclustError as error:  # one broken run must not hide the others
-        reason = str(error).splitlines()[0]
-        return Status(run.path.resolve().name, "FAILED", "", 0, reason=reason)
+    except Exception as error:  # whatever is wrong with one run must not hide the others
+        ours = isinstance(error, DeepclustError)
+        reason = first_line(str(error)) if ours else f"{type(error).__name__}: {error}"
+        code = getattr(error, "exit_code", 1)
+        name = os.path.basename(os.path.abspath(run.path))
+        return Status(name, "FAILED", "", 0, reason=first_line(reason), exit_code=code)
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text, which may be empty and is of a length for a table."""
+    return (text.splitlines() or [""])[0][:500]
 
 
 def _status(run: Run) -> Status:
@@ -122,7 +145,7 @@ def _state(run: Run, owner: str | None, events: list[Record]) -> tuple[str, str,
     # a job that its queue has ended may still hold the lock, until its heartbeat is old
     if owner and (job is None or job.phase in ("running", "submitted", "unknown")):
         return _controlled(events)
-    since = job_file.read(run.path).get("time", 0)
+    since = job_file.read(run.path).get("time") or 0
     own = [event for event in events if event["time"] >= since]
     return (job and _queued(job, own)) or _ended(run, job, events)
 
@@ -162,7 +185,7 @@ def _ended(run: Run, job: JobState | None, events: list[Record]) -> tuple[str, s
     code = exit_code_of(last["kind"])
     if last["kind"] in ("RequeueWanted", "KeyboardInterrupt", "Stage"):
         return "STOPPED", last["text"], code
-    return "FAILED", f"{last['kind']}: {last['text'].splitlines()[0]}", code
+    return "FAILED", f"{last['kind']}: {first_line(last['text'])}", code
 
 
 def _controlled(events: list[Record]) -> tuple[str, str, int]:
@@ -221,7 +244,8 @@ def tail(run_dir: Path, rank: int, follow: bool) -> Iterator[str]:
         held = lock.owner(run_dir) is not None
         goes_on = held or (follow and _will_start(run_dir))
         for name in names:
-            yield from _new_lines(folder / name, offsets)
+            while lines := _new_lines(folder / name, offsets):
+                yield from lines
         if not follow or not goes_on:
             return
         time.sleep(POLL_S if held else executor_of(run_dir).poll_s)
@@ -237,11 +261,12 @@ def _will_start(run_dir: Path) -> bool:
 
 def _new_lines(file: Path, offsets: dict[str, int]) -> list[str]:
     """Return the whole lines that were added since the last call."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
-    with open(file, "rb") as log:
+    with reading(file), open_regular(file) as log:
         log.seek(offsets[file.name])
-        data = log.read()
-    whole = data[: data.rfind(b"\n") + 1]
+        data = log.read(MOST_READ)
+    # a line may be longer than what is read at a time
+    whole = data if len(data) == MOST_READ else data[: data.rfind(b"\n") + 1]
     offsets[file.name] += len(whole)
     return whole.decode(errors="replace").splitlines()

@@ -27,6 +27,10 @@ class DataError(DeepclustError, ValueError):
     exit_code = 3
 
 
+class MissingError(DataError, FileNotFoundError):
+    """A file that should be there is not."""
+
+
 class ResourceError(DeepclustError, RuntimeError):
     """A device, node, process or library that the job needs is missing."""
 

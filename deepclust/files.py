@@ -1,6 +1,8 @@
-"""Atomic files and folders: write under a temporary name, sync, then rename.
+"""Files: written atomically, appended without following links, read with errors that name them.
 
-A full disk becomes a `DiskError` that names the path, and the file that was there stays as it was.
+A file is written under a temporary name, synced, then renamed. Whatever the system says against it
+becomes a `DiskError` with the path, and the file that was there stays as it was. What cannot be
+read, or is damaged, becomes a `DataError` with the path. A run may come from anybody.
 
 One reader of Python files is here too: `import_named`, for the modules of users.
 """
@@ -11,51 +13,176 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from deepclust.errors import DiskError, RecipeError
+from deepclust.errors import DataError, DeepclustError, DiskError, MissingError, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HASH_BLOCK = 2**24  # bytes; small enough for a sign of life every second on a slow disk
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+MOST_JSON = 2**30  # bytes of a JSON or JSONL file; more is not one of ours
+_FREE = (
+    "Free some space there and resume; finished work is kept. `deepclust resume RUN "
+    "keep.checkpoints=1` drops older checkpoints first."
+)
+_MAY = "Choose a folder that you may write to."
+_FAILING = "Look at the storage, then resume."
+REMEDIES = {  # of what the system says against a file
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FREE),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR), _MAY),
+    errno.EEXIST: "Something else stands there. Choose another name.",
+    errno.ENOENT: "A folder or the target of a link is missing. Choose another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "It is a link, which is not followed here. Remove the link.",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), _FAILING),
+}
+# these say nothing of another thing than a file, even where no file is named with them
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+_OF_READING = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO, errno.ESTALE)  # as well
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise a `DiskError` with the remedy for a full, read-only or forbidden disk."""
+    """Raise a `DiskError` with path and remedy for what the system says against a file."""
     try:
         yield
+    except DeepclustError:
+        raise
     except OSError as error:
         # NumPy reports a short write without an errno
-        if error.errno in _FULL or str(error).endswith(" written"):
-            remedy = "Free some space there and resume; finished work is kept."
-        elif error.errno in _FORBIDDEN:
-            remedy = "Choose a folder that you may write to."
-        else:
+        short = error.errno is None and str(error).endswith(" written")
+        number = errno.ENOSPC if short else error.errno
+        if number is None or (error.filename is None and number not in _OF_FILES):
             raise
-        reason = error.strerror or "No space left on device"
-        raise DiskError(f"cannot write {error.filename or path}: {reason}. {remedy}") from error
+        if error.filename2 is not None and number in (errno.ENOTEMPTY, errno.EEXIST):
+            raise  # of a rename: another process was first, which callers may want to know
+        raise DiskError(_refused(error, number, path)) from error
+
+
+def _refused(error: OSError, number: int, path: Path) -> str:
+    """Return the message about a file that the system refuses."""
+    what = "read or write" if number in _OF_READING else "write"
+    reason = (error.errno and error.strerror) or os.strerror(number)
+    remedy = REMEDIES.get(number, _FAILING)
+    return f"cannot {what} {error.filename or path}: {reason}. {remedy}"
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str = "") -> Iterator[None]:
+    """Raise a `DataError` with the path for a file that is missing, damaged or something else.
+
+    Libraries raise what they like for a damaged file, so everything they raise counts. The block
+    holds nothing but the reading.
+    """
+    try:
+        yield
+    except DeepclustError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingError(f"{path} is missing. {remedy}".rstrip()) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot read {path}: {reason}. {remedy}".rstrip()) from error
+    except Exception as error:
+        what = (str(error).splitlines() or [""])[0][:200]
+        raise DataError(
+            f"{path} is damaged, or not what its name says: {type(error).__name__} {what}. "
+            f"{remedy}".rstrip()
+        ) from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, and refuse a pipe or device, which could block for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(handle, "rb")
+
+
+def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
+    """Return the bytes of a regular file of at most that size, or raise a `DataError`."""
+    with reading(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise DataError(f"{path} has {size:,} bytes, more than {most:,}: it is not one of ours")
+        return file.read()
+
+
+def open_append(path: Path) -> BinaryIO:
+    """Open a regular file at its end, for reading too, and create it if it is not there.
+
+    A link is refused. Others may know the name and write to the folder, and a line of ours would
+    land in a file of their choice. Raises OSError (see `disk_errors`).
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EPERM, "it is not a regular file", str(path))
+    return open(handle, "a+b")
+
+
+def create_empty(path: Path) -> None:
+    """Create an empty file, or leave the one that is there as it is; refuse a link."""
+    with disk_errors(path):
+        open_append(path).close()
+
+
+def target_of(path: Path) -> Path:
+    """Return the file that writing `path` would replace: the end of a link, else itself.
+
+    Raises `DiskError` for a folder, a device, a pipe or a socket, which must not become a file.
+    So it does for a link to nothing, and for links in a circle.
+    """
+    with disk_errors(path):
+        if not path.is_symlink():
+            _refuse_special(path, path)
+            return path
+        try:
+            target = Path(os.path.realpath(path, strict=True))
+        except FileNotFoundError:
+            raise OSError(errno.ENOENT, "it is a link to nothing", str(path)) from None
+        _refuse_special(target, path)
+        return target
+
+
+def _refuse_special(target: Path, path: Path) -> None:
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise DiskError(
+            f"cannot write {path}: it is a device, a pipe or a socket, which a file would replace. "
+            "Choose a file."
+        )
 
 
 def temporary(path: Path) -> Path:
     """Return a unique name under which `path` is written before it is renamed."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Yield a temporary path, then sync it, call `before` (the fence) and rename it."""
+    """Yield a temporary path, then sync it, call `before` (the fence) and rename it.
+
+    A link is replaced, not its target: see `target_of` for a file that the user names.
+    """
     path = Path(path)
     partial = temporary(path)
     with disk_errors(path):
@@ -67,7 +194,9 @@ def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterat
             os.replace(partial, path)
             sync(path.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            # an error of removing what is left must not hide why it is left
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,32 +207,81 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document atomically, keys in the order given."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    with atomic_file(path) as partial:
+        partial.write_bytes(_json_bytes(value, indent=1) + b"\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON document."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def _json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """Return a value as JSON in UTF-8, where a name that is not UTF-8 has JSON's own escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """Read a JSON document.
+
+    Raises `MissingError` for a file that is not there, `DataError` for anything else wrong with it.
+    """
+    data = read_bytes(Path(path), most)
+    with reading(path):
+        return json.loads(data.decode("utf-8"))
+
+
+def read_record(path: Path, fields: dict[str, Any], most: int = MOST_JSON) -> dict[str, Any]:
+    """Read a JSON object that has at least these fields, each of its type (see `fits`).
+
+    Raises `DataError` that names the file and the first field that is not as it should be.
+    """
+    record = read_json(path, most)
+    if not isinstance(record, dict):
+        raise DataError(f"{path} is damaged: it holds no record, but {type(record).__name__}")
+    for name, kind in fields.items():
+        if not fits(record.get(name), kind):
+            raise DataError(f"{path} is damaged: its {name!r} is missing, or no such value")
+    return record
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Return whether a JSON value is of a type or a tuple of types (None: null or missing).
+
+    Numbers are of a size that can be computed with. True and False are no numbers.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if value is None:
+        return None in kinds
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False
+    return isinstance(value, tuple(one for one in kinds if one is not None))
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
     """Append one line to a JSONL file in one write, and end a line that was cut short before."""
-    with disk_errors(path), open(path, "a+b") as file:
+    line = _json_bytes(record) + b"\n"
+    with disk_errors(path), open_append(path) as file:
         torn = b""
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             torn = b"" if file.read(1) == b"\n" else b"\n"
-        file.write(torn + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.write(torn + line)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file, without a line that a kill or a full disk cut short."""
-    if not path.exists():
+    """Return the records of a JSONL file, without lines that are none.
+
+    A kill or a full disk cuts a line short. Raises `DataError` for a file that cannot be read.
+    """
+    try:
+        data = read_bytes(Path(path))
+    except MissingError:
         return []
     records = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    for line in data.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 
@@ -122,11 +300,23 @@ def file_hash(path: Path, alive: Callable[[], None] = lambda: None) -> str:
     `alive` is called after each.
     """
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with reading(path), open_regular(path) as file:
         while block := file.read(HASH_BLOCK):
             digest.update(block)
             alive()
     return digest.hexdigest()
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a folder to WHY-NAME, or WHY-NAME-2 and so on, and return its new path."""
+    plain = folder.with_name(f"{why}-{folder.name}")
+    names = itertools.chain(
+        [plain], (plain.with_name(f"{plain.name}-{i}") for i in itertools.count(2))
+    )
+    target = next(name for name in names if not os.path.lexists(name))
+    with disk_errors(folder):
+        folder.rename(target)
+    return target
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[], None]) -> None:

@@ -171,8 +171,8 @@ def finish(context: Context, trainer: Trainer) -> None:
     """Export the backbone and say that the run is done."""
     if context.world.is_first:
         out = context.run.path / "export" / "backbone.safetensors"
-        export_backbone(
+        written = export_backbone(
             trainer.method.trunk, out, "safetensors", meta=warm_start.export_meta(context.run)
         )
-        context.report.event("exported", file=str(out))
+        context.report.event("exported", file=str(out), hash=written.hash)
     context.world.barrier()

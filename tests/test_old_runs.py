@@ -15,6 +15,7 @@ import pytest
 
 from deepclust.run.directory import Run
 from tests.tiny import assignments, deepclust
+from tools.bench import fuzz_runs
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "run-of-10d50d1.tar.xz"
 WRITTEN_IN = "/work/bits/fixture"  # the recipe of a run holds absolute paths
@@ -58,3 +59,10 @@ def test_it_reports_and_exports(resumed: tuple[Path, list[np.ndarray]], tmp_path
     deepclust("export", run, "--out", tmp_path / "net.safetensors")
     assert "SUCCEEDED" in deepclust("status", run).stdout
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_damaged_runs_are_right_or_clear_errors(tmp_path: Path) -> None:
+    table, worst = fuzz_runs.fuzz(tmp_path, every=25, seed=0)
+    assert not worst
+    assert sum(sum(counts.values()) for counts in table.values()) > 20

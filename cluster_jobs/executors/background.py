@@ -11,7 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from deepclust.errors import error_of
+from deepclust.errors import ResourceError, error_of
+from deepclust.files import disk_errors, open_append
 from deepclust.run import lock
 
 CANCEL_PATIENCE_S = 150.0  # longer than the supervisor gives its ranks (launch.policy)
@@ -24,7 +25,7 @@ def start(run_dir: Path, command: list[str], output: str = "controller.log") -> 
     Its output goes to that file in `logs/`. Raises the controller's error when it ends at once.
     """
     file = run_dir / "logs" / output
-    with open(file, "ab") as log:
+    with disk_errors(file), open_append(file) as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -39,7 +40,15 @@ def start(run_dir: Path, command: list[str], output: str = "controller.log") -> 
 
 
 def stop(run_dir: Path, pid: int) -> str:
-    """Ask the controller to stop at its next step, and kill it when it does not."""
+    """Ask the controller to stop at its next step, and kill it when it does not.
+
+    Raises `ResourceError` for a process that does not work on the run, whatever its lock says.
+    """
+    if not lock.works_on(run_dir, pid):
+        raise ResourceError(
+            f"{run_dir / 'lock.json'} names process {pid}, which has no file of the run open: it "
+            f"is not its controller, and was not stopped. If it is, end it with `kill {pid}`."
+        )
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + CANCEL_PATIENCE_S
     while lock.owner_pid(run_dir) == pid:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 from deepclust.errors import RecipeError, RunHeldError
-from deepclust.launch.start import check_changes
+from deepclust.launch.start import changed, check_data
 from deepclust.recipe import Recipe
 from deepclust.run import directory, lock
 from deepclust.run.directory import Run
@@ -130,8 +130,8 @@ def open_to_resume(run_dir: Path, overrides: list[str]) -> tuple[Run, Recipe]:
     run that a controller has.
     """
     run = directory.open_run(run_dir)
-    recipe = run.recipe.replace(*overrides)
-    check_changes(run, recipe)
+    recipe = changed(run, *overrides)
+    check_data(run, recipe)
     if owner := lock.owner(run_dir):
         raise RunHeldError(
             f"{run_dir} is held by {owner}; end it with `deepclust cancel {run_dir}`"

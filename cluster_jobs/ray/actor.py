@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from deepclust.errors import DeepclustError
+from deepclust.errors import DataError, DeepclustError
 from deepclust.files import read_json
 from deepclust.launch.policy import UNEXPECTED
 from deepclust.launch.ports import free_port
@@ -154,8 +154,8 @@ def _problem(run_dir: Path, token: str) -> str:
         probe = run_dir / "logs" / f".probe-{platform.node()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        return f"it cannot use {run_dir}: {error.strerror}"
+    except (OSError, DataError) as error:
+        return f"it cannot use {run_dir}: {getattr(error, 'strerror', None) or error}"
     if seen != token:
         return f"{run_dir} is another folder there, or an old copy of it"
     return ""

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cluster_jobs.report.facts import Facts, Record
 from deepclust.run.directory import Run
+from deepclust.run.round_files import read_assignments
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#c8701c", "#2b8a6b", "#8a94a3"
 STYLE: Any = {  # Any: matplotlib types the keys one by one, in new versions only
@@ -138,7 +139,7 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
     if not facts.rounds:
         return None
     number, k = facts.rounds[-1]["round"], facts.recipe.clustering.k
-    assignments = np.load(run.round(number) / "assignments" / "assignments.npy", mmap_mode="r")[0]
+    assignments = read_assignments(run, number)[0]
     sizes = np.bincount(assignments[assignments >= 0], minlength=k)
     wide = sizes.max() > 20 * max(1, np.median(sizes))
 

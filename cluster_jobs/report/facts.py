@@ -11,10 +11,11 @@ from cluster_jobs.results.assignments import seeded_supers
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
 from deepclust.data.shards.find import described
-from deepclust.files import file_hash, read_json
+from deepclust.files import file_hash, read_record
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import ClusterSection, MethodSection
-from deepclust.run.directory import Run
+from deepclust.run.directory import ENVIRONMENT, Run, has_file
+from deepclust.run.round_files import read_facts, read_statistics
 
 Record = dict[str, Any]
 UNKNOWN = "not known before the run starts"
@@ -100,7 +101,7 @@ def gather(run: Run) -> Facts:
 
 def _round(run: Run, number: int, train: list[Record]) -> Record:
     """Return the statistics of a round, and the mean loss of the training on it."""
-    statistics = read_json(run.round(number) / "assignments" / "statistics.json")
+    statistics = read_statistics(run, number)
     losses = [record["loss"] for record in train if record["round"] == number]
     mean = sum(losses) / len(losses) if losses else None
     return {**_statistics(statistics), "round": number, "loss": mean}
@@ -117,11 +118,11 @@ def _seeds(run: Run, rounds: list[Record]) -> Record | None:
     if not rounds:
         return None
     number = rounds[-1]["round"]
-    file = run.round(number) / "assignments" / "seeds.json"
-    if not file.exists():
+    stage = run.round(number) / "assignments"
+    if not has_file(stage, "seeds.json"):
         return None
     unit = "cluster" if seeded_supers(run, number) is None else "super-cluster"
-    return {**read_json(file), "unit": unit}
+    return {**read_facts(stage, "seeds.json"), "unit": unit}
 
 
 def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
@@ -176,7 +177,7 @@ def _environment(run: Run) -> list[tuple[str, str]]:
     path = run.path / "env.json"
     if not path.exists():
         return []
-    env = read_json(path)
+    env = read_record(path, ENVIRONMENT)
     started = datetime.fromtimestamp(env["time"]).astimezone().strftime("%Y-%m-%d %H:%M %Z")
     versions = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
     code = env.get("git") or "not from a git checkout"
@@ -189,7 +190,7 @@ def _data(run: Run) -> list[tuple[str, str]]:
     Its first process records them.
     """
     path = run.path / "data.json"
-    data = read_json(path) if path.exists() else None
+    data = read_record(path, {"n": int, "fingerprint": str}) if path.exists() else None
     samples, fingerprint = (f"{data['n']:,}", data["fingerprint"]) if data else (UNKNOWN,) * 2
     return [("Samples", samples), ("Fingerprint", fingerprint)]
 
@@ -198,7 +199,7 @@ def _scores(run: Run) -> list[Score]:
     """Return the numbers of evaluations/*.json, the newest evaluation first."""
     scores = []
     for file in sorted((run.path / "evaluations").glob("*.json"), reverse=True):
-        record = read_json(file)
+        record = read_record(file, {"step": int, "train": str, "test": str, "scores": dict})
         source = f"step {record['step']:,}: {record['train']} → {record['test']}"
         for evaluator, values in record["scores"].items():
             scores += [Score(evaluator, name, value, source) for name, value in values.items()]

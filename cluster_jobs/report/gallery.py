@@ -21,6 +21,7 @@ from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards.index import Index
 from deepclust.errors import DeepclustError
 from deepclust.run.directory import Run
+from deepclust.run.round_files import read_array, read_assignments
 from deepclust.world import generator
 
 PER_GROUP = 4  # clusters of each kind: the largest, median, random
@@ -82,8 +83,8 @@ def gallery(run: Run) -> Gallery:
 
 def _groups(run: Run, number: int, index: Index) -> list[tuple[str, list[Card]]]:
     stage = run.round(number) / "assignments"
-    assignments = np.load(stage / "assignments.npy", mmap_mode="r")[0]
-    distances = np.load(stage / "distances.npy", mmap_mode="r")[0]
+    assignments = read_assignments(run, number)[0]
+    distances = read_array(stage, "distances.npy", dims=2)[0]
     sizes = np.bincount(assignments[assignments >= 0])
     classes = seeded_classes(run, number)
     seeds = [None] * len(sizes) if classes is None else classes.tolist()

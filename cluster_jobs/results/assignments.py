@@ -18,10 +18,15 @@ from jaxtyping import Float32, Int32
 
 from deepclust.data.shards.find import described
 from deepclust.data.shards.index import Index
-from deepclust.errors import RecipeError, RunDiffersError
-from deepclust.files import atomic_file, read_json
-from deepclust.run.directory import Run, manifest, open_run
-from deepclust.run.round_files import read_excluded
+from deepclust.errors import DataError, RecipeError, RunDiffersError
+from deepclust.files import atomic_file, target_of
+from deepclust.run.directory import Run, has_file, manifest, open_run
+from deepclust.run.round_files import (
+    read_array,
+    read_assignments,
+    read_excluded,
+    read_facts,
+)
 from deepclust.stages.data_index import open_data_index
 
 SCHEMA = pa.schema(
@@ -58,11 +63,12 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
     out = Path(out)
     if out.suffix not in WRITERS:
         raise RecipeError(f"cannot write {out}: name it {' or '.join('*' + s for s in WRITERS)}")
+    file = target_of(out)
     run = open_run(run_dir)
     number = choose_round(run, round)
     index = open_clustered(run, number)
     schema = SCHEMA if seeded_classes(run, number) is None else SEEDED
-    with atomic_file(out) as partial, WRITERS[out.suffix](partial, schema) as writer:
+    with atomic_file(file) as partial, WRITERS[out.suffix](partial, schema) as writer:
         for batch in _batches(run, number, index):
             writer.write_batch(batch)
     return out
@@ -78,6 +84,12 @@ def choose_round(run: Run, wanted: int | None) -> int:
         raise RecipeError(
             f"{run.path} is a run of method {recipe.method.name}, which has no clusters. It has a "
             f"backbone: deepclust export {run.path} --out backbone.safetensors"
+        )
+    lost = run.lost_round()
+    if wanted is None and lost is not None:
+        raise DataError(
+            f"round {lost} of {run.path} was clustered, and its files are missing or not whole: it "
+            "has no DONE. Copy them back, or choose another round with --round"
         )
     if not rounds:
         raise RecipeError(
@@ -116,13 +128,15 @@ def seeded_classes(run: Run, number: int) -> np.ndarray | None:
 
     It is None for free clusters, and in the last place, which excluded samples (-1) index.
     """
-    file = run.round(number) / "centroids" / "prototypes.json"
-    if not file.exists():
+    stage = run.round(number) / "centroids"
+    if run.recipe.seeds is None or not has_file(stage, "prototypes.json"):
         return None
     k, supers = run.recipe.clustering.k, seeded_supers(run, number)
     each = 1 if supers is None else k // supers
     names = np.full(k + 1, None, dtype=object)
-    for one in read_json(file)["clusters"]:  # of super-clusters, where there are two levels
+    for one in read_facts(stage, "prototypes.json")[
+        "clusters"
+    ]:  # of super-clusters, where there are two levels
         names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]
     return names
 
@@ -135,8 +149,8 @@ def seeded_supers(run: Run, number: int) -> int | None:
 
 def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:
     stage = run.round(number) / "assignments"
-    assignments = np.load(stage / "assignments.npy", mmap_mode="r")
-    distances = np.load(stage / "distances.npy", mmap_mode="r")
+    assignments = read_assignments(run, number)
+    distances = read_array(stage, "distances.npy", dims=2)
     reasons = exclusions(run, number, index)
     keys, classes = iter(index.keys), seeded_classes(run, number)
     for shard, path in enumerate(index.shards):

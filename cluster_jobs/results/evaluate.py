@@ -6,6 +6,7 @@ evaluators in `deepclust.evaluate` see a `Frozen`, and know no run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from deepclust.evaluate.frozen import (
     folder_of,
     freeze_shards,
 )
-from deepclust.files import read_json, write_json
+from deepclust.files import read_record, target_of, write_json
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
@@ -41,6 +42,8 @@ from deepclust.stages.data_index import open_labelled
 from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
+
+log = logging.getLogger("deepclust")
 
 
 def evaluate_run(
@@ -59,7 +62,7 @@ def evaluate_run(
     for name in names or ():
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
-    checkpoint = _newest_checkpoint(run)
+    checkpoint = newest_checkpoint(run, emit)
     index = open_labelled(train, run.recipe.data)
     frozen = freeze_shards(
         _embedder(run.recipe, checkpoint.parts["model"]),
@@ -74,15 +77,22 @@ def evaluate_run(
     return scores
 
 
-def export_run(run_dir: Path, out: Path, format_: str) -> Exported:
-    """Export the backbone of a run's newest checkpoint."""
-    run = open_run(run_dir)
-    return export_backbone(load_trunk(run), out, format_, meta=export_meta(run))
+def export_run(
+    run_dir: Path, out: Path, format_: str, emit: Callable[[str], None] = log.warning
+) -> Exported:
+    """Export the backbone of a run's newest checkpoint.
+
+    `emit` is given what to know about it, such as that a newer one cannot be read.
+    """
+    file, run = target_of(out), open_run(run_dir)
+    trunk = _embedder(run.recipe, newest_checkpoint(run, emit).parts["model"]).method.trunk
+    exported = export_backbone(trunk, file, format_, meta=export_meta(run))
+    return replace(exported, path=out)
 
 
 def load_embedder(run: Run) -> Embedder:
     """Return the map from images to features of a run's newest readable checkpoint."""
-    return _embedder(run.recipe, _newest_checkpoint(run).parts["model"])
+    return _embedder(run.recipe, newest_checkpoint(run, log.warning).parts["model"])
 
 
 def fresh_embedder(recipe: Recipe) -> Embedder:
@@ -104,13 +114,21 @@ def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
     return split.features, split.labels
 
 
-def _newest_checkpoint(run: Run) -> Checkpoint:
-    checkpoint = load_latest(run, lambda text: None)
+def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
+    """Return a run's newest checkpoint that can be read, and tell when it is not the newest saved.
+
+    `emit` is given a text for each newer one that is damaged or missing.
+    """
+    checkpoint = load_latest(run, lambda text: emit(f"warning: {text}"))
     if checkpoint is None:
         raise DataError(
             f"{run.path} has no checkpoint that can be read. Continue it: "
             f"deepclust resume {run.path}"
         )
+    step = checkpoint.state.step
+    saved = max((e["step"] for e in run.events() if e["event"] == "checkpoint"), default=step)
+    if saved > step:
+        emit(f"warning: these are the weights of step {step}; the run had saved step {saved} too")
     return checkpoint
 
 
@@ -135,7 +153,10 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
     """Return `frozen` with the rows of the run's labelled seeds, or why there are none."""
     if run.recipe.seeds is None:
         return replace(frozen, seeds_missing=f"{run.path} was trained without labelled seeds")
-    if index.fingerprint != read_json(run.path / "data.json")["fingerprint"]:
+    if (
+        index.fingerprint
+        != read_record(run.path / "data.json", {"fingerprint": str})["fingerprint"]
+    ):
         reason = f"{folder_of(index)} are not the shards that {run.path} was trained on"
         return replace(frozen, seeds_missing=reason)
     table = load_seeds(index, run.recipe.seeds, run.recipe.seed).table
@@ -157,7 +178,8 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
 def _write_record(path: Path, record: dict[str, Any]) -> None:
     """Write the scores, and keep those of other evaluators on the same shards."""
     shards = ("train", "test")
-    before = read_json(path) if path.exists() else None
+    fields = {**dict.fromkeys(shards, str), "scores": dict}
+    before = read_record(path, fields) if path.exists() else None
     if before is not None and all(before[split] == record[split] for split in shards):
         record = {**record, "scores": {**before["scores"], **record["scores"]}}
     write_json(path, record)

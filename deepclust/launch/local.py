@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from deepclust.files import disk_errors, open_append
 from deepclust.launch.endings import Record
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
@@ -44,7 +45,7 @@ class WorkerProcess:
         }  # fmt: skip
         for option, value in options.items():
             command += [f"--{option}", str(value)]
-        with held_back(), open(self.output, "ab") as out:
+        with disk_errors(self.output), held_back(), open_append(self.output) as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=out, pass_fds=[writing], process_group=0
             )

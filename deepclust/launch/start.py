@@ -7,29 +7,32 @@ and this one is their supervisor.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deepclust import errors
-from deepclust.errors import RecipeError, RequeueWanted
-from deepclust.files import disk_errors
+from deepclust.data.shards.url import is_url
+from deepclust.errors import DataError, RecipeError, RequeueWanted
+from deepclust.files import disk_errors, file_hash, read_record
 from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
 from deepclust.launch.role import roles_of
 from deepclust.launch.signals import collected_signals
-from deepclust.launch.supervisor import Show, Supervisor
-from deepclust.recipe import Recipe, differences
+from deepclust.launch.supervisor import Show, Supervisor, attempts_of
+from deepclust.optim.schedule import learning_rate
+from deepclust.recipe import PATHS, Recipe, differences
+from deepclust.recipe.may_change import MAY_CHANGE, may_change
 from deepclust.recipe.sections import PLACES, SHARDS, Section
-from deepclust.run import directory
+from deepclust.run import directory, lock
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 
-MAY_CHANGE = (
-    "train.ranks", "train.hang", "train.restarts", "data.workers", "data.stage", "data.scratch"
-)  # fmt: skip
+NO_PATHS = ("pipe:", "file:", "local:")  # refused by the reader of shards, who shows them as given
 
 
 def pretrain(recipe: Recipe, run: str | Path, show: Show | None = None) -> Run:
@@ -56,16 +59,83 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
 
     A finished one is left as it is.
 
-    Ranks and workers may change, and `train.epochs` may grow. Any other difference raises
-    `RunDiffersError`.
+    What changes no result may change (`recipe.may_change`), and `train.epochs` may grow. Any other
+    difference raises `RunDiffersError`.
     """
     before = directory.open_run(run)
-    recipe = before.recipe.replace(*overrides)
-    check_changes(before, recipe)
-    with hold(before.path):
+    recipe = changed(before, *overrides)
+    with lock.unheld(before.path):
+        make_room(before, recipe)  # a full disk could not even take the lock
+    with hold(before.path) as token:
         if recipe != before.recipe:
+            check_data(before, recipe)
             recipe.save(before.path / "recipe.yaml")
+            if text := jump_of_rate(before, recipe):
+                _tell(replace(before, token=token), text, show)
     return _start(before.path, show)
+
+
+def changed(run: Run, *overrides: str) -> Recipe:
+    """Return the recipe of a run with changes, its paths absolute.
+
+    Raises `RunDiffersError` for a change that a resumed run may not have.
+    """
+    recipe = with_absolute_paths(run.recipe.replace(*overrides)) if overrides else run.recipe
+    check_changes(run, recipe)
+    return recipe
+
+
+def make_room(run: Run, recipe: Recipe) -> None:
+    """Delete at once what smaller `keep.*` no longer keeps: the disk may be full."""
+    keep, before = recipe.keep, run.recipe.keep
+    if keep.checkpoints < before.checkpoints:
+        directory.prune(run.checkpoints(), keep.checkpoints)
+    if keep.features < before.features:
+        # those of the newest round may be what it is clustered from
+        features = [run.round(number) / "features" for number in run.rounds()]
+        directory.prune(features, keep.features)
+
+
+def check_data(run: Run, recipe: Recipe) -> None:
+    """Raise `RunDiffersError` when changed places of data hold other data than the run began with.
+
+    Nothing is stored then. A run that has not begun takes any.
+    """
+    places = ("data.shards", "data.index")
+    moved = [key for key in differences(run.recipe, recipe) if key.startswith(places)]
+    file = run.path / "data.json"
+    if not moved or not file.exists():
+        return
+    from deepclust.stages.data_index import open_data_index  # slow
+
+    began = read_record(file, {"fingerprint": str})["fingerprint"]
+    index = open_data_index(recipe.data, run.path)
+    if index.fingerprint != began:
+        raise errors.RunDiffersError(
+            f"{', '.join(moved)}: these are not the data that {run.path} began with (fingerprint "
+            f"{index.fingerprint}, not {began}). Give the folder that the old shards were moved to."
+        )
+
+
+def jump_of_rate(run: Run, recipe: Recipe) -> str:
+    """Return how the rate jumps where a run is made longer, or "" where it does not."""
+    old, new = run.recipe.train, recipe.train
+    steps = run.metrics("train")
+    done = float(steps[-1].get("epoch") or 0.0) if steps else 0.0
+    before, after = learning_rate(old, done), learning_rate(new, done)
+    if new.epochs == old.epochs or math.isclose(before, after, rel_tol=1e-3):
+        return ""
+    return (
+        f"with {new.epochs} epochs instead of {old.epochs} the {new.schedule} schedule is another "
+        f"one: at epoch {done:.3g} the learning rate goes from {before:.3g} to {after:.3g}"
+    )
+
+
+def _tell(run: Run, text: str, show: Show | None) -> None:
+    run = replace(run, attempt=attempts_of(run))
+    run.event("warning", text=text)
+    if show is not None:
+        show({"event": "warning", "text": text})
 
 
 def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
@@ -93,6 +163,33 @@ def is_finished(run: Run) -> bool:
     return bool(finished) and finished[-1]["epochs"] >= run.epochs
 
 
+def look_over(run: Run, show: Show) -> None:
+    """Show a warning for each file of a finished run that is not as it was written.
+
+    Its exported weights are written again from the last checkpoint.
+    """
+    for folder in [run.round(r) / s for r in run.rounds() for s in ("assignments", "centroids")]:
+        try:
+            directory.verify(folder)
+        except DataError as error:
+            show(
+                {
+                    "event": "warning",
+                    "text": f"{error}. The run is finished, so it is not made again",
+                }
+            )
+    hashes = [e["hash"] for e in run.events() if e["event"] == "exported" and "hash" in e]
+    file = run.path / "export" / "backbone.safetensors"
+    if not hashes or (file.is_file() and file_hash(file) == hashes[-1]):
+        return
+    from deepclust.stages.again import export_again  # imports torch
+
+    written = export_again(run, file)
+    run.event("exported", file=str(file), hash=written.hash)
+    text = f"{file} was missing or had changed: it is written again from the last checkpoint"
+    show({"event": "warning", "text": text})
+
+
 def resolved(recipe: Recipe) -> Recipe:
     """Write down what this machine decides, so that the run can be resumed from anywhere.
 
@@ -102,15 +199,20 @@ def resolved(recipe: Recipe) -> Recipe:
     beside = recipe.cluster is not None and recipe.cluster.overlap
     share = _cores() // (recipe.train.ranks + beside)
     threads = recipe.train.threads or max(1, share - recipe.data.workers)
-    data, init, seeds = recipe.data, recipe.init, recipe.seeds
-    return recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(update={"threads": threads}),
-            "data": data.model_copy(update=_absolute(data, "shards", "index", "scratch", "stage")),
-            "init": init.model_copy(update=_absolute(init, "weights", "assignments")),
-            "seeds": seeds and seeds.model_copy(update=_absolute(seeds, "labels", "held_out")),
-        }
-    )
+    train = recipe.train.model_copy(update={"threads": threads})
+    return with_absolute_paths(recipe.model_copy(update={"train": train}))
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with every path in it absolute, so that it means the same anywhere."""
+    sections: dict[str, Section] = {}
+    for key in sorted(PATHS):
+        top, _, name = key.partition(".")
+        section = sections.get(top, getattr(recipe, top))
+        if section is not None:
+            path = _absolute(getattr(section, name), is_word=top == "seeds")
+            sections[top] = section.model_copy(update={name: path})
+    return recipe.model_copy(update=sections)
 
 
 def _cores() -> int:
@@ -118,26 +220,27 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _absolute(section: Section, *names: str) -> dict[str, Any]:
-    return {name: _absolute_path(getattr(section, name)) for name in names}
+def _absolute(value: Any, is_word: bool = False) -> Any:
+    """Return a path as an absolute one, in lists and as keys of dictionaries too.
 
-
-def _absolute_path(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_absolute_path, value))
-    is_path = value is not None and ":" not in value and value != SHARDS
-    return os.path.abspath(value) if is_path else value
+    URLs and null stay. `is_word`: "shards" says where labels are.
+    """
+    if isinstance(value, dict):
+        return {_absolute(key): weight for key, weight in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_absolute(one) for one in value)
+    if not isinstance(value, str) or is_url(value) or (is_word and value == SHARDS):
+        return value
+    return value if value.startswith(NO_PATHS) else os.path.abspath(value)
 
 
 def check_changes(run: Run, recipe: Recipe) -> None:
     """Raise `RunDiffersError` for a change that a resumed run may not have."""
-    changed = differences(run.recipe, recipe)
     longer = recipe.train.epochs > run.recipe.train.epochs
-    allowed = (*MAY_CHANGE, "train.epochs") if longer else MAY_CHANGE
     refused = {
         key: values
-        for key, values in changed.items()
-        if key not in allowed and key.partition(".")[0] not in PLACES
+        for key, values in differences(run.recipe, recipe).items()
+        if not may_change(key, longer=longer)
     }
     if refused:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in refused.items())
@@ -152,6 +255,7 @@ def _start(run_dir: Path, show: Show | None, stage: str | None = None) -> Run:
     with hold(run_dir) as token, collected_signals() as signals:
         run = Run(run_dir, token)
         if is_finished(run):
+            look_over(run, show or (lambda record: None))
             return run
         policy = Policy.of(run.recipe)
         supervisor = Supervisor(run, policy, lambda: bool(signals), show or (lambda record: None))

@@ -24,7 +24,7 @@ from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
-from deepclust.files import disk_errors, read_json, write_json
+from deepclust.files import disk_errors, read_record, write_json
 from deepclust.launch.role import CLUSTER_WORKER, Role, die_with
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
@@ -33,6 +33,8 @@ from deepclust.stages import cluster
 from deepclust.stages.build import Context
 from deepclust.stages.data_index import open_data_index
 from deepclust.world import World, close_process_group, join
+
+BEGAN = {"fingerprint": str, "n": int, "shards": int, "read": str}  # of data.json
 
 
 def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
@@ -119,13 +121,18 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
     Raises `RunDiffersError` when they are not those that the run began with.
     """
     file = run.path / "data.json"
-    began: dict[str, Any] | None = read_json(file) if file.exists() else None
+    began: dict[str, Any] | None = read_record(file, BEGAN) if file.exists() else None
     try:
         index = open_data_index(recipe.data, run.path)
     except DataError as error:
         if began is None or isinstance(error, UnreachableError):
             raise
-        raise RunDiffersError(f"the data of {run.path} have changed: {error}") from error
+        moved = f"If they were moved: deepclust resume {run.path} data.shards=NEW_PLACE"
+        if "not those that were indexed" in str(error):
+            text = f"the data of {run.path} have changed: {error} {moved}"
+            raise RunDiffersError(text) from error
+        # they may be away for a while, or the index is damaged: nothing is known of the data
+        raise DataError(f"the data of {run.path} cannot be opened: {error} {moved}") from error
     facts: dict[str, Any] = {
         "fingerprint": index.fingerprint, "n": len(index), "shards": len(index.shards)
     }  # fmt: skip

@@ -113,6 +113,18 @@ def check_sizes(backbone: Backbone, sizes: Iterable[int]) -> None:
             )
 
 
+def check_norms(backbone: Backbone, count: int, size: int) -> None:
+    """Raise ValueError where batch norms cannot norm `count` square crops of a size, in training.
+
+    Shapes only: nothing is computed, and no statistics are changed.
+    """
+    state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    meta = {name: tensor.to("meta") for name, tensor in state.items()}
+    images = torch.empty(count, 3, size, size, device="meta")
+    with torch.no_grad():
+        torch.func.functional_call(backbone, meta, (images,))
+
+
 def _find(name: str, import_module: bool) -> tuple[str, Builder]:
     """Return the full name and its builder.
 

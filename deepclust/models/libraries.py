@@ -108,4 +108,20 @@ def timm_net(name: str, in_channels: int, image_size: int) -> nn.Module:
             f"images of {image_size} pixels ({error}). Change data.size, turn backbone.sobel off, "
             f"or choose another backbone."
         ) from error
+    _refuse_unseen_border(net, name, image_size)
     return net
+
+
+def _refuse_unseen_border(net: nn.Module, name: str, image_size: int) -> None:
+    """Raise RecipeError where patches do not fill the image: the last pixels would not be seen."""
+    embed = getattr(net, "patch_embed", None)
+    size = getattr(embed, "patch_size", None)
+    if size is None or getattr(embed, "dynamic_img_pad", False):
+        return
+    patch = max(size) if isinstance(size, tuple | list) else int(size)
+    if image_size % patch:
+        below = max(patch, image_size // patch * patch)
+        raise RecipeError(
+            f"backbone.name: timm/{name} cuts images into patches of {patch} pixels, and "
+            f"{image_size} is not a multiple of it. Set data.size={below} or {below + patch}."
+        )

@@ -54,7 +54,8 @@ def choose_sections(
         try:
             chosen[name] = section_of(str(name), table, TermSection)
         except RecipeError as error:
-            chosen[name] = _UnknownTerm
+            if isinstance(name, str) and name.isprintable():  # else no field for pydantic
+                chosen[name] = _UnknownTerm
             problems.append(f"terms.{name}: {error}")
     return tree, (section, tuple(chosen.items())), problems
 

@@ -19,7 +19,8 @@ def misfit(recipe: Recipe) -> str | None:
         parts = "set train.accumulate=1, or more train.ranks"
         return f"{method.name} contrasts whole batches: {parts}"
     return (
-        method.misfit(recipe)
+        _misfit_of_batch(recipe)
+        or method.misfit(recipe)
         or _misfit_of_crops(recipe)
         or _misfit_of_seeds(recipe)
     )  # fmt: skip
@@ -32,6 +33,12 @@ def _unused(recipe: Recipe) -> str | None:
     if recipe.seeds is not None and not recipe.uses_labels:
         return "seeds"
     return "init.assignments" if recipe.init.assignments else None
+
+
+def _misfit_of_batch(recipe: Recipe) -> str | None:
+    if recipe.method.whole_batch and recipe.train.batch < 2:
+        return f"train.batch: {recipe.method.name} compares the images of a batch: set 2 or more"
+    return None
 
 
 def _misfit_of_crops(recipe: Recipe) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepclust.errors import RecipeError
 from deepclust.files import import_named
+from deepclust.recipe.plain import short
 
 
 def section_of(name: str, table: Mapping[str, str], base: type) -> Any:
@@ -33,7 +34,8 @@ def part_of(name: str, table: Mapping[str, str], kind: str) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    known = [*known]
+    close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known are {', '.join(known)}"
@@ -44,7 +46,7 @@ def _path(name: str, table: Mapping[str, str]) -> str:
         return table[name]
     if "." in name:
         return name
-    raise RecipeError(f"unknown {name!r}{nearest(name, list(table))}")
+    raise RecipeError(f"unknown {short(repr(name))}{nearest(name, list(table))}")
 
 
 def _module(path: str, part: str) -> ModuleType:

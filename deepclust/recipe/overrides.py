@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from deepclust.errors import RecipeError
+from deepclust.recipe.plain import MOST_LEVELS, parse, short
 
 PATHS = {
     *("data.shards", "data.index", "data.scratch", "data.stage"),
@@ -30,22 +29,22 @@ def apply_overrides(
 
 def _apply(tree: dict[str, Any], override: str, default_method: str) -> None:
     key, separator, text = override.partition("=")
+    shown = short(repr(override))
     if not separator or not key:
-        raise RecipeError(f"override {override!r} is not of the form section.key=value")
+        raise RecipeError(f"override {shown} is not of the form section.key=value")
     *sections, last = key.split(".")
+    if len(sections) > MOST_LEVELS:
+        raise RecipeError(f"override {shown} has too many levels")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
         inner = tree[section]
         if not isinstance(inner, dict):
-            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
+            raise RecipeError(f"override {shown}: {short(section)} is a value, not a section")
         tree = inner
     if key in PATHS and text not in ("", "null", "~"):
         tree[last] = text  # a path is not YAML: "#", ":" and braces are letters in it
         return
     if key == "method.name" and tree.get(last, default_method) != text:
         tree.clear()
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from None
+    tree[last] = parse(text, f"the value of override {shown}")

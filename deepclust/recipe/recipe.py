@@ -17,13 +17,15 @@ import yaml
 from pydantic import Field, create_model, model_validator
 from typing_extensions import TypedDict
 
-from deepclust.errors import RecipeError
-from deepclust.files import write_text
+from deepclust.errors import DataError, RecipeError
+from deepclust.files import read_bytes, write_text
 from deepclust.recipe.chosen import Terms, choose_sections, default_method
 from deepclust.recipe.misfit import misfit
 from deepclust.recipe.named import nearest
 from deepclust.recipe.overrides import apply_overrides
+from deepclust.recipe.plain import MOST_TEXT, SHOWN, check, parse, short
 from deepclust.recipe.sections import (
+    PLACES,
     BackboneSection,
     ClusterSection,
     Data,
@@ -104,6 +106,9 @@ class Recipe(Section):
 
         One `RecipeError` lists every problem.
         """
+        check(tree, short(source))
+        for place in PLACES:  # of any values, which are checked where they are used
+            check(tree.get(place), f"{short(source)}: {place}", strict=True)
         tree, sections, problems = choose_sections(tree)
         return checked(_recipe_with(*sections), tree, source, problems=problems)
 
@@ -153,18 +158,28 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 def read_tree(source: str | Path) -> dict[str, Any]:
     """Return a recipe (a path or a shipped name) as plain values, unchecked."""
     path = Path(source)
-    if not path.is_file():
-        name = str(source)
+    if not _is_file(path):
+        name = str(source)[:SHOWN]
         if name not in shipped():
             raise RecipeError(f"no recipe {name!r}: not a file{nearest(name, shipped())}")
         path = Path(str(resources.files("deepclust.recipe") / "shipped" / f"{name}.yaml"))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+        text = read_bytes(path, 4 * MOST_TEXT).decode("utf-8")
+    except (DataError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error}") from None
+    tree = parse(text, str(path))
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} is not a recipe: expected sections such as data:, cluster:")
     return tree
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise RecipeError(f"no recipe {str(path)[:SHOWN]!r}: {error.strerror}") from None
+    except ValueError:  # a NUL in the name
+        return False
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

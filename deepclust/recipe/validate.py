@@ -12,7 +12,9 @@ from typing_extensions import is_typeddict
 
 from deepclust.errors import RecipeError
 from deepclust.recipe.named import nearest
+from deepclust.recipe.plain import short
 
+MOST_LINES = 30  # problems of one recipe that are listed
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -35,8 +37,12 @@ def checked(
     except ValidationError as error:
         items = [item for item in error.errors() if item["loc"] or not problems]
         lines += [f"{within}{_explain(item, model)}" for item in items]
+    except UnicodeError as error:  # pydantic compares names as UTF-8
+        lines.append(f"{within or 'recipe'}: holds a name that is not UTF-8: {error}")
     if lines:
-        listed = "\n".join(f"  {line}" for line in lines)
+        listed = "\n".join(f"  {short(line)}" for line in lines[:MOST_LINES])
+        if len(lines) > MOST_LINES:
+            listed += f"\n  and {len(lines) - MOST_LINES} more"
         raise RecipeError(f"{source} is not a valid recipe:\n{listed}")
     return valid
 
@@ -49,7 +55,7 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
     if item["type"] == "missing":
         return f"{key}: is required"
     message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+    shown = "" if isinstance(item["input"], dict) else f" (got {short(repr(item['input']))})"
     return f"{key or 'recipe'}: {message}{shown}"
 
 

@@ -17,18 +17,27 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepclust.errors import DataError
-from deepclust.files import disk_errors, file_hash, read_json, sync, write_json, write_tensors
-from deepclust.run.directory import Run, is_done, prune, verify
+from deepclust.errors import DataError, DeepclustError
+from deepclust.files import (
+    disk_errors,
+    file_hash,
+    read_record,
+    reading,
+    set_aside,
+    sync,
+    write_json,
+    write_tensors,
+)
+from deepclust.run.directory import Run, is_done, numbered, prune, verify
 from deepclust.run.signs import unwatched
 from deepclust.world import ALONE, Owned, World
 
@@ -170,12 +179,23 @@ def load(
     try:
         if check:
             verify(folder, alive)
-        state = State(**read_json(folder / "state.json"))
-        files = [f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("owned-")]
-        parts = {file.stem: load_file(file) for file in files}
-    except (DataError, SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+        state = read_state(folder)
+        with reading(folder):
+            files = [
+                f for f in sorted(folder.glob("*.safetensors")) if not f.name.startswith("owned-")
+            ]
+            parts = {file.stem: load_file(file) for file in files}
+    except DataError as error:
         raise DataError(f"checkpoint {folder} cannot be read: {error}") from error
     return state, parts
+
+
+def read_state(folder: Path) -> State:
+    """Return the state that a checkpoint was saved in, or raise `DataError`."""
+    names = [field.name for field in fields(State)]
+    record = read_record(folder / "state.json", dict.fromkeys(names[:-1], int))
+    with reading(folder / "state.json"):
+        return State(**record)
 
 
 def load_owned(folder: Path, owned: dict[str, Owned]) -> Tensors:
@@ -206,7 +226,9 @@ def _opened(folder: Path) -> Iterator[list[_OwnedFile]]:
                 _OwnedFile(file, stack.enter_context(safe_open(file, "pt")))
                 for file in sorted(folder.glob("owned-*.safetensors"))
             ]
-        except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        except DeepclustError:
+            raise
+        except Exception as error:  # libraries raise what they like for a damaged file
             raise DataError(f"checkpoint {folder} cannot be read: {error}") from error
 
 
@@ -275,12 +297,14 @@ def load_latest(run: Run, warn: Callable[[str], None]) -> Checkpoint | None:
 
     A process that holds the run renames a damaged one, so that its step can be saved again.
     """
-    folders = run.checkpoints()
+    folders = numbered(run.path / "checkpoints")
     for before, folder in reversed(list(enumerate(folders))):
         try:
+            if not is_done(folder):
+                raise DataError(f"checkpoint {folder} is not whole: it has no DONE")
             return Checkpoint(folder, *load(folder, alive=run.alive))
         except DataError as error:
             warn(f"{error}; {'using the previous one' if before else 'starting from step 0'}")
             if run.token:
-                folder.rename(folder.with_name(f"unreadable-{folder.name}"))
+                set_aside(folder, "unreadable")
     return None

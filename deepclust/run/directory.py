@@ -3,6 +3,8 @@
 A stage is a folder that is filled under a temporary name and renamed when whole. Its manifest
 holds the hash of every file and the inputs. DONE is written last, and a stage that is done never
 runs again. Before every commit the lock is read: this process must still hold the run.
+
+A reader of a stage's file compares it with its hash first (`whole_file`), once per process.
 """
 
 from __future__ import annotations
@@ -24,16 +26,22 @@ from deepclust.errors import DataError, RecipeError
 from deepclust.files import (
     append_json,
     atomic_folder,
+    create_empty,
     disk_errors,
     file_hash,
-    read_json,
+    fits,
     read_jsonl,
+    read_record,
+    reading,
     write_json,
 )
 from deepclust.recipe import Recipe
 from deepclust.recipe.recipe import read_tree
+from deepclust.run.events import is_event, is_metric
 from deepclust.run.lock import check_token
 from deepclust.run.signs import unwatched
+
+ENVIRONMENT = {"time": (int, float), "host": str, "packages": dict}  # of env.json, for readers
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,11 @@ class Run:
     def epochs(self) -> int:
         """The epochs to train; a look at a run of anybody's imports no module that it names."""
         file = self.path / "recipe.yaml"
-        try:
-            return int(read_tree(file)["train"]["epochs"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"train.epochs in {file} is not a number") from error
+        train = read_tree(file).get("train")
+        epochs = train.get("epochs") if isinstance(train, dict) else None
+        if not fits(epochs, int):
+            raise RecipeError(f"train.epochs in {file} is not a number")
+        return int(str(epochs))
 
     def round(self, number: int) -> Path:
         """Return the folder of a round."""
@@ -66,13 +75,24 @@ class Run:
 
     def rounds(self) -> list[int]:
         """Return the numbers of the rounds whose assignments are finished, in order."""
-        folders = sorted((self.path / "rounds").glob("[0-9]*"))
+        folders = numbered(self.path / "rounds")
         return [int(folder.name) for folder in folders if is_done(folder / "assignments")]
+
+    def lost_round(self) -> int | None:
+        """Return the last round that was clustered, if it is there no more or is not whole.
+
+        Of a run that goes on only a folder without DONE counts: it may be about to make it again.
+        """
+        events = self.events()
+        last = max((e["round"] for e in events if e["event"] == "clustered"), default=-1)
+        folder = self.round(last) / "assignments"
+        ended = any(event["event"] == "finished" for event in events[-3:])
+        is_lost = last >= 0 and not is_done(folder) and (ended or folder.is_dir())
+        return last if is_lost else None
 
     def checkpoints(self) -> list[Path]:
         """Return the finished checkpoints, oldest first."""
-        folders = sorted((self.path / "checkpoints").glob("[0-9]*"))
-        return [folder for folder in folders if is_done(folder)]
+        return [folder for folder in numbered(self.path / "checkpoints") if is_done(folder)]
 
     def fence(self) -> None:
         """Raise `RunHeldError` when another controller has taken the run over."""
@@ -115,8 +135,8 @@ class Run:
         append_json(self.path / "events.jsonl", record)
 
     def events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first."""
-        return read_jsonl(self.path / "events.jsonl")
+        """Return all events, oldest first, without lines that are none."""
+        return [record for record in read_jsonl(self.path / "events.jsonl") if is_event(record)]
 
     def metric(self, kind: str, **fields: Any) -> None:
         """Append to metrics.jsonl.
@@ -128,7 +148,8 @@ class Run:
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """Return the records of a kind, the last one for every step, in order."""
-        records = [r for r in read_jsonl(self.path / "metrics.jsonl") if r["kind"] == kind]
+        lines = read_jsonl(self.path / "metrics.jsonl")
+        records = [r for r in lines if is_metric(r) and r["kind"] == kind]
         records.sort(key=_attempt_of)  # an older attempt may write last
         latest: dict[int, dict[str, Any]] = {int(record["step"]): record for record in records}
         return [latest[key] for key in sorted(latest)]
@@ -154,7 +175,19 @@ def seal(
         for file in sorted(folder.iterdir())
     }
     write_json(folder / "manifest.json", {"inputs": inputs, **facts, "files": files})
-    (folder / "DONE").touch()
+    create_empty(folder / "DONE")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Return the folders in a folder whose names are numbers, in order; none where it is missing.
+
+    Raises `DataError` for a folder that cannot be read, which is not the same as an empty one.
+    """
+    if not os.path.lexists(folder):
+        return []
+    with reading(folder), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.name.isdecimal())
+    return [folder / name for name in names]
 
 
 def is_done(stage: Path) -> bool:
@@ -163,23 +196,61 @@ def is_done(stage: Path) -> bool:
 
 
 def manifest(stage: Path) -> dict[str, Any]:
-    """Return the manifest of a finished stage."""
-    return dict(read_json(stage / "manifest.json"))
+    """Return the manifest of a finished stage, or raise `DataError` when it is damaged."""
+    file = stage / "manifest.json"
+    record = read_record(file, {"files": dict, "inputs": dict})
+    for name, facts in record["files"].items():
+        plain = name == Path(name).name and isinstance(facts, dict)
+        if not (plain and fits(facts.get("bytes"), int) and fits(facts.get("blake2b"), str)):
+            raise DataError(f"{file} is damaged: its entry {name[:80]!r} is none of a file")
+    return record
 
 
 def verify(stage: Path, alive: Callable[[], None] = unwatched) -> None:
     """Raise `DataError` when a file of the stage differs from its manifest."""
     for name, facts in manifest(stage)["files"].items():
-        file = stage / name
-        if not file.exists() or file.stat().st_size != facts["bytes"]:
-            raise DataError(f"{file} is missing or cut short")
-        if file_hash(file, alive) != facts["blake2b"]:
-            raise DataError(f"{file} has changed since it was written")
+        _verify_file(stage / name, facts, alive)
+
+
+def whole_file(stage: Path, name: str, alive: Callable[[], None] = unwatched) -> Path:
+    """Return the path of a stage's file that is as it was written.
+
+    Raises `DataError` that names the file when it is missing, cut short or changed.
+    """
+    facts = manifest(stage)["files"].get(name)
+    if facts is None:
+        raise DataError(f"{stage / 'manifest.json'} does not list {name}: the stage is not whole")
+    _verify_file(stage / name, facts, alive)
+    return stage / name
+
+
+def has_file(stage: Path, name: str) -> bool:
+    """Return whether a stage was written with this file, by its manifest."""
+    return name in manifest(stage)["files"]
+
+
+_whole: set[tuple[Any, ...]] = set()  # files that this process has compared with their hash
+
+
+def _verify_file(file: Path, facts: dict[str, Any], alive: Callable[[], None]) -> None:
+    with reading(file):
+        seen = file.stat()
+    if seen.st_size != facts["bytes"]:
+        raise DataError(f"{file} has {seen.st_size:,} bytes, not the {facts['bytes']:,} it had")
+    key = (file, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, facts["blake2b"])
+    if key in _whole:
+        return
+    with reading(file):
+        digest = file_hash(file, alive)
+    if digest != facts["blake2b"]:
+        raise DataError(f"{file} has changed since it was written")
+    _whole.add(key)
 
 
 def exists(run_dir: Path) -> bool:
     """Return whether a folder holds a run."""
-    return (run_dir / "recipe.yaml").is_file()
+    with disk_errors(run_dir):
+        return (run_dir / "recipe.yaml").is_file()
 
 
 def open_run(run_dir: str | Path) -> Run:
@@ -197,12 +268,13 @@ def sweep(run_dir: Path) -> None:
     """
     for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
         for leftover in run_dir.glob(pattern):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            plain = leftover.is_dir() and not leftover.is_symlink()
+            shutil.rmtree(leftover) if plain else leftover.unlink(missing_ok=True)
 
 
 def create(run_dir: Path, recipe: Recipe) -> None:
     """Write recipe and environment into a run directory, unless a run has begun there."""
-    if any((run_dir / begun).exists() for begun in ("rounds", "checkpoints")):
+    if any(os.path.lexists(run_dir / begun) for begun in ("rounds", "checkpoints")):
         raise RecipeError(
             f"{run_dir} holds a run already. To continue it: deepclust resume {run_dir}\n"
             "To start another one, choose another folder."

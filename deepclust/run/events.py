@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, get_args
 
+from deepclust.files import fits
+
 EventName: TypeAlias = Literal[
     "started",  # a worker group begins an attempt
     "placed",  # its members are on their machines
@@ -51,10 +53,42 @@ FIELDS: dict[EventName, dict[str, Any]] = {
     "replaced": {"step": int, "count": int, "first": list},
     "checkpoint": {"step": int},
     "warning": {"text": str},
-    "exported": {"file": str},
+    "exported": {"file": str, "hash": str},
     "finished": {"epochs": int},
     "stopped": {"kind": str, "text": str},
 }
 OPEN: set[EventName] = {"clustered"}  # all of statistics.json are fields of it
-OPTIONAL = {("started", "job")}  # of Slurm alone
+OPTIONAL = {("started", "job"), ("exported", "hash")}  # of Slurm alone; of later versions
 NAMES: tuple[EventName, ...] = get_args(EventName)
+NUMBERS: dict[str, dict[str, Any]] = {  # of metrics.jsonl, what a record of a kind has at least
+    "train": {"step": int, "round": int, "loss": Number},
+    "round": {"step": int},
+}
+SHOWN = ("reassigned", "nmi_labels")  # of a round, where it has them
+
+
+def is_event(record: dict[str, Any]) -> bool:
+    """Return whether a line of events.jsonl has the fields of its event, each of its type.
+
+    An event of a later version, which is not in the table, needs a name and a time.
+    """
+    name = record.get("event")
+    if not (isinstance(name, str) and fits(record.get("time"), Number)):
+        return False
+    known: dict[str, Any] = {str(one): fields for one, fields in FIELDS.items()}
+    fields = {**known.get(name, {}), **dict.fromkeys(SHOWN, (*Number, None))}
+    wanted = {k: v for k, v in fields.items() if k in record or (name, k) not in OPTIONAL}
+    return all(fits(record.get(key), kind) for key, kind in wanted.items())
+
+
+def is_metric(record: dict[str, Any]) -> bool:
+    """Return whether a line of metrics.jsonl has what its kind has at least."""
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        return False
+    known = {"step": int, **NUMBERS.get(kind, {})}
+    if not all(fits(record.get(key), wanted) for key, wanted in known.items()):
+        return False
+    attempt = record.get("attempt", record.get("incarnation", 0))  # the name in older runs
+    numbers = [v for k, v in record.items() if k != "kind"] if kind == "train" else []
+    return fits(attempt, int) and all(fits(value, (*Number, None)) for value in numbers)

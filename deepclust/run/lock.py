@@ -21,27 +21,45 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from deepclust.errors import RunHeldError
-from deepclust.files import disk_errors, read_json, write_json
+from deepclust.errors import DataError, MissingError, RunHeldError
+from deepclust.files import disk_errors, open_append, read_record, write_json
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 120.0
+GUARD = ".lock-guard"
+MOST = 2**16  # bytes of lock.json
+FIELDS = {  # of lock.json
+    **dict.fromkeys(("host", "boot", "token"), str),
+    "pid": int,
+    "started": (str, None),
+    "job": (str, None),
+    "restart": (int, None),
+}
 
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[str]:
     """Hold the run while the block lasts, and yield the token, or raise `RunHeldError`."""
-    token = _acquire(run_dir)
-    stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(run_dir, stop), daemon=True)
-    beat.start()
-    try:
-        yield token
-    finally:
-        stop.set()
-        beat.join()
+    # the open file shows that this process works on the run (see `works_on`)
+    with _guard(run_dir):
+        token = _acquire(run_dir)
+        stop = threading.Event()
+        beat = threading.Thread(target=_beat, args=(run_dir, stop), daemon=True)
+        beat.start()
+        try:
+            yield token
+        finally:
+            stop.set()
+            beat.join()
+            _release(run_dir)
+
+
+def _release(run_dir: Path) -> None:
+    """Remove our lock; where that fails it is stale once this process has ended."""
+    # an error here would hide the one that ended the block
+    with contextlib.suppress(OSError, DataError):
         if _is_mine(_read(run_dir)):
             (run_dir / "lock.json").unlink(missing_ok=True)
 
@@ -58,6 +76,8 @@ def renew(run_dir: Path, token: str) -> str:
 
 def check_token(run_dir: Path, token: str) -> None:
     """Raise `RunHeldError` unless the lock still has this token."""
+    if not run_dir.is_dir():
+        raise MissingError(f"the run {run_dir} is gone: it was moved or deleted while it ran")
     if _token(run_dir) != token:
         holder = owner(run_dir) or "the lock is gone"
         raise RunHeldError(
@@ -89,15 +109,49 @@ def owner_pid(run_dir: Path) -> int | None:
     return int(lock["pid"])
 
 
+def works_on(run_dir: Path, pid: int) -> bool:
+    """Return whether a process of this machine and user has files of the run open.
+
+    A lock that came with somebody else's run may name any process, so a pid in it is not enough
+    to send a signal. Only a controller has the run's guard, log or output open.
+    """
+    try:
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            return False
+        guard = os.stat(run_dir / GUARD)
+        handles = list(os.scandir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
+    for handle in handles:
+        with contextlib.suppress(OSError):  # closed in the meantime
+            if os.path.samestat(handle.stat(), guard):
+                return True
+    return False
+
+
 def _acquire(run_dir: Path) -> str:
     with _guarded(run_dir):
-        holder = owner(run_dir)
-        if holder:
-            raise RunHeldError(
-                f"{run_dir} is held by {holder}. Watch it with `deepclust status {run_dir}`, or "
-                f"end it with `deepclust cancel {run_dir}`."
-            )
+        _refuse_held(run_dir)
         return _write(run_dir)
+
+
+def _refuse_held(run_dir: Path) -> None:
+    if holder := owner(run_dir):
+        raise RunHeldError(
+            f"{run_dir} is held by {holder}. Watch it with `deepclust status {run_dir}`, or "
+            f"end it with `deepclust cancel {run_dir}`."
+        )
+
+
+@contextlib.contextmanager
+def unheld(run_dir: Path) -> Iterator[None]:
+    """Keep others of this host from acquiring a run during a short block, without a lock of ours.
+
+    Raises `RunHeldError` when somebody holds it. This writes nothing, so a full disk allows it.
+    """
+    with _guarded(run_dir):
+        _refuse_held(run_dir)
+        yield
 
 
 @contextlib.contextmanager
@@ -106,9 +160,15 @@ def _guarded(run_dir: Path) -> Iterator[None]:
 
     Across hosts the token decides.
     """
-    with disk_errors(run_dir), open(run_dir / ".lock-guard", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with _guard(run_dir) as guard:
+        with disk_errors(run_dir):
+            fcntl.flock(guard, fcntl.LOCK_EX)
         yield
+
+
+def _guard(run_dir: Path) -> BinaryIO:
+    with disk_errors(run_dir):
+        return open_append(run_dir / GUARD)
 
 
 def _write(run_dir: Path) -> str:
@@ -150,7 +210,7 @@ def _is_of_earlier_restart(lock: dict[str, Any]) -> bool:
 
 def _is_here(lock: dict[str, Any]) -> bool:
     here = {"host": platform.node(), "boot": _boot_id(), "pid_space": _pid_space()}
-    return all(lock[name] == value for name, value in here.items())
+    return all(lock.get(name) == value for name, value in here.items())
 
 
 def _age(path: Path) -> float:
@@ -160,7 +220,8 @@ def _age(path: Path) -> float:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime
     except OSError:
-        return time.time() - path.stat().st_mtime
+        # the lock itself may be gone by now, and is then of nobody
+        return time.time() - path.stat().st_mtime if path.exists() else STALE_AFTER_S + 1
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -172,19 +233,24 @@ def _is_mine(lock: dict[str, Any] | None) -> bool:
 
 def _beat(run_dir: Path, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_S):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DataError):
             if _is_mine(_read(run_dir)):
                 os.utime(run_dir / "lock.json")
 
 
 def _read(run_dir: Path) -> dict[str, Any] | None:
+    """Return the lock, None where there is none, or raise `DataError` for one that is damaged."""
     try:
-        lock = dict(read_json(run_dir / "lock.json"))
-    except FileNotFoundError:
+        lock = read_record(run_dir / "lock.json", FIELDS, MOST)
+    except MissingError:
         return None
+    except DataError as error:
+        raise DataError(
+            f"{error}. If no process works on the run, delete that file and resume"
+        ) from error
     # the names in locks of older versions
-    lock.setdefault("job", lock.get("slurm_job"))
-    lock.setdefault("restart", lock.get("slurm_restart") or 0)
+    lock["job"] = lock.get("job", lock.get("slurm_job"))
+    lock["restart"] = lock.get("restart", lock.get("slurm_restart")) or 0
     return lock
 
 
@@ -208,8 +274,8 @@ def _pid_space() -> str:
 def _start_time(pid: int) -> str | None:
     """Return when a process started, in clock ticks since boot, or None when it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):  # it has ended, or there can be none of that number
         return None
     has_ended = fields[0] == "Z"  # it only waits for its parent to collect it
     return None if has_ended else fields[19]

@@ -8,15 +8,19 @@ names and fields of events are in `events.py`.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import platform
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TextIO
 
+from deepclust.files import disk_errors, open_append
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.signs import BEAT_S, SignsOfLife
@@ -127,10 +131,8 @@ class Metrics:
     """Numbers over time, in metrics.jsonl and for TensorBoard."""
 
     def __init__(self, run: Run) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # slow: it imports torch
-
         self.run = run
-        self.board = SummaryWriter(str(run.path / "tensorboard"))
+        self.board = Board(run.path / "tensorboard")
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Write one record.
@@ -138,13 +140,72 @@ class Metrics:
         Numbers also become TensorBoard scalars `kind/name`.
         """
         self.run.metric(kind, step=step, **values)
-        for name, value in values.items():
-            if isinstance(value, int | float) and name not in ("epoch", "step"):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {
+            f"{kind}/{name}": float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and name not in ("epoch", "step")
+        }
+        self.board.write(step, numbers)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Close the file for TensorBoard."""
         self.board.close()
+
+
+class Board:
+    """A file of scalars for TensorBoard: a copy of metrics.jsonl, which never ends a run.
+
+    Whatever goes wrong with it is logged once, and then nothing more is written. torch's
+    SummaryWriter writes in a thread, whose errors reach nobody or stop the caller.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file: BinaryIO | None = None
+        self.is_broken = False
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the scalars of a step, and open the file for the first."""
+        if self.is_broken or not numbers:
+            return
+        try:
+            if self.file is None:
+                self.file = self._open()
+            self._write({"step": step}, numbers)
+            self.file.flush()
+        except Exception as error:
+            self.is_broken = True
+            why = f"{type(error).__name__}: {error}"
+            logging.getLogger("deepclust").warning("%s is not written: %s", self.folder, why)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+
+    def _open(self) -> BinaryIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = f"{int(time.time()):010d}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self.file = open_append(self.folder / f"events.out.tfevents.{place}")
+        self._write({"file_version": "brain.Event:2"}, {})
+        return self.file
+
+    def _write(self, fields: dict[str, Any], numbers: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        event = Event(wall_time=time.time(), **fields)
+        for name, value in numbers.items():
+            event.summary.value.add(tag=name, simple_value=value)
+        RecordWriter(self.file).write(event.SerializeToString())
+
+
+class AppendingHandler(logging.FileHandler):
+    """A log file that is opened without following a link."""
+
+    def _open(self) -> TextIO:  # type: ignore[override]
+        return io.TextIOWrapper(open_append(Path(self.baseFilename)), "utf-8", "backslashreplace")
 
 
 def log_to(path: Path, rank: int) -> logging.Logger:
@@ -153,8 +214,9 @@ def log_to(path: Path, rank: int) -> logging.Logger:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = AppendingHandler(path)
     handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

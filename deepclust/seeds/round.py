@@ -23,11 +23,16 @@ from deepclust.clustering.class_prototypes import (
     score_seeds,
 )
 from deepclust.errors import RecipeError, RunDiffersError
-from deepclust.files import read_json, write_json
+from deepclust.files import write_json
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import SeedsSection
-from deepclust.run.directory import Run, manifest
-from deepclust.run.round_files import find_whitening, last_round_before
+from deepclust.run.directory import Run, has_file, manifest
+from deepclust.run.round_files import (
+    find_whitening,
+    last_round_before,
+    read_array,
+    read_facts,
+)
 from deepclust.seeds.table import SHOWN, Seeds, SeedTable
 
 Rows = Float[np.ndarray, "n d"]  # all samples' features, memory-mapped float16
@@ -140,11 +145,11 @@ def save(seeded: SeededRound, stage: Path) -> None:
 def read(round_dir: Path) -> Prototypes | None:
     """Return the prototypes of a round's folder, or None if it was not seeded."""
     stage = round_dir / "centroids"
-    if not (stage / "prototypes.npy").exists():
+    if not has_file(stage, "prototypes.npy"):
         return None
-    clusters = read_json(stage / "prototypes.json")["clusters"]
+    clusters = read_facts(stage, "prototypes.json")["clusters"]
     class_of, counts = (np.array([c[key] for c in clusters]) for key in ("class_id", "labelled"))
-    rows = np.load(stage / "prototypes.npy")
+    rows = np.array(read_array(stage, "prototypes.npy"))
     return Prototypes(rows, class_of.astype(np.int32), counts.astype(np.int64))
 
 

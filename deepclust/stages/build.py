@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.read.loader import Loader
 from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import RecipeError, RunDiffersError
-from deepclust.files import read_json, write_json
+from deepclust.files import read_record, write_json
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
-from deepclust.models import build_backbone, check_sizes
+from deepclust.models import build_backbone, check_norms, check_sizes
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
 from deepclust.recipe.named import part_of
@@ -27,7 +28,7 @@ from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
 from deepclust.seeds.table import SeedTable, load
-from deepclust.stages import cluster, warm_start
+from deepclust.stages import cluster, warm_start, whole
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
@@ -70,6 +71,7 @@ def build_trainer(context: Context) -> Trainer:
     recipe, world, run = context.recipe, context.world, context.run
     method = build_method(recipe, world, new=not run.checkpoints()).to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
+    check_batch(method, recipe)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
     return Trainer(
         recipe=recipe,
@@ -106,6 +108,29 @@ def build_method(recipe: Recipe, world: World, new: bool) -> Method:
     return method
 
 
+def check_batch(method: Method, recipe: Recipe) -> None:
+    """Raise RecipeError where batch norms cannot norm a part of a batch, before any work.
+
+    They need two values of a channel. Of one image that is the number of pixels of its last map,
+    which may be one.
+    """
+    train = recipe.train
+    count = train.batch // (train.ranks * train.accumulate)
+    rows = count * min(kind.count for kind in recipe.method.crops(recipe.data))
+    norms = [m for m in method.modules() if isinstance(m, _NormBase) and m.training]
+    if count > 1 or not norms or any(isinstance(m, torch.nn.SyncBatchNorm) for m in norms):
+        return
+    try:
+        for kind in recipe.method.crops(recipe.data):
+            check_norms(method.trunk, max(1, rows), kind.size)
+    except ValueError as error:
+        raise RecipeError(
+            f"train.batch: {train.batch} images in {train.ranks} ranks and {train.accumulate} "
+            f"parts leave one for each, and {recipe.backbone.name} has batch norms, which need "
+            f"two. Set train.batch={2 * train.ranks * train.accumulate} or more, or fewer parts"
+        ) from error
+
+
 def build_loader(context: Context) -> Loader:
     """Return the loader of this rank, with a local copy of the shards if the recipe wants one."""
     data = context.recipe.data
@@ -134,7 +159,7 @@ def read_labels(context: Context) -> SeedTable | None:
     if recipe.cluster is None:  # else the clustering reports them
         for note in seeds.notes:
             context.emit("warning", text=note)
-    if file.exists() and read_json(file)["digest"] != seeds.table.digest:
+    if file.exists() and read_record(file, {"digest": str})["digest"] != seeds.table.digest:
         raise RunDiffersError(
             f"the labels of {recipe.seeds.labels} are not those that {context.run.path} began "
             "with. Restore them, or start a new run."
@@ -191,8 +216,11 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
     """Load the newest readable checkpoint, and the round that it was training on."""
     latest = None
     if context.world.is_first:
-        latest = checkpoint.load_latest(
-            context.run, lambda text: context.emit("warning", text=text)
+        latest = whole.latest_whole(
+            context.run,
+            context.recipe,
+            trainer.timeline,
+            lambda text: context.emit("warning", text=text),
         )
     # the first rank chooses for all
     folder = context.world.broadcast_object(latest.folder if latest else None)

@@ -23,13 +23,20 @@ from deepclust.clustering.search import probe_backend
 from deepclust.clustering.whiten import solve
 from deepclust.data.shards.index import Index
 from deepclust.errors import ResourceError
+from deepclust.files import reading
 from deepclust.methods.base import Targets
 from deepclust.recipe import Recipe
 from deepclust.recipe.declare import Refresh
 from deepclust.recipe.sections import ClusterSection, SeedsSection
-from deepclust.run.directory import Run, is_done
+from deepclust.run.directory import Run, is_done, numbered, whole_file
 from deepclust.run.reporting import Report
-from deepclust.run.round_files import find_whitening, read_excluded, read_kept
+from deepclust.run.round_files import (
+    find_whitening,
+    read_array,
+    read_assignments,
+    read_excluded,
+    read_kept,
+)
 from deepclust.seeds import round as seeded_round
 from deepclust.seeds.round import SeededRound
 from deepclust.seeds.table import Seeds, load
@@ -134,7 +141,10 @@ def cluster_features(context: ClusterContext, number: int) -> None:
 def make_task(context: ClusterContext, number: int) -> RoundTask:
     """Return the k-means of a round whose features are done, with this round's prototypes."""
     features_dir = context.run.round(number) / "features"
-    rows = np.load(features_dir / "rows.npy", mmap_mode="r")
+    if context.world.is_first:  # for all: the file is large
+        whole_file(features_dir, "rows.npy", context.report.alive)
+    with reading(features_dir / "rows.npy"):
+        rows = np.load(features_dir / "rows.npy", mmap_mode="r", allow_pickle=False)
     excluded = np.array(list(read_excluded(features_dir)), np.int64)
     progress = StageProgress(context.report, context.world, "cluster", number)
 
@@ -188,7 +198,7 @@ def advance(context: ClusterContext, number: int) -> None:
 def serve(context: ClusterContext, stopping: Callable[[], bool]) -> None:
     """Watch the newest round and advance it until a stop is wanted, as the cluster worker."""
     while not stopping():
-        rounds = sorted((context.run.path / "rounds").glob("[0-9]*"))
+        rounds = numbered(context.run.path / "rounds")
         if rounds:
             advance(context, int(rounds[-1].name))
         time.sleep(POLL_S)
@@ -204,17 +214,17 @@ def wait_for(stage: Path, stopping: Callable[[], bool]) -> bool:
 
 
 def read_targets(run: Run, number: int) -> Targets:
-    """Return a finished round with all its heads.
+    """Return a finished round with all its heads, its files compared with their hashes.
 
-    Assignments stay on disk, memory-mapped.
+    Assignments stay on disk, memory-mapped. Raises `DataError` for a file that is not as it was
+    written.
     """
     round_dir = run.round(number)
-    file = round_dir / "assignments" / "assignments.npy"
     return Targets(
         round=number,
-        file=file,
-        assignments=np.load(file, mmap_mode="r"),
-        centroids=np.load(round_dir / "centroids" / "centroids.npy"),
+        file=round_dir / "assignments" / "assignments.npy",
+        assignments=read_assignments(run, number),
+        centroids=np.array(read_array(round_dir / "centroids", "centroids.npy", run.alive, dims=3)),
         whitening=find_whitening(round_dir),
         kept=read_kept(round_dir),
     )

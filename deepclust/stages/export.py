@@ -17,6 +17,7 @@ import copy
 import hashlib
 import io
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,12 @@ from deepclust.models import Backbone, build_backbone, libraries
 
 FORMATS = ("torchvision", "safetensors")
 HEADER = "deepclust"  # the key of our JSON in a safetensors header
-KEYS = ("name", "dim", "image_size", "sobel", "version", "weights")  # what we put in it
+KEYS = {  # what we put in it
+    **dict.fromkeys(("name", "version", "weights"), str),
+    **dict.fromkeys(("dim", "image_size"), int),
+    "sobel": bool,
+}
+LARGEST = 2**14  # pixels of an image's side
 REMEDY = "Write one with `deepclust export RUN --format safetensors --out FILE`."
 
 
@@ -90,17 +96,19 @@ def load_backbone(path: str | Path) -> Backbone:
     """
     path = Path(path)
     meta = _read_header(path)
-    state = safetensors.torch.load_file(path)
+    with files.reading(path, REMEDY):
+        state = safetensors.torch.load_file(path)
     if weights_hash(state) != meta["weights"]:
         raise DataError(f"{path}: the weights are not those that were exported. Export it again.")
     name, size = meta["name"], meta["image_size"]
     try:
         backbone = build_backbone(name, sobel=meta["sobel"], image_size=size, import_module=False)
         backbone.net.load_state_dict(state)
-    except (RecipeError, RuntimeError) as error:
+    except Exception as error:  # a forged header names any network, of any size
+        why = (str(error).splitlines() or [""])[0][:500]
         raise DataError(
             f"{path}: holds {name}, written by deepclust {meta['version']}, and this is deepclust "
-            f"{deepclust.__version__}, which cannot build it: {error}"
+            f"{deepclust.__version__}, which cannot build it: {why}"
         ) from error
     backbone.meta = meta
     return backbone.eval()
@@ -157,19 +165,28 @@ def _header(backbone: Backbone, weights: str, meta: dict[str, Any]) -> dict[str,
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist. {REMEDY}")
+    with files.reading(path, REMEDY):
+        is_file = path.is_file()
+    if not is_file:
+        raise DataError(f"{path} does not exist, or is not a file. {REMEDY}")
+    if zipfile.is_zipfile(path):  # what torch.save writes
+        raise DataError(
+            f"{path}: a file of torch.save, of which only safetensors of ours can be read. {REMEDY}"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # libraries raise what they like for a damaged file
         raise DataError(f"{path}: not a whole safetensors file ({error}). {REMEDY}") from error
     if HEADER not in metadata:
         raise DataError(f"{path}: a safetensors file, but not an exported backbone. {REMEDY}")
-    header: dict[str, Any] = json.loads(metadata[HEADER])
-    missing = [key for key in KEYS if key not in header]
-    if missing:
-        raise DataError(f"{path}: its header lacks {', '.join(missing)}. {REMEDY}")
+    with files.reading(path, REMEDY):
+        header: dict[str, Any] = dict(json.loads(metadata[HEADER]))
+    wrong = [key for key, kind in KEYS.items() if not files.fits(header.get(key), kind)]
+    if wrong:
+        raise DataError(f"{path}: its header lacks {', '.join(wrong)}. {REMEDY}")
+    if not 0 < header["image_size"] <= LARGEST:
+        raise DataError(f"{path}: its header names images of {header['image_size']} pixels")
     return header
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from safetensors import safe_open
 from torch import Tensor
 
 from deepclust.clustering.whiten import Moments
@@ -29,10 +28,11 @@ from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.left_out import EXAMPLES
 from deepclust.errors import DataError, NumericalError, RequeueWanted
-from deepclust.files import atomic_file, write_json, write_tensors
+from deepclust.files import create_empty, write_json
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import Report
+from deepclust.stages import raw_chunk
 from deepclust.stages.progress import StageProgress
 from deepclust.world import World
 
@@ -115,15 +115,20 @@ def chunk_ranges(bases: Int64[np.ndarray, " s1"]) -> list[range]:
 
 def extract(context: ExtractContext, embed: Embed) -> None:
     """Fill `raw/` with every chunk's rows and moments, then mark it DONE."""
-    if is_done(context.raw_dir) or is_done(context.raw_dir.parent / "features"):
+    chunks = chunk_ranges(context.index.bases)
+    if context.world.is_first and not is_done(context.raw_dir.parent / "features"):
+        _drop_damaged(context, len(chunks))
+    # rank 0 decides for all
+    if context.world.broadcast_object(
+        is_done(context.raw_dir) or is_done(context.raw_dir.parent / "features")
+    ):
         return
     _check_bad(context, _excluded_by_index(context.index))
-    chunks = chunk_ranges(context.index.bases)
     if context.world.is_first:
         context.raw_dir.mkdir(parents=True, exist_ok=True)
         _write_pivot(context, embed, chunks[0])
     context.world.barrier()
-    pivot = torch.from_numpy(np.load(context.raw_dir / "pivot.npy")).to(context.world.device)
+    pivot = torch.from_numpy(raw_chunk.read_pivot(context.raw_dir)).to(context.world.device)
     missing = [number for number in range(len(chunks)) if not context.chunk_path(number).exists()]
     _fill(context, embed, chunks, context.world.broadcast_object(missing), pivot)
     context.finish_together()
@@ -137,7 +142,7 @@ def merge_moments(raw_dir: Path, progress: StageProgress) -> Moments:
     total: Moments | None = None
     files = sorted(raw_dir.glob(CHUNK_FILES))
     for done, file in enumerate(files, start=1):
-        with safe_open(file, "pt") as tensors:
+        with raw_chunk.opened(file, progress.report.alive) as tensors:
             names = ("pivot", "sum", "outer")
             count = int(tensors.get_tensor("count"))
             chunk = Moments(count, *(tensors.get_tensor(name) for name in names))
@@ -151,10 +156,27 @@ def read_chunk_exclusions(raw_dir: Path) -> dict[int, str]:
     """Return the samples without a usable row, and why, of all chunks."""
     excluded: dict[int, str] = {}
     for file in sorted(raw_dir.glob(CHUNK_FILES)):
-        with safe_open(file, "pt") as tensors:
+        with raw_chunk.opened(file) as tensors:
             reasons = json.loads(tensors.metadata()["excluded"])
         excluded.update({int(sample): reason for sample, reason in reasons.items()})
     return excluded
+
+
+def _drop_damaged(context: ExtractContext, chunks: int) -> None:
+    """Delete the chunks that are not as they were written, so that they are extracted again."""
+    damaged = raw_chunk.find_damaged(context.raw_dir, context.run.alive)
+    files = [context.chunk_path(number) for number in range(chunks)]
+    is_short = is_done(context.raw_dir) and not all(file.exists() for file in files)
+    if not damaged and not is_short:
+        return
+    context.run.fence()
+    for file in [context.raw_dir / "DONE", *damaged]:
+        file.unlink(missing_ok=True)
+    names = ", ".join(file.name for file in damaged[:5]) or "chunks that are missing"
+    text = (
+        f"{context.raw_dir} is damaged ({names}): that part of round {context.round} is made again"
+    )
+    context.report.event("warning", text=text)
 
 
 def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
@@ -175,8 +197,7 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
             f"{first} gives finite features; look at the images, or lower train.lr if this is not "
             "the first round"
         )
-    with atomic_file(path, context.run.fence) as partial, open(partial, "wb") as file:
-        np.save(file, rows[usable].mean(0).cpu().numpy())
+    raw_chunk.write_pivot(context.raw_dir, rows[usable].mean(0).cpu().numpy(), context.run.fence)
 
 
 def _request(config: Data, sample_ids: Int64[np.ndarray, " b"], chunk: int = 0) -> Request:
@@ -249,8 +270,9 @@ def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Ten
         "outer": chunk.moments.outer,
         "pivot": pivot,
     }
-    with atomic_file(context.chunk_path(number), context.run.fence) as partial:
-        write_tensors(partial, tensors, {"excluded": json.dumps(chunk.bad)})
+    raw_chunk.write(
+        context.chunk_path(number), tensors, {"excluded": json.dumps(chunk.bad)}, context.run.fence
+    )
 
 
 def _finish_raw(context: ExtractContext, chunks: int) -> None:
@@ -258,7 +280,7 @@ def _finish_raw(context: ExtractContext, chunks: int) -> None:
     _check_bad(context, excluded)
     write_json(context.raw_dir / "manifest.json", {"units": chunks, "excluded": len(excluded)})
     context.run.fence()
-    (context.raw_dir / "DONE").touch()
+    create_empty(context.raw_dir / "DONE")
     context.report.event("extracted", round=context.round, units=chunks, excluded=len(excluded))
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float16
-from safetensors import safe_open
 
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.whiten import Whitening
 from deepclust.run.directory import is_done
+from deepclust.stages import raw_chunk
 from deepclust.stages.extract import ExtractContext, chunk_ranges, read_chunk_exclusions
 
 SLICE = 2**13  # rows that are whitened at a time
@@ -30,7 +30,7 @@ def project(context: ExtractContext, whitening: Whitening | None) -> None:
     if is_done(features_dir):
         return
     chunks = chunk_ranges(context.index.bases)
-    pivot = np.load(context.raw_dir / "pivot.npy", mmap_mode="r")
+    pivot = raw_chunk.read_pivot(context.raw_dir)
     dim = len(pivot) if whitening is None else whitening.matrix.shape[1]
     if context.world.is_first:
         shape = (len(context.index), dim)
@@ -55,7 +55,7 @@ def _projected(
     """Yield a chunk's projected rows, a slice at a time, each with its place in the chunk."""
     device = context.world.device
     normalise = unit_rows if whitening is None else whitening
-    with safe_open(context.chunk_path(number), "pt") as tensors:
+    with raw_chunk.opened(context.chunk_path(number), context.report.alive) as tensors:
         rows, pivot = tensors.get_slice("rows"), tensors.get_tensor("pivot").to(device)
         excluded = np.array([int(s) for s in json.loads(tensors.metadata()["excluded"])], np.int64)
         for place in range(0, rows.get_shape()[0], SLICE):

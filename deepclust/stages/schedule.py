@@ -101,6 +101,10 @@ class Timeline:
             return -1
         return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)
 
+    def precedes(self, state: State, number: int) -> bool:
+        """Return whether a state is from before the features of a round were made."""
+        return (state.segment, state.offset) <= (number * self._period, 0)
+
     def refresh_due(self, state: State) -> bool:
         """Return whether the segment begins with a new round."""
         return state.offset == 0 and self.round_of(state) > state.round

@@ -8,7 +8,6 @@ resumed computes the same steps, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Bad, Loaded, Loader
 from deepclust.errors import DataError, NumericalError, RequeueWanted
-from deepclust.files import write_json
+from deepclust.files import append_json, write_json
 from deepclust.methods.base import Batch, Method, Targets
 from deepclust.methods.embed import Embedder, autocast
 from deepclust.optim.optimizers import Optimizers
@@ -229,8 +228,8 @@ def check_bad(trainer: Trainer, totals: Totals, meter: Meter, state: State) -> N
         return
     if trainer.world.is_first:
         trainer.report.event("replaced", step=state.step, count=totals.bad, first=meter.bad[:5])
-    with open(trainer.run.path / "logs" / "replaced.jsonl", "a") as file:
-        file.write(json.dumps({"step": state.step, "samples": meter.bad}) + "\n")
+    file = trainer.run.path / "logs" / "replaced.jsonl"
+    append_json(file, {"step": state.step, "samples": meter.bad})
     config, limit = trainer.recipe.train, trainer.recipe.data.max_bad
     seen = config.log * config.batch
     if totals.bad > max(1.0, limit * seen):

@@ -12,12 +12,12 @@ from jaxtyping import Int32
 from deepclust import __version__
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError
-from deepclust.files import read_json, write_json
+from deepclust.files import write_json
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import load, load_latest
-from deepclust.run.directory import Run, exists, is_done, manifest
-from deepclust.run.round_files import read_whitening
+from deepclust.run.directory import Run, exists, has_file, is_done, manifest
+from deepclust.run.round_files import read_array, read_facts, read_whitening
 from deepclust.stages.data_index import open_data_index
 from deepclust.stages.export import load_backbone
 
@@ -26,7 +26,7 @@ def load_weights(backbone: Backbone, source: str) -> None:
     """Load the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
     path = Path(source)
     if exists(path):
-        latest = load_latest(Run(path), lambda text: None)
+        latest = load_latest(Run(path), _refuse_older)
         if latest is None:
             raise DataError(f"init.weights: {path} has no checkpoint yet")
         state = backbone_part(latest.parts["model"], Run(path).recipe.method.trunk)
@@ -41,7 +41,29 @@ def load_weights(backbone: Backbone, source: str) -> None:
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
-        raise RecipeError(f"init.weights: {path} is not a {backbone.name}: {error}") from None
+        held = _name_of(path)
+        fix = f"it holds {held}; set backbone.name={held}" if held else str(error).splitlines()[0]
+        if held == backbone.name:
+            fix = (
+                f"its {held} has other shapes; set data.size and backbone.sobel as they were there"
+            )
+        raise RecipeError(f"init.weights: {path} is not a {backbone.name}: {fix}") from None
+
+
+def _name_of(path: Path) -> str | None:
+    """Return the backbone of a run, a checkpoint or an export, None where nothing says it."""
+    if path.is_file():
+        return load_backbone(path).name
+    run = path if exists(path) else path.parent.parent
+    return Run(run).recipe.backbone.name if exists(run) else None
+
+
+def _refuse_older(why: str) -> None:
+    """Raise `DataError`: an older checkpoint is taken only when it is asked for by name."""
+    raise DataError(
+        f"init.weights: the newest weights cannot be taken: {why}. Name the checkpoint to start "
+        "from: init.weights=RUN/checkpoints/STEP"
+    )
 
 
 def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
@@ -54,13 +76,13 @@ def import_assignments(run: Run, recipe: Recipe, index: Index) -> None:
         raise DataError(
             f"init.assignments: {source} is not a finished round (runs/NAME/rounds/0003)"
         )
-    centroids = np.load(source / "centroids" / "centroids.npy")
+    centroids = np.array(read_array(source / "centroids", "centroids.npy", run.alive, dims=3))
     if centroids.shape[1] != recipe.clustering.k:
         raise RecipeError(
             f"init.assignments: {source} has {centroids.shape[1]} clusters and cluster.k is "
             f"{recipe.clustering.k}; set cluster.k={centroids.shape[1]}"
         )
-    assignments = np.load(source / "assignments" / "assignments.npy", mmap_mode="r")
+    assignments = read_array(source / "assignments", "assignments.npy", run.alive, dims=2)
     _check_heads(recipe, len(assignments), source)
     inputs = manifest(source / "assignments")["inputs"]
     if recipe.clustering.supers not in (1, inputs.get("supers", 1)):
@@ -81,9 +103,10 @@ def export_meta(run: Run) -> dict[str, Any]:
         "mean": list(data.mean), "std": list(data.std), "resize": data.short_side,
         "method": recipe.method.name, "deepclust": __version__,
     }  # fmt: skip
-    files = [run.round(number) / "centroids" / "prototypes.json" for number in run.rounds()]
-    if files and files[-1].exists():
-        meta["classes"] = read_json(files[-1])["classes"]
+    for number in run.rounds()[-1:]:
+        stage = run.round(number) / "centroids"
+        if has_file(stage, "prototypes.json"):
+            meta["classes"] = read_facts(stage, "prototypes.json")["classes"]
     return meta
 
 
@@ -139,7 +162,7 @@ def _write_round(
 ) -> None:
     inputs = {"data": index.fingerprint, "from": str(source)}
     folder = run.round(0)
-    if (source / "whitening").exists():
+    if is_done(source / "whitening"):
         whitening = read_whitening(source)
         run.commit(
             folder / "whitening", lambda d: whitening.save(d / "whitening.safetensors"), inputs
@@ -149,7 +172,7 @@ def _write_round(
     def fill(stage: Path) -> None:
         np.save(stage / "assignments.npy", assignments)
         np.save(stage / "distances.npy", np.full(assignments.shape, np.nan, np.float32))
-        statistics = read_json(source / "assignments" / "statistics.json")
+        statistics = read_facts(source / "assignments", "statistics.json")
         write_json(stage / "statistics.json", {**statistics, "round": 0})
 
     run.commit(folder / "assignments", fill, inputs)

@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from deepclust.clustering.statistics import describe
 from deepclust.data.shards.index import Index, open_index
-from deepclust.files import append_json, write_json
+from deepclust.files import append_json, read_json, write_json
 from deepclust.recipe import Recipe
 from deepclust.run.directory import create, seal
 
@@ -70,7 +70,6 @@ def make_simclr(folder: Path, shards: Path, steps: int = 8) -> Path:
 def pin(folder: Path, number: int, names: list[str]) -> None:
     """Let a round's first (super-)clusters be pinned to classes, judged by 10 labels."""
     clusters = [{"cluster": i, "class": name, "labelled": 2} for i, name in enumerate(names)]
-    (folder / "rounds" / f"{number:04d}" / "centroids").mkdir()
     stage = folder / "rounds" / f"{number:04d}"
     write_json(stage / "centroids" / "prototypes.json", {"pinned": True, "clusters": clusters})
     judged = {"size": 9, "share": 0.1, "purity": 0.8, "recall": 0.7}
@@ -80,6 +79,16 @@ def pin(folder: Path, number: int, names: list[str]) -> None:
         "clusters": [one | judged for one in clusters],
     }  # fmt: skip
     write_json(stage / "assignments" / "seeds.json", scores)
+    for name in ("centroids", "assignments"):
+        reseal(stage / name)
+
+
+def reseal(stage: Path) -> None:
+    """Seal a stage again, whose files a test has changed."""
+    inputs = read_json(stage / "manifest.json")["inputs"]
+    for name in ("manifest.json", "DONE"):
+        (stage / name).unlink()
+    seal(stage, inputs)
 
 
 def _data(folder: Path, index: Index) -> None:
@@ -114,6 +123,8 @@ def _round(
     cluster = Recipe.load(folder / "recipe.yaml").clustering
     supers = {"supers": cluster.supers} if cluster.supers > 1 else {}
     seal(stage / "assignments", {"data": index.fingerprint, "round": number, "k": k, **supers})
+    (stage / "centroids").mkdir()
+    seal(stage / "centroids", {"data": index.fingerprint})
     return assignments
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from deepclust.recipe.sections import Cadence, parse_cadence
 from tests.methods.cases import TOY
 from tests.methods.cases import recipe as small_case
 from tests.tiny import tiny_recipe
+from tools.bench import fuzz_recipes
 
 
 def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it() -> None:
@@ -206,3 +208,53 @@ def test_differences_name_the_keys_and_both_values(tmp_path: Path) -> None:
 def test_cadences_are_read_in_both_units() -> None:
     assert parse_cadence("3 epochs") == Cadence(3, "epoch")
     assert parse_cadence("1 step") == Cadence(1, "step")
+
+
+BOMBS = {
+    "a date that is none": "data: 2001-99-99",
+    "digits": "seed: " + "9" * 5000,
+    "a large number": "seed: " + "9" * 4000,
+    "levels": "[" * 3000,
+    "a tag": "!!bool x",
+    "bytes": "ray: {a: !!binary aGVsbG8=}",
+    "itself": "ray: &a [*a]",
+    "an object": "!!python/object/apply:os.getpid []",
+    "a set": "slurm: {a: !!set {x, y}}",
+    "a number as a key": "ray: {1: 2}",
+    "laughs": "ray:\n  a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl")),
+    "letters": "a: " + "x" * 300_000,
+    "a NUL": 'a: "\0"',
+    "a name that is not UTF-8": "method: {name: \udce9}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_no_recipe_is_a_short_recipe_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "r.yaml").write_bytes(BOMBS[name].encode("utf-8", "surrogateescape"))
+    with pytest.raises(RecipeError, match=r"r\.yaml") as caught:
+        Recipe.load(tmp_path / "r.yaml")
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["cluster.k", "ray.a", "terms", "x"])
+def test_an_override_of_any_value_is_right_or_a_recipe_error(tmp_path: Path, name: str) -> None:
+    values = ["2001-99-99", "9" * 5000, "[" * 2000, "!!binary x", "&a [*a]", "\udce9", "{1: 2}"]
+    for value in values:
+        with pytest.raises(RecipeError) as caught:
+            tiny_recipe(tmp_path, f"{name}={value}")
+        assert len(str(caught.value)) < 2000
+
+
+def test_a_circle_in_a_tree_of_python_is_a_recipe_error() -> None:
+    circle: list[object] = []
+    circle.append(circle)
+    for tree in ({"ray": circle}, {"data": {"shards": circle}}, {"slurm": {"a": b"x"}}):
+        with pytest.raises(RecipeError):
+            Recipe.parse(tree)
+
+
+def test_random_recipes_are_right_or_clear_errors() -> None:
+    table, worst = fuzz_recipes.fuzz(60, seed=1)
+    assert not worst
+    assert sum(table["trees"].values()) == 30

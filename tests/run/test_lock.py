@@ -116,7 +116,7 @@ def test_the_lock_of_an_older_version_is_understood(
 def test_a_controller_that_was_fenced_off_writes_no_event(tmp_path: Path) -> None:
     with hold(tmp_path) as token:
         run = Run(tmp_path, token)
-        run.event("started")
+        run.event("started", pid=1, ranks=1)
         renew(tmp_path, token)
         with pytest.raises(RunHeldError, match="taken over"):
             run.event("stopped")

@@ -138,7 +138,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     return {
         "absent does not exist": folder / "absent",
         "not a whole safetensors file": folder / "cut",
-        "not a whole safetensors file ": folder / "pth",
+        "torch.save": folder / "pth",
         "not an exported backbone": write("checkpoint", state, None),
         "header lacks name": write("lacking", state, {"dim": 3}),
         "not those that were exported": write("changed", changed, header),

@@ -60,6 +60,10 @@ def _unescaped(folder: str) -> str:
     return folder.encode().decode("unicode_escape")
 
 
+class _SourceError(Exception):
+    """A shard cannot be read; its OSError is the cause."""
+
+
 class ShardCache:
     """Copies of at most `limit` shards in `folder`, named by ordinal, dropped by least recent use.
 
@@ -173,7 +177,7 @@ class ShardCache:
                 return self._write(pieces, partial) and self._keep(shard, partial)
         except DiskError:
             raise
-        except remote.Interrupted:
+        except (remote.Interrupted, _SourceError):
             return False
         except OSError:
             return False  # the workers meet the same error, and report it image by image
@@ -183,9 +187,12 @@ class ShardCache:
         if isinstance(source, Url):
             yield from remote.stream(source, 0, self.index.lengths[shard], self._stop.is_set)
             return
-        with open(source, "rb", buffering=0) as file:
-            while chunk := file.read(remote.CHUNK):
-                yield chunk
+        try:
+            with open(source, "rb", buffering=0) as file:
+                while chunk := file.read(remote.CHUNK):
+                    yield chunk
+        except OSError as error:  # not of the disk that is written to
+            raise _SourceError from error
 
     def _write(self, pieces: Iterator[bytes], partial: Path) -> bool:
         with disk_errors(self.folder), open(partial, "wb", buffering=0) as target:

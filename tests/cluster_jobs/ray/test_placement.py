@@ -112,5 +112,5 @@ def test_a_node_that_does_not_see_the_run_or_sees_another_says_so(tmp_path: Path
     with hold(tmp_path) as token:
         assert _problem(tmp_path, token) == ""
         assert "is another folder there" in _problem(tmp_path, "another")
-        assert "No such file" in _problem(tmp_path / "nowhere", token)
+        assert "is missing" in _problem(tmp_path / "nowhere", token)
     assert not list((tmp_path / "logs").iterdir())

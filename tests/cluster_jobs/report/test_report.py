@@ -23,6 +23,7 @@ from tests.cluster_jobs.synthetic import (
     make_simclr,
     pin,
     rename_classes,
+    reseal,
 )
 from tests.images import make_shards
 
@@ -121,6 +122,7 @@ def test_several_heads_have_a_table_and_the_pictures_are_of_head_0(run: Path) ->
     for name in ("assignments", "distances"):
         rows = np.load(stage / f"{name}.npy")
         np.save(stage / f"{name}.npy", np.concatenate([rows, rows[:, ::-1]]))
+    reseal(stage)
     text = page(run)
     Outline(text)
     assert "Each round has 2 heads" in text
@@ -133,6 +135,7 @@ def test_missing_statistics_are_shown_as_dashes(run: Path) -> None:
     for number in range(3):
         file = run / "rounds" / f"{number:04d}" / "assignments" / "statistics.json"
         write_json(file, {"round": number, "k": 6, "n": 96})
+        reseal(file.parent)
     text = page(run)
     Outline(text)
     assert '<th scope="row">2</th>' in text

@@ -12,7 +12,7 @@ import pytest
 
 from cluster_jobs.results.assignments import SCHEMA, export_assignments
 from deepclust.errors import RecipeError, RunDiffersError
-from tests.cluster_jobs.synthetic import EXCLUDED, make_run, make_simclr
+from tests.cluster_jobs.synthetic import EXCLUDED, make_run, make_simclr, reseal
 from tests.images import make_shards
 
 N = 100  # shards of 34, 34, 32
@@ -79,6 +79,7 @@ def test_several_heads_are_listed_one_after_the_other_in_each_shard(
     for name in ("assignments", "distances"):
         one = np.load(stage / f"{name}.npy")
         np.save(stage / f"{name}.npy", np.concatenate([one, one[:, ::-1]]))
+    reseal(stage)
     table = rows(run, tmp_path / "a.parquet")
     assert len(table) == 2 * N
     assert [row["head"] for row in table[:68]] == [0] * 34 + [1] * 34

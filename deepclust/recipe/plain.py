@@ -1,0 +1,78 @@
+"""YAML from anybody to a tree of plain values of a bounded size, or a `RecipeError`.
+
+YAML can name dates, bytes, sets and Python's own numbers without end. It can hold a value in
+itself, and a few lines can stand for billions of values. A recipe needs none of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from deepclust.errors import RecipeError
+
+MOST_TEXT = 2**18  # letters; our own reader takes 5 s for them
+MOST_VALUES = 20_000
+MOST_LEVELS = 30
+LARGEST = 2**63
+SHOWN = 200  # letters of what a user wrote, in a message
+PLAIN = (str, int, float, bool, type(None))
+
+
+def parse(text: str, source: str) -> Any:
+    """Return the tree of a YAML text; `source` is what a message calls it."""
+    if len(text) > MOST_TEXT:
+        raise RecipeError(f"{source} has {len(text):,} letters, more than {MOST_TEXT:,}")
+    try:
+        tree = yaml.safe_load(text)
+    except Exception as error:  # its constructors raise what Python raises for a value
+        why = short(f"{type(error).__name__}: {error}")
+        raise RecipeError(f"{source} is not YAML: {why}") from None
+    check(tree, source, strict=True)
+    return tree
+
+
+def check(tree: Any, source: str, *, strict: bool = False) -> None:
+    """Raise RecipeError for a tree that is too large or too deep, or holds a number too large.
+
+    `strict`: for a value that is none of YAML's plain ones, and a key that is not a text.
+    """
+    count = 0
+    stack: list[tuple[Any, tuple[str, ...]]] = [(tree, ())]
+    while stack:
+        value, place = stack.pop()
+        # before they are put on the stack: a few lines of aliases can stand for billions
+        count += len(value) if isinstance(value, Mapping | list | tuple) else 0
+        if count > MOST_VALUES:
+            raise RecipeError(f"{source} holds more than {MOST_VALUES:,} values")
+        if len(place) > MOST_LEVELS:
+            raise RecipeError(f"{source}: {short('.'.join(place))} has too many levels")
+        if problem := _problem(value, strict):
+            raise RecipeError(f"{source}: {short('.'.join(place)) or 'it'} {problem}")
+        if isinstance(value, Mapping):
+            stack += [(one, (*place, str(key)[:SHOWN])) for key, one in value.items()]
+        elif isinstance(value, list | tuple):
+            stack += [(one, (*place, str(i))) for i, one in enumerate(value)]
+
+
+def _problem(value: Any, strict: bool) -> str | None:
+    """Return what is wrong with a value itself, not with those in it."""
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return "is a number that is too large"
+    if isinstance(value, str) and len(value) > MOST_TEXT:
+        return f"has {len(value):,} letters"
+    if not strict:
+        return None
+    if isinstance(value, dict):
+        wrong = next((key for key in value if not isinstance(key, str)), None)
+        return None if wrong is None else f"has the key {short(repr(wrong))}, which is not a text"
+    if not isinstance(value, (*PLAIN, list)):
+        return f"is a {type(value).__name__}: put it in quotes if it is a text"
+    return None
+
+
+def short(text: str) -> str:
+    """Return a text of one length for messages, its middle left out where it is long."""
+    return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"

@@ -1,0 +1,31 @@
+"""The export of a finished run, written again from its last checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepclust.errors import DataError
+from deepclust.run import checkpoint
+from deepclust.run.directory import Run
+from deepclust.stages.build import build_method
+from deepclust.stages.export import Exported, export_backbone
+from deepclust.stages.warm_start import backbone_part, export_meta
+from deepclust.world import ALONE
+
+
+def export_again(run: Run, file: Path) -> Exported:
+    """Write the backbone of the last checkpoint as the end of the run did.
+
+    Raises `DataError` when that checkpoint is missing or damaged: an older one is not taken for it.
+    """
+    saved = [e["step"] for e in run.events() if e["event"] == "checkpoint"]
+    folder = run.path / "checkpoints" / f"{max(saved, default=0):08d}"
+    state, parts = checkpoint.load(folder, alive=run.alive)
+    method = build_method(run.recipe, ALONE, new=False)
+    trunk = method.trunk
+    try:
+        trunk.load_state_dict(backbone_part(parts["model"], run.recipe.method.trunk))
+    except (KeyError, RuntimeError) as error:
+        text = f"{file} cannot be written again from step {state.step}: {error}"
+        raise DataError(text) from error
+    return export_backbone(trunk, file, "safetensors", meta=export_meta(run))

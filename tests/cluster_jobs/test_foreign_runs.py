@@ -1,0 +1,133 @@
+"""A lock, a job and events that came with somebody else's run, or are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster_jobs import job_file, status
+from cluster_jobs.executors import background
+from deepclust.errors import DataError, DiskError, MissingError, ResourceError
+from deepclust.files import read_json, write_json
+from deepclust.run import lock
+from deepclust.run.directory import Run, create
+from deepclust.run.lock import check_token, hold
+from deepclust.run.reporting import Board, log_to
+from tests.tiny import tiny_recipe
+
+DAMAGED = ["", "{", "{}", "[]", "null", '"x"', "12", "[" * 99_999, "\udcff", '{"pid": 1}']
+LINES = [*DAMAGED, '{"kind": "train"}', '{"event": "clustered", "time": 1}', '{"event": 1}']
+LINES += ['{"event": "stopped", "time": 1, "kind": "X", "text": ""}', '{"time": "x", "event": "y"}']
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    create(tmp_path / "a", tiny_recipe(tmp_path))
+    create(tmp_path / "b", tiny_recipe(tmp_path))
+    return tmp_path / "a"
+
+
+def write(file: Path, text: str) -> None:
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+@pytest.mark.parametrize("name", ["lock.json", "job.json", "recipe.yaml"])
+def test_status_shows_a_broken_run_beside_the_others(run: Path, name: str, text: str) -> None:
+    write(run / name, text)
+    a, b = (status.status(one) for one in status.find_runs(run.parent))
+    assert (a.name, a.state) == ("a", "FAILED")
+    assert name in a.reason
+    assert b.state == "PENDING"
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_status_survives_any_line_of_events_and_metrics(run: Path, text: str) -> None:
+    for name in ("events.jsonl", "metrics.jsonl"):
+        write(run / name, text + "\n")
+    states = [status.status(one) for one in status.find_runs(run.parent)]
+    json.dumps([one.as_dict() for one in states])
+    assert all("Error" not in one.reason for one in states)
+
+
+@pytest.mark.parametrize("name", ["lock.json", "job.json", "events.jsonl", "metrics.jsonl"])
+def test_a_pipe_or_a_huge_file_in_a_run_does_not_hold_up_status(run: Path, name: str) -> None:
+    os.mkfifo(run / name)
+    with open(run.parent / "b" / name, "wb") as file:
+        file.truncate(2**41)
+    states = [status.status(one) for one in status.find_runs(run.parent)]
+    assert [one.state for one in states] == ["FAILED", "FAILED"]
+    assert all(name in one.reason for one in states)
+
+
+@pytest.mark.parametrize("job", ["--me", "-u root", "1; ls", "", "\n1"])
+def test_a_job_that_is_an_option_is_refused(run: Path, job: str) -> None:
+    write_json(run / "job.json", {"on": "slurm", "job": job})
+    with pytest.raises(DataError, match=r"job\.json"):
+        job_file.read(run)
+
+
+def test_a_process_that_does_not_work_on_the_run_is_not_stopped(run: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with hold(run):
+        mine = read_json(run / "lock.json")
+        started = lock._start_time(other.pid)
+        write_json(run / "lock.json", {**mine, "pid": other.pid, "started": started})
+        assert lock.owner_pid(run) == other.pid
+        with pytest.raises(ResourceError, match="not its controller"):
+            background.stop(run, other.pid)
+        assert lock.works_on(run, os.getpid())
+    assert other.poll() is None
+    other.communicate(b"\n")
+
+
+@pytest.mark.parametrize("name", [".lock-guard", "events.jsonl", "logs/rank-00000.log", "cancel"])
+def test_no_file_of_a_run_is_written_through_a_link(run: Path, name: str, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (run / name).symlink_to(precious)
+
+    def tell() -> None:
+        with hold(run) as token:
+            Run(run, token).event("warning", text="x")
+
+    writers = {"cancel": lambda: job_file.ask_to_cancel(run)}
+    writers["logs/rank-00000.log"] = lambda: log_to(run / name, 0)
+    with pytest.raises(DiskError, match=Path(name).name):
+        writers.get(name, tell)()
+    assert precious.read_text() == "mine"
+
+
+def test_a_run_that_is_gone_is_not_said_to_be_taken_over(run: Path) -> None:
+    with hold(run) as token:
+        run.rename(run.parent / "moved")
+        with pytest.raises(MissingError, match="moved or deleted"):
+            check_token(run, token)
+        (run.parent / "moved").rename(run)
+
+
+def test_rounds_that_cannot_be_read_are_not_taken_for_none(run: Path) -> None:
+    (run / "rounds").symlink_to("rounds")  # a circle
+    with pytest.raises(DataError, match="rounds"):
+        Run(run).rounds()
+
+
+def test_tensorboard_never_ends_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    board = Board(tmp_path / "file" / "tensorboard")
+    for step in range(100):
+        board.write(step, {"a": 1.0})
+    board.close()
+    good = Board(tmp_path / "tensorboard")
+    good.write(3, {"a": 1.5, "b": 2.0})
+    good.close()
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    file = next((tmp_path / "tensorboard").iterdir())
+    events = list(EventFileLoader(str(file)).Load())
+    assert [(v.tag, e.step) for e in events for v in e.summary.value] == [("a", 3), ("b", 3)]
