@@ -6,6 +6,8 @@ The table is written shard by shard, so it needs no more memory than one shard d
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,9 @@ import pyarrow.csv
 import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
-from deepclust.data.shards.index import Index, open_index
+from cluster_jobs.results.shards import open_shards
+from cluster_jobs.terminal import visible
+from deepclust.data.shards.index import Index
 from deepclust.data.shards.url import redact
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import atomic_file, read_json
@@ -36,6 +40,7 @@ SCHEMA = pa.schema(
 )
 SEEDED = SCHEMA.append(pa.field("class", pa.string()))
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
+FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and the wide forms of Asian keyboards
 REASON_LOST = "not in the round that these assignments were taken over from"
 
 
@@ -51,6 +56,9 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
         reason             why a sample is excluded
         class              of the cluster's prototype (in seeded rounds only)
 
+    In a .csv file, texts are changed where a spreadsheet would run them (`safe_cells`). A .parquet
+    file has them as they are.
+
     Raises `RecipeError` for another suffix than .parquet and .csv, or for a missing round. Raises
     `RunDiffersError` when the shards are no longer those that were clustered.
     """
@@ -59,12 +67,35 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
         raise RecipeError(f"cannot write {out}: name it {' or '.join('*' + s for s in WRITERS)}")
     run = open_run(run_dir)
     number = choose_round(run, round)
-    index = open_clustered(run, number)
     schema = SCHEMA if seeded_classes(run, number) is None else SEEDED
-    with atomic_file(out) as partial, WRITERS[out.suffix](partial, schema) as writer:
+    with (
+        open_clustered(run, number) as index,
+        atomic_file(out) as partial,
+        WRITERS[out.suffix](partial, schema) as writer,
+    ):
         for batch in _batches(run, number, index):
-            writer.write_batch(batch)
+            writer.write_batch(batch if out.suffix != ".csv" else safe_cells(batch))
     return out
+
+
+def safe_cells(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a batch whose texts no spreadsheet runs and no terminal obeys.
+
+    A text that begins with = + - @ has an apostrophe before it. Control characters are written as
+    Python writes them. Keys and classes come with the shards, which may be anybody's.
+    """
+    columns = [
+        pa.array([text and _safe(text) for text in column.to_pylist()], pa.string())
+        if pa.types.is_string(column.type)
+        else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
+def _safe(text: str) -> str:
+    text = visible(text).replace("\n", "\\n").replace("\t", "\\t")
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def choose_round(run: Run, wanted: int | None) -> int:
@@ -88,21 +119,22 @@ def choose_round(run: Run, wanted: int | None) -> int:
     return rounds[-1] if wanted is None else wanted
 
 
-def open_clustered(run: Run, number: int) -> Index:
-    """Return the index of the run's shards.
+@contextlib.contextmanager
+def open_clustered(run: Run, number: int) -> Iterator[Index]:
+    """Yield the index of the run's shards.
 
     Raises `RunDiffersError` if round `number` had others.
     """
-    data = run.recipe.data
-    index = open_index(data.shards, data.index, run.path)
-    clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
-    if index.fingerprint != clustered:
-        raise RunDiffersError(
-            f"{redact(data.shards)} now has fingerprint {index.fingerprint}, but round {number} of "
-            f"{run.path} clustered {clustered}: the ids no longer name the same images. "
-            "Put the shards of the run back in that folder."
-        )
-    return index
+    shards = run.recipe.data.shards
+    with open_shards(shards, run) as index:
+        clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
+        if index.fingerprint != clustered:
+            raise RunDiffersError(
+                f"{redact(str(shards))} now has fingerprint {index.fingerprint}, but round {number}"
+                f" of {run.path} clustered {clustered}: the ids no longer name the same images. "
+                "Put the shards of the run back in that folder."
+            )
+        yield index
 
 
 def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:

@@ -6,6 +6,7 @@ evaluators in `deepclust.evaluate` see a `Frozen`, and know no run.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepclust.data.shards.index import Index, open_index
-from deepclust.errors import DataError
+from cluster_jobs.results.shards import open_shards
+from deepclust.data.shards.index import Index
+from deepclust.data.shards.url import redact
+from deepclust.errors import DataError, DeepclustError, RecipeError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import (
     DIM,
@@ -29,6 +32,7 @@ from deepclust.evaluate.frozen import (
     freeze_shards,
 )
 from deepclust.files import read_json, write_json
+from deepclust.launch.start import is_finished
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
@@ -41,6 +45,8 @@ from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
 
+SUFFIXES = {".safetensors": "safetensors", ".pth": "torchvision", ".pt": "torchvision"}
+
 
 def evaluate_run(
     run_dir: Path,
@@ -48,40 +54,72 @@ def evaluate_run(
     test: str,
     names: Iterable[str] | None = None,
     emit: Callable[[str], None] = lambda text: None,
+    show: Callable[[Scores], None] = lambda scores: None,
 ) -> Scores:
     """Evaluate a run's newest network on labelled shards and return the scores by evaluator.
 
-    They also go into `evaluations/STEP.json`, beside those of other evaluators on the same shards.
-    `names` are evaluators (default: all). `emit` is given the reason for each that is left out.
+    `show` is given them before they go into `evaluations/STEP.json`, beside those of other
+    evaluators on the same shards. `names` are evaluators (default: all). `emit` is given the reason
+    for each that is left out, what is odd about the checkpoint or the labels, and why the scores
+    could not be recorded.
     """
     names = None if names is None else list(names)
     for name in names or ():
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
-    checkpoint = _newest_checkpoint(run)
-    index = open_index(train)
-    frozen = freeze_shards(
-        _embedder(run.recipe, checkpoint.parts["model"]),
-        index,
-        open_index(test),
-        run.recipe.data,
-        dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
-    )
-    scores = evaluate(_with_seeds(frozen, run, index), names, emit)
-    record = {"step": checkpoint.state.step, "train": train, "test": test, "scores": scores}
-    _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
+    checkpoint = _newest_checkpoint(run, emit)
+    with open_shards(train, run) as index, open_shards(test, run) as test_index:
+        frozen = freeze_shards(
+            _embedder(run.recipe, checkpoint.parts["model"]),
+            index,
+            test_index,
+            run.recipe.data,
+            dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
+        )
+        frozen = _with_seeds(frozen, run, index)
+    for note in frozen.notes:
+        emit(f"note: {note}")
+    scores = evaluate(frozen, names, emit)
+    show(scores)
+    record = {
+        "step": checkpoint.state.step, "train": redact(train), "test": redact(test),
+        "scores": scores,
+    }  # fmt: skip
+    try:
+        _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
+    except (DeepclustError, OSError) as error:
+        emit(f"warning: the scores are not recorded in the run: {error}")
     return scores
 
 
-def export_run(run_dir: Path, out: Path, format_: str) -> Exported:
-    """Export the backbone of a run's newest checkpoint."""
+def export_run(
+    run_dir: Path,
+    out: Path,
+    format_: str | None = None,
+    emit: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
+
+    `emit` is given what is odd about the checkpoint.
+    """
+    format_ = _format_of(Path(out)) if format_ is None else format_
     run = open_run(run_dir)
-    return export_backbone(load_trunk(run), out, format_, meta=export_meta(run))
+    return export_backbone(load_trunk(run, emit), out, format_, meta=export_meta(run))
 
 
-def load_embedder(run: Run) -> Embedder:
+def _format_of(out: Path) -> str:
+    """Return the format of a file's suffix."""
+    if out.suffix not in SUFFIXES:
+        raise RecipeError(
+            f"{out} has no suffix that tells its format: name it "
+            f"{', '.join('*' + suffix for suffix in SUFFIXES)}, or give --format"
+        )
+    return SUFFIXES[out.suffix]
+
+
+def load_embedder(run: Run, emit: Callable[[str], None] = lambda text: None) -> Embedder:
     """Return the map from images to features of a run's newest readable checkpoint."""
-    return _embedder(run.recipe, _newest_checkpoint(run).parts["model"])
+    return _embedder(run.recipe, _newest_checkpoint(run, emit).parts["model"])
 
 
 def fresh_embedder(recipe: Recipe) -> Embedder:
@@ -92,9 +130,9 @@ def fresh_embedder(recipe: Recipe) -> Embedder:
     return Embedder(method, recipe.data, recipe.train.precision, device)
 
 
-def load_trunk(run: Run) -> Backbone:
+def load_trunk(run: Run, emit: Callable[[str], None] = lambda text: None) -> Backbone:
     """Return the backbone that counts of a run's newest readable checkpoint, in eval mode."""
-    return load_embedder(run).method.trunk
+    return load_embedder(run, emit).method.trunk
 
 
 def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
@@ -103,12 +141,19 @@ def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
     return split.features, split.labels
 
 
-def _newest_checkpoint(run: Run) -> Checkpoint:
-    checkpoint = load_latest(run, lambda text: None)
+def _newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
+    """Return the newest checkpoint that can be read, and tell when it is not the run's last."""
+    checkpoint = load_latest(run, lambda text: emit(f"warning: {text}"))
     if checkpoint is None:
         raise DataError(
             f"{run.path} has no checkpoint that can be read. Continue it: "
             f"deepclust resume {run.path}"
+        )
+    if not is_finished(run):
+        state = checkpoint.state
+        emit(
+            f"note: these are the weights of step {state.step}, {state.segment} of {run.epochs} "
+            "epochs; the run has not finished"
         )
     return checkpoint
 
@@ -138,7 +183,7 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
         reason = f"{folder_of(index)} are not the shards that {run.path} was trained on"
         return replace(frozen, seeds_missing=reason)
     table = load_seeds(index, run.recipe.seeds, run.recipe.seed).table
-    unknown = [name for name in table.names if name not in class_names(index)]
+    unknown = [name for name in table.names if name not in class_names(index).values()]
     if unknown:
         reason = (
             f"the seeds' classes {unknown[:5]} are not among those of {folder_of(index)} "
@@ -155,8 +200,9 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
     """Write the scores, and keep those of other evaluators on the same shards."""
-    shards = ("train", "test")
-    before = read_json(path) if path.exists() else None
-    if before is not None and all(before[split] == record[split] for split in shards):
-        record = {**record, "scores": {**before["scores"], **record["scores"]}}
+    shards, before = ("train", "test"), None
+    with contextlib.suppress(OSError, ValueError):  # a damaged record is replaced
+        before = read_json(path)
+    if isinstance(before, dict) and all(before.get(split) == record[split] for split in shards):
+        record = {**record, "scores": {**before.get("scores", {}), **record["scores"]}}
     write_json(path, record)

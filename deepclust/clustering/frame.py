@@ -51,7 +51,8 @@ class Frame:
         """Return rows of the frame, such as centroids, in the coordinates of the caller."""
         assert self.origin is not None, "unit rows have no other coordinates"
         origin: Float64[np.ndarray, " d"] = self.origin.cpu().numpy()
-        return rows.astype(np.float64) / self.scale + origin
+        widened: Float64[np.ndarray, "m d"] = rows.astype(np.float64) / self.scale + origin
+        return widened
 
     @property
     def area(self) -> float:

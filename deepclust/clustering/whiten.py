@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import numpy as np
 import scipy.linalg
-import threadpoolctl
 import torch
 from jaxtyping import Float, Float32, Float64
 from safetensors.numpy import load_file, save
@@ -27,7 +26,7 @@ from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.frame import Frame, farthest, frame_of, too_far
 from deepclust.clustering.moments import BLOCK, Moments
 from deepclust.clustering.points import Rows, unit_rows
-from deepclust.clustering.precision import full_precision
+from deepclust.clustering.precision import full_precision, own_threads
 from deepclust.errors import DataError, NumericalError
 from deepclust.files import atomic_file
 
@@ -187,8 +186,7 @@ def _top_eigenvectors(
 ) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
     """Return the largest eigenvalues first, and overwrite the covariance, which can be large."""
     size = len(covariance)
-    # The last digits depend on the number of threads, which the environment must not choose.
-    with threadpoolctl.threadpool_limits(torch.get_num_threads(), "blas"):
+    with own_threads():
         values, vectors = scipy.linalg.eigh(
             covariance.T,  # transposed: LAPACK takes columns first, and would be given a copy
             subset_by_index=[size - count, size - 1],
