@@ -60,8 +60,8 @@ def evaluate_run(
 
     `show` is given them before they go into `evaluations/STEP.json`, beside those of other
     evaluators on the same shards. `names` are evaluators (default: all). `emit` is given the reason
-    for each that is left out, what is odd about the checkpoint or the labels, and why the scores
-    could not be recorded.
+    for each that is left out, and what is odd about the checkpoint or the labels. It is also given
+    the reason why the scores could not be recorded.
     """
     names = None if names is None else list(names)
     for name in names or ():

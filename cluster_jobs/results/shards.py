@@ -1,7 +1,7 @@
 """Opening shards to measure on: an index that cannot be written beside them goes elsewhere.
 
-Shards may be read-only or behind a URL. Whoever only measures has no `data.index` to set, so the
-index of such shards is kept in the run, or in a temporary folder if the run cannot be written.
+Shards may be read-only or behind a URL, and a command that only measures has no `data.index` to
+set. The index of such shards is kept in the run, or in a temporary folder if the run is read-only.
 """
 
 from __future__ import annotations

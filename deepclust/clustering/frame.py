@@ -1,11 +1,11 @@
 """Frames: float64 rows are centred and scaled before they are narrowed to float32.
 
 k-means and whitening compute in float32. Rows at an offset of 1e8 lose all their digits when they
-are narrowed as they are, and distances of rows of 1e-25 or 1e25 underflow or overflow. Neither the
+are narrowed as they are. Distances of rows of 1e-25 or 1e25 underflow or overflow. Neither the
 offset nor the scale changes a clustering, so both are taken out first and put back into the result.
 
-Float32 rows keep their bits: they are only ever scaled, by a power of two, where the squares of
-their differences leave the range of float32. So are float64 rows that hold float32 values.
+Float32 rows keep their bits, and so do float64 rows that hold float32 values. They are scaled by a
+power of two, and only where the squares of their differences leave the range of float32.
 """
 
 from __future__ import annotations

@@ -33,15 +33,16 @@ def contingency(
 ) -> sparse.csr_array:
     """Count pairs of ids: sparse int64 [rows, columns], without pairs of a negative id.
 
-    Without a shape there is a row and a column for each id that occurs, in ascending order: ids may
-    be as large as they like.
+    Without a shape there is a row or a column for each id that occurs, in ascending order. So the
+    size of an id costs nothing.
     """
     both = (rows >= 0) & (columns >= 0)
-    pairs, sizes = [rows[both].astype(np.int64), columns[both].astype(np.int64)], shape
-    if sizes is None:
-        known, pairs = zip(*(np.unique(ids, return_inverse=True) for ids in pairs), strict=True)
-        sizes = (len(known[0]), len(known[1]))
-    table = sparse.coo_array((np.ones(len(pairs[0]), np.int64), tuple(pairs)), shape=sizes)
+    a, b = rows[both].astype(np.int64), columns[both].astype(np.int64)
+    if shape is None:
+        known, a = np.unique(a, return_inverse=True)
+        others, b = np.unique(b, return_inverse=True)
+        shape = (len(known), len(others))
+    table = sparse.coo_array((np.ones(len(a), np.int64), (a, b)), shape=shape)
     return table.tocsr()  # sums what occurs more than once
 
 

@@ -44,9 +44,9 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 class Whitening:
     """The map y = normalise((x - mean) @ matrix).
 
-    Columns of `matrix` beyond `rank` are zero. Where float64 rows or very large or small ones had
-    to be moved and scaled to be float32 (`frame.py`), `mean` is float64, and `matrix` and
-    `eigenvalues` are those of (x - mean) * scale.
+    Columns of `matrix` beyond `rank` are zero. Rows that float32 does not hold are moved
+    and scaled first (`frame.py`). Then `mean` is float64, and `matrix` and `eigenvalues` are those
+    of (x - mean) * scale.
     """
 
     mean: Float[np.ndarray, " D"]
