@@ -19,7 +19,6 @@ from cluster_jobs.results.assignments import open_clustered, seeded_classes
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards.index import Index
-from deepclust.errors import DeepclustError
 from deepclust.run.directory import Run
 from deepclust.world import generator
 
@@ -76,7 +75,7 @@ def gallery(run: Run) -> Gallery:
     try:
         with open_clustered(run, rounds[-1]) as index:
             return Gallery(_groups(run, rounds[-1], index))
-    except (DeepclustError, OSError) as error:
+    except Exception as error:  # a report without images is better than none
         return Gallery([], f"The images cannot be shown: {error}")
 
 
