@@ -45,7 +45,7 @@ from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
 
-SUFFIXES = {".safetensors": "safetensors", ".pth": "torchvision", ".pt": "torchvision"}
+SUFFIXES = {".pth": "torchvision", ".pt": "torchvision"}  # others hold safetensors
 
 
 def evaluate_run(
@@ -102,19 +102,9 @@ def export_run(
 
     `emit` is given what is odd about the checkpoint.
     """
-    format_ = _format_of(Path(out)) if format_ is None else format_
+    format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
     run = open_run(run_dir)
     return export_backbone(load_trunk(run, emit), out, format_, meta=export_meta(run))
-
-
-def _format_of(out: Path) -> str:
-    """Return the format of a file's suffix."""
-    if out.suffix not in SUFFIXES:
-        raise RecipeError(
-            f"{out} has no suffix that tells its format: name it "
-            f"{', '.join('*' + suffix for suffix in SUFFIXES)}, or give --format"
-        )
-    return SUFFIXES[out.suffix]
 
 
 def load_embedder(run: Run, emit: Callable[[str], None] = lambda text: None) -> Embedder:
