@@ -26,7 +26,11 @@ def as_array(values: Any, name: str) -> Rows:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise DataError(f"{name} holds complex numbers; give its real part, or both as columns")
+        if values.layout != torch.strided:
+            raise DataError(f"{name} is a sparse tensor; give {name}.to_dense()")
         return values
+    if np.ma.is_masked(values):  # an array of NumPy would hold what the mask hides
+        raise DataError(f"{name} has masked numbers; leave those rows out, or fill them")
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -32,8 +32,9 @@ def start(
     """
     free, seed = options.k - len(fixed), options.seed
     if given.assignments is not None:
-        old = as_tensor(given.assignments).to(points.device, torch.int32)
-        return from_assignments(points, free, fixed, old, seed)
+        old = as_tensor(given.assignments).to(points.device)
+        _check_old(points, old, options.k)
+        return from_assignments(points, free, fixed, old.to(torch.int32), seed)
     if given.centroids is not None:
         return from_centroids(points, free, len(fixed), given.centroids)
     if options.init == "k-means++":
@@ -135,6 +136,14 @@ def from_centroids(points: Points, free: int, fixed: int, init: Rows) -> Float32
     return given[len(given) - free :].clone()
 
 
+def _check_old(points: Points, old: Tensor, k: int) -> None:
+    """Raise `RecipeError` for old cluster ids of another length or type, or of k or more."""
+    whole = not (old.is_floating_point() or old.dtype == torch.bool)
+    if not whole or old.shape != (points.n_local,) or points.count((old >= k) | (old < -1)):
+        wanted = f"{points.n_local} integers below k={k} (-1: none)"
+        raise RecipeError(f"labels must be {wanted} for a warm start")
+
+
 def from_assignments(
     points: Points,
     free: int,
@@ -145,13 +154,8 @@ def from_assignments(
     """Return means of the new rows of each old cluster, or a random start for one without.
 
     Old centroids are of no use, since the whitening turns and flips between rounds.
-
-    Raises `RecipeError` for cluster ids of another length, or of k or more.
     """
     k = len(fixed) + free
-    if old.shape != (points.n_local,) or points.count(old >= k):
-        wanted = f"{points.n_local} ids below k={k} (-1: none)"
-        raise RecipeError(f"labels must be {wanted} for a warm start")
     assignment = points.sum_clusters(old, k)
     means = (assignment.sums / assignment.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
     empty = (assignment.mass[len(fixed) :] == 0).nonzero().flatten()

@@ -284,6 +284,9 @@ def test_labels_warm_start_is_the_means_of_the_old_clusters() -> None:
     assert (np.bincount(warm.assignments, minlength=9) > 0).all()
     with pytest.raises(RecipeError, match="below k=5"):
         kmeans(x, 5, labels=labels)
+    for wrong in (labels - 6, labels + 0.5, labels.astype(np.int64) + 2**32, labels[:-1], -7):
+        with pytest.raises(RecipeError, match="900 integers below k=9"):
+            kmeans(x, 9, labels=wrong)
 
 
 def test_without_tolerance_it_stops_only_where_nothing_moves() -> None:
@@ -370,6 +373,8 @@ def test_lists_and_numbers_of_numpy_are_taken_as_they_are_meant() -> None:
         np.ones((5, 2), complex),
         torch.ones(5, 2, dtype=torch.complex64),
         np.full((5, 2), None),
+        np.ma.masked_less(np.eye(5), 1),
+        torch.eye(5).to_sparse(),
         np.full((5, 2), "1"),
         [[1, 2], [3]],
         "rows",
