@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster_jobs.terminal import visible
 from deepclust import __version__
 from deepclust.errors import DeepclustError, DiskError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from deepclust.evaluate import Scores
 
 app = typer.Typer(
     help="Pretrain image backbones by clustering.",
@@ -48,7 +51,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _log(f"error: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         raise
@@ -276,7 +279,7 @@ def logs(
 
     try:
         for line in tail(run_dir, rank, follow):
-            typer.echo(line)
+            typer.echo(visible(line))
     except KeyboardInterrupt:
         _log(f"detached; {run_dir} continues")
 
@@ -399,13 +402,16 @@ def evaluate(
     """Score the run's frozen network: kNN, linear probe, clusters, prototypes of its seeds."""
     from cluster_jobs.results.evaluate import evaluate_run
 
-    names = None if with_ is None else with_.split(",")
-    scores = evaluate_run(run_dir, train_shards, test_shards, names, emit=_log)
-    if as_json:
-        typer.echo(json.dumps(scores))
-        return
-    for name, values in scores.items():
-        typer.echo(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+    def show(scores: Scores) -> None:
+        if as_json:
+            typer.echo(json.dumps(scores))
+            return
+        for name, values in scores.items():
+            numbers = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+            typer.echo(f"{name}: {numbers}")
+
+    names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
+    evaluate_run(run_dir, train_shards, test_shards, names, emit=_log, show=show)
 
 
 @app.command(epilog=_examples("assignments runs/a --out clusters.parquet"))
@@ -428,8 +434,9 @@ def export(
     run_dir: RunDir,
     out: Out,
     format_: Annotated[
-        str, typer.Option("--format", help="torchvision or safetensors.")
-    ] = "safetensors",
+        str | None,
+        typer.Option("--format", help="torchvision or safetensors; default: by the suffix."),
+    ] = None,
 ) -> None:
     """Write the backbone of the newest checkpoint, and compare the file with it."""
     from cluster_jobs.results.evaluate import export_run
@@ -509,7 +516,7 @@ def _print(content: Table | str) -> None:
 
 
 def _log(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text) + "\n")
 
 
 if __name__ == "__main__":

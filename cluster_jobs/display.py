@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from cluster_jobs.status import Status
+from cluster_jobs.terminal import visible
 
 PLAIN_EVERY_S = 10.0
 ROUND_COLUMNS = {
@@ -147,7 +148,7 @@ def status_table(states: list[Status]) -> Table:
     table = Table(*columns, "NMI of labels", "note")
     for state in states:
         table.add_row(
-            escape(state.name),
+            escape(visible(state.name)),
             state.state,
             state.phase,
             _cell(state.round, "{}"),
@@ -157,7 +158,7 @@ def status_table(states: list[Status]) -> Table:
             _cell(state.clusters, "{} of " + str(state.k)),
             _cell(state.reassigned, "{:.1%}"),
             _cell(state.nmi_labels, "{:.3f}"),
-            escape(state.owner or state.reason),
+            escape(visible(state.owner or state.reason)),
         )
     return table
 

@@ -15,6 +15,7 @@ from cluster_jobs.report.charts import charts
 from cluster_jobs.report.checks import checks
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import gallery
+from deepclust.errors import RecipeError
 from deepclust.files import write_text
 from deepclust.run.directory import open_run
 
@@ -22,8 +23,12 @@ from deepclust.run.directory import open_run
 def write_report(run_dir: Path, out: Path) -> Path:
     """Write the page about a run in any state to `out` atomically, and return `out`.
 
-    Raises `RecipeError` when `run_dir` is not a run, `DiskError` when `out` cannot be written.
+    Raises `RecipeError` when `run_dir` is not a run, or for another suffix than .html. Raises
+    `DiskError` when `out` cannot be written.
     """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RecipeError(f"cannot write {out}: the report is one HTML page; name it *.html")
     run = open_run(run_dir)
     facts = gather(run)
     page = _template().render(
@@ -33,8 +38,8 @@ def write_report(run_dir: Path, out: Path) -> Path:
         gallery=gallery(run),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-    write_text(Path(out), page)
-    return Path(out)
+    write_text(out, page)
+    return out
 
 
 def _template() -> jinja2.Template:

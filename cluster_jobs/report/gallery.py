@@ -19,7 +19,6 @@ from cluster_jobs.results.assignments import open_clustered, seeded_classes
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards.index import Index
-from deepclust.errors import DeepclustError
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_array, read_assignments
 from deepclust.world import generator
@@ -75,9 +74,9 @@ def gallery(run: Run) -> Gallery:
     if not rounds:
         return Gallery([], "The images of the clusters appear here after the first round.")
     try:
-        index = open_clustered(run, rounds[-1])
-        return Gallery(_groups(run, rounds[-1], index))
-    except (DeepclustError, OSError) as error:
+        with open_clustered(run, rounds[-1]) as index:
+            return Gallery(_groups(run, rounds[-1], index))
+    except Exception as error:  # a report without images is better than none
         return Gallery([], f"The images cannot be shown: {error}")
 
 
@@ -88,8 +87,9 @@ def _groups(run: Run, number: int, index: Index) -> list[tuple[str, list[Card]]]
     sizes = np.bincount(assignments[assignments >= 0])
     classes = seeded_classes(run, number)
     seeds = [None] * len(sizes) if classes is None else classes.tolist()
+    most = run.recipe.data.max_pixels
     return [
-        (title, [_card(index, int(one), seeds[one], assignments, distances) for one in chosen])
+        (title, [_card(index, int(i), seeds[i], assignments, distances, most) for i in chosen])
         for title, chosen in choose(sizes, seed=number).items()
     ]
 
@@ -113,6 +113,7 @@ def _card(
     seed: str | None,
     assignments: Int32[np.ndarray, " n"],
     distances: Float32[np.ndarray, " n"],
+    max_pixels: int,
 ) -> Card:
     members = np.flatnonzero(assignments == cluster)
     by_distance = members[np.argsort(distances[members], kind="stable")]
@@ -125,8 +126,8 @@ def _card(
         None if majority is None else _class_name(index, majority),
         purity,
         seed,
-        _thumbnails(index, by_distance[: 2 * NEAREST], NEAREST, majority),
-        _thumbnails(index, rest[: 2 * RANDOM], RANDOM, majority),
+        _thumbnails(index, by_distance[: 2 * NEAREST], NEAREST, majority, max_pixels),
+        _thumbnails(index, rest[: 2 * RANDOM], RANDOM, majority, max_pixels),
     )
 
 
@@ -136,8 +137,8 @@ def _majority(index: Index, members: Int64[np.ndarray, " m"]) -> tuple[int | Non
     known = known[known >= 0]
     if not len(known):
         return None, None
-    counts = np.bincount(known)
-    return int(counts.argmax()), float(counts.max() / len(known))
+    labels, counts = np.unique(known, return_counts=True)
+    return int(labels[counts.argmax()]), float(counts.max() / len(known))
 
 
 def _class_name(index: Index, label: int) -> str:
@@ -145,7 +146,11 @@ def _class_name(index: Index, label: int) -> str:
 
 
 def _thumbnails(
-    index: Index, sample_ids: Int64[np.ndarray, " m"], count: int, majority: int | None
+    index: Index,
+    sample_ids: Int64[np.ndarray, " m"],
+    count: int,
+    majority: int | None,
+    max_pixels: int,
 ) -> list[Thumbnail]:
     """Return the first `count` of the samples that can be decoded."""
     thumbnails: list[Thumbnail] = []
@@ -153,7 +158,7 @@ def _thumbnails(
         if len(thumbnails) == count:
             break
         try:
-            image = decode(_read(index, sample_id))
+            image = decode(_read(index, sample_id), max_pixels)
         except DecodeError:
             continue
         label = -1 if index.labels is None else int(index.labels[sample_id])

@@ -6,6 +6,8 @@ The table is written shard by shard, so it needs no more memory than one shard d
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +18,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
+from cluster_jobs.results.shards import open_own
+from cluster_jobs.terminal import visible
 from deepclust.data.shards.find import described
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError, RunDiffersError
@@ -27,7 +31,6 @@ from deepclust.run.round_files import (
     read_excluded,
     read_facts,
 )
-from deepclust.stages.data_index import open_data_index
 
 SCHEMA = pa.schema(
     {
@@ -42,6 +45,7 @@ SCHEMA = pa.schema(
 )
 SEEDED = SCHEMA.append(pa.field("class", pa.string()))
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
+FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and the wide forms of Asian keyboards
 REASON_LOST = "not in the round that these assignments were taken over from"
 
 
@@ -57,6 +61,9 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
         reason             why a sample is excluded
         class              of the cluster's prototype (in seeded rounds only)
 
+    In a .csv file, texts are changed where a spreadsheet would run them (`safe_cells`). A .parquet
+    file has them as they are.
+
     Raises `RecipeError` for another suffix than .parquet and .csv, or for a missing round. Raises
     `RunDiffersError` when the shards are no longer those that were clustered.
     """
@@ -66,12 +73,35 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
     file = target_of(out)
     run = open_run(run_dir)
     number = choose_round(run, round)
-    index = open_clustered(run, number)
     schema = SCHEMA if seeded_classes(run, number) is None else SEEDED
-    with atomic_file(file) as partial, WRITERS[out.suffix](partial, schema) as writer:
+    with (
+        open_clustered(run, number) as index,
+        atomic_file(file) as partial,
+        WRITERS[out.suffix](partial, schema) as writer,
+    ):
         for batch in _batches(run, number, index):
-            writer.write_batch(batch)
+            writer.write_batch(batch if out.suffix != ".csv" else safe_cells(batch))
     return out
+
+
+def safe_cells(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a batch whose texts no spreadsheet runs and no terminal obeys.
+
+    A text that begins with = + - @ has an apostrophe before it. Control characters are written as
+    Python writes them. Keys and classes come with the shards, which may be anybody's.
+    """
+    columns = [
+        pa.array([text and _safe(text) for text in column.to_pylist()], pa.string())
+        if pa.types.is_string(column.type)
+        else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
+def _safe(text: str) -> str:
+    text = visible(text).replace("\n", "\\n").replace("\t", "\\t")
+    return f"'{text}" if FORMULA.match(text) else text
 
 
 def choose_round(run: Run, wanted: int | None) -> int:
@@ -101,21 +131,21 @@ def choose_round(run: Run, wanted: int | None) -> int:
     return rounds[-1] if wanted is None else wanted
 
 
-def open_clustered(run: Run, number: int) -> Index:
-    """Return the index of the run's shards.
+@contextlib.contextmanager
+def open_clustered(run: Run, number: int) -> Iterator[Index]:
+    """Yield the index of the run's shards.
 
     Raises `RunDiffersError` if round `number` had others.
     """
-    data = run.recipe.data
-    index = open_data_index(data, run.path)
-    clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
-    if index.fingerprint != clustered:
-        raise RunDiffersError(
-            f"{described(data.shards)} now has fingerprint {index.fingerprint}, but round {number} "
-            f"of {run.path} clustered {clustered}: the ids no longer name the same images. "
-            "Put the shards of the run back in that folder."
-        )
-    return index
+    with open_own(run) as index:
+        clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
+        if index.fingerprint != clustered:
+            raise RunDiffersError(
+                f"{described(run.recipe.data.shards)} now has fingerprint {index.fingerprint}, but "
+                f"round {number} of {run.path} clustered {clustered}: the ids no longer name the "
+                "same images. Put the shards of the run back in that folder."
+            )
+        yield index
 
 
 def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:

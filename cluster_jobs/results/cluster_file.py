@@ -28,7 +28,8 @@ from rich.table import Table
 from cluster_jobs.results.npy_file import check_names, open_rows, read_names
 from deepclust import __version__
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.kmeans import KMeansResult, solve_kmeans
+from deepclust.clustering.frame import frame_of
+from deepclust.clustering.kmeans import KMeansResult, scaled, solve_kmeans, widened
 from deepclust.clustering.options import KMeansOptions, Progress
 from deepclust.clustering.search import probe_backend
 from deepclust.clustering.statistics import describe
@@ -161,9 +162,11 @@ class _Job:
         backend, device, notes = probe_backend(chosen.backend, self.device)
         for note in notes:
             _log(f"warning: {note}; {backend} on {device} is used instead")
-        points, options = ArrayPoints(rows, device=device), chosen.kmeans(backend)
+        options, frame = chosen.kmeans(backend), frame_of(rows, spherical=chosen.spherical)
+        points = ArrayPoints(rows, device=device).framed(frame)
         given = given_start(points, options)
-        return solve_kmeans(points, options, given, _Passes())
+        result = solve_kmeans(points, options, given, scaled(_Passes(), frame))
+        return widened(result, frame)
 
     def _facts(self, result: KMeansResult) -> dict[str, Any]:
         """Return everything that statistics.json holds, except the times."""
@@ -271,7 +274,20 @@ def _named_errors(source: Path) -> Iterator[None]:
 
 
 def _in_options(text: str) -> str:
-    return text.replace("cluster.k", "--k").replace("cluster.dim=", "--whiten ")
+    """Return an error about a run's features as one about a file's rows."""
+    for of_a_run, of_a_file in (
+        ("cluster.k", "--k"),
+        ("cluster.dim=", "--whiten "),
+        (
+            "Leave them out (assignment -1) or look for overflow in the backbone.",
+            "Take them out of the file, or replace the values by numpy.nan_to_num.",
+        ),
+        ("or look for duplicate images or a collapsed backbone", "or look for equal rows"),
+        (", or look for dead units in the backbone", ", or look for constant columns"),
+        ("feature rows", "rows"),
+    ):
+        text = text.replace(of_a_run, of_a_file)
+    return text
 
 
 class _Passes:

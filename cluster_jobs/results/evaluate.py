@@ -6,6 +6,7 @@ evaluators in `deepclust.evaluate` see a `Frozen`, and know no run.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster_jobs.results.shards import open_shards
 from deepclust.data.shards.index import Index
-from deepclust.errors import DataError
+from deepclust.data.shards.url import redact
+from deepclust.errors import DataError, DeepclustError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import (
     DIM,
@@ -30,6 +33,7 @@ from deepclust.evaluate.frozen import (
     freeze_shards,
 )
 from deepclust.files import read_record, target_of, write_json
+from deepclust.launch.start import is_finished
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
@@ -38,12 +42,12 @@ from deepclust.run.checkpoint import Checkpoint, load_latest
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.build import build_method
-from deepclust.stages.data_index import open_labelled
 from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
 
 log = logging.getLogger("deepclust")
+SUFFIXES = {".pth": "torchvision", ".pt": "torchvision"}  # others hold safetensors
 
 
 def evaluate_run(
@@ -51,48 +55,64 @@ def evaluate_run(
     train: str,
     test: str,
     names: Iterable[str] | None = None,
-    emit: Callable[[str], None] = lambda text: None,
+    emit: Callable[[str], None] = log.warning,
+    show: Callable[[Scores], None] = lambda scores: None,
 ) -> Scores:
     """Evaluate a run's newest network on labelled shards and return the scores by evaluator.
 
-    They also go into `evaluations/STEP.json`, beside those of other evaluators on the same shards.
-    `names` are evaluators (default: all). `emit` is given the reason for each that is left out.
+    `show` is given them before they go into `evaluations/STEP.json`, beside those of other
+    evaluators on the same shards. `names` are evaluators (default: all). `emit` is given the reason
+    for each that is left out, and what is odd about the checkpoint or the labels. It is also given
+    the reason why the scores could not be recorded.
     """
     names = None if names is None else list(names)
     for name in names or ():
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
     checkpoint = newest_checkpoint(run, emit)
-    index = open_labelled(train, run.recipe.data)
-    frozen = freeze_shards(
-        _embedder(run.recipe, checkpoint.parts["model"]),
-        index,
-        open_labelled(test, run.recipe.data),
-        run.recipe.data,
-        dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
-    )
-    scores = evaluate(_with_seeds(frozen, run, index), names, emit)
-    record = {"step": checkpoint.state.step, "train": train, "test": test, "scores": scores}
-    _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
+    with open_shards(train, run) as index, open_shards(test, run) as test_index:
+        frozen = freeze_shards(
+            _embedder(run.recipe, checkpoint.parts["model"]),
+            index,
+            test_index,
+            run.recipe.data,
+            dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
+        )
+        frozen = _with_seeds(frozen, run, index)
+    for note in frozen.notes:
+        emit(f"note: {note}")
+    scores = evaluate(frozen, names, emit)
+    show(scores)
+    record = {
+        "step": checkpoint.state.step, "train": redact(train), "test": redact(test),
+        "scores": scores,
+    }  # fmt: skip
+    try:
+        _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
+    except (DeepclustError, OSError) as error:
+        emit(f"warning: the scores are not recorded in the run: {error}")
     return scores
 
 
 def export_run(
-    run_dir: Path, out: Path, format_: str, emit: Callable[[str], None] = log.warning
+    run_dir: Path,
+    out: Path,
+    format_: str | None = None,
+    emit: Callable[[str], None] = log.warning,
 ) -> Exported:
-    """Export the backbone of a run's newest checkpoint.
+    """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
 
     `emit` is given what to know about it, such as that a newer one cannot be read.
     """
+    format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
     file, run = target_of(out), open_run(run_dir)
-    trunk = _embedder(run.recipe, newest_checkpoint(run, emit).parts["model"]).method.trunk
-    exported = export_backbone(trunk, file, format_, meta=export_meta(run))
+    exported = export_backbone(load_trunk(run, emit), file, format_, meta=export_meta(run))
     return replace(exported, path=out)
 
 
-def load_embedder(run: Run) -> Embedder:
+def load_embedder(run: Run, emit: Callable[[str], None] = log.warning) -> Embedder:
     """Return the map from images to features of a run's newest readable checkpoint."""
-    return _embedder(run.recipe, newest_checkpoint(run, log.warning).parts["model"])
+    return _embedder(run.recipe, newest_checkpoint(run, emit).parts["model"])
 
 
 def fresh_embedder(recipe: Recipe) -> Embedder:
@@ -103,9 +123,9 @@ def fresh_embedder(recipe: Recipe) -> Embedder:
     return Embedder(method, recipe.data, recipe.train.precision, device)
 
 
-def load_trunk(run: Run) -> Backbone:
+def load_trunk(run: Run, emit: Callable[[str], None] = log.warning) -> Backbone:
     """Return the backbone that counts of a run's newest readable checkpoint, in eval mode."""
-    return load_embedder(run).method.trunk
+    return load_embedder(run, emit).method.trunk
 
 
 def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
@@ -129,6 +149,11 @@ def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
     saved = max((e["step"] for e in run.events() if e["event"] == "checkpoint"), default=step)
     if saved > step:
         emit(f"warning: these are the weights of step {step}; the run had saved step {saved} too")
+    elif not is_finished(run):
+        emit(
+            f"note: these are the weights of step {step}, {checkpoint.state.segment} of "
+            f"{run.epochs} epochs; the run has not finished"
+        )
     return checkpoint
 
 
@@ -160,7 +185,7 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
         reason = f"{folder_of(index)} are not the shards that {run.path} was trained on"
         return replace(frozen, seeds_missing=reason)
     table = load_seeds(index, run.recipe.seeds, run.recipe.seed).table
-    unknown = [name for name in table.names if name not in class_names(index)]
+    unknown = [name for name in table.names if name not in class_names(index).values()]
     if unknown:
         reason = (
             f"the seeds' classes {unknown[:5]} are not among those of {folder_of(index)} "
@@ -177,9 +202,10 @@ def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
     """Write the scores, and keep those of other evaluators on the same shards."""
-    shards = ("train", "test")
+    shards, before = ("train", "test"), None
     fields = {**dict.fromkeys(shards, str), "scores": dict}
-    before = read_record(path, fields) if path.exists() else None
+    with contextlib.suppress(DataError, FileNotFoundError):  # a damaged record is replaced
+        before = read_record(path, fields)
     if before is not None and all(before[split] == record[split] for split in shards):
         record = {**record, "scores": {**before["scores"], **record["scores"]}}
     write_json(path, record)

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
+from deepclust.clustering.arguments import as_array
 from deepclust.clustering.exact_sums import PARTIALS, ClusterSums, grid_of, into_partials, on_grid
+from deepclust.clustering.frame import Frame
 from deepclust.clustering.nearest import squared_distances
 from deepclust.clustering.points import (
     Assignment,
@@ -66,6 +68,7 @@ class ArrayPoints:
         threads: int | None = None,
         alive: Callable[[], None] = do_nothing,
     ) -> None:
+        rows = as_array(rows, "features")
         if rows.ndim != 2 or rows.shape[1] == 0:
             raise DataError(f"features must be an array [n, d], got shape {tuple(rows.shape)}")
         home = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
@@ -79,6 +82,7 @@ class ArrayPoints:
         self.threads = (threads or torch.get_num_threads()) if self.device.type == "cpu" else 1
         self.weights = None if weights is None else _weights(weights, len(rows)).to(self.device)
         self.alive = alive
+        self.frame: Frame | None = None
         self.grids: Grids | None = None  # see `exact_sums.py`
         self.sum_sq: float | None = None  # sum of w |x|^2, from the first pass
 
@@ -95,6 +99,12 @@ class ArrayPoints:
         view = self._copy()
         view.ids = ids if self.ids is None else self.ids[ids]
         view.n = view.n_local = len(ids)
+        return view
+
+    def framed(self, frame: Frame | None) -> ArrayPoints:
+        """Return the same rows in the coordinates of a frame."""
+        view = self._copy()
+        view.frame = frame
         return view
 
     def configure(self, *, spherical: bool, backend: str) -> ArrayPoints:
@@ -136,6 +146,21 @@ class ArrayPoints:
 
         each_tile(scan, self.n, size, self.threads, self.alive)
         return np.sort(np.concatenate(bad)), max(largest)
+
+    def list_weights(self) -> Float64[np.ndarray, " n"] | None:
+        """Return the weights of all rows, or None without weights."""
+        weights = self._weights_of(0, self.n)
+        return None if weights is None else weights.cpu().numpy()
+
+    def weighs(self) -> Bool[Tensor, " n"] | None:
+        """Return which rows weigh more than nothing, or None where all of them do."""
+        weights = self._weights_of(0, self.n)
+        return None if weights is None or bool((weights > 0).all()) else weights > 0
+
+    def count_members(self, cluster_ids: Int32[Tensor, " n"], k: int) -> Int64[Tensor, " k"]:
+        """Return the number of rows of each cluster that weigh more than nothing."""
+        weighs = self.weighs()
+        return torch.bincount(cluster_ids if weighs is None else cluster_ids[weighs], minlength=k)
 
     def max_weight(self) -> float:
         """Return the largest weight, or 1 without weights."""
@@ -201,11 +226,17 @@ class ArrayPoints:
     def find_farthest(
         self, assignment: Assignment
     ) -> tuple[Int64[Tensor, " k"], Float32[Tensor, " k"]]:
-        """Return each cluster's farthest member (ties: lowest id) and its distance; -1: none."""
+        """Return each cluster's farthest member (ties: lowest id) and its distance; -1: none.
+
+        Rows of weight 0 are no members.
+        """
         cluster_ids, k = assignment.cluster_ids.long(), len(assignment.counts)
         most = torch.full((k,), -1.0, device=self.device)
-        most.scatter_reduce_(0, cluster_ids, assignment.distances, "amax")
-        winners = (assignment.distances == most[cluster_ids]).nonzero().flatten()
+        weighs = self.weighs()
+        reach = assignment.distances
+        reach = reach if weighs is None else torch.where(weighs, reach, -1.0)
+        most.scatter_reduce_(0, cluster_ids, reach, "amax")
+        winners = ((reach == most[cluster_ids]) & (reach >= 0)).nonzero().flatten()
         ids = torch.full((k,), self.n, dtype=torch.int64, device=self.device)
         ids.scatter_reduce_(0, cluster_ids[winners], winners, "amin")
         return torch.where(ids == self.n, -1, ids), most
@@ -215,7 +246,7 @@ class ArrayPoints:
 
         Its sums stay as they were.
         """
-        counts = torch.bincount(cluster_ids, minlength=len(assignment.counts))
+        counts = self.count_members(cluster_ids, len(assignment.counts))
         inertia = self.weighted_sum(distances, self.max_weight() * largest_of(distances), self.n)
         return Assignment(
             cluster_ids, distances, assignment.partials, assignment.partial_mass, counts, inertia
@@ -257,6 +288,8 @@ class ArrayPoints:
             rows = self.rows[place.to(self.rows.device) if isinstance(place, Tensor) else place]
         else:
             rows = as_tensor(self.rows[where])
+        if self.frame is not None:
+            rows = self.frame.narrow(rows.to(self.device))
         rows = rows.to(device=self.device, dtype=torch.float32)
         return unit_rows(rows) if self.spherical else rows
 
@@ -293,8 +326,8 @@ class ArrayPoints:
     def _sizes(
         self, cluster_ids: Tensor, k: int
     ) -> tuple[Int64[Tensor, " k"], Float64[Tensor, "b k"]]:
-        """Return the rows and the weight of each cluster."""
-        counts = torch.bincount(cluster_ids, minlength=k)
+        """Return the members and the weight of each cluster."""
+        counts = self.count_members(cluster_ids, k)
         weights = self._weights_of(0, self.n)
         if weights is None:
             return counts, counts.double()[None]
@@ -334,7 +367,7 @@ def _copied(rows: Rows, device: torch.device) -> Tensor:
 
 
 def _weights(weights: Rows, n: int) -> Float64[Tensor, " n"]:
-    tensor = as_tensor(weights).double()
+    tensor = as_tensor(as_array(weights, "weights")).double()
     if tensor.shape != (n,):
         raise DataError(f"weights must have shape ({n},), got {tuple(tensor.shape)}")
     bad = (~(torch.isfinite(tensor) & (tensor >= 0))).nonzero().flatten()

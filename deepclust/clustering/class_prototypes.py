@@ -23,6 +23,7 @@ from deepclust.clustering.init import start
 from deepclust.clustering.nearest import squared_distances
 from deepclust.clustering.options import NOTHING_GIVEN, KMeansOptions
 from deepclust.clustering.points import Points
+from deepclust.clustering.precision import own_threads
 from deepclust.clustering.two_level import kmeans_up_to
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import NumericalError
@@ -115,8 +116,9 @@ def carry_over(
     """
     if before is None or now is None:
         return rows.astype(np.float64)
-    back = np.linalg.pinv(before.matrix.astype(np.float64), rcond=1e-8)
-    return _unit(rows.astype(np.float64) @ back @ now.matrix.astype(np.float64))
+    with own_threads():
+        back = np.linalg.pinv(before.matrix.astype(np.float64), rcond=1e-8)
+        return _unit(rows.astype(np.float64) @ back @ now.matrix.astype(np.float64))
 
 
 def average(
@@ -133,7 +135,9 @@ def average(
     as it is.
     """
     moved = carry_over(old.rows, before, now)
-    partner = _partners(new, old, new.rows.astype(np.float64) @ moved.T)
+    with own_threads():
+        cosines = new.rows.astype(np.float64) @ moved.T
+    partner = _partners(new, old, cosines)
     order = np.lexsort((partner, new.class_of))
     new = Prototypes(new.rows[order], new.class_of[order], new.counts[order])
     if momentum == 0:

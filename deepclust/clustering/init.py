@@ -6,9 +6,11 @@ free centroids start on rows of distinct values. If there are too few, the error
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.options import Given, KMeansOptions
@@ -16,6 +18,7 @@ from deepclust.clustering.points import Points, Rows, as_tensor
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import generator
 
+TINY = 1e-300  # a weight beside the largest one, so that nothing is divided by 0
 SAMPLE = 32  # rows per cluster that k-means++ looks at; more cost time and change little
 
 
@@ -29,8 +32,9 @@ def start(
     """
     free, seed = options.k - len(fixed), options.seed
     if given.assignments is not None:
-        old = as_tensor(given.assignments).to(points.device, torch.int32)
-        return from_assignments(points, free, fixed, old, seed)
+        old = as_tensor(given.assignments).to(points.device)
+        _check_old(points, old, options.k)
+        return from_assignments(points, free, fixed, old.to(torch.int32), seed)
     if given.centroids is not None:
         return from_centroids(points, free, len(fixed), given.centroids)
     if options.init == "k-means++":
@@ -47,19 +51,46 @@ def distinct_rows(
 ) -> Float32[Tensor, "count d"]:
     """Return rows of `count` distinct values, none in `taken` (fixed ones first).
 
-    Draws ever larger samples and keeps first occurrences. Raises `DataError` if all rows together
-    have fewer values.
+    Draws ever larger samples, by weight, and keeps first occurrences. Raises `DataError` if all
+    rows together have fewer values.
     """
     draws = generator(seed, "kmeans", "init")
+    rows = _Weighted.of(points)
     chosen, size = taken, max(count, 1024)
     while len(chosen) < len(taken) + count:
-        ids = draws.choice(points.n, min(size, points.n), replace=False)
-        rows = points.gather(torch.from_numpy(ids))
-        chosen = _first_occurrences(torch.cat([chosen, rows]), len(taken))
-        if size >= points.n and len(chosen) < len(taken) + count:
+        ids = rows.draw(draws, min(size, rows.count))
+        chosen = torch.cat([chosen, points.gather(torch.from_numpy(ids))])
+        chosen = _first_occurrences(chosen, len(taken))
+        if size >= rows.count and len(chosen) < len(taken) + count:
             raise DataError(too_few(points, len(taken) - fixed + count, taken[:fixed]))
         size *= 4
     return chosen[len(taken) : len(taken) + count]
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """The rows that a start is drawn from: those that weigh more than nothing, by weight."""
+
+    count: int
+    ids: Int64[np.ndarray, " count"] | None  # None: all rows
+    weights: Float64[np.ndarray, " count"] | None  # None: all equal
+
+    @classmethod
+    def of(cls, points: Points) -> _Weighted:
+        """Return the rows of `points`; equal weights are none, and change no draw."""
+        weights = points.list_weights()
+        if weights is None or (points.n and weights.min() == weights.max()):
+            return cls(points.n, None, None)
+        ids = np.flatnonzero(weights)
+        return cls(len(ids), ids, np.maximum(weights[ids] / weights.max(), TINY))
+
+    def draw(self, draws: np.random.Generator, size: int) -> Int64[np.ndarray, " size"]:
+        """Draw different rows, one after the other, each with a chance as its weight."""
+        if self.ids is None or self.weights is None:
+            return draws.choice(self.count, size, replace=False)
+        # the smallest of exponential times at rates as the weights (Efraimidis and Spirakis 2006)
+        times = draws.standard_exponential(self.count) / self.weights
+        return self.ids[np.argsort(times, kind="stable")[:size]]
 
 
 def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tensor, "m d"]:
@@ -76,16 +107,20 @@ def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tenso
 
 def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:
     """Return the message for fewer distinct points than free clusters."""
-    known = fixed
-    for start in range(0, points.n, 65_536):
-        ids = torch.arange(start, min(start + 65_536, points.n))
-        known = _first_occurrences(torch.cat([known, points.gather(ids)]), len(fixed))
+    known, rows = fixed, _Weighted.of(points)
+    ids = torch.arange(points.n) if rows.ids is None else torch.from_numpy(rows.ids)
+    for part in torch.split(ids, 65_536):
+        known = _first_occurrences(torch.cat([known, points.gather(part)]), len(fixed))
     distinct = len(known) - len(fixed)
+    weighted = "" if rows.ids is None else " of a weight above 0"
     aside = " that differ from every fixed centroid" if len(fixed) else ""
+    cause = "duplicate images or a collapsed backbone"
+    if points.dim == 1:
+        cause = "rows of more than one dimension"
     return (
-        f"{free} clusters need {free} distinct feature rows, but {points.n} rows have only "
-        f"{distinct}{aside}. Set cluster.k to at most {distinct + len(fixed)}, or look for "
-        "duplicate images or a collapsed backbone."
+        f"{free} clusters need {free} distinct feature rows, but {rows.count} rows{weighted} have "
+        f"only {distinct}{aside}. Set cluster.k to at most {distinct + len(fixed)}, or look for "
+        f"{cause}."
     )
 
 
@@ -101,6 +136,14 @@ def from_centroids(points: Points, free: int, fixed: int, init: Rows) -> Float32
     return given[len(given) - free :].clone()
 
 
+def _check_old(points: Points, old: Tensor, k: int) -> None:
+    """Raise `RecipeError` for old cluster ids of another length or type, or of k or more."""
+    whole = not (old.is_floating_point() or old.dtype == torch.bool)
+    if not whole or old.shape != (points.n_local,) or points.count((old >= k) | (old < -1)):
+        wanted = f"{points.n_local} integers below k={k} (-1: none)"
+        raise RecipeError(f"labels must be {wanted} for a warm start")
+
+
 def from_assignments(
     points: Points,
     free: int,
@@ -111,13 +154,8 @@ def from_assignments(
     """Return means of the new rows of each old cluster, or a random start for one without.
 
     Old centroids are of no use, since the whitening turns and flips between rounds.
-
-    Raises `RecipeError` for cluster ids of another length, or of k or more.
     """
     k = len(fixed) + free
-    if old.shape != (points.n_local,) or points.count(old >= k):
-        wanted = f"{points.n_local} ids below k={k} (-1: none)"
-        raise RecipeError(f"labels must be {wanted} for a warm start")
     assignment = points.sum_clusters(old, k)
     means = (assignment.sums / assignment.mass.clamp(min=1e-300)[:, None]).float()[len(fixed) :]
     empty = (assignment.mass[len(fixed) :] == 0).nonzero().flatten()
@@ -132,26 +170,58 @@ def plus_plus(
 ) -> Float32[Tensor, "free d"]:
     """Start by k-means++ (Arthur and Vassilvitskii 2007) on 32 random rows per cluster.
 
-    Each centroid is a row drawn with probability proportional to the squared distance to the
-    nearest one so far, fixed ones included. When distinct rows run out, the rest start at random.
+    Each centroid is a row drawn with probability proportional to its weight times the squared
+    distance to the nearest one so far, fixed ones included. When distinct rows run out, the rest
+    start at random.
     """
     draws = generator(seed, "kmeans", "k-means++")
-    count = min(points.n, SAMPLE * free)
-    ids = draws.choice(points.n, count, replace=False, shuffle=False)
-    sample = points.gather(torch.from_numpy(np.sort(ids)))
+    sample, weights = _sample(points, SAMPLE * free, draws)
+    count = len(sample)
     nearest = torch.full((count,), torch.inf, device=sample.device)
     for row in fixed:
         nearest = torch.minimum(nearest, (sample - row).square().sum(1))
-    chosen = [sample[int(draws.integers(count))]] if len(fixed) == 0 else []
+    chosen = [] if len(fixed) else [sample[_pick_first(count, weights, draws)]]
     while len(chosen) < free:
         if chosen:
             nearest = torch.minimum(nearest, (sample - chosen[-1]).square().sum(1))
-        heights = nearest.double().cpu().cumsum(0)  # on a GPU its last digits vary
+        heights = nearest.double().cpu()  # on a GPU the last digits of a sum vary
+        heights = (heights if weights is None else heights * weights).cumsum(0)
         if heights[-1] <= 0:
             break
-        aim = torch.tensor([draws.random()], dtype=torch.float64)
-        place = torch.searchsorted(heights, aim * heights[-1], right=True)
-        chosen.append(sample[int(place.clamp(max=count - 1))])
+        chosen.append(sample[_pick(heights, draws)])
     drawn = torch.stack(chosen) if chosen else fixed[:0]
     taken = torch.cat([fixed, drawn])
     return torch.cat([drawn, distinct_rows(points, free - len(drawn), taken, len(fixed), seed)])
+
+
+def _sample(
+    points: Points, most: int, draws: np.random.Generator
+) -> tuple[Float32[Tensor, "s d"], Float64[Tensor, " s"] | None]:
+    """Return the rows that k-means++ looks at, and their weights unless these are equal.
+
+    More weighted rows than `most` are drawn with replacement by weight. Then all count the same.
+    """
+    rows = _Weighted.of(points)
+    if rows.ids is None or rows.weights is None:
+        count = min(points.n, most)
+        ids = draws.choice(points.n, count, replace=False, shuffle=False)
+        return points.gather(torch.from_numpy(np.sort(ids))), None
+    if rows.count <= most:
+        return points.gather(torch.from_numpy(rows.ids)), torch.from_numpy(rows.weights)
+    share = rows.weights / rows.weights.sum()
+    ids = rows.ids[np.sort(draws.choice(rows.count, most, p=share))]
+    return points.gather(torch.from_numpy(ids)), None
+
+
+def _pick_first(
+    count: int, weights: Float64[Tensor, " s"] | None, draws: np.random.Generator
+) -> int:
+    """Draw a place by weight."""
+    return int(draws.integers(count)) if weights is None else _pick(weights.cumsum(0), draws)
+
+
+def _pick(heights: Float64[Tensor, " s"], draws: np.random.Generator) -> int:
+    """Draw a place with a chance as its step in the cumulated `heights`."""
+    aim = torch.tensor([draws.random()], dtype=torch.float64)
+    place = torch.searchsorted(heights, aim * heights[-1], right=True)
+    return int(place.clamp(max=len(heights) - 1))

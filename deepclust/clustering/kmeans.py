@@ -9,14 +9,17 @@ assignments returned.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from deepclust.clustering.arguments import as_array, as_device, check_numbers
 from deepclust.clustering.array_points import ArrayPoints
+from deepclust.clustering.frame import Frame, frame_of
 from deepclust.clustering.init import start
 from deepclust.clustering.options import NOTHING_GIVEN, Given, KMeansOptions, OnProgress, Progress
 from deepclust.clustering.points import Assignment, Points, Rows, as_tensor, unit_rows
@@ -41,9 +44,9 @@ class Iteration:
 class KMeansResult:
     """Centroids and the assignment of every point to its nearest one."""
 
-    centroids: Float32[np.ndarray, "k d"]
+    centroids: Float[np.ndarray, "k d"]  # float32, and float64 where the rows needed a frame
     assignments: Int32[np.ndarray, " n"]  # nearest centroid, except for the points in `forced`
-    distances: Float32[np.ndarray, " n"]  # squared L2 distance to the point's centroid
+    distances: Float[np.ndarray, " n"]  # squared L2 distance to the point's centroid
     inertia: float  # weighted sum of the distances, in float64
     history: list[Iteration]
     forced: Int64[np.ndarray, " m"]  # points that the final repair gave to a cluster
@@ -83,11 +86,63 @@ def kmeans(
     Raises `NumericalError` naming rows that are not finite, `DataError` for fewer (distinct) points
     than clusters need, `RecipeError` for an argument that is not allowed.
     """
-    name, centroids = (init, None) if isinstance(init, str) else ("random", init)
+    name, start_rows = (init, None) if isinstance(init, str) else ("random", as_array(init, "init"))
     options = KMeansOptions(k, iterations, seed, name, empty, spherical, min_size, tol, backend)
     _check_options(options)
-    given = Given(centroids, fixed, labels)
-    return solve_kmeans(_points(x, weights, device), options, given, progress)
+    fixed = None if fixed is None else as_array(fixed, "fixed")
+    labels = None if labels is None else as_array(labels, "labels")
+    given = Given(start_rows, fixed, labels)
+    if hasattr(x, "assign_to"):
+        if weights is not None or device is not None:
+            raise RecipeError(
+                "weights and device belong to the points: give them where those are made"
+            )
+        return solve_kmeans(cast(Points, x), options, given, progress)
+    rows = as_array(x, "x")
+    points = ArrayPoints(rows, weights=weights, device=as_device(device))
+    frame = frame_of(rows, spherical=spherical)
+    if frame is None:
+        return solve_kmeans(points, options, given, progress)
+    inside = replace(
+        given,
+        centroids=_narrowed(given.centroids, frame, points),
+        fixed=_narrowed(given.fixed, frame, points),
+    )
+    result = solve_kmeans(points.framed(frame), options, inside, scaled(progress, frame))
+    return widened(result, frame, given.fixed)
+
+
+def _narrowed(rows: Rows | None, frame: Frame, points: ArrayPoints) -> Rows | None:
+    """Return given rows in the frame; those of a wrong shape are refused later."""
+    if rows is None or rows.ndim != 2 or rows.shape[1] != points.dim:
+        return rows
+    return frame.narrow(as_tensor(rows).to(points.device))
+
+
+def scaled(progress: OnProgress | None, frame: Frame | None) -> OnProgress | None:
+    """Return `progress` for the inertias of a clustering in a frame."""
+    if progress is None or frame is None:
+        return progress
+    return lambda one: progress(replace(one, inertia=one.inertia * frame.area))
+
+
+def widened(result: KMeansResult, frame: Frame | None, fixed: Rows | None = None) -> KMeansResult:
+    """Return a result of a frame in the coordinates of the caller, fixed centroids as given.
+
+    Centroids and distances are then float64.
+    """
+    if frame is None or frame.origin is None:
+        return result
+    centroids = frame.widen(result.centroids)
+    if fixed is not None:
+        centroids[: len(fixed)] = as_tensor(fixed).double().cpu().numpy()
+    return replace(
+        result,
+        centroids=centroids,
+        distances=result.distances.astype(np.float64) * frame.area,
+        inertia=result.inertia * frame.area,
+        history=[replace(one, inertia=one.inertia * frame.area) for one in result.history],
+    )
 
 
 def solve_kmeans(
@@ -103,7 +158,7 @@ def solve_kmeans(
     points.check_finite()
     with one_thread():  # the points have their threads
         anchors = _anchors(points, options, given.fixed)
-        _check_counts(points, options)
+        _check_counts(points, options, len(anchors))
         centroids = torch.cat([anchors, start(points, anchors, options, given)])
         if options.spherical:
             centroids[len(anchors) :] = unit_rows(centroids[len(anchors) :])
@@ -233,14 +288,6 @@ def _settled(history: list[Iteration], tol: float) -> bool:
     return history[-1].moved == 0 or (tol > 0 and abs(before - now) <= tol * before)
 
 
-def _points(x: Rows | Points, weights: Rows | None, device: torch.device | str | None) -> Points:
-    if isinstance(x, np.ndarray | Tensor):
-        return ArrayPoints(x, weights=weights, device=device)
-    assert weights is None, "weights belong to the points"
-    assert device is None, "the device belongs to the points"
-    return x
-
-
 def _anchors(points: Points, options: KMeansOptions, fixed: Rows | None) -> Float32[Tensor, "m d"]:
     """Return the fixed centroids, for a spherical clustering scaled once to unit norm."""
     if fixed is None:
@@ -260,21 +307,27 @@ def _anchors(points: Points, options: KMeansOptions, fixed: Rows | None) -> Floa
 
 
 def _check_options(options: KMeansOptions) -> None:
-    if options.k < 1 or options.iterations < 0 or options.min_size < 1:
-        raise RecipeError(
-            f"k={options.k} and min_size={options.min_size} must be at least 1, "
-            f"iterations={options.iterations} at least 0"
-        )
+    check_numbers(options)
     for name, known in (("empty", REPAIRS), ("backend", SEARCHES)):
         if (chosen := getattr(options, name)) not in known:
             raise RecipeError(f"{name}={chosen!r} is not known; use one of {sorted(known)}")
 
 
-def _check_counts(points: Points, options: KMeansOptions) -> None:
-    k, min_size = options.k, options.min_size
-    if k * min_size > points.n:
+def _check_counts(points: Points, options: KMeansOptions, fixed: int) -> None:
+    """Raise `DataError` for fewer points than the free clusters need.
+
+    A fixed one may end without any.
+    """
+    free, min_size = options.k - fixed, options.min_size
+    weights = points.list_weights()
+    rows = points.n if weights is None else int(np.count_nonzero(weights))
+    if points.n and rows == 0:
+        raise DataError("all weights are 0: no row counts. Give some rows a weight above 0.")
+    if free * min_size > rows:
         each = f" of at least {min_size} points" if min_size > 1 else ""
+        beside = f" beside {fixed} fixed ones" if fixed else ""
+        weighing = "" if rows == points.n else " of a weight above 0"
         raise DataError(
-            f"{k} clusters{each} need {k * min_size} points, but there are only {points.n}. "
-            f"Set cluster.k to at most {points.n // min_size}."
+            f"{free} clusters{each}{beside} need {free * min_size} points, but there are only "
+            f"{rows}{weighing}. Set cluster.k to at most {fixed + rows // min_size}."
         )

@@ -31,11 +31,18 @@ def contingency(
     columns: Int[np.ndarray, " n"],
     shape: tuple[int, int] | None = None,
 ) -> sparse.csr_array:
-    """Count pairs of ids: sparse int64 [rows, columns], without pairs of a negative id."""
+    """Count pairs of ids: sparse int64 [rows, columns], without pairs of a negative id.
+
+    Without a shape there is a row or a column for each id that occurs, in ascending order. So the
+    size of an id costs nothing.
+    """
     both = (rows >= 0) & (columns >= 0)
-    pairs = (rows[both].astype(np.int64), columns[both].astype(np.int64))
-    sizes = shape or tuple(int(ids.max(initial=-1)) + 1 for ids in pairs)
-    table = sparse.coo_array((np.ones(len(pairs[0]), np.int64), pairs), shape=sizes)
+    a, b = rows[both].astype(np.int64), columns[both].astype(np.int64)
+    if shape is None:
+        known, a = np.unique(a, return_inverse=True)
+        others, b = np.unique(b, return_inverse=True)
+        shape = (len(known), len(others))
+    table = sparse.coo_array((np.ones(len(a), np.int64), (a, b)), shape=shape)
     return table.tocsr()  # sums what occurs more than once
 
 
@@ -46,26 +53,26 @@ def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: in
     good. Clusters without overlap take the ids that are left, in ascending order.
     """
     table = contingency(np.asarray(current), np.asarray(previous), (k, k))
-    partners = _hungarian(table) if k <= EXACT_UP_TO else _greedy(table)
+    partners = hungarian(table) if k <= EXACT_UP_TO else _greedy(table)
     overlapping = partners >= 0
     new_ids = partners.copy()
     new_ids[~overlapping] = np.setdiff1d(np.arange(k), partners[overlapping])
     return Matching(new_ids, overlapping)
 
 
-def _hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
+def hungarian(table: sparse.csr_array) -> Int64[np.ndarray, " k"]:
     """Return the column of every row with the largest sum of overlaps, -1 without one.
 
     A private extra column per row makes a full matching possible. One is added to every weight
     (SciPy takes zero for no edge), which adds k to every full matching and so changes none.
     """
-    k = table.shape[0]
+    k, width = table.shape
     edges = table.astype(np.float64)
     edges.data += 1
     padded = sparse.hstack([edges, sparse.eye_array(k)], format="csr")
     rows, columns = min_weight_full_bipartite_matching(padded, maximize=True)
     partners = np.full(k, -1, np.int64)
-    partners[rows] = np.where(columns < k, columns, -1)
+    partners[rows] = np.where(columns < width, columns, -1)
     return partners
 
 

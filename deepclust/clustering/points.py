@@ -22,6 +22,8 @@ from torch import Tensor
 
 Rows: TypeAlias = np.ndarray | Tensor
 
+SAFE = (2.0**-40, 2.0**40)  # lengths whose squares, and those of their parts, float32 holds
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -33,7 +35,7 @@ class Assignment:
         Tensor, "partials k d"
     ]  # weighted sum of each cluster's rows, see `exact_sums.py`
     partial_mass: Float64[Tensor, "partials k"]  # sum of each cluster's weights
-    counts: Int64[Tensor, " k"]  # number of rows of each cluster
+    counts: Int64[Tensor, " k"]  # members of each cluster: its rows that weigh more than nothing
     inertia: float  # weighted sum of the distances, in float64; without them from the sums
 
     @property
@@ -61,6 +63,12 @@ class Points(Protocol):
 
     def check_finite(self) -> None:
         """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
+
+    def list_weights(self) -> Float64[np.ndarray, " n"] | None:
+        """Return the weights of all n rows, on every rank, or None without weights."""
+
+    def weighs(self) -> Bool[Tensor, " rows"] | None:
+        """Return which rows weigh more than nothing, or None where all of them do."""
 
     def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Return copies of some rows, from whichever rank has them."""
@@ -112,12 +120,27 @@ class Points(Protocol):
 
 
 def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Scale rows to unit L2 norm.
+    """Scale rows to unit L2 norm, whatever their length.
 
     A zero row stays zero and is never NaN.
     """
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not bool(((norms > SAFE[0]) & (norms < SAFE[1])).all()):  # their squares may be lost
+        rows = in_range(rows)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norms == 0, 1.0, norms)
+
+
+def in_range(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Scale very long and very short rows by a power of two, which changes no direction.
+
+    Rows whose largest number is between 2^-40 and 2^40, or not finite, stay as they are.
+    """
+    top = rows.abs().amax(1, keepdim=True)
+    far = torch.isfinite(top) & (top > 0) & ((top < SAFE[0]) | (top > SAFE[1]))
+    exponents = torch.where(far, -torch.frexp(top).exponent, 0)
+    half = exponents // 2  # in two steps, as 2^149 is not a float32
+    return torch.ldexp(torch.ldexp(rows, half), exponents - half)
 
 
 def as_tensor(values: Rows) -> Tensor:

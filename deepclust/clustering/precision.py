@@ -1,10 +1,15 @@
-"""True float32 for distances and moments: TF32 keeps 10 bits and flips near-ties."""
+"""The same digits whatever is set outside: true float32, and as many BLAS threads as torch's.
+
+TF32 keeps 10 bits and flips near-ties. The last digits of a BLAS routine depend on its number of
+threads, which the environment chooses (OMP_NUM_THREADS, the cores of a job).
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import threadpoolctl
 import torch
 
 
@@ -17,3 +22,10 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """Let NumPy and SciPy use as many threads inside as torch, in a run `train.threads`."""
+    with threadpoolctl.threadpool_limits(torch.get_num_threads(), "blas"):
+        yield

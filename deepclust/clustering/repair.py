@@ -136,28 +136,41 @@ def _reassign(
     points: Points, centroids: Tensor, assignment: Assignment, targets: Tensor, places: Tensor
 ) -> Assignment:
     """Assign to the moved centroids what is nearer to them, and the points they were moved to."""
-    near = points.assign_to(centroids[targets])
-    ids = targets[near.cluster_ids.long()].to(torch.int32)
-    tie = (near.distances == assignment.distances) & (ids < assignment.cluster_ids)
-    closer = (near.distances < assignment.distances) | tie
-    cluster_ids = torch.where(closer, ids, assignment.cluster_ids)
-    distances = torch.where(closer, near.distances, assignment.distances)
+    if points.weighs() is not None:  # an empty cluster may have rows of weight 0, left behind now
+        everything = points.assign_to(centroids)
+        cluster_ids, distances = everything.cluster_ids.clone(), everything.distances.clone()
+    else:
+        cluster_ids, distances = _nearer(points, centroids, assignment, targets)
     ours, rows = points.locate(places)
     cluster_ids[rows] = targets[ours].to(torch.int32)
     distances[rows] = 0.0
     return points.recount(assignment, cluster_ids, distances)
 
 
+def _nearer(
+    points: Points, centroids: Tensor, assignment: Assignment, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return clusters and distances when the moved centroids take what is nearer to them."""
+    near = points.assign_to(centroids[targets])
+    ids = targets[near.cluster_ids.long()].to(torch.int32)
+    tie = (near.distances == assignment.distances) & (ids < assignment.cluster_ids)
+    closer = (near.distances < assignment.distances) | tie
+    cluster_ids = torch.where(closer, ids, assignment.cluster_ids)
+    return cluster_ids, torch.where(closer, near.distances, assignment.distances)
+
+
 def fill_small(points: Points, repaired: Repaired, min_size: int, fixed: int) -> Repaired:
     """Bring free clusters up to `min_size` with the nearest points of larger clusters.
 
-    No donor falls below `min_size`. Centroids stay. The points taken are in `forced`.
+    No donor falls below `min_size`. Centroids stay. The points taken are in `forced`. Rows of
+    weight 0 do not count.
     """
-    assignment, forced = repaired.assignment, [repaired.forced]
+    assignment, forced, weighs = repaired.assignment, [repaired.forced], points.weighs()
     for small in (assignment.counts[fixed:] < min_size).nonzero().flatten() + fixed:
         reach = points.assign_to(repaired.centroids[small][None]).distances
+        able = reach if weighs is None else torch.where(weighs, reach, torch.inf)
         taken = _nearest_spare(
-            points, reach, assignment, int(min_size - assignment.counts[small]), min_size
+            points, able, assignment, int(min_size - assignment.counts[small]), min_size
         )
         cluster_ids, distances = assignment.cluster_ids.clone(), assignment.distances.clone()
         _, rows = points.locate(taken)

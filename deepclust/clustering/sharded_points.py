@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.array_points import ArrayPoints
@@ -60,6 +60,25 @@ class ShardedPoints:
             raise NumericalError(not_finite(names[names >= 0], count, self.n))
         max_weight = self.world.max_float(self.local.max_weight())
         self.local.set_grids(self.world.max_float(largest), max_weight, self.n)
+
+    def list_weights(self) -> Float64[np.ndarray, " n"] | None:
+        """Return the weights of all n rows, or None where no rank has weights."""
+        own = self.local.list_weights()
+        if not self.world.max_int(own is not None):
+            return None
+        weights = torch.zeros(self.n, dtype=torch.float64, device=self.world.device)
+        part = torch.ones(self.n_local) if own is None else torch.from_numpy(own)
+        weights[self.base : self.base + self.n_local] = part.to(weights)
+        return self.world.all_reduce(weights).cpu().numpy()
+
+    def weighs(self) -> Bool[Tensor, " rows"] | None:
+        """Return which of this rank's rows weigh more than nothing, or None if those of all do."""
+        own = self.local.weighs()
+        if not self.world.max_int(own is not None):
+            return None
+        return (
+            torch.ones(self.n_local, dtype=torch.bool, device=self.device) if own is None else own
+        )
 
     def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Return copies of some rows on every rank: the sum of what each rank has of them."""
@@ -126,7 +145,7 @@ class ShardedPoints:
 
         Its sums stay as they were.
         """
-        mine = torch.bincount(cluster_ids, minlength=len(assignment.counts))
+        mine = self.local.count_members(cluster_ids, len(assignment.counts))
         bound = self.world.max_float(self.local.max_weight() * largest_of(distances))
         inertia = torch.tensor(
             self.local.weighted_sum(distances, bound, self.n), dtype=torch.float64

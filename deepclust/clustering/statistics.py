@@ -15,10 +15,12 @@ import scipy.sparse as sparse
 from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 
-from deepclust.clustering.match_ids import Matching, contingency, match
+from deepclust.clustering.match_ids import Matching, contingency, hungarian, match
 
 __all__ = ["Matching", "accuracy", "ari", "contingency", "describe", "entropy", "match", "nmi"]
 __all__ += ["reassigned"]
+
+DENSE = 2**24  # cells of a table of counts that is matched as a dense one, 128 MiB
 
 
 def describe(
@@ -106,6 +108,10 @@ def accuracy(clusters: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"]) ->
     samples of clusters that stay without a class count as wrong.
     """
     table = contingency(np.asarray(clusters), np.asarray(classes))
+    if table.shape[0] * table.shape[1] > DENSE:  # as many classes as images, say
+        partners = hungarian(table)
+        rows = np.flatnonzero(partners >= 0)
+        return _share(table, rows, partners[rows])
     rows, columns = linear_sum_assignment(table.toarray(), maximize=True)
     return _share(table, rows, columns)
 

@@ -10,21 +10,23 @@ the data do not have give zeros instead of NaN, so the shape never changes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import scipy.linalg
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from deepclust.clustering.arguments import as_integer
 from deepclust.clustering.array_points import ArrayPoints
+from deepclust.clustering.frame import Frame, farthest, frame_of, too_far
 from deepclust.clustering.moments import BLOCK, Moments
 from deepclust.clustering.points import Rows, unit_rows
-from deepclust.clustering.precision import full_precision
+from deepclust.clustering.precision import full_precision, own_threads
 from deepclust.errors import DataError, NumericalError
 from deepclust.files import atomic_file
 
@@ -42,13 +44,16 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 class Whitening:
     """The map y = normalise((x - mean) @ matrix).
 
-    Columns of `matrix` beyond `rank` are zero.
+    Columns of `matrix` beyond `rank` are zero. Rows that float32 does not hold are moved
+    and scaled first (`frame.py`). Then `mean` is float64, and `matrix` and `eigenvalues` are those
+    of (x - mean) * scale.
     """
 
-    mean: Float32[np.ndarray, " D"]
+    mean: Float[np.ndarray, " D"]
     matrix: Float32[np.ndarray, "D dim"]
     eigenvalues: Float32[np.ndarray, " dim"]
     rank: int
+    scale: float = 1.0
 
     @classmethod
     def fit(
@@ -61,6 +66,9 @@ class Whitening:
         Raises `NumericalError` for a row that is not finite (named) or constant features.
         """
         points = ArrayPoints(x)
+        dim = as_integer(dim, "dim", 1)
+        frame = frame_of(points.rows)
+        points = points.framed(frame)
         points.check_finite()
         if points.n == 0:
             raise DataError("whitening needs at least one row, got an array of 0 rows")
@@ -69,7 +77,9 @@ class Whitening:
             moments.add(points.read_tile(start, BLOCK))
             if progress is not None:
                 progress(min(start + BLOCK, points.n), points.n)
-        return solve(moments, dim)
+        if not bool(torch.isfinite(moments.outer).all()):
+            raise NumericalError(too_far(*farthest(points.rows)[:2]))
+        return solve(moments, dim) if frame is None else _in_frame(moments, dim, frame)
 
     def __call__(self, x: Array) -> Array:
         """Project x [n, D] to unit rows float32 [n, dim], of x's kind.
@@ -77,7 +87,14 @@ class Whitening:
         Zero rows stay zero.
         """
         points = ArrayPoints(x)
+        if points.dim != len(self.mean):
+            raise DataError(
+                f"the whitening was fitted on {len(self.mean)} columns, and these rows have "
+                f"{points.dim}. Give features of the same backbone."
+            )
         mean, matrix = (torch.from_numpy(a).to(points.device) for a in (self.mean, self.matrix))
+        if self.mean.dtype == np.float64:
+            points, mean = points.framed(Frame(mean, self.scale)), torch.zeros_like(mean).float()
         out = torch.empty(points.n, matrix.shape[1], device=points.device)
         with full_precision():
             for start in range(0, points.n, BLOCK):
@@ -103,6 +120,8 @@ class Whitening:
         `rank` is the number of eigenvalues above zero.
         """
         arrays = {"mean": self.mean, "matrix": self.matrix, "eigenvalues": self.eigenvalues}
+        if self.scale != 1:
+            arrays["scale"] = np.array(self.scale)
         with atomic_file(path) as partial:
             partial.write_bytes(save(arrays))  # not `save_file`: a full disk must be an OSError
 
@@ -110,15 +129,28 @@ class Whitening:
     def load(cls, path: Path) -> Whitening:
         """Read what `save` wrote."""
         arrays = load_file(path)
-        return cls(**arrays, rank=int(np.count_nonzero(arrays["eigenvalues"])))
+        scale = float(arrays.pop("scale", 1.0))
+        return cls(**arrays, rank=int(np.count_nonzero(arrays["eigenvalues"])), scale=scale)
 
 
-def solve(moments: Moments, dim: int, clamp: float = CLAMP) -> Whitening:
+def _in_frame(moments: Moments, dim: int, frame: Frame) -> Whitening:
+    """Return the whitening of rows x from the moments of (x - origin) * scale."""
+    assert frame.origin is not None
+    origin = frame.origin.cpu().numpy()
+    # what float64 had lost before
+    noise = (np.finfo(np.float64).eps * float(np.abs(origin).max()) * frame.scale) ** 2
+    inside = solve(moments, dim, noise=noise)
+    mean = moments.mean().cpu().numpy() / frame.scale + origin
+    return replace(inside, mean=mean, scale=frame.scale)
+
+
+def solve(moments: Moments, dim: int, clamp: float = CLAMP, noise: float = 0.0) -> Whitening:
     """Return the whitening of the rows behind `moments`, always of shape [D, dim].
 
     Column i is eigenvector i of the covariance over the square root of its eigenvalue. This is
     first raised to `clamp` times the largest if smaller (0: as in FAISS). Signs: the component of
-    largest magnitude is positive (ties: the first), so that runs and machines agree.
+    largest magnitude is positive (ties: the first), so that runs and machines agree. A variance of
+    `noise` or less counts as none.
 
     Raises `NumericalError` if the features are constant or not finite.
     """
@@ -126,7 +158,7 @@ def solve(moments: Moments, dim: int, clamp: float = CLAMP) -> Whitening:
     mean = moments.mean().cpu().numpy()
     _check(moments.count, mean, covariance)
     values, vectors = _top_eigenvectors(covariance, min(dim, len(mean)))
-    floor = _rounding(mean) + RANK_TOLERANCE * values[0]
+    floor = _rounding(mean) + noise + RANK_TOLERANCE * values[0]
     rank = min(int((values > floor).sum()), moments.count - 1)
     if rank <= 0:
         raise NumericalError(_collapsed(moments.count, values[0]))
@@ -154,9 +186,13 @@ def _top_eigenvectors(
 ) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
     """Return the largest eigenvalues first, and overwrite the covariance, which can be large."""
     size = len(covariance)
-    values, vectors = scipy.linalg.eigh(
-        covariance.T, subset_by_index=[size - count, size - 1], overwrite_a=True, check_finite=False
-    )  # transposed: LAPACK takes columns first, and would be given a copy
+    with own_threads():
+        values, vectors = scipy.linalg.eigh(
+            covariance.T,  # transposed: LAPACK takes columns first, and would be given a copy
+            subset_by_index=[size - count, size - 1],
+            overwrite_a=True,
+            check_finite=False,
+        )
     return values[::-1], vectors[:, ::-1]
 
 

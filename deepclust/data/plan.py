@@ -62,6 +62,7 @@ class EpochPlan:
         are no assigned samples, or fewer than a batch and `steps` is not given.
         """
         cluster_ids = _cluster_ids(assignments)
+        _check_types(seed=seed, epoch=epoch, global_batch=global_batch, steps=steps, lanes=lanes)
         _check(global_batch, steps, lanes, mode)
         if steps is None:
             steps = _whole_batches(int(np.count_nonzero(cluster_ids >= 0)), global_batch)
@@ -114,15 +115,32 @@ class EpochPlan:
 
 
 def _cluster_ids(assignments: Integer[np.ndarray, "*heads n"]) -> Integer[np.ndarray, " n"]:
-    cluster_ids = assignments if assignments.ndim == 1 else assignments[0]
+    """Return head 0 of an array, a tensor or lists."""
+    try:
+        array = np.asarray(assignments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"assignments are not an array: {error}") from error
+    cluster_ids = array[0] if array.ndim == 2 and len(array) else array
     if cluster_ids.ndim != 1 or cluster_ids.dtype.kind not in "iu":
         raise DataError(
-            f"assignments must be integers [n] or [heads, n]; got {assignments.dtype} "
-            f"{list(assignments.shape)}"
+            f"assignments must be integers [n] or [heads, n]; got {array.dtype} {list(array.shape)}"
         )
+    limits = np.iinfo(np.int32)
+    if cluster_ids.itemsize > 2 and len(cluster_ids) and cluster_ids.max() > limits.max:
+        raise DataError(f"assignments reach {cluster_ids.max()}; cluster ids are below 2^31")
+    if cluster_ids.dtype.kind == "i" and cluster_ids.itemsize > 4:
+        cluster_ids = np.maximum(cluster_ids, -1)  # below -2^31 it would wrap to a cluster
     if len(cluster_ids) >= LIMIT:
         raise DataError(f"{len(cluster_ids):,} samples: a plan takes at most {LIMIT - 1:,}")
     return cluster_ids.astype(np.int32, copy=False)
+
+
+def _check_types(**numbers: int | None) -> None:
+    """Raise `RecipeError` for a number that is not an integer (None: not given)."""
+    for name, value in numbers.items():
+        optional = value is None and name in ("steps", "lanes")
+        if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise RecipeError(f"{name}={value!r} must be an integer")
 
 
 def _check(global_batch: int, steps: int | None, lanes: int | None, mode: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias, cast
 
-from deepclust.errors import DataError, RecipeError
+from deepclust.errors import DataError, DeepclustError, RecipeError
 from deepclust.evaluate.clusters import clusters
 from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, freeze
 from deepclust.evaluate.knn import knn
@@ -35,20 +35,35 @@ def evaluate(
 ) -> Scores:
     """Run evaluators (default: all of `EVALUATORS`) and return {"knn": {"top1": ...}, ...}.
 
-    One that cannot measure these features is left out, and `emit` is given the reason. It is a
-    `DataError` when it was asked for by name. Raises `RecipeError` for an unknown name.
+    Each fails alone: one that cannot measure these features is left out, and `emit` is given the
+    reason. Raises `RecipeError` for an unknown name, and what the first one raised when all of them
+    failed: `DataError` where it cannot measure these features.
     """
     wanted = list(EVALUATORS) if names is None else list(names)
     chosen = {name: find_evaluator(name) for name in wanted}
     scores: Scores = {}
+    failures: list[DeepclustError] = []
     for name, evaluator in chosen.items():
         try:
             scores[name] = dict(evaluator(frozen))
-        except Skipped as reason:
-            if names is not None:
-                raise DataError(f"{name} cannot be evaluated: {reason}") from None
-            emit(f"{name} is not evaluated: {reason}")
+        except Exception as error:  # the others' scores must not be lost by what one does
+            failures.append(_failure(name, error))
+            emit(f"{name} is not evaluated: {error or type(error).__name__}")
+    if failures and not scores:
+        raise failures[0]
     return scores
+
+
+def _failure(name: str, error: Exception) -> DeepclustError:
+    """Return the error of an evaluator as one of ours, with its name."""
+    kind, text = DeepclustError, f"{type(error).__name__}: {error}"
+    if isinstance(error, Skipped):
+        kind, text = DataError, str(error)
+    elif isinstance(error, DeepclustError):
+        kind, text = type(error), str(error)
+    failure = kind(f"{name} cannot be evaluated: {text}")
+    failure.__cause__ = error
+    return failure
 
 
 def evaluate_features(

@@ -63,6 +63,7 @@ class Frozen:
     seed: int = 0  # of every random choice
     seeds: SeedRows | None = None
     seeds_missing: str = "no labelled seeds were given"  # why there are no seeds
+    notes: tuple[str, ...] = ()  # what is odd about the labels
     embed: Embed | None = None  # the network, where the features come from one
 
 
@@ -107,18 +108,20 @@ def freeze_shards(embed: Embed, train: Index, test: Index, data: Data, dim: int 
     """
     splits = [embed_labelled(embed, index, data) for index in (train, test)]
     names = [class_names(index) for index in (train, test)]
-    classes = list(dict.fromkeys(names[0] + names[1]))
+    classes, notes = _join_classes(names, (train, test))
     number = {name: i for i, name in enumerate(classes)}
-    if not set(names[0]) & set(names[1]):
-        raise DataError(
-            f"{folder_of(train)} and {folder_of(test)} share no class name ({names[0][:5]} and "
-            f"{names[1][:5]}). Use one table of names for both (class_names in dataset.json)."
-        )
     fit, score = (
-        replace(split, labels=np.array([number[name] for name in own], np.int64)[split.labels])
+        replace(split, labels=np.array([number[own[y]] for y in split.labels.tolist()], np.int64))
         for split, own in zip(splits, names, strict=True)
     )
-    frozen = Frozen(classes, fit, score, dim=dim, embed=embed)
+    unknown = [classes[i] for i in np.setdiff1d(score.labels, fit.labels)]
+    if unknown:
+        wrong = int(np.isin(score.labels, fit.labels, invert=True).sum())
+        notes.append(
+            f"{wrong} of {len(score.labels)} test images are of {len(unknown)} classes without a "
+            f"training image ({', '.join(unknown[:5])}): they count as wrong"
+        )
+    frozen = Frozen(classes, fit, score, dim=dim, embed=embed, notes=tuple(notes))
     check(frozen)
     return frozen
 
@@ -155,15 +158,38 @@ def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
     return Split(np.concatenate(rows)[usable], labels[sample_ids], sample_ids)
 
 
-def class_names(index: Index) -> list[str]:
+def class_names(index: Index) -> dict[int, str]:
     """Return the name of every label of an index.
 
     A label without a name has its decimal digits.
     """
-    if index.class_names is not None:
-        return index.class_names
     assert index.labels is not None
-    return [str(label) for label in range(int(np.max(index.labels)) + 1)]
+    names = dict(enumerate(map(str, index.class_names or [])))
+    used = np.unique(index.labels)
+    digits = {int(label): str(label) for label in used[used >= 0] if int(label) not in names}
+    return {**names, **digits}
+
+
+def _join_classes(
+    names: list[dict[int, str]], indexes: tuple[Index, Index]
+) -> tuple[list[str], list[str]]:
+    """Return the classes of both tables, and notes on what is odd about them."""
+    train, test = indexes
+    classes = list(dict.fromkeys([*names[0].values(), *names[1].values()]))
+    if not set(names[0].values()) & set(names[1].values()):
+        first = [list(own.values())[:5] for own in names]
+        raise DataError(
+            f"{folder_of(train)} and {folder_of(test)} share no class name ({first[0]} and "
+            f"{first[1]}). Use one table of names for both (class_names in dataset.json)."
+        )
+    named = [index.class_names is not None for index in indexes]
+    if not any(named):
+        return sorted(classes, key=int), []
+    if all(named):
+        return classes, []
+    bare = folder_of(indexes[named.index(False)])
+    note = f"{bare} has no class names (class_names in dataset.json), so its numbers are the names"
+    return classes, [note]
 
 
 def folder_of(index: Index) -> str:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from deepclust.clustering.points import in_range, unit_rows
 from deepclust.evaluate.frozen import Frozen
 
 TEST_ROWS = 512
@@ -56,8 +57,9 @@ def nearest(
 
 
 def _unit(x: Float[np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
-    """Return rows in fp32 of length one.
+    """Return rows in fp32 of length one, whatever their length was.
 
     A zero row stays zero, equally far from all.
     """
-    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(x, np.float32)))
+    rows = torch.from_numpy(np.array(x, np.float64 if x.dtype == np.float64 else np.float32))
+    return unit_rows(in_range(rows).float() if rows.dtype == torch.float64 else rows)

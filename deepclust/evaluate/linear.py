@@ -34,8 +34,9 @@ def linear(frozen: Frozen) -> Iterator[tuple[str, float]]:
     fewer than two rows of each class on average, as none could then be held out.
     """
     scaler, y = StandardScaler(), frozen.train.labels
-    x = scaler.fit_transform(np.asarray(frozen.train.features, np.float32))
-    test = scaler.transform(np.asarray(frozen.test.features, np.float32))
+    # float64 rows far from the origin are centred before they are narrowed
+    x = scaler.fit_transform(_floats(frozen.train.features)).astype(np.float32)
+    test = scaler.transform(_floats(frozen.test.features)).astype(np.float32)
     held_out = _draw_held_out(y, frozen.seed)
     model = LogisticRegression(tol=TOLERANCE, max_iter=MAX_ITERATIONS, warm_start=True)
     # The matrices have as few columns as classes, where a threaded BLAS mostly waits: 60,000 x 256
@@ -47,6 +48,11 @@ def linear(frozen: Frozen) -> Iterator[tuple[str, float]]:
         yield "top1", float(model.score(test, frozen.test.labels))
     yield "C", best
     yield "converged", float(model.n_iter_.max() < MAX_ITERATIONS)
+
+
+def _floats(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Return features in float64 if they are, else in float32."""
+    return np.asarray(features, np.float64 if features.dtype == np.float64 else np.float32)
 
 
 def _choose_strength(

@@ -15,7 +15,9 @@ def open_data_index(data: Data, run_dir: Path | None = None) -> Index:
     return open_index(data.shards, data.index, run_dir, image=data.image, labels=data.labels)
 
 
-def open_labelled(shards: Shards, data: Data) -> Index:
-    """Return the index of other shards read in the same way, with their labels in any case."""
+def open_labelled(
+    shards: Shards, data: Data, index: str | Path | None = None, run_dir: Path | None = None
+) -> Index:
+    """Return the index of shards read in the same way, with their labels in any case."""
     labels = AUTO if data.labels == NONE else data.labels
-    return open_index(shards, image=data.image, labels=labels)
+    return open_index(shards, index, run_dir, image=data.image, labels=labels)

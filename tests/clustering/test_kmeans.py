@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.options import Progress
-from deepclust.errors import DataError, NumericalError, RecipeError
+from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 
 
 def blobs(n: int, dim: int, groups: int, seed: int = 0) -> np.ndarray:
@@ -205,6 +205,73 @@ def test_a_negative_or_missing_weight_is_an_error() -> None:
         kmeans(x, 2, weights=np.ones(9))
 
 
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+@pytest.mark.parametrize("empty", ["split", "relocate"])
+def test_rows_of_weight_0_change_nothing(init: str, empty: str) -> None:
+    x, far = blobs(60, 4, 5), 1000 + blobs(2000, 4, 3)
+    every = np.concatenate([x, far])
+    weights = np.r_[np.linspace(1, 2, 60), np.zeros(2000)]
+    for seed in range(3):
+        alone = kmeans(x, 9, init=init, empty=empty, weights=weights[:60], seed=seed)
+        beside = kmeans(every, 9, init=init, empty=empty, weights=weights, seed=seed)
+        assert np.bincount(beside.assignments[:60], minlength=9).min() > 0
+        assert abs(beside.centroids).max() < 100
+        assert beside.inertia < 2 * alone.inertia
+        np.testing.assert_array_equal(
+            beside.assignments, distances(every, beside.centroids).argmin(1)
+        )
+
+
+def test_a_start_draws_rows_by_their_weight() -> None:
+    x, weights = np.arange(4, dtype=np.float32)[:, None], np.array([0, 1, 2, 5.0])
+    for init in ("random", "k-means++"):
+        starts = [
+            kmeans(x, 1, iterations=0, init=init, weights=weights, seed=seed).centroids[0, 0]
+            for seed in range(400)
+        ]
+        shares = np.bincount(np.array(starts, int), minlength=4) / 400
+        np.testing.assert_allclose(shares, weights / 8, atol=0.08)
+        assert shares[0] == 0
+
+
+def test_equal_weights_change_no_bit() -> None:
+    x = blobs(500, 4, 5)
+    for init in ("random", "k-means++"):
+        a, b = kmeans(x, 9, init=init), kmeans(x, 9, init=init, weights=np.full(500, 0.25))
+        np.testing.assert_array_equal(a.centroids, b.centroids)
+        assert b.inertia == a.inertia / 4
+
+
+def test_a_cluster_of_rows_of_weight_0_is_empty_and_is_filled() -> None:
+    x = np.array([[0], [1], [2], [50], [51]], np.float32)
+    weights = np.array([1, 1, 1, 0, 0.0])
+    result = kmeans(x, 3, iterations=0, init=x[[0, 1, 3]], weights=weights)
+    assert sorted(result.centroids[:, 0]) == [0, 1, 2]
+    assert result.distances.tolist() == [0, 0, 0, 48**2, 49**2]
+    assert result.empty_repairs == 1
+    small = kmeans(x, 2, init=x[:2], weights=np.array([1, 1, 1, 1, 0.0]), min_size=2)
+    assert np.bincount(small.assignments[:4]).tolist() == [2, 2]
+
+
+def test_weights_of_0_alone_and_too_few_rows_that_weigh_are_errors() -> None:
+    x = blobs(10, 2, 2)
+    with pytest.raises(DataError, match="all weights are 0"):
+        kmeans(x, 2, weights=np.zeros(10))
+    with pytest.raises(DataError, match="only 3 of a weight above 0"):
+        kmeans(x, 4, weights=np.r_[np.ones(3), np.zeros(7)])
+
+
+def test_only_free_clusters_need_points() -> None:
+    x = blobs(60, 4, 5)
+    result = kmeans(x[:10], 50, fixed=x[:50], iterations=0)
+    assert result.assignments.tolist() == list(range(10))
+    assert len(result.empty_fixed) == 40
+    assert kmeans(x[:0], 5, fixed=x[:5]).assignments.shape == (0,)
+    assert len(kmeans(x[50:53], 53, fixed=x[:50]).centroids) == 53
+    with pytest.raises(DataError, match="2 clusters of at least 2 points beside 50 fixed ones"):
+        kmeans(x[:3], 52, fixed=x[:50], min_size=2)
+
+
 def test_labels_warm_start_is_the_means_of_the_old_clusters() -> None:
     x = blobs(900, 6, 9)
     old = kmeans(x, 9)
@@ -217,6 +284,9 @@ def test_labels_warm_start_is_the_means_of_the_old_clusters() -> None:
     assert (np.bincount(warm.assignments, minlength=9) > 0).all()
     with pytest.raises(RecipeError, match="below k=5"):
         kmeans(x, 5, labels=labels)
+    for wrong in (labels - 6, labels + 0.5, labels.astype(np.int64) + 2**32, labels[:-1], -7):
+        with pytest.raises(RecipeError, match="900 integers below k=9"):
+            kmeans(x, 9, labels=wrong)
 
 
 def test_without_tolerance_it_stops_only_where_nothing_moves() -> None:
@@ -241,8 +311,10 @@ def test_rows_that_are_not_finite_are_named() -> None:
 
 
 def test_distances_that_overflow_are_an_error() -> None:
+    x = blobs(100, 4, 5)
+    x[7, 3] = 1e30
     with pytest.raises(NumericalError, match="overflow"):
-        kmeans(blobs(100, 4, 5) * np.float32(1e30), 5)
+        kmeans(x, 5)
 
 
 def test_too_few_points_are_an_error_with_the_fix() -> None:
@@ -266,11 +338,59 @@ def test_too_few_points_are_an_error_with_the_fix() -> None:
         {"init": np.full((3, 4), np.nan)},
         {"fixed": np.zeros((4, 4))},
         {"min_size": 0},
+        {"k": 2.0},
+        {"k": "3"},
+        {"k": True},
+        {"tol": float("nan")},
+        {"tol": -1.0},
+        {"tol": "0.1"},
+        {"seed": None},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"iterations": 2.5},
+        {"device": "gpu"},
     ],
 )
 def test_an_argument_that_is_not_allowed_is_an_error(change: dict[str, object]) -> None:
     with pytest.raises(RecipeError):
         kmeans(blobs(50, 4, 2), **{"k": 3, **change})
+
+
+def test_lists_and_numbers_of_numpy_are_taken_as_they_are_meant() -> None:
+    x = blobs(50, 4, 2)
+    plain = kmeans(x, 3, init=x[:3], fixed=x[:1], weights=np.ones(50))
+    lists = kmeans(
+        x.tolist(), np.int64(3), init=x[:3].tolist(), fixed=x[:1].tolist(), weights=[1.0] * 50
+    )  # type: ignore[arg-type]
+    np.testing.assert_array_equal(plain.assignments, lists.assignments)
+    warm = kmeans(x.astype(np.longdouble), 3, labels=plain.assignments.tolist())  # type: ignore[arg-type]
+    assert warm.assignments.shape == (50,)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.ones((5, 2), complex),
+        torch.ones(5, 2, dtype=torch.complex64),
+        np.full((5, 2), None),
+        np.ma.masked_less(np.eye(5), 1),
+        torch.eye(5).to_sparse(),
+        np.full((5, 2), "1"),
+        [[1, 2], [3]],
+        "rows",
+        None,
+        np.ones(5),
+    ],
+)
+def test_what_is_no_array_of_real_numbers_is_an_error_that_says_so(x: object) -> None:
+    with pytest.raises(DataError, match=r"^(x|features) "):
+        kmeans(x, 2)  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_is_not_there_is_an_error_with_the_fix() -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ResourceError, match="device='cpu'"):
+        kmeans(blobs(50, 4, 2), 3, device=missing)
 
 
 def test_points_carry_the_rows_and_kmeans_says_how_to_read_them() -> None:

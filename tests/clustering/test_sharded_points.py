@@ -33,10 +33,12 @@ def cluster(world: World, x: np.ndarray, options: dict[str, Any]) -> KMeansResul
     return kmeans(shard(world, x), **options)
 
 
-def cluster_weighted(world: World, x: np.ndarray, weights: np.ndarray) -> KMeansResult:
+def cluster_weighted(
+    world: World, x: np.ndarray, weights: np.ndarray, options: dict[str, Any]
+) -> KMeansResult:
     cuts = np.linspace(0, len(x), world.size + 1).astype(int)
     own = slice(cuts[world.rank], cuts[world.rank + 1])
-    return kmeans(ShardedPoints(ArrayPoints(x[own], weights=weights[own]), world), 9)
+    return kmeans(ShardedPoints(ArrayPoints(x[own], weights=weights[own]), world), **options)
 
 
 def together(results: list[KMeansResult]) -> np.ndarray:
@@ -74,9 +76,19 @@ def test_fixed_centroids_and_repairs_of_empties_agree_too() -> None:
     assert_same(on_ranks(3, cluster, x, options), alone)
 
 
-def test_weights_are_summed_on_one_grid() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"k": 9}, {"k": 30, "init": "k-means++"}, {"k": 200, "min_size": 2, "iterations": 3}],
+    ids=["random", "plus-plus", "repairs"],
+)
+def test_weights_are_drawn_and_summed_on_every_number_of_ranks_as_on_one(
+    options: dict[str, Any],
+) -> None:
     x, weights = rows(), np.random.default_rng(1).uniform(0, 3, 1500)
-    assert_same(on_ranks(3, cluster_weighted, x, weights), kmeans(x, 9, weights=weights))
+    weights[:500] = 0  # all rows of the first rank
+    alone = kmeans(x, weights=weights, **options)
+    assert_same(on_ranks(3, cluster_weighted, x, weights, options), alone)
+    assert np.bincount(alone.assignments[500:], minlength=options["k"]).min() > 0
 
 
 def test_a_rank_without_rows_takes_part() -> None:

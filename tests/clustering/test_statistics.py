@@ -117,3 +117,26 @@ def test_ten_thousand_clusters_take_about_a_second() -> None:
     a = draws.integers(0, 10_000, 300_000)
     b = np.where(draws.random(300_000) < 0.5, a, draws.integers(0, 10_000, 300_000))
     assert reassigned(a, b, 10_000) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_size_of_an_id_costs_nothing_and_changes_nothing() -> None:
+    draws = np.random.default_rng(0)
+    clusters, classes = draws.integers(0, 9, 500), draws.integers(-1, 5, 500)
+    far = np.where(classes < 0, -1, np.array([5, 70, 10**9 + 7, 2**31 - 2, 2**31 - 1])[classes])
+    assert describe(clusters, 9, classes=far) == describe(clusters, 9, classes=classes)
+    assert nmi(far, clusters) == nmi(classes, clusters)
+    assert match_ids.contingency(far, far).shape == (5, 5)
+
+
+def test_as_many_classes_as_samples_are_matched_without_a_dense_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws = np.random.default_rng(0)
+    clusters, classes = draws.integers(0, 30, 900), draws.integers(0, 200, 900)
+    dense = accuracy(clusters, classes)
+    monkeypatch.setattr("deepclust.clustering.statistics.DENSE", 10)
+    assert accuracy(clusters, classes) == dense
+    assert accuracy(classes, clusters) == dense
+    monkeypatch.undo()
+    many = np.arange(200_000)
+    assert accuracy(many % 1000, many * 10_000) == 1000 / 200_000

@@ -8,11 +8,12 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 
 from deepclust.clustering.moments import BLOCK, Moments
 from deepclust.clustering.whiten import CLAMP, Whitening, solve
-from deepclust.errors import DataError, DiskError, NumericalError
+from deepclust.errors import DataError, DiskError, NumericalError, RecipeError
 
 
 def features(n: int, dim: int, mean: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -220,3 +221,33 @@ def test_a_full_disk_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_signs_are_fixed_so_that_runs_agree() -> None:
     matrix = Whitening.fit(features(500, 10), dim=5).matrix
     assert (matrix[np.abs(matrix).argmax(0), np.arange(5)] > 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_of_the_environment_change_no_bit(threads: int) -> None:
+    x = np.random.default_rng(0).standard_normal((700, 600)).astype(np.float32)
+    x = x @ np.random.default_rng(1).standard_normal((600, 600)).astype(np.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for outside in (1, 2, 4):
+            with threadpoolctl.threadpool_limits(outside, "blas"):
+                results.append(Whitening.fit(x, 128).matrix)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_what_cannot_be_whitened_is_named() -> None:
+    x = np.random.default_rng(0).standard_normal((50, 4))
+    for dim in (0, -1, 2.0, "2", None):
+        with pytest.raises(RecipeError, match="dim="):
+            Whitening.fit(x, dim)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="fitted on 4 columns, and these rows have 3"):
+        Whitening.fit(x, 2)(x[:, :3])
+    with pytest.raises(DataError, match="not real numbers"):
+        Whitening.fit(x + 1j, 2)
+    lists = Whitening.fit(x.tolist(), 2)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(lists.matrix, Whitening.fit(x, 2).matrix)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from deepclust.data import plan as plans
 from deepclust.data.plan import EpochPlan
@@ -166,6 +167,12 @@ def test_one_sample_alone_can_be_planned():
         (np.zeros(99, np.int32), {"mode": "uniform"}, RecipeError, "exact, paper"),
         (np.zeros(99, np.int32), {"lanes": 5}, RecipeError, "5 lanes do not divide"),
         (np.zeros(99, np.int32), {"global_batch": 0}, RecipeError, "at least 1"),
+        (np.zeros(99, np.int32), {"global_batch": 8.0}, RecipeError, "global_batch=8.0"),
+        (np.zeros(99, np.int32), {"seed": None}, RecipeError, "seed=None"),
+        (np.zeros(99, np.int32), {"epoch": 1.5}, RecipeError, "epoch=1.5"),
+        (np.full(99, 2**31), {}, DataError, "reach 2147483648"),
+        ([[0, 1], [2]], {}, DataError, "not an array"),
+        (["cat"] * 99, {}, DataError, "must be integers"),
     ],
 )
 def test_what_cannot_be_planned_is_an_error_that_says_why(labels, options, error, words):
@@ -194,3 +201,12 @@ def test_a_mixed_plan_has_both_plans_batches_in_every_lane(lanes: int | None) ->
         np.testing.assert_array_equal(np.sort(found), np.sort(np.concatenate(list(parts))))
     for rank in range(4):  # labelled samples are spread over the ranks
         assert np.isin(both.for_rank(rank, 4), np.arange(20)).sum(1).min() >= 2
+
+
+def test_lists_and_tensors_are_assignments_too() -> None:
+    labels = zipf_labels(400)
+    plain = build(labels).ids
+    for same in (labels.tolist(), torch.from_numpy(labels), torch.from_numpy(labels)[None].long()):
+        np.testing.assert_array_equal(build(same).ids, plain)
+    wide = np.where(labels < 0, -(2**40), labels.astype(np.int64))
+    np.testing.assert_array_equal(build(wide).ids, plain)

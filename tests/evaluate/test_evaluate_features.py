@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 
-from deepclust.errors import DataError, RecipeError
+from deepclust.errors import DataError, DeepclustError, RecipeError
 from deepclust.evaluate import EVALUATORS, evaluate, evaluate_features, find_evaluator
 from deepclust.evaluate.frozen import freeze
 from tests.evaluate.blobs import splits
@@ -86,3 +88,43 @@ def test_other_widths_and_counts_are_refused() -> None:
         evaluate_features((x, y), (tx[:, :8], ty))
     with pytest.raises(DataError, match="99 rows of features and 100 labels"):
         evaluate_features((x[:99], y), (tx, ty))
+
+
+def test_an_evaluator_fails_alone_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(frozen: object) -> Iterator[tuple[str, float]]:
+        raise KeyError("no such column")
+        yield "top1", 0.0
+
+    monkeypatch.setitem(EVALUATORS, "breaks", breaks)
+    reasons: list[str] = []
+    (train, labels), test = splits(200)
+    one_each = np.unique(labels, return_index=True)[1]  # too few for `linear`
+    frozen = freeze((train[one_each], labels[one_each]), test)
+    scores = evaluate(frozen, ["breaks", "linear", "knn"], reasons.append)
+    assert list(scores) == ["knn"]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "breaks is not evaluated",
+        "linear is not evaluated",
+    ]
+    with pytest.raises(DeepclustError, match=r"breaks cannot be evaluated: KeyError: .*column"):
+        evaluate(frozen, ["breaks"])
+    with pytest.raises(DataError, match="linear cannot be evaluated"):
+        evaluate(frozen, ["linear", "breaks"])
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 1e-30, lambda x: x * 1e30])
+def test_the_scale_of_features_changes_no_score(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    (x, y), (test_x, test_y) = splits(200)
+    plain = evaluate_features((x, y), (test_x, test_y))
+    scaled = evaluate_features((change(x), y), (change(test_x), test_y), ["knn", "clusters"])
+    assert scaled["knn"]["top1"] == pytest.approx(plain["knn"]["top1"], abs=0.02)
+    assert scaled["clusters"]["nmi"] == pytest.approx(plain["clusters"]["nmi"], abs=0.05)
+
+
+def test_float64_features_far_from_the_origin_are_as_good_as_others() -> None:
+    (x, y), (test_x, test_y) = splits(200)
+    near = evaluate_features((x, y), (test_x, test_y), ["linear", "clusters"])
+    wide = x.astype(np.float64) + 1e8, test_x.astype(np.float64) + 1e8
+    far = evaluate_features((wide[0], y), (wide[1], test_y), ["linear", "clusters"])
+    assert far["linear"]["top1"] == pytest.approx(near["linear"]["top1"], abs=0.02)
+    assert far["clusters"]["nmi"] == pytest.approx(near["clusters"]["nmi"], abs=0.05)

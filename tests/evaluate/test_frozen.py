@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +70,29 @@ def test_every_labelled_sample_has_its_row_whatever_the_batches(tmp_path: Path) 
     assert (one.sample_ids == np.arange(60)).all()
     assert (one.features == other.features).all()
     assert torch.tensor(one.features).isfinite().all()
+
+
+def test_large_class_ids_are_names_as_any_others(tmp_path: Path) -> None:
+    index = open_index(make_shards(tmp_path / "shards", n=60, classes=3))
+    (tmp_path / "shards" / "dataset.json").unlink(missing_ok=True)
+    index.labels = np.array([5, 10**9 + 7, 2**31 - 1], np.int32)[np.asarray(index.labels)]
+    index.class_names = None
+    frozen = freeze_shards(mean_colour, index, index, DATA)
+    assert frozen.classes == ["5", "1000000007", "2147483647"]
+    assert [int(frozen.classes[y]) for y in frozen.test.labels] == index.labels.tolist()
+
+
+def test_what_is_odd_about_two_tables_is_told(tmp_path: Path) -> None:
+    train = open_index(named_shards(tmp_path / "train", ["cat", "dog", "owl"]))
+    test = open_index(named_shards(tmp_path / "test", ["owl", "emu", "cat"]))
+    (note,) = freeze_shards(mean_colour, train, test, DATA).notes
+    assert re.match(
+        r"\d+ of 60 test images are of 1 classes without a training image \(emu\)", note
+    )
+    numbers = open_index(named_shards(tmp_path / "numbers", ["0", "1", "2"]))
+    bare = open_index(make_shards(tmp_path / "bare", n=60, classes=3))
+    bare.class_names = None
+    frozen = freeze_shards(mean_colour, numbers, bare, DATA)
+    assert "bare has no class names" in frozen.notes[0]
+    assert frozen.classes == ["0", "1", "2"]
+    assert freeze_shards(mean_colour, bare, bare, DATA).notes == ()

@@ -244,3 +244,15 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a run"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_report_is_html_and_nothing_else(run: Path) -> None:
+    with pytest.raises(RecipeError, match=r"a\.pdf.*name it \*\.html"):
+        write_report(run, run / "a.pdf")
+
+
+def test_images_larger_than_the_recipe_allows_are_not_shown(run: Path) -> None:
+    recipe = (run / "recipe.yaml").read_text()
+    assert gallery(Run(run)).groups[0][1][0].nearest
+    (run / "recipe.yaml").write_text(re.sub(r"max_pixels: \d+", "max_pixels: 100", recipe))
+    assert not gallery(Run(run)).groups[0][1][0].nearest

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from cluster_jobs.results.assignments import SCHEMA, export_assignments
+from cluster_jobs.results.assignments import SCHEMA, export_assignments, safe_cells
 from deepclust.errors import RecipeError, RunDiffersError
 from tests.cluster_jobs.synthetic import EXCLUDED, make_run, make_simclr, reseal
 from tests.images import make_shards
@@ -122,3 +123,22 @@ def test_other_shards_in_the_place_of_the_old_ones_are_refused(run: Path, tmp_pa
     with pytest.raises(RunDiffersError, match="ids no longer name the same images"):
         export_assignments(run, run / "a.csv")
     assert not (run / "a.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", " =1", "\uff1d1"]
+)
+def test_no_spreadsheet_runs_a_cell_and_no_terminal_obeys_it(text: str) -> None:
+    (cell,) = safe_cells(pa.record_batch({"key": [text]}))["key"].to_pylist()
+    assert cell[0] in "'\\"
+    assert cell.isprintable()
+
+
+def test_other_cells_stay_as_they_are_in_a_csv() -> None:
+    texts = ["a-b", "0001", "x=1", "ümlaut", None, ""]
+    assert safe_cells(pa.record_batch({"key": texts}))["key"].to_pylist() == texts
+    hostile = pa.record_batch({"key": ["\x1b]0;owned\x07", "a\nb"], "n": [-1, 2]})
+    assert safe_cells(hostile).to_pydict() == {
+        "key": ["\\x1b]0;owned\\x07", "a\\nb"],
+        "n": [-1, 2],
+    }

@@ -236,3 +236,29 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(
     with pytest.raises(DiskError, match="Free some space"):
         cluster_features(save(tmp_path, draw()), tmp_path / "out", Options(K))
     assert os.listdir(tmp_path) == ["features.npy"]
+
+
+def test_float64_rows_far_from_the_origin_are_clustered_as_near_ones(tmp_path: Path) -> None:
+    rows = draw().astype(np.float64)
+    for init in ("k-means++", "two-level"):
+        results = []
+        for name, offset in (("near", 0.0), ("far", 1e8)):
+            (tmp_path / init / name).mkdir(parents=True)
+            out = tmp_path / init / name / "out"
+            options = Options(k=K, init=init)
+            statistics = cluster_features(save(out.parent, rows + offset), out, options)
+            centroids = np.load(out / "centroids.npy") - offset
+            assert statistics["inertia"] == pytest.approx(
+                distances(rows, centroids).min(1).sum(), rel=1e-4
+            )
+            results.append(np.load(out / "assignments.npy"))
+        assert (results[0] == results[1]).mean() > 0.99
+
+
+def test_errors_about_a_file_name_what_can_be_done_to_a_file(tmp_path: Path) -> None:
+    rows = draw()
+    rows[3] = np.nan
+    with pytest.raises(NumericalError, match=r"row 3\. Take them out of the file"):
+        cluster_features(save(tmp_path, rows), tmp_path / "out", Options(k=K))
+    with pytest.raises(DataError, match=r"only 2.*more than one dimension"):
+        cluster_features(save(tmp_path, draw()), tmp_path / "out", Options(k=K, whiten=1))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from cluster_jobs.results.evaluate import (
     load_embedder,
 )
 from deepclust import load_backbone, open_index, pretrain
-from deepclust.errors import DataError, RecipeError
+from deepclust.data.shards import index_build
+from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_whitening
@@ -102,3 +106,73 @@ def test_prototypes_are_skipped_with_a_reason_in_a_run_without_seeds(
 def test_an_unknown_evaluator_is_refused_before_an_image_is_read(run_dir: Path) -> None:
     with pytest.raises(RecipeError, match="'svm'; choose from knn"):
         evaluate_run(run_dir, "no-such-shards", "no-such-shards", ["svm"])
+
+
+def test_scores_are_shown_before_they_are_recorded_and_kept_where_they_cannot_be(
+    run_dir: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def refuse(path: Path, record: object) -> None:
+        order.append("recorded")
+        raise DiskError(f"cannot write {path}: Permission denied")
+
+    monkeypatch.setattr("cluster_jobs.results.evaluate.write_json", refuse)
+    scores = evaluate_run(
+        run_dir,
+        str(shards),
+        str(shards),
+        ["knn"],
+        order.append,
+        lambda scores: order.append("shown"),
+    )
+    assert scores["knn"]["top1"] > 0.3
+    assert order[:2] == ["shown", "recorded"]
+    assert "the scores are not recorded in the run: cannot write" in order[2]
+
+
+def test_shards_without_an_index_that_cannot_be_written_beside_them_are_measured(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = tiny_shards(tmp_path / "others", n=60)
+    shutil.rmtree(others / "deepclust-index", ignore_errors=True)
+    write, places = index_build.write, []
+
+    def read_only(folder: Path, *rest: Any, **options: Any) -> None:
+        places.append(folder)
+        if tmp_path in folder.parents or len(places) == 2:
+            raise DiskError(f"cannot write {folder}: Read-only file system")
+        write(folder, *rest, **options)
+
+    monkeypatch.setattr(index_build, "write", read_only)
+    assert evaluate_run(run_dir, str(others), str(others), ["knn"])["knn"]["top1"] > 0.3
+    assert [place.parent.name for place in places[:2]] == ["others", "evaluations"]
+    assert not places[2].exists()  # the temporary one
+    assert run_dir in places[-1].parents  # the run could be written the next time
+    evaluate_run(run_dir, str(others), str(others), ["knn"])
+    assert places[-1].parent.name == "others"  # and is opened then
+
+
+def test_the_weights_of_a_run_that_has_not_finished_are_told(run_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    lines = (copy / "events.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["event"] != "finished"]
+    (copy / "events.jsonl").write_text("\n".join(kept) + "\n")
+    told: list[str] = []
+    export_run(copy, tmp_path / "a.safetensors", emit=told.append)
+    assert "the run has not finished" in told[0]
+    assert re.search(r"step \d+, 1 of 1 epochs", told[0])
+    newest = Run(copy).checkpoints()[-1] / "model.safetensors"
+    newest.write_bytes(b"\0" + newest.read_bytes()[1:])
+    told.clear()
+    export_run(copy, tmp_path / "b.safetensors", emit=told.append)
+    assert "cannot be read" in told[0]
+    assert "using the previous one" in told[0]
+
+
+def test_the_suffix_says_the_format_of_an_export(run_dir: Path, tmp_path: Path) -> None:
+    assert export_run(run_dir, tmp_path / "a.safetensors").format == "safetensors"
+    assert export_run(run_dir, tmp_path / "a.bin").format == "safetensors"
+    with pytest.raises(RecipeError, match="--format torchvision: torchvision has no"):
+        export_run(run_dir, tmp_path / "a.pth")
