@@ -41,7 +41,8 @@ def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> 
 
 
 def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
-    run, stopping = replace(run, alive=report.alive), _beating(report, stopping)
+    run, asked = replace(run, alive=report.alive), stopping
+    stopping = _beating(report, stopping)
     recipe = run.recipe
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(recipe.train.threads or 1)
@@ -59,7 +60,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
         place = clustering_device(recipe)
         job = cluster.make_context(run, recipe, index, place, report, World())
     report.alive()  # from here on, silence is a hang
-    context = Context(recipe, run, world, index, read, report, job, stopping, role.stage)
+    context = Context(recipe, run, world, index, read, report, job, stopping, role.stage, asked)
     try:
         pipeline.run(context)
     except torch.OutOfMemoryError as error:

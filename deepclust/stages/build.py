@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.read.loader import Loader
 from deepclust.data.read.mirror import mirror_shards
+from deepclust.data.read.patience import Patience
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.remote import never
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import read_json, write_json
 from deepclust.methods import METHODS
@@ -52,6 +54,8 @@ class Context:
     )  # the ranks cluster themselves; None: the cluster worker does
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
+    # `stopping` without the sign of life: a rank that waits for its readers may well hang
+    asked: Callable[[], bool] = never
 
     def emit(self, name: EventName, **fields: Any) -> None:
         """Report an event of the worker group.
@@ -118,6 +122,7 @@ def build_loader(context: Context) -> Loader:
         read="offset" if data.stage else context.read,
         scratch=data.scratch,
         max_pixels=data.max_pixels,
+        patience=Patience(context.asked, 2 * context.recipe.train.hang),
     )
 
 
