@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deepclust import __version__
-from deepclust.errors import DeepclustError, RecipeError
+from deepclust.errors import DeepclustError, RecipeError, lack_of_memory
+from deepclust.redaction import redact
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +50,12 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {redact(str(error))}\n")
         sys.exit(error.exit_code)
+    except Exception as error:
+        lacks = lack_of_memory(error)
+        sys.stderr.write(redact(traceback.format_exc() if lacks is None else f"error: {lacks}\n"))
+        sys.exit(1 if lacks is None else lacks.exit_code)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             sys.stderr.write("interrupted; finished work is kept\n")

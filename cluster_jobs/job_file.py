@@ -13,6 +13,7 @@ from typing import Any
 
 from deepclust.files import disk_errors, read_json, write_json
 from deepclust.run import lock
+from deepclust.run.reporting import Formatter
 
 LOCAL = {"on": "local"}
 
@@ -65,4 +66,6 @@ def log_to(run_dir: Path) -> None:
     """Send a controller's log to the run and to stderr."""
     file = logging.FileHandler(run_dir / "logs" / "controller.log")
     handlers: list[logging.Handler] = [file, logging.StreamHandler()]
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)
+    for handler in handlers:
+        handler.setFormatter(Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)

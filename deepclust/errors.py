@@ -85,3 +85,26 @@ def exit_code_of(name: str) -> int:
     for kind in kinds:
         kinds += kind.__subclasses__()
     return next((kind.exit_code for kind in kinds if kind.__name__ == name), 1)
+
+
+_NO_MEMORY = (
+    "allocate memory", "failed to map segment", "Cannot allocate", "bad_alloc", "not enough memory",
+    "start new thread", "unable to mmap", "temporarily unavailable",
+)  # fmt: skip
+
+
+def lack_of_memory(error: BaseException) -> ResourceError | None:
+    """Return in words that there was no memory, which every library says in its own way.
+
+    Return None for an error of something else. An import fails like this under `ulimit -v`, too.
+    """
+    text = (str(error).splitlines() or [""])[0]
+    kinds = (ImportError, OSError, RuntimeError, SystemError)
+    says_so = isinstance(error, kinds) and any(sign in str(error) for sign in _NO_MEMORY)
+    if isinstance(error, DeepclustError) or not (says_so or isinstance(error, MemoryError)):
+        return None
+    return ResourceError(
+        f"there is too little memory, or room for processes ({type(error).__name__}: {text}). "
+        "Raise the limit (ulimit -v, ulimit -u, the memory of the job or container), or set "
+        "train.batch, data.extract_batch or data.workers lower. Finished work is kept."
+    )

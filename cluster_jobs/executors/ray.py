@@ -52,7 +52,7 @@ class Plan:
             group += f", the cluster worker of {spec.worker_cpus} CPU"
         if self.recipe.train.device != "cpu":
             group += ", a GPU each where there are GPUs"
-        return f"# {where}: {group}\n{shlex.join(self.command)}\n\n{self.recipe.dump()}"
+        return f"# {where}: {group}\n{shlex.join(self.command)}\n\n{self.recipe.show()}"
 
 
 class RayExecutor(Executor[Plan]):

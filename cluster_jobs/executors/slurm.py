@@ -165,7 +165,7 @@ def _queue(plans: list[Plan]) -> None:
     for plan in plans:
         job_file.record(plan.run_dir, **facts)
     try:
-        with _without_variables_of_a_job(), executor.batch():
+        with _without_variables_of_a_job(), _for_us_alone(), executor.batch():
             jobs = [executor.submit(Entry(str(plan.run_dir.absolute()))) for plan in plans]
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
@@ -186,6 +186,19 @@ def _without_variables_of_a_job() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _for_us_alone() -> Iterator[None]:
+    """Let nobody else read what submitit writes, or write it.
+
+    Its script has the lines of `slurm.setup`, and its pickle is run on the nodes.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _copy_code(source: Path) -> None:

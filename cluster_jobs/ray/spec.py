@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, checked
 from deepclust.recipe.sections import Section
+from deepclust.redaction import hide_values
 
 
 class RankRange(Section):
@@ -69,6 +70,7 @@ def ray_spec(recipe: Recipe) -> RaySpec:
     A `RecipeError` names every key that is wrong.
     """
     spec = checked(RaySpec, recipe.ray, "recipe", within="ray.")
+    hide_values(spec.env)
     if spec.ranks is not None and not sizes(recipe, spec):
         raise RecipeError(
             f"ray.ranks: no number from {spec.ranks.min} to {spec.ranks.max} divides train.batch="

@@ -33,6 +33,7 @@ from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
+from deepclust.redaction import redact
 from deepclust.run.checkpoint import Checkpoint, load_latest
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
@@ -68,7 +69,8 @@ def evaluate_run(
         dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
     )
     scores = evaluate(_with_seeds(frozen, run, index), names, emit)
-    record = {"step": checkpoint.state.step, "train": train, "test": test, "scores": scores}
+    sources = {"train": redact(train), "test": redact(test)}
+    record = {"step": checkpoint.state.step, **sources, "scores": scores}
     _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
     return scores
 

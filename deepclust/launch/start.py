@@ -22,6 +22,7 @@ from deepclust.launch.signals import collected_signals
 from deepclust.launch.supervisor import Show, Supervisor
 from deepclust.recipe import Recipe, differences
 from deepclust.recipe.sections import PLACES, SHARDS, Section
+from deepclust.redaction import shown
 from deepclust.run import directory
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -134,7 +135,8 @@ def check_changes(run: Run, recipe: Recipe) -> None:
         if key not in allowed and key.partition(".")[0] not in PLACES
     }
     if refused:
-        lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in refused.items())
+        pairs = {key: shown(list(values), key) for key, values in refused.items()}
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in pairs.items())
         raise errors.RunDiffersError(
             f"resume may change {', '.join([*MAY_CHANGE, *(f'{name}.*' for name in PLACES)])} and "
             f"a larger train.epochs, but not\n{lines}\n"

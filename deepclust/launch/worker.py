@@ -23,10 +23,17 @@ from deepclust import pipeline
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index, open_index
 from deepclust.data.shards.remote import UnreachableError
-from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
+from deepclust.errors import (
+    DataError,
+    DeepclustError,
+    ResourceError,
+    RunDiffersError,
+    lack_of_memory,
+)
 from deepclust.files import disk_errors, read_json, write_json
 from deepclust.launch.role import CLUSTER_WORKER, Role, die_with
 from deepclust.recipe import Recipe
+from deepclust.redaction import redact
 from deepclust.run.directory import Run
 from deepclust.run.reporting import PipeReport, Report, log_to
 from deepclust.stages import cluster
@@ -37,7 +44,12 @@ from deepclust.world import World, close_process_group, join
 def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
     """Take a role and do its work until the run is finished."""
     with disk_errors(run.path):
-        _work(run, role, report, stopping)
+        try:
+            _work(run, role, report, stopping)
+        except Exception as error:
+            if (lack := lack_of_memory(error)) is not None:
+                raise lack from error
+            raise
 
 
 def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
@@ -175,7 +187,7 @@ def main() -> int:
         report.failed(error, error.exit_code)
         os._exit(error.exit_code)  # closing the process group could wait for ranks that wait for us
     except BaseException as error:
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
         sys.stderr.flush()
         report.failed(error, 1)
         os._exit(1)

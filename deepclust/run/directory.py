@@ -32,6 +32,7 @@ from deepclust.files import (
 )
 from deepclust.recipe import Recipe
 from deepclust.recipe.recipe import read_tree
+from deepclust.redaction import argument, shown
 from deepclust.run.lock import check_token
 from deepclust.run.signs import unwatched
 
@@ -111,7 +112,7 @@ class Run:
         """
         if self.token:
             self.fence()
-        record = {"time": time.time(), "attempt": self.attempt, "event": name, **fields}
+        record = {"time": time.time(), "attempt": self.attempt, "event": name, **shown(fields)}
         append_json(self.path / "events.jsonl", record)
 
     def events(self) -> list[dict[str, Any]]:
@@ -218,7 +219,7 @@ def environment() -> dict[str, Any]:
     """Return versions, machine and code, as they are when the run starts."""
     packages = ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "webdataset")
     return {
-        "command": sys.argv,
+        "command": [argument(word) for word in sys.argv],
         "host": platform.node(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from deepclust.redaction import redact
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.signs import BEAT_S, SignsOfLife
@@ -147,6 +148,14 @@ class Metrics:
         self.board.close()
 
 
+class Formatter(logging.Formatter):
+    """Lines of a log without secrets, those of libraries and tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return redact(super().format(record))
+
+
 def log_to(path: Path, rank: int) -> logging.Logger:
     """Let the package's logger write to a file, each line with time and rank, and return it."""
     logger = logging.getLogger("deepclust")
@@ -155,7 +164,7 @@ def log_to(path: Path, rank: int) -> logging.Logger:
         handler.close()
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
+    handler.setFormatter(Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return logger
