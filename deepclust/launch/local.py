@@ -18,6 +18,7 @@ from pathlib import Path
 from deepclust.launch.endings import Record
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
+from deepclust.owner import make_folder
 from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"
@@ -107,7 +108,7 @@ class Pipes:
         self.run = run
         self.processes: list[WorkerProcess] = []
         self.selector = selectors.DefaultSelector()
-        self.folder = Path(tempfile.mkdtemp(prefix="deepclust-"))
+        self.folder = make_folder(Path(tempfile.gettempdir()), "deepclust-group")
 
     def start(self, roles: list[Role]) -> list[Record]:
         """Start a child for every role.

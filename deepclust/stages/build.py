@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -200,9 +201,10 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
             context.run, lambda text: context.emit("warning", text=text)
         )
     # the first rank chooses for all
-    folder = context.world.broadcast_object(latest.folder if latest else None)
-    if folder is None:
+    name = context.world.broadcast_object(str(latest.folder) if latest else None)
+    if name is None:
         return State(), None
+    folder = Path(name)
     if latest is None:
         state, parts = checkpoint.load(folder, check=False)
     else:

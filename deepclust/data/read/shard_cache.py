@@ -14,8 +14,6 @@ import contextlib
 import os
 import queue
 import shutil
-import socket
-import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -31,11 +29,13 @@ from deepclust.data.shards.index import Index
 from deepclust.data.shards.url import Source, Url
 from deepclust.errors import DiskError
 from deepclust.files import disk_errors
+from deepclust.owner import make_folder
 
 # Requests that may wait with their shards in place. With many, one rank would take all the work of
 # a queue that ranks share (extraction units) before the others have begun.
 AHEAD = 64
 _LEAVE_S = 10.0
+_KIND = "deepclust-shards"
 _NETWORK = {
     "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "ceph", "beegfs", "glusterfs", "afs",
     "panfs", "pvfs2", "orangefs", "wekafs", "ocfs2", "gfs2",
@@ -73,12 +73,11 @@ class ShardCache:
     def __init__(
         self, index: Index, scratch: Path, limit: int = 64, patience: Patience | None = None
     ) -> None:
-        """Make a folder in `scratch`, and remove those of dead processes of this host."""
+        """Make a folder in `scratch`, and delete those of dead processes of this machine."""
         self.index, self.limit, self.patience = index, limit, patience or Patience()
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(scratch)
-            self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=scratch))
+            self.folder = make_folder(scratch, _KIND)
         self._copies: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._users: Counter[int] = Counter()  # requests under way that need a copy
         self._under_way: deque[list[int]] = deque()
@@ -217,14 +216,3 @@ class ShardCache:
         os.replace(partial, self.folder / str(shard))
         self._copies[shard] = None
         return True
-
-
-_PREFIX = f"deepclust-shards-{socket.gethostname()}-"
-
-
-def _remove_orphans(scratch: Path) -> None:
-    """Delete the folders that killed processes of this host left behind."""
-    for folder in scratch.glob(f"{_PREFIX}*-*"):
-        pid = folder.name[len(_PREFIX) :].partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            shutil.rmtree(folder, ignore_errors=True)

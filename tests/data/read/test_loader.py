@@ -230,10 +230,11 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_workers_end_when_their_parent_is_killed(index, tmp_path):
+def test_workers_end_when_their_parent_is_killed_even_stopped_ones(index, tmp_path):
     with run_script(index, tmp_path) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
+        os.kill(pids[0], signal.SIGSTOP)
         parent.kill()
         assert all(gone(pid) for pid in pids)
     left = list((tmp_path / "s").glob("*"))
