@@ -87,7 +87,7 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_token(folder: Path) -> Iterator[None]:
-    """Let what is started in the block require a token of its own, which this user alone can read.
+    """Let what is started in the block require its own token, which this user alone can read.
 
     The user's environment may have RAY_AUTH_MODE=disabled for a standing cluster, and Ray's own
     file, ~/.ray/auth_token, may be readable by all.

@@ -41,7 +41,7 @@ class Daemon:
 
         `head` is the address where the head's Ray listens, and None on the head itself.
         """
-        # Ray lets everybody write to its folder, so it stands in one that is ours alone
+        # Ray lets everybody write to its folder, so that is inside of one that is ours alone
         self.temp = make_folder(TEMPORARY, "dc-job", f"{allocation.job}-")
         self.notes, self.log = notes, notes / f"ray-{allocation.number}.log"
         port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)

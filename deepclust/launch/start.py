@@ -168,8 +168,11 @@ def _attempt(supervisor: Supervisor, stage: str | None) -> Ending:
     roles = roles_of(recipe, stage)
     if len(roles) > 1:
         return supervisor.watch(Pipes(supervisor.run), roles)
-    from deepclust.launch.worker import work  # imports torch
+    from deepclust.launch.in_process import borrowed_process  # imports torch
+    from deepclust.launch.worker import work
     from deepclust.run.reporting import DirectReport
 
-    work(supervisor.run, roles[0], DirectReport(supervisor.run, supervisor.show), supervisor.asked)
+    report = DirectReport(supervisor.run, supervisor.show)
+    with borrowed_process():
+        work(supervisor.run, roles[0], report, supervisor.asked)
     return Ending("finished")

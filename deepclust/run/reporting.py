@@ -159,12 +159,12 @@ class Formatter(logging.Formatter):
 def log_to(path: Path, rank: int) -> logging.Logger:
     """Let the package's logger write to a file, each line with time and rank, and return it."""
     logger = logging.getLogger("deepclust")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    for handler in [one for one in logger.handlers if isinstance(one.formatter, Formatter)]:
+        logger.removeHandler(handler)  # of an earlier rank, and none of the caller's
         handler.close()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
-    logger.addHandler(handler)
+    file = logging.FileHandler(path)
+    file.setFormatter(Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
+    logger.addHandler(file)
     logger.setLevel(logging.INFO)
     return logger
