@@ -7,11 +7,13 @@ Results go to stdout, everything else to stderr. Exit codes are those of `deepcl
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,6 +49,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 def main() -> None:
     """Run a verb, and turn our errors into a message and an exit code."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr
+        faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
@@ -448,10 +452,21 @@ def _log_finished(run_dir: Path) -> None:
     if open_run(run_dir).recipe.cluster is not None:
         commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))
     following = "\n           ".join(commands)
+    if replaced := sum({e["step"]: e["count"] for e in _replaced(run_dir)}.values()):
+        _log(
+            f"{replaced} samples could not be read and were replaced: {run_dir}/logs/replaced.jsonl"
+        )
     _log(
         f"finished: {run_dir}\n  weights  {run_dir / 'export' / 'backbone.safetensors'}\n"
         f"  next     {following}"
     )
+
+
+def _replaced(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the events of samples that were replaced, of which the last for a step counts."""
+    from deepclust.run.directory import Run
+
+    return [event for event in Run(run_dir).events() if event["event"] == "replaced"]
 
 
 def _print(content: Table | str) -> None:

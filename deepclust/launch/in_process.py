@@ -31,7 +31,7 @@ def borrowed_process() -> Iterator[None]:
     if not _ONE.acquire(blocking=False):
         raise ResourceError(
             "another run is under way in this process, and both would share its random state and "
-            "threads. Wait for its end, or start one of them in a process of its own "
+            "threads. Wait for its end, or start one of them in another process "
             "(`deepclust pretrain`, or multiprocessing)."
         )
     try:

@@ -23,6 +23,11 @@ from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"
 TAIL_LINES = 15
+WHY = {  # of signals that nobody has to send
+    signal.SIGBUS: " (SIGBUS): a file of the index or of the run was cut short while it was in use",
+    signal.SIGKILL: " (SIGKILL): by somebody, or for want of memory",
+    signal.SIGSEGV: " (SIGSEGV): a fault in a library",
+}
 EXIT_POLL_S = 0.2  # a process that dies may leave its pipe open in one of its children
 
 
@@ -84,7 +89,7 @@ class WorkerProcess:
         if code == 0:
             return {"result": {}}
         if code < 0:
-            return {"death": f"was killed by signal {-code}"}
+            return {"death": f"was killed by signal {-code}{WHY.get(-code, '')}"}
         tail = self.output.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return {"death": "\n".join([f"ended with exit code {code}; its output ends with:", *tail])}
 

@@ -8,6 +8,7 @@ its parent, logs to its own file, and sends events to its supervisor.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -170,6 +171,7 @@ def main() -> int:
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
     die_with(args.parent)
+    faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
     asked: list[int] = []
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))

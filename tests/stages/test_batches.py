@@ -143,6 +143,17 @@ def test_a_share_of_one_reads_labelled_samples_alone_uniform_over_classes(
     assert np.bincount(classes).tolist() == [len(plan.ids) // 4] * 4
 
 
+def test_lists_of_chances_go_by_full_size_crops_wherever_a_method_has_the_small_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_first = recipe("simclr", "data.blur=[1.0, 0.1]")
+    full = Crops(2, small_first.data.size, (0.3, 1.0), colour=True)
+    small = Crops(3, 8, (0.1, 0.3), colour=True)
+    monkeypatch.setattr(type(small_first.method), "crops", lambda self, data: (small, full))
+    blurs = [crop.colour.blur for crop in crops_of(small_first) if crop.colour]
+    assert blurs == [0.1, 0.1, 0.1, 1.0, 0.1]
+
+
 def test_crops_of_two_sizes_reach_the_batch(shards: Path) -> None:
     of = recipe(TOY)
     index = open_index(shards)
