@@ -15,6 +15,7 @@ from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.methods.base import Now
+from deepclust.recipe.declare import Crops
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
 from deepclust.stages.batches import Feed, crops_of, labels_of
