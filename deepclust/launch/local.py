@@ -23,7 +23,7 @@ from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"
 TAIL_LINES = 15
-WHY = {  # of signals that nobody has to send
+WHY: dict[int, str] = {  # of signals that nobody has to send
     signal.SIGBUS: " (SIGBUS): a file of the index or of the run was cut short while it was in use",
     signal.SIGKILL: " (SIGKILL): by somebody, or for want of memory",
     signal.SIGSEGV: " (SIGSEGV): a fault in a library",
