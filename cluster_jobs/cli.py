@@ -7,16 +7,19 @@ Results go to stdout, everything else to stderr. Exit codes are those of `deepcl
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster_jobs.terminal import visible
 from deepclust import __version__
-from deepclust.errors import DeepclustError, DiskError, RecipeError
+from deepclust.errors import DeepclustError, DiskError, RecipeError, lack_of_memory, redact
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,16 +51,26 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 def main() -> None:
     """Run a verb, and turn our errors into a message and an exit code."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr
+        faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
-        _log(f"error: {error}")
+        _log(f"error: {redact(str(error))}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         raise
-    except OSError as error:  # of a file that nobody expected to be refused
-        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror or error}\n")
-        sys.exit(DiskError.exit_code)
+    except Exception as error:
+        lacks = lack_of_memory(error)
+        if lacks is not None:
+            sys.stderr.write(redact(f"error: {lacks}\n"))
+            sys.exit(lacks.exit_code)
+        if isinstance(error, OSError):  # of a file that nobody expected to be refused
+            text = f"error: {error.filename or 'a file'}: {error.strerror or error}\n"
+            sys.stderr.write(redact(text))
+            sys.exit(DiskError.exit_code)
+        sys.stderr.write(redact(traceback.format_exc()))
+        sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             sys.stderr.write("interrupted; finished work is kept\n")
@@ -503,10 +516,21 @@ def _log_finished(run_dir: Path) -> None:
     if open_run(run_dir).recipe.cluster is not None:
         commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))
     following = "\n           ".join(commands)
+    if replaced := sum({e["step"]: e["count"] for e in _replaced(run_dir)}.values()):
+        _log(
+            f"{replaced} samples could not be read and were replaced: {run_dir}/logs/replaced.jsonl"
+        )
     _log(
         f"finished: {run_dir}\n  weights  {run_dir / 'export' / 'backbone.safetensors'}\n"
         f"  next     {following}"
     )
+
+
+def _replaced(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the events of samples that were replaced, of which the last for a step counts."""
+    from deepclust.run.directory import Run
+
+    return [event for event in Run(run_dir).events() if event["event"] == "replaced"]
 
 
 def _print(content: Table | str) -> None:

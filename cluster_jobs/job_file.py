@@ -16,7 +16,7 @@ from typing import Any
 from deepclust.errors import DataError
 from deepclust.files import create_empty, disk_errors, read_record, write_json
 from deepclust.run import lock
-from deepclust.run.reporting import AppendingHandler
+from deepclust.run.reporting import AppendingHandler, Formatter
 
 LOCAL = {"on": "local"}
 FIELDS = {  # of job.json, where it has them
@@ -87,4 +87,6 @@ def log_to(run_dir: Path) -> None:
     with disk_errors(run_dir):
         file = AppendingHandler(run_dir / "logs" / "controller.log")
     handlers: list[logging.Handler] = [file, logging.StreamHandler()]
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO, handlers=handlers)
+    for handler in handlers:
+        handler.setFormatter(Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)

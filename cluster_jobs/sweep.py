@@ -6,7 +6,7 @@ import itertools
 import re
 from pathlib import Path
 
-from deepclust.errors import RecipeError
+from deepclust.errors import RecipeError, argument
 
 COMMA = re.compile(r",(?![^\[{]*[\]}])")  # but not inside of a list or mapping
 
@@ -33,8 +33,11 @@ def run_dirs(folder: Path, sweep: list[str]) -> dict[Path, list[str]]:
 
 
 def run_dir(folder: Path, point: list[str]) -> Path:
-    """Return the run directory of a point, named like `cluster.k=1000,train.lr=0.1`."""
-    return folder / ",".join(point).replace("/", "_")
+    """Return the run directory of a point, named like `cluster.k=1000,train.lr=0.1`.
+
+    A name shows no secret, so two values that differ in nothing else have one name.
+    """
+    return folder / ",".join(argument(word) for word in point).replace("/", "_")
 
 
 def _axis(text: str) -> list[str]:

@@ -7,6 +7,7 @@ randomness is `derive(seed, purpose, ...)`: the same for every rank, worker and 
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -124,12 +125,36 @@ class World:
         return int(self.max_float(value))
 
     def broadcast_object(self, value: T) -> T:
-        """Return rank 0's value on every rank (a small picklable object, or a tuple of them)."""
+        """Return rank 0's value on every rank: of JSON, where tuples become lists.
+
+        Nothing is unpickled, since the network of a cluster belongs to others too.
+        """
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        data = json.dumps(value).encode() if self.is_first else b""
+        length = torch.tensor(len(data), dtype=torch.int64, device=self.device)
+        dist.broadcast(length, src=0)
+        text = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if self.is_first:
+            text.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(text, src=0)
+        same: T = json.loads(text.cpu().numpy().tobytes())
+        return same
+
+    def broadcast_array(
+        self, array: Float32[np.ndarray, "k d"] | None
+    ) -> Float32[np.ndarray, "k d"] | None:
+        """Return rank 0's float32 array on every rank, or None where it has none."""
+        if self.size == 1:
+            return array
+        shape = self.broadcast_object(None if array is None else list(array.shape))
+        if shape is None:
+            return None
+        if array is None or not self.is_first:
+            array = np.empty(shape, np.float32)
+        rows = torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self.device)
+        self.broadcast([rows])
+        return np.asarray(rows.cpu().numpy())
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Overwrite every rank's tensors with rank 0's, in place."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,23 @@ def test_gathered_rows_pass_back_the_sum_of_all_ranks_gradients(size: int) -> No
     for every, _ in found:
         assert torch.equal(every, rows)
     torch.testing.assert_close(torch.cat([gradient for _, gradient in found]), rows.grad)
+
+
+def shared(world: World) -> list[Any]:
+    """What rank 0 has, and what the others had instead."""
+    mine = world.is_first
+    array = np.arange(6, dtype=np.float32).reshape(2, 3) if mine else None
+    return [
+        world.broadcast_object([True, "ä", None, [1, 2]] if mine else "other"),
+        world.broadcast_object(None if mine else "other"),
+        world.broadcast_array(array).tolist(),
+        world.broadcast_array(None if mine else np.ones((1, 1), np.float32)),
+    ]
+
+
+def test_values_and_arrays_of_the_first_rank_reach_all_and_no_object_does() -> None:
+    there = on_ranks(2, shared)
+    assert there[0] == there[1] == [[True, "ä", None, [1, 2]], None, [[0, 1, 2], [3, 4, 5]], None]
 
 
 def fails(world: World, at: int) -> str:

@@ -29,7 +29,7 @@ class Plan:
 
     def __str__(self) -> str:
         command = shlex.join(self.command)
-        return f"# in the background of this machine:\n{command}\n\n{self.recipe.dump()}"
+        return f"# in the background of this machine:\n{command}\n\n{self.recipe.show()}"
 
 
 class LocalExecutor(Executor[Plan]):
@@ -49,9 +49,12 @@ class LocalExecutor(Executor[Plan]):
 
     def resume(self, run_dir: Path, overrides: list[str]) -> None:
         """Start a controller for a run that exists, and refuse what a foreground resume refuses."""
-        run, _ = open_to_resume(run_dir, overrides)
+        run, recipe = open_to_resume(run_dir, overrides)
+        if recipe != run.recipe:  # by the recipe: everybody can see the arguments of a process
+            with lock.hold(run_dir):
+                recipe.save(run_dir / "recipe.yaml")
         job_file.record(run_dir, **job_file.LOCAL)
-        background.start(run_dir, [*self.prepare(run.recipe, run_dir).command, *overrides])
+        background.start(run_dir, self.prepare(recipe, run_dir).command)
 
     def cancel(self, run_dir: Path) -> str:
         """Ask the controller to stop at its next step, and kill it when it does not."""

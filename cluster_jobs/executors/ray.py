@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cluster_jobs import job_file
 from cluster_jobs.executors import background
 from cluster_jobs.executors.base import Executor, JobState, SeparateJobs, open_to_resume
+from cluster_jobs.ray import named_clusters
 from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
 from deepclust.errors import RecipeError, ResourceError
 from deepclust.launch.start import prepare_run
@@ -52,7 +53,7 @@ class Plan:
             group += f", the cluster worker of {spec.worker_cpus} CPU"
         if self.recipe.train.device != "cpu":
             group += ", a GPU each where there are GPUs"
-        return f"# {where}: {group}\n{shlex.join(self.command)}\n\n{self.recipe.dump()}"
+        return f"# {where}: {group}\n{shlex.join(self.command)}\n\n{self.recipe.show()}"
 
 
 class RayExecutor(Executor[Plan]):
@@ -72,6 +73,8 @@ class RayExecutor(Executor[Plan]):
 
     def submit(self, plan: Plan) -> None:
         """Create the run and start its controller."""
+        if plan.spec.address:
+            named_clusters.remember(plan.spec.address)
         client = _client_of(plan)
         prepare_run(plan.recipe, plan.run_dir)
         _start(plan, client)
@@ -80,6 +83,8 @@ class RayExecutor(Executor[Plan]):
         """Start a controller for a run that exists, wherever it ran before."""
         run, recipe = open_to_resume(run_dir, overrides)
         plan = self.prepare(recipe, run_dir)
+        if plan.spec.address and any(word.startswith("ray.address=") for word in overrides):
+            named_clusters.remember(plan.spec.address)
         client = _client_of(plan)
         if recipe != run.recipe:
             with lock.hold(run_dir):
@@ -116,7 +121,7 @@ class RayExecutor(Executor[Plan]):
         facts = job_file.read(run_dir)
         if not facts.get("submission"):
             return False
-        client = _client(facts["address"])
+        client = _client(facts.get("address"), run_dir)
         try:
             return client.get_job_status(facts["submission"]).value not in ENDED
         except RuntimeError:  # another Ray is there now, which does not know the job
@@ -138,7 +143,7 @@ EXECUTOR = RayExecutor()
 def _end(run_dir: Path, facts: dict[str, Any]) -> str:
     """End a controller that does not react to the request."""
     if facts.get("submission"):
-        _client(facts["address"]).stop_job(facts["submission"])
+        _client(facts.get("address"), run_dir).stop_job(facts["submission"])
         return f"{run_dir} did not stop and its Ray job {facts['submission']} was ended"
     pid = lock.owner_pid(run_dir)
     if pid is None:
@@ -166,11 +171,15 @@ def _start(plan: Plan, client: JobSubmissionClient | None) -> None:
 
 
 def _client_of(plan: Plan) -> JobSubmissionClient | None:
-    return _client(plan.spec.address) if plan.spec.address else None
+    return _client(plan.spec.address, plan.run_dir) if plan.spec.address else None
 
 
-def _client(address: str) -> JobSubmissionClient:
-    """Return a client of Ray Jobs, or raise `ResourceError` when Ray does not answer there."""
+def _client(address: Any, run_dir: Path) -> JobSubmissionClient:
+    """Return a client of Ray Jobs at an address that the user has named.
+
+    Raises `ResourceError` for another address, and when Ray does not answer there.
+    """
+    named_clusters.require_named(address, run_dir)
     from ray.job_submission import JobSubmissionClient
 
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,7 +25,7 @@ from cluster_jobs.executors import background
 from cluster_jobs.executors.base import Executor, JobState, Sweep, open_to_resume
 from cluster_jobs.slurm import queue, script
 from cluster_jobs.slurm.script import PROGRAM, Plan
-from deepclust.errors import ResourceError
+from deepclust.errors import DataError, ResourceError
 from deepclust.launch.signals import HELD_BACK
 from deepclust.launch.start import prepare_run
 from deepclust.recipe import Recipe
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import submitit
 
 PACKAGES = ("deepclust", "cluster_jobs")
+JOB = re.compile(r"[0-9]{1,12}(_[0-9]{1,9})?(\+[0-9]{1,9})?")  # an array's task, a part of a job
 STOPPED = ("CANCELLED", "TIMEOUT", "PREEMPTED")  # ends that a resume mends
 REQUEUE_WANTED = "75:"  # exit code and signal of a job that stopped at a step
 
@@ -98,7 +100,7 @@ class SlurmExecutor(Executor[Plan]):
 
     def cancel(self, run_dir: Path) -> str:
         """Stop the run at its next step, then take its job out of Slurm."""
-        number = job_file.read(run_dir).get("job")
+        number = _job_of(run_dir)
         if lock.owner(run_dir) is None and not self.is_pending(run_dir):
             return f"{run_dir} is not running"
         job_file.ask_to_cancel(run_dir)
@@ -106,7 +108,7 @@ class SlurmExecutor(Executor[Plan]):
         while lock.owner(run_dir) is not None and time.monotonic() < deadline:
             time.sleep(0.5)
         if number:
-            queue.scancel(str(number))
+            queue.scancel(number)
         if lock.owner(run_dir) is None:
             job_file.forget_cancel(run_dir)
         resume = f"deepclust resume {run_dir} --on slurm"
@@ -117,17 +119,20 @@ class SlurmExecutor(Executor[Plan]):
 
         Raises `ResourceError` when Slurm does not answer.
         """
-        number = job_file.read(run_dir).get("job")
-        job = queue.poll(str(number)) if number else None
+        number = _job_of(run_dir)
+        job = queue.poll(number) if number else None
         return job is not None and (job.waits or job.lives)
 
     def state(self, run_dir: Path) -> JobState | None:
         """Return what Slurm says about the run's job, or None when it knows none."""
-        number = job_file.read(run_dir).get("job")
+        try:
+            number = _job_of(run_dir)
+        except DataError as error:
+            return JobState("unknown", str(error))
         if not number:
             return None
         try:
-            job = queue.poll(str(number))
+            job = queue.poll(number)
         except ResourceError as error:
             text = f"job {number}: {str(error).splitlines()[0]}"
             return JobState("unknown", text, may_answer_later=queue.is_installed())
@@ -135,6 +140,20 @@ class SlurmExecutor(Executor[Plan]):
 
 
 EXECUTOR = SlurmExecutor()
+
+
+def _job_of(run_dir: Path) -> str | None:
+    """Return the number of the run's job, if it has one.
+
+    Raises `DataError` for anything else: it would be an option of `scancel`, like `--me`.
+    """
+    number = job_file.read(run_dir).get("job")
+    if number is not None and not JOB.fullmatch(str(number)):
+        raise DataError(
+            f"{run_dir / 'job.json'} names {str(number)[:50]!r}, which is not the number of a "
+            "Slurm job. Delete that file if no job of this run is queued."
+        )
+    return None if number is None else str(number)
 
 
 def _job_state(job: queue.JobRecord, text: str, run_dir: Path) -> JobState:
@@ -165,7 +184,7 @@ def _queue(plans: list[Plan]) -> None:
     for plan in plans:
         job_file.record(plan.run_dir, **facts)
     try:
-        with _without_variables_of_a_job(), executor.batch():
+        with _without_variables_of_a_job(), _for_us_alone(), executor.batch():
             jobs = [executor.submit(Entry(str(plan.run_dir.absolute()))) for plan in plans]
     except submitit.core.utils.FailedJobError as error:
         raise ResourceError(f"Slurm did not take the job: {error}") from error
@@ -186,6 +205,19 @@ def _without_variables_of_a_job() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _for_us_alone() -> Iterator[None]:
+    """Let nobody else read what submitit writes, or write it.
+
+    Its script has the lines of `slurm.setup`, and its pickle is run on the nodes.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _copy_code(source: Path) -> None:

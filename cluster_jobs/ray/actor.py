@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from deepclust.errors import DataError, DeepclustError
+from deepclust.errors import DataError, DeepclustError, lack_of_memory, redact
 from deepclust.files import read_json
 from deepclust.launch.policy import UNEXPECTED
 from deepclust.launch.ports import free_port
@@ -122,8 +122,9 @@ class Worker(SignsOfLife):
         except DeepclustError as error:
             result = _failed(error, error.exit_code)
         except BaseException as error:
-            logging.getLogger("deepclust").error("%s", traceback.format_exc())
-            result = _failed(error, UNEXPECTED)
+            logging.getLogger("deepclust").error("%s", redact(traceback.format_exc()))
+            lack = lack_of_memory(error)
+            result = _failed(error, UNEXPECTED) if lack is None else _failed(lack, lack.exit_code)
         with self._something:
             self._result = result
             self._something.notify()

@@ -8,19 +8,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from cluster_jobs.ray.folders import make_folder
 from cluster_jobs.ray.spec import RaySpec, sizes
+from deepclust.data.read.owned_folder import make_folder
 from deepclust.errors import ResourceError
+from deepclust.files import disk_errors
 from deepclust.recipe import Recipe
 
 STORE_BYTES = 100 * 2**20  # nothing of size goes through Ray's object store
 NAMESPACE = "deepclust"
+TEMPORARY = Path("/tmp")  # short: a socket's path has 107 letters at most
+INSIDE = "r"  # Ray's own folder, which everybody may write to, in one that is ours alone
+TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Else Ray on Linux takes the machine's outer address even for itself, and listens on all of them.
 # And it makes its workers nice (15): whatever else runs on the machine would come before a rank.
 ALONE = {
@@ -63,14 +70,43 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
     os.environ.update(ALONE)
     ray_constants.ENABLE_RAY_CLUSTER = False  # the same, for this process, which has read it
     needed = max(sizes(recipe, spec)) * spec.cpus + spec.worker_cpus
-    folder = make_folder("dc-ray")
+    with disk_errors(TEMPORARY):
+        folder = make_folder(TEMPORARY, "dc-ray")
     try:
-        ray.init(
-            "local", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING,
-            num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=STORE_BYTES,
-            _temp_dir=str(folder),
-        )  # fmt: skip
-        yield
+        with own_token(folder):
+            ray.init(
+                "local", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING,
+                num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=STORE_BYTES,
+                _temp_dir=str(folder / INSIDE),
+            )  # fmt: skip
+            yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def own_token(folder: Path) -> Iterator[None]:
+    """Let what is started in the block require its own token, which this user alone can read.
+
+    The user's environment may have RAY_AUTH_MODE=disabled for a standing cluster, and Ray's own
+    file, ~/.ray/auth_token, may be readable by all.
+    """
+    file = folder / "token"
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(secrets.token_hex(32))
+    before = {name: os.environ.pop(name, None) for name in TOKEN}
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file))
+    _read_again()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _read_again()
+
+
+def _read_again() -> None:
+    """Let this process see its variables, which Ray has read already."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

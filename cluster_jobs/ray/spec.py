@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from deepclust.errors import RecipeError
+from deepclust.errors import RecipeError, hide_values
 from deepclust.recipe import Recipe, checked
 from deepclust.recipe.sections import Section
 
@@ -69,6 +69,7 @@ def ray_spec(recipe: Recipe) -> RaySpec:
     A `RecipeError` names every key that is wrong.
     """
     spec = checked(RaySpec, recipe.ray, "recipe", within="ray.")
+    hide_values(spec.env)
     if spec.ranks is not None and not sizes(recipe, spec):
         raise RecipeError(
             f"ray.ranks: no number from {spec.ranks.min} to {spec.ranks.max} divides train.batch="

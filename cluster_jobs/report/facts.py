@@ -83,7 +83,7 @@ def gather(run: Run) -> Facts:
         name=run.path.resolve().name,
         status=status,
         recipe=recipe,
-        recipe_text=recipe.dump(),
+        recipe_text=recipe.show(),
         essentials=_essentials(run, recipe),
         tiles=_tiles(status, rounds, scores),
         rounds=rounds,

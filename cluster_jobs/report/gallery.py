@@ -174,7 +174,7 @@ def _thumbnails(
 
 
 def _read(index: Index, sample_id: int) -> bytes:
-    files = ShardFiles(index.shards)
+    files = ShardFiles(index.shards, patience_s=2.0)
     try:
         return files.read(*(int(column[0]) for column in index.locate(np.array([sample_id]))))
     finally:

@@ -18,8 +18,7 @@ import torch
 
 from cluster_jobs.results.shards import open_shards
 from deepclust.data.shards.index import Index
-from deepclust.data.shards.url import redact
-from deepclust.errors import DataError, DeepclustError
+from deepclust.errors import DataError, DeepclustError, redact
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import (
     DIM,

@@ -17,9 +17,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cluster_jobs.ray.folders import make_folder
+from cluster_jobs.ray.connection import INSIDE, TEMPORARY
 from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.layout import FIRST_NODE
+from deepclust.data.read.owned_folder import make_folder
 from deepclust.errors import ResourceError
 from deepclust.launch.ports import free_ports
 from deepclust.launch.role import die_with_parent
@@ -40,7 +41,8 @@ class Daemon:
 
         `head` is the address where the head's Ray listens, and None on the head itself.
         """
-        self.temp = make_folder("dc-job", f"{allocation.job}-{allocation.number}-")
+        # Ray lets everybody write to its folder, so that is inside of one that is ours alone
+        self.temp = make_folder(TEMPORARY, "dc-job", f"{allocation.job}-")
         self.notes, self.log = notes, notes / f"ray-{allocation.number}.log"
         port, client, agent, agent_rpc, environment, metrics = free_ports(address, 6)
         self.address = head or f"{address}:{port}"
@@ -52,7 +54,7 @@ class Daemon:
             sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where, "--block",
             f"--node-ip-address={address}",
             f"--num-cpus={allocation.cpus}", f"--num-gpus={allocation.gpus}",
-            f"--temp-dir={self.temp}", f"--object-store-memory={STORE_BYTES}",
+            f"--temp-dir={self.temp / INSIDE}", f"--object-store-memory={STORE_BYTES}",
             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_rpc}",
             f"--runtime-env-agent-port={environment}", f"--metrics-export-port={metrics}",
             "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0",

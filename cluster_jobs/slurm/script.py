@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster_jobs.slurm.layout import Layout, layout
 from cluster_jobs.slurm.spec import SlurmSpec, minutes, one_line, slurm_spec
-from deepclust.errors import RecipeError
+from deepclust.errors import RecipeError, command, redact
 from deepclust.recipe import Recipe
 
 PROGRAM = "cluster_jobs.slurm.task"
@@ -168,7 +168,15 @@ class Plan:
         return {**given, **total, "requeue" if spec.requeues else "no-requeue": True}
 
     def __str__(self) -> str:
-        return f"{self.layout}\n\n{self.script()}\n{self.recipe.dump()}"
+        return f"{self.layout}\n\n{self.shown_script()}\n{self.recipe.show()}"
+
+    def shown_script(self, runs: int = 1) -> str:
+        """Return the script for people, without the secrets in its lines."""
+        text = self.script(runs)
+        options = [str(value) for value in self.spec.sbatch.values()]
+        for line in [*self.spec.setup, *options]:
+            text = text.replace(line, command(line))
+        return redact(text)
 
 
 @dataclass(frozen=True)
@@ -182,8 +190,8 @@ class Sweep:
 
     def __str__(self) -> str:
         first, runs = self.plans[0], "\n".join(f"# {plan.run_dir}" for plan in self.plans)
-        recipes = "\n".join(f"# {plan.run_dir}\n{plan.recipe.dump()}" for plan in self.plans)
-        return f"{runs}\n{first.layout}\n\n{first.script(len(self.plans))}\n{recipes}"
+        recipes = "\n".join(f"# {plan.run_dir}\n{plan.recipe.show()}" for plan in self.plans)
+        return f"{runs}\n{first.layout}\n\n{first.shown_script(len(self.plans))}\n{recipes}"
 
 
 def prepare(recipe: Recipe, run_dir: Path) -> Plan:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from deepclust.data.read.owned_folder import make_folder
 from deepclust.files import disk_errors, open_append
 from deepclust.launch.endings import Record
 from deepclust.launch.role import CLUSTER_WORKER, Role
@@ -23,6 +24,11 @@ from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"
 TAIL_LINES = 15
+WHY: dict[int, str] = {  # of signals that nobody has to send
+    signal.SIGBUS: " (SIGBUS): a file of the index or of the run was cut short while it was in use",
+    signal.SIGKILL: " (SIGKILL): by somebody, or for want of memory",
+    signal.SIGSEGV: " (SIGSEGV): a fault in a library",
+}
 EXIT_POLL_S = 0.2  # a process that dies may leave its pipe open in one of its children
 
 
@@ -84,7 +90,7 @@ class WorkerProcess:
         if code == 0:
             return {"result": {}}
         if code < 0:
-            return {"death": f"was killed by signal {-code}"}
+            return {"death": f"was killed by signal {-code}{WHY.get(-code, '')}"}
         tail = self.output.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return {"death": "\n".join([f"ended with exit code {code}; its output ends with:", *tail])}
 
@@ -108,7 +114,7 @@ class Pipes:
         self.run = run
         self.processes: list[WorkerProcess] = []
         self.selector = selectors.DefaultSelector()
-        self.folder = Path(tempfile.mkdtemp(prefix="deepclust-"))
+        self.folder = make_folder(Path(tempfile.gettempdir()), "deepclust-group")
 
     def start(self, roles: list[Role]) -> list[Record]:
         """Start a child for every role.

@@ -16,7 +16,7 @@ from typing import Any
 
 from deepclust import errors
 from deepclust.data.shards.url import is_url
-from deepclust.errors import DataError, RecipeError, RequeueWanted
+from deepclust.errors import DataError, RecipeError, RequeueWanted, shown
 from deepclust.files import disk_errors, file_hash, read_record
 from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
@@ -243,7 +243,8 @@ def check_changes(run: Run, recipe: Recipe) -> None:
         if not may_change(key, longer=longer)
     }
     if refused:
-        lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in refused.items())
+        pairs = {key: shown(list(values), key) for key, values in refused.items()}
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in pairs.items())
         raise errors.RunDiffersError(
             f"resume may change {', '.join([*MAY_CHANGE, *(f'{name}.*' for name in PLACES)])} and "
             f"a larger train.epochs, but not\n{lines}\n"
@@ -276,8 +277,11 @@ def _attempt(supervisor: Supervisor, stage: str | None) -> Ending:
     roles = roles_of(recipe, stage)
     if len(roles) > 1:
         return supervisor.watch(Pipes(supervisor.run), roles)
-    from deepclust.launch.worker import work  # imports torch
+    from deepclust.launch.in_process import borrowed_process  # imports torch
+    from deepclust.launch.worker import work
     from deepclust.run.reporting import DirectReport
 
-    work(supervisor.run, roles[0], DirectReport(supervisor.run, supervisor.show), supervisor.asked)
+    report = DirectReport(supervisor.run, supervisor.show)
+    with borrowed_process():
+        work(supervisor.run, roles[0], report, supervisor.asked)
     return Ending("finished")

@@ -8,6 +8,7 @@ its parent, logs to its own file, and sends events to its supervisor.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -23,7 +24,14 @@ from deepclust import pipeline
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
-from deepclust.errors import DataError, DeepclustError, ResourceError, RunDiffersError
+from deepclust.errors import (
+    DataError,
+    DeepclustError,
+    ResourceError,
+    RunDiffersError,
+    lack_of_memory,
+    redact,
+)
 from deepclust.files import disk_errors, read_record, write_json
 from deepclust.launch.role import CLUSTER_WORKER, Role, die_with
 from deepclust.recipe import Recipe
@@ -40,11 +48,17 @@ BEGAN = {"fingerprint": str, "n": int, "shards": int, "read": str}  # of data.js
 def work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
     """Take a role and do its work until the run is finished."""
     with disk_errors(run.path):
-        _work(run, role, report, stopping)
+        try:
+            _work(run, role, report, stopping)
+        except Exception as error:
+            if (lack := lack_of_memory(error)) is not None:
+                raise lack from error
+            raise
 
 
 def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) -> None:
-    run, stopping = replace(run, alive=report.alive), _beating(report, stopping)
+    run, asked = replace(run, alive=report.alive), stopping
+    stopping = _beating(report, stopping)
     recipe = run.recipe
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(recipe.train.threads or 1)
@@ -65,7 +79,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
         place = clustering_device(recipe)
         job = cluster.make_context(run, recipe, index, place, report, World())
     report.alive()  # from here on, silence is a hang
-    context = Context(recipe, run, world, index, read, report, job, stopping, role.stage)
+    context = Context(recipe, run, world, index, read, report, job, stopping, role.stage, asked)
     try:
         pipeline.run(context)
     except torch.OutOfMemoryError as error:
@@ -168,6 +182,7 @@ def main() -> int:
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
     die_with(args.parent)
+    faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
     asked: list[int] = []
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))
@@ -185,7 +200,7 @@ def main() -> int:
         report.failed(error, error.exit_code)
         os._exit(error.exit_code)  # closing the process group could wait for ranks that wait for us
     except BaseException as error:
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
         sys.stderr.flush()
         report.failed(error, 1)
         os._exit(1)

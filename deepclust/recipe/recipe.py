@@ -8,6 +8,8 @@ its name, from the tables in `deepclust.methods`.
 
 from __future__ import annotations
 
+import logging
+import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -17,8 +19,8 @@ import yaml
 from pydantic import Field, create_model, model_validator
 from typing_extensions import TypedDict
 
-from deepclust.errors import DataError, RecipeError
-from deepclust.files import read_bytes, write_text
+from deepclust.errors import DataError, RecipeError, holds_secrets, shown
+from deepclust.files import atomic_file, read_bytes, write_text
 from deepclust.recipe.chosen import Terms, choose_sections, default_method
 from deepclust.recipe.misfit import misfit
 from deepclust.recipe.named import nearest
@@ -119,9 +121,20 @@ class Recipe(Section):
         """
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def show(self) -> str:
+        """Return the resolved recipe as YAML for people, without the secrets in it."""
+        return yaml.safe_dump(shown(self.model_dump(mode="json")), sort_keys=False)
+
     def save(self, path: Path) -> None:
-        """Write the resolved recipe atomically."""
-        write_text(path, self.dump())
+        """Write the resolved recipe atomically, for its owner alone where it holds secrets."""
+        if not holds_secrets(self.model_dump(mode="json")):
+            write_text(path, self.dump())
+            return
+        with atomic_file(path) as partial:
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(self.dump())
+        logging.getLogger("deepclust").warning("%s holds secrets, so only you can read it", path)
 
     def replace(self, *overrides: str) -> Recipe:
         """Return a copy with overrides applied and checked."""

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from deepclust.errors import DataError, RecipeError
+from deepclust.errors import DataError, RecipeError, argument, shown
 from deepclust.files import (
     append_json,
     atomic_folder,
@@ -131,7 +131,7 @@ class Run:
         """
         if self.token:
             self.fence()
-        record = {"time": time.time(), "attempt": self.attempt, "event": name, **fields}
+        record = {"time": time.time(), "attempt": self.attempt, "event": name, **shown(fields)}
         append_json(self.path / "events.jsonl", record)
 
     def events(self) -> list[dict[str, Any]]:
@@ -290,7 +290,7 @@ def environment() -> dict[str, Any]:
     """Return versions, machine and code, as they are when the run starts."""
     packages = ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "webdataset")
     return {
-        "command": sys.argv,
+        "command": [argument(word) for word in sys.argv],
         "host": platform.node(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),

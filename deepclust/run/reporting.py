@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
+from deepclust.errors import redact
 from deepclust.files import disk_errors, open_append
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
@@ -208,16 +209,24 @@ class AppendingHandler(logging.FileHandler):
         return io.TextIOWrapper(open_append(Path(self.baseFilename)), "utf-8", "backslashreplace")
 
 
+class Formatter(logging.Formatter):
+    """Lines of a log without secrets, those of libraries and tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return redact(super().format(record))
+
+
 def log_to(path: Path, rank: int) -> logging.Logger:
     """Let the package's logger write to a file, each line with time and rank, and return it."""
     logger = logging.getLogger("deepclust")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
+    for handler in [one for one in logger.handlers if isinstance(one.formatter, Formatter)]:
+        logger.removeHandler(handler)  # of an earlier rank, and none of the caller's
         handler.close()
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = AppendingHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
+    handler.setFormatter(Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     return logger

@@ -176,11 +176,14 @@ def crops_of(recipe: Recipe) -> tuple[Crop, ...]:
     """Return every crop of an image, with its colours: the method's kinds, one after the other."""
     data = recipe.data
     crops: list[Crop] = []
+    full_size = 0  # crops so far, by which the lists of `data.blur` and `data.solarise` go
     for kind in recipe.method.crops(data):
         view = RandomResizedCrop(kind.size, kind.scale, data.crop_ratio, data.flip)
-        for number in range(len(crops), len(crops) + kind.count):
-            colour = _colour(data, number, kind.size == data.size) if kind.colour else None
+        is_full = kind.size == data.size
+        for _ in range(kind.count):
+            colour = _colour(data, full_size, is_full) if kind.colour else None
             crops.append(Crop(view, None if colour is None or colour.does_nothing else colour))
+            full_size += is_full
     return tuple(crops)
 
 
@@ -198,7 +201,7 @@ def labels_of(
 
 
 def _colour(data: Data, number: int, full_size: bool) -> Colour:
-    """Return the colours of a crop.
+    """Return the colours of a crop, `number` of the full-size ones.
 
     A small one has those of the last full-size one by default.
     """

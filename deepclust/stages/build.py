@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.read.loader import Loader
 from deepclust.data.read.mirror import mirror_shards
+from deepclust.data.read.patience import Patience
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.remote import never
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import read_record, write_json
 from deepclust.methods import METHODS
@@ -53,6 +56,8 @@ class Context:
     )  # the ranks cluster themselves; None: the cluster worker does
     stopping: Callable[[], bool]
     stage: str | None = None  # extract, cluster or train: do only that one
+    # `stopping` without the sign of life: a rank that waits for its readers may well hang
+    asked: Callable[[], bool] = never
 
     def emit(self, name: EventName, **fields: Any) -> None:
         """Report an event of the worker group.
@@ -143,6 +148,7 @@ def build_loader(context: Context) -> Loader:
         read="offset" if data.stage else context.read,
         scratch=data.scratch,
         max_pixels=data.max_pixels,
+        patience=Patience(context.asked, 2 * context.recipe.train.hang),
     )
 
 
@@ -223,9 +229,10 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
             lambda text: context.emit("warning", text=text),
         )
     # the first rank chooses for all
-    folder = context.world.broadcast_object(latest.folder if latest else None)
-    if folder is None:
+    name = context.world.broadcast_object(str(latest.folder) if latest else None)
+    if name is None:
         return State(), None
+    folder = Path(name)
     if latest is None:
         state, parts = checkpoint.load(folder, check=False)
     else:

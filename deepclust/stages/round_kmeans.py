@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -167,7 +167,7 @@ def _given(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> G
     if task.world.size > 1:
         whole = ArrayPoints(task.rows, alive=task.report.alive).select(task.valid)
     given = given_start(whole, options) if task.world.is_first else Given()
-    return Given(task.world.broadcast_object(given.centroids))
+    return Given(task.world.broadcast_array(cast("np.ndarray | None", given.centroids)))
 
 
 def _seeded_start(seeds: SeededRound, points: Points, options: KMeansOptions) -> Given:

@@ -15,6 +15,7 @@ from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.methods.base import Now
+from deepclust.recipe.declare import Crops
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
 from deepclust.stages.batches import Feed, crops_of, labels_of
@@ -141,6 +142,17 @@ def test_a_share_of_one_reads_labelled_samples_alone_uniform_over_classes(
     classes = labels_of(table, plan.ids)
     assert (classes >= 0).all()
     assert np.bincount(classes).tolist() == [len(plan.ids) // 4] * 4
+
+
+def test_lists_of_chances_go_by_full_size_crops_wherever_a_method_has_the_small_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_first = recipe("simclr", "data.blur=[1.0, 0.1]")
+    full = Crops(2, small_first.data.size, (0.3, 1.0), colour=True)
+    small = Crops(3, 8, (0.1, 0.3), colour=True)
+    monkeypatch.setattr(type(small_first.method), "crops", lambda self, data: (small, full))
+    blurs = [crop.colour.blur for crop in crops_of(small_first) if crop.colour]
+    assert blurs == [0.1, 0.1, 0.1, 1.0, 0.1]
 
 
 def test_crops_of_two_sizes_reach_the_batch(shards: Path) -> None:

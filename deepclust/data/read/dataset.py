@@ -65,7 +65,10 @@ class Bad:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A loaded batch, whose `sample_ids` are the samples that the images really show."""
+    """A loaded batch, whose `sample_ids` are the samples that the images really show.
+
+    Images are arrays on their way through a pipe (`sending.py`), tensors otherwise.
+    """
 
     images: tuple[UInt8[Tensor, "b 3 s s"], ...]
     sample_ids: Int64[np.ndarray, " b"]
@@ -73,8 +76,15 @@ class Loaded:
     bad: list[Bad] = field(default_factory=list)
     tag: int = 0
 
+    @property
+    def in_pipe(self) -> bool:
+        """Whether there was no shared memory for the images."""
+        return not all(isinstance(images, Tensor) for images in self.images)
+
     def pin_memory(self) -> Loaded:
         """Return the same in page-locked memory, as the DataLoader wants it for a GPU."""
+        if self.in_pipe:
+            return self
         return replace(self, images=tuple(images.pin_memory() for images in self.images))
 
 
@@ -86,7 +96,7 @@ class Batches(Dataset[Loaded]):
 
     def __init__(self, index: Index, cache: Path | None = None, max_pixels: int = MAX_PIXELS):
         self.index, self.max_pixels = index, max_pixels
-        self.files = ShardFiles(index.shards, cache)
+        self.files = ShardFiles(index.shards, cache, index.lengths)
         self._clusters: tuple[Path, Int32[np.ndarray, " n"]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -7,6 +7,8 @@ on a network.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
 import time
 import weakref
@@ -19,11 +21,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from deepclust.data.images.decode import MAX_PIXELS
-from deepclust.data.read import shard_cache, worker_processes
+from deepclust.data.read import sending, shard_cache, worker_processes
 from deepclust.data.read.dataset import Bad, Batches, Loaded, Request
+from deepclust.data.read.patience import Patience, Watch
+from deepclust.data.read.sending import Sender, Sent
 from deepclust.data.shards.index import Index
+from deepclust.data.shards.remote import Interrupted
 from deepclust.data.shards.url import Url
-from deepclust.errors import RecipeError, ResourceError
+from deepclust.errors import DeepclustError, RecipeError, RequeueWanted, ResourceError
 
 __all__ = ["Bad", "Loaded", "Loader", "Request", "resolve_read"]
 
@@ -55,12 +60,14 @@ class Loader:
         scratch: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
         prefetch: int = 2,
+        patience: Patience | None = None,
     ) -> None:
         """Open nothing yet.
 
         `prefetch` is the number of batches under way per worker. `scratch` is a local folder for
-        the cache of shards that reading by block needs. Raises `RecipeError` for an unknown `read`
-        or fewer than 0 workers, and `DiskError` for a `scratch` that cannot be written.
+        the cache of shards that reading by block needs. `patience` limits each wait. Raises
+        `RecipeError` for an unknown `read` or fewer than 0 workers, and `DiskError` for a `scratch`
+        that cannot be written.
         """
         if read not in READS or workers < 0 or prefetch < 1:
             raise RecipeError(
@@ -68,12 +75,16 @@ class Loader:
                 f"least 1; got {read!r}, {workers}, {prefetch}"
             )
         self.waited = 0.0
-        self.cache = _make_cache(index, read, scratch)
+        self.patience = patience or Patience()
+        self.cache = _make_cache(index, read, scratch, self.patience)
         self._requests = _Requests()
         self._batches = Batches(index, self.cache.folder if self.cache else None, max_pixels)
+        self._batches.files.stopped = self.patience.stopping
         self._workers, self._prefetch = workers, prefetch
-        self._loader: DataLoader[Loaded] | None = None
+        self._loader: DataLoader[Sent] | None = None
         self._processes: list[BaseProcess] = []
+        self._watch: Watch | None = None
+        self._warned = False
         self._active: object = None
         self._failed: Exception | None = None  # in the requests of the present stream
         weakref.finalize(self, _clean_up, self._processes, self.cache)
@@ -82,7 +93,8 @@ class Loader:
         """Load the requests in order, taken lazily, `prefetch` ahead per worker.
 
         A new stream ends the one before it, and leaving one early costs nothing. Raises
-        `ResourceError` if a worker died, and `DataError` as `Batches` does.
+        `ResourceError` if a worker died or nothing came within the patience. Raises
+        `RequeueWanted` if nothing came after a request to stop, and `DataError` as `Batches` does.
         """
         self._active = token = object()
         batches = self._start(requests)
@@ -100,7 +112,7 @@ class Loader:
         if self.cache is not None:
             self.cache.close()
 
-    def _start(self, requests: Iterable[Request]) -> Iterator[Loaded]:
+    def _start(self, requests: Iterable[Request]) -> Iterator[Sent]:
         started = time.perf_counter()
         self._end_requests()
         self._failed = None
@@ -111,9 +123,10 @@ class Loader:
             if first is None:
                 return iter(())
             self._requests.current = self._until_error(first, taken)
-            if self._loader is not None:
+            if self._loader is None:
+                return self._start_workers()
+            with self._awaited():
                 return iter(self._loader)
-            return self._start_workers()
         finally:
             self.waited += time.perf_counter() - started
 
@@ -127,10 +140,11 @@ class Loader:
         except Exception as error:
             self._failed = error
 
-    def _start_workers(self) -> Iterator[Loaded]:
-        parallel = self._workers > 0
+    def _start_workers(self) -> Iterator[Sent]:
+        if parallel := self._workers > 0:
+            sending.check_semaphores(self._workers)
         self._loader = DataLoader(
-            self._batches,
+            Sender(self._batches) if parallel else self._batches,
             batch_size=None,
             sampler=self._requests,
             num_workers=self._workers,
@@ -144,29 +158,63 @@ class Loader:
         )
         if not parallel:
             return iter(self._loader)
-        with worker_processes.collect_started() as started:
-            batches = iter(self._loader)
-        self._processes += started
+        try:
+            with worker_processes.collect_started(self._processes):
+                batches = iter(self._loader)
+        except (OSError, MemoryError, EOFError) as error:
+            self._stop()
+            raise sending.shortage(error) from error
+        self._watch = Watch(self._processes, self.patience)
         return batches
 
-    def _next(self, batches: Iterator[Loaded]) -> Loaded | None:
+    def _next(self, batches: Iterator[Sent]) -> Loaded | None:
         """Return the next batch, None after the last one."""
         started = time.perf_counter()
         try:
-            loaded = next(batches, None)
-        except (RuntimeError, OSError, EOFError) as error:  # torch has noticed, or a pipe broke
-            if not worker_processes.any_dead(self._processes):
-                raise
-            reason = worker_processes.explain_dead(self._processes)
-            self._stop()
-            raise ResourceError(reason) from error
+            with self._awaited():
+                sent = next(batches, None)
         finally:
             self.waited += time.perf_counter() - started
-        if loaded is None and self._failed is not None:
+        if isinstance(sent, DeepclustError):
+            raise sent
+        if sent is None and self._failed is not None:
             raise self._failed
-        if loaded is not None and self.cache is not None:
+        if sent is None:
+            return None
+        if self.cache is not None:
             self.cache.release_oldest()
-        return loaded
+        if sent.in_pipe and not self._warned:
+            self._warned = True
+            logging.getLogger("deepclust").warning(sending.pipe_warning(sent))
+        return sending.received(sent)
+
+    @contextlib.contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """Limit the wait in the block, and raise what has become of the worker processes."""
+        try:
+            with self.patience.waiting():
+                yield
+        except Interrupted:
+            raise RequeueWanted(
+                "stopped while the storage of the shards failed; resume goes on from the last "
+                "checkpoint"
+            ) from None
+        except (RuntimeError, OSError, EOFError) as error:  # torch has noticed, or a pipe broke
+            if isinstance(error, DeepclustError):
+                raise
+            reason = self._reason(error)
+            if reason is None:
+                raise
+            self._stop()
+            raise reason from error
+
+    def _reason(self, error: Exception) -> DeepclustError | None:
+        """Return what an error of torch's means here, None for one of the work itself."""
+        if self._watch is not None and self._watch.reason is not None:
+            return self._watch.reason
+        if worker_processes.any_dead(self._processes):
+            return ResourceError(worker_processes.explain_dead(self._processes))
+        return sending.shortage(error) if sending.lacks_files(error) else None
 
     def _end_requests(self) -> None:
         current = self._requests.current
@@ -176,6 +224,9 @@ class Loader:
     def _stop(self) -> None:
         self._end_requests()
         self._loader = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         worker_processes.end(self._processes)
         self._processes.clear()
         self._batches.files.close()
@@ -199,11 +250,12 @@ def resolve_read(index: Index, read: str, mirror: bool = False) -> str:
 
 
 def _make_cache(
-    index: Index, read: str, scratch: str | Path | None
+    index: Index, read: str, scratch: str | Path | None, patience: Patience
 ) -> shard_cache.ShardCache | None:
     if resolve_read(index, read) == "offset":
         return None
-    return shard_cache.ShardCache(index, Path(scratch or tempfile.gettempdir()))
+    folder = Path(scratch or tempfile.gettempdir())
+    return shard_cache.ShardCache(index, folder, patience=patience)
 
 
 def _clean_up(processes: list[BaseProcess], cache: shard_cache.ShardCache | None) -> None:
@@ -212,5 +264,5 @@ def _clean_up(processes: list[BaseProcess], cache: shard_cache.ShardCache | None
         cache.close()
 
 
-def _unchanged(loaded: Any) -> Any:
-    return loaded
+def _unchanged(sent: Any) -> Any:
+    return sent

@@ -236,11 +236,12 @@ def _pieces(
     if isinstance(shard.source, Url):
         yield from remote.stream(shard.source, start, shard.size, stopped)
     else:
-        yield from _local_pieces(shard, start)
+        yield from _local_pieces(shard, start, stopped)
 
 
-def _local_pieces(shard: _Indexed, start: int) -> Iterator[bytes]:
+def _local_pieces(shard: _Indexed, start: int, stopped: Callable[[], bool]) -> Iterator[bytes]:
     with contextlib.closing(ShardFiles([shard.source])) as files:
+        files.stopped = stopped
         for at in range(start, shard.size, remote.CHUNK):
             yield files.read(0, at, min(remote.CHUNK, shard.size - at))
 

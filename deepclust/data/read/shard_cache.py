@@ -5,7 +5,7 @@ image. A thread walks through the requests ahead of the training and copies the 
 their order. It passes a request on when its shards are there. A plan with lanes needs few shards
 at a time. One without lanes needs nearly all, and what does not fit is read from the source, image
 by image. The bytes are the same either way. A remote shard that cannot be read ends the stream with
-an error. For a shard that is a file, the workers report each image.
+an error. For a shard that is a file, the workers try again and raise.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import contextlib
 import os
 import queue
 import shutil
-import socket
-import tempfile
 import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from deepclust.data.read.dataset import Request
+from deepclust.data.read.owned_folder import make_folder
+from deepclust.data.read.patience import LOOK_S, Patience
 from deepclust.data.shards import remote
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.url import Source, Url
@@ -33,6 +34,8 @@ from deepclust.files import disk_errors
 # Requests that may wait with their shards in place. With many, one rank would take all the work of
 # a queue that ranks share (extraction units) before the others have begun.
 AHEAD = 64
+_LEAVE_S = 10.0
+_KIND = "deepclust-shards"
 _NETWORK = {
     "nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "ceph", "beegfs", "glusterfs", "afs",
     "panfs", "pvfs2", "orangefs", "wekafs", "ocfs2", "gfs2",
@@ -71,23 +74,31 @@ class ShardCache:
     is copied once.
     """
 
-    def __init__(self, index: Index, scratch: Path, limit: int = 64) -> None:
-        """Make a folder in `scratch`, and remove those of dead processes of this host."""
-        self.index, self.limit = index, limit
+    def __init__(
+        self, index: Index, scratch: Path, limit: int = 64, patience: Patience | None = None
+    ) -> None:
+        """Make a folder in `scratch`, and delete those of dead processes of this machine."""
+        self.index, self.limit, self.patience = index, limit, patience or Patience()
         with disk_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-            _remove_orphans(scratch)
-            self.folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=scratch))
+            self.folder = make_folder(scratch, _KIND)
         self._copies: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._users: Counter[int] = Counter()  # requests under way that need a copy
         self._under_way: deque[list[int]] = deque()
         self._lock = threading.Lock()
         self._starving = threading.Event()  # the consumer waits for a request
         self._stop = threading.Event()
+        self._left: threading.Thread | None = None  # the last one, which may hang in a read
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield the same requests, each when those of its shards that fit are in `folder`."""
         ready: queue.Queue[Request | BaseException | None] = queue.Queue(AHEAD)
+        if self._left is not None and self._left.is_alive():
+            raise remote.UnreachableError(
+                f"the storage of {self.index.shards[0].parent} does not answer: a read that began "
+                f"more than {_LEAVE_S:g} s ago has not ended. Finished work is kept: resume when "
+                "it is back."
+            )
         self._stop.clear()
         self._under_way.clear()  # what a stream that was left early didn't deliver
         self._users.clear()
@@ -111,17 +122,23 @@ class ShardCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _next(self, ready: queue.Queue) -> Request | BaseException | None:
+        """Return the next request; each wait is limited, so that a storage cannot hold us."""
         self._starving.set()
         try:
-            item: Request | BaseException | None = ready.get()
-            return item
+            with self.patience.waiting():
+                while True:
+                    with contextlib.suppress(queue.Empty):
+                        item: Request | BaseException | None = ready.get(timeout=LOOK_S)
+                        return item
+                    self.patience.check()
         finally:
             self._starving.clear()
 
     def _end(self, walk: threading.Thread, ready: queue.Queue) -> None:
-        """Stop the thread wherever it is."""
+        """Stop the thread wherever it is, and leave it when a read keeps it from stopping."""
         self._stop.set()
-        while walk.is_alive():
+        self._left, deadline = walk, time.monotonic() + _LEAVE_S
+        while walk.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 ready.get_nowait()
             walk.join(timeout=0.01)
@@ -180,7 +197,7 @@ class ShardCache:
         except (remote.Interrupted, _SourceError):
             return False
         except OSError:
-            return False  # the workers meet the same error, and report it image by image
+            return False  # the workers meet the same error, and know what to do about it
 
     def _pieces(self, shard: int) -> Generator[bytes, None, None]:
         source = self.index.shards[shard]
@@ -206,14 +223,3 @@ class ShardCache:
         os.replace(partial, self.folder / str(shard))
         self._copies[shard] = None
         return True
-
-
-_PREFIX = f"deepclust-shards-{socket.gethostname()}-"
-
-
-def _remove_orphans(scratch: Path) -> None:
-    """Delete the folders that killed processes of this host left behind."""
-    for folder in scratch.glob(f"{_PREFIX}*-*"):
-        pid = folder.name[len(_PREFIX) :].partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc/self").exists():
-            shutil.rmtree(folder, ignore_errors=True)

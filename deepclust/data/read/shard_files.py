@@ -1,4 +1,10 @@
-"""Bytes out of shards: open files, `pread` at an offset, repeated after an error of the storage."""
+"""Bytes out of shards: open files, `pread` at an offset, repeated after an error of the storage.
+
+A storage that fails (EIO, ESTALE, ETIMEDOUT, ...) is not a bad image. A read is repeated for
+`PATIENCE_S`, and then the run stops, as it does for remote shards. A shard that is missing,
+forbidden, cut or another one stops it at once. Replacing the images of a whole shard would give
+other weights with hardly a word.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +13,84 @@ import errno
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepclust.data.shards import remote
-from deepclust.data.shards.remote import PAUSES_S
+from deepclust.data.shards.remote import PAUSES_S, Interrupted, UnreachableError, never
 from deepclust.data.shards.url import Source, Url
-from deepclust.errors import DataError
 
-_PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR}
+PATIENCE_S = 60.0  # for a read, all attempts together
+# what no attempt mends; every other error may pass
+_FINAL = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW,
+}  # fmt: skip
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 class ShardFiles:
     """A reader of byte ranges of shards, from their copy in the folder `cache` where there is one.
 
-    Copies are named by the shard's ordinal (`shard_cache.py`). At most `keep_open` files stay open.
-    With a cache none is open after `release`, so that a deleted copy frees its space. A remote
-    shard without a copy costs a request for each image.
+    Copies are named by the shard's ordinal (`shard_cache.py`). `lengths` are the shards' sizes in
+    bytes when they were indexed. At most `keep_open` files stay open. With a cache none is open
+    after `release`, so that a deleted copy frees its space. A remote shard without a copy costs a
+    request for each image. `stopped` may end the pauses between attempts.
     """
 
-    def __init__(self, shards: list[Source], cache: Path | None = None, keep_open: int = 128):
-        self.shards, self.cache, self.keep_open = shards, cache, keep_open
+    def __init__(
+        self,
+        shards: Sequence[Source],
+        cache: Path | None = None,
+        lengths: Sequence[int] | None = None,
+        keep_open: int = 128,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.shards, self.cache, self.lengths = shards, cache, lengths
+        self.keep_open, self.patience_s = keep_open, patience_s
+        self.stopped: Callable[[], bool] = never
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the names: another process opens the files itself."""
-        return ShardFiles, (self.shards, self.cache, self.keep_open)
+        return ShardFiles, (
+            self.shards, self.cache, self.lengths, self.keep_open, self.patience_s
+        )  # fmt: skip
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset` of the shard with that ordinal.
 
-        Raises `DataError` if the shard ends before that, or still cannot be read after
-        `len(PAUSES_S)` more attempts. For a remote shard that is its subclass `UnreachableError`.
+        Raises `UnreachableError` if the shard is not what was indexed, or still cannot be read
+        after `patience_s`, and `Interrupted` when `stopped` says so in between.
         """
-        for pause in (*PAUSES_S, None):
+        began, pauses = time.monotonic(), iter(PAUSES_S)
+        while True:
             try:
                 return self._read(shard, offset, size)
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 self._forget(shard)
-                if pause is None or error.errno in _PERMANENT:
-                    raise DataError(f"cannot read {self.shards[shard]}: {error.strerror}") from None
-                time.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
+                number = getattr(error, "errno", errno.EINVAL)
+                if number in _NO_DESCRIPTOR:
+                    self.close()
+                waited = time.monotonic() - began
+                if number in _FINAL or waited >= self.patience_s:
+                    raise self._unreachable(shard, error, waited) from None
+            self._pause(next(pauses, PAUSES_S[-1]))
+
+    def _pause(self, seconds: float) -> None:
+        if self.stopped():
+            raise Interrupted
+        time.sleep(seconds)
+
+    def _unreachable(self, shard: int, error: Exception, waited: float) -> UnreachableError:
+        reason = getattr(error, "strerror", None) or str(error)
+        final = getattr(error, "errno", None) in _FINAL
+        tried = "" if final else f", again and again for {waited:.0f} s"
+        return UnreachableError(
+            f"cannot read {self.shards[shard]}: {reason}{tried}. Finished work is kept: resume "
+            "when the shard can be read again."
+        )
 
     def release(self) -> None:
         """Close all files where there is a cache, whose copies may be deleted now."""
@@ -71,9 +113,9 @@ class ShardFiles:
         while len(data) < size:
             more = os.pread(handle, size - len(data), offset + len(data))
             if not more:
-                raise DataError(
-                    f"{self.shards[shard]} ends at byte {offset + len(data)}, inside an image; "
-                    "it was cut after it was indexed: run deepclust index --verify"
+                raise UnreachableError(
+                    f"{self.shards[shard]} ends at byte {offset + len(data)}, inside an image. It "
+                    f"was cut after it was indexed. {_RESTORE}"
                 )
             data += more
         return data
@@ -87,7 +129,17 @@ class ShardFiles:
             handle = os.open(source, os.O_RDONLY)
         if handle is not None:
             self._open[shard] = handle
+            self._check_length(shard, handle)
         return handle
+
+    def _check_length(self, shard: int, handle: int) -> None:
+        """Raise `UnreachableError` if another file has taken the shard's place."""
+        if self.lengths is None or (size := os.fstat(handle).st_size) == self.lengths[shard]:
+            return
+        raise UnreachableError(
+            f"{self.shards[shard]} has {size} bytes, and had {self.lengths[shard]} when it was "
+            f"indexed: it was replaced, cut, or written further. {_RESTORE}"
+        )
 
     def _read_remote(self, shard: int, offset: int, size: int) -> bytes:
         source = self.shards[shard]
@@ -104,3 +156,9 @@ class ShardFiles:
         handle = self._open.pop(shard, None)
         if handle is not None:
             os.close(handle)
+
+
+_RESTORE = (
+    "Restore it and resume. For a new run, index the shards again: `deepclust index SHARDS`, after "
+    "deleting the old index."
+)

@@ -3,20 +3,22 @@
 They come from a fork server, because fork hangs once the parent has used torch. The children of a
 fork server are not children of this process. So torch's own watchdog, which looks at the parent's
 pid, would not notice the end of the rank. Each worker waits on a pipe that only this process holds
-open. The workers block signals to a whole process group or job step. These are for the rank, which
-needs its workers to finish the step.
+open. A worker that was stopped (SIGSTOP) cannot do that: it is killed with the fork server, which
+ends with the rank. The workers block signals to a whole process group or job step. These are for
+the rank, which needs its workers to finish the step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing import connection, forkserver, queues, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 
@@ -26,10 +28,34 @@ _PRELOAD = ["torch", "torchvision", "deepclust.data.read.dataset"]
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+LOST_BATCH = 70  # exit code of a worker that could not send a batch
+
+
 def set_up(_worker: int) -> None:
-    """Give a new worker one thread for torch, and end it when the parent ends."""
+    """Give a new worker one thread for torch, and end it with its parent or with a lost batch."""
     torch.set_num_threads(1)
+    # the thread that sends would drop a batch that it cannot pickle, and the rank would wait for it
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_with_lost_batch)  # type: ignore[attr-defined]
+    _die_with_fork_server()
     threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _die_with_fork_server() -> None:
+    """Let the kernel kill this worker with the fork server, and keep that alive no longer."""
+    server = forkserver._forkserver
+    handle: int | None = server._forkserver_alive_fd  # type: ignore[attr-defined]
+    if handle is not None:
+        os.close(handle)
+        server._forkserver_alive_fd = None  # type: ignore[attr-defined]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _end_with_lost_batch(error: Exception, _batch: object) -> None:
+    sys.stderr.write(f"a reader process could not send a batch: {type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    os._exit(LOST_BATCH)
 
 
 def _follow_parent() -> None:
@@ -40,8 +66,8 @@ def _follow_parent() -> None:
 
 
 @contextlib.contextmanager
-def collect_started() -> Iterator[list[BaseProcess]]:
-    """Yield a list that holds, at the end of the block, the workers started in it.
+def collect_started(started: list[BaseProcess]) -> Iterator[None]:
+    """Add the workers that are started in the block to the list, even when it fails.
 
     The fork server inherits a signal mask, so its workers do not get the signals `_BLOCKED`. The
     user's script is hidden: without `if __name__ == "__main__"` each worker would run it again,
@@ -50,9 +76,8 @@ def collect_started() -> Iterator[list[BaseProcess]]:
     _start_fork_server()
     before = set(multiprocessing.active_children())
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    started: list[BaseProcess] = []
     try:
-        yield started
+        yield
     finally:
         sys.modules["__main__"] = main
         started += set(multiprocessing.active_children()) - before
@@ -90,11 +115,14 @@ def explain_dead(processes: list[BaseProcess]) -> str:
     listing = ", ".join(f"pid {process.pid} ({_ending(process.exitcode)})" for process in dead)
     return (
         f"a reader process died: {listing or 'unknown'}. If the machine ran out of memory, set "
-        "data.workers or train.batch lower; if SIGBUS, /dev/shm is too small"
+        "data.workers or train.batch lower. SIGBUS: a file of the index or of the run was cut "
+        "short while it was in use, or /dev/shm is too small"
     )
 
 
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return signal.Signals(-code).name
+    if code == LOST_BATCH:
+        return "it could not send a batch, see the output of its rank"
     return f"exit {code}"

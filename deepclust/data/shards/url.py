@@ -1,7 +1,7 @@
 """A shard in object storage as a value: its URL, name and folder.
 
 A URL may contain credentials (user:password@, a signed ?query). They are used for reading, and
-`str` leaves them out of messages. Nothing here opens anything.
+`str` leaves them out of messages (`deepclust.errors`). Nothing here opens anything.
 """
 
 from __future__ import annotations
@@ -14,22 +14,17 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from deepclust.errors import DataError
+from deepclust.errors import DataError, redact, remember
+
+__all__ = ["Source", "Url", "common_folder", "is_url", "redact"]
 
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
-_USER = re.compile(r"(://)[^\s/@'\"]*@")
-_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\")]*")
 _HTTP = ("http", "https")
 
 
 def is_url(text: str | Path) -> bool:
     """Return whether this is a URL and not a path."""
     return _URL.match(os.fspath(text)) is not None
-
-
-def redact(text: str) -> str:
-    """Return the text without user, password and query of the URLs in it."""
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,11 @@ class Url:
 
     text: str
     size: int = -1
+
+    def __post_init__(self) -> None:
+        """Keep its secrets out of whatever a library says about it."""
+        if "@" in self.text or "?" in self.text:
+            remember(self.text)
 
     def __str__(self) -> str:
         """Return the URL without its secrets."""

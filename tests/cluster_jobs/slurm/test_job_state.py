@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster_jobs import job_file, status
+from cluster_jobs.executors import executor
+from cluster_jobs.executors.slurm import _job_of
 from cluster_jobs.slurm import queue
-from deepclust.errors import ResourceError
+from deepclust.errors import DataError, ResourceError
 from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -55,6 +57,29 @@ def test_a_slurm_that_does_not_answer_is_an_error_and_an_unknown_job_is_none(
     programs(tmp_path, monkeypatch, squeue=gone, sacct=":", scancel=gone)
     assert queue.poll("7") is None
     queue.scancel("7")
+
+
+@pytest.mark.parametrize("job", ["--me", "7 8", "7;x", "", "$(x)", ["--me"], True, "1" * 40, "７"])
+def test_what_is_not_a_job_number_is_never_given_to_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: object
+) -> None:
+    touch = f"touch {tmp_path}/asked"
+    programs(tmp_path, monkeypatch, squeue=touch, sacct=touch, scancel=touch)
+    run = tmp_path / "run"
+    prepare_run(tiny_recipe(Path("/shards")), run)
+    job_file.record(run, on="slurm", job=job)
+    slurm = executor("slurm")
+    for ask in (slurm.cancel, slurm.is_pending):
+        with pytest.raises(DataError, match="not the number of a Slurm job"):
+            ask(run)
+    assert "not the number" in str(slurm.state(run))
+    assert not (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize("job", ["7", "123_4", "123+1", 7])
+def test_numbers_of_jobs_arrays_and_parts_are_asked_for(tmp_path: Path, job: object) -> None:
+    job_file.record(tmp_path, on="slurm", job=job)
+    assert _job_of(tmp_path) == str(job)
 
 
 def test_where_slurm_does_not_answer_the_files_of_the_run_decide(

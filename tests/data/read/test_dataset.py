@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from deepclust.data.images.decode import decode
 from deepclust.data.read import dataset
 from deepclust.data.read.dataset import REPLACEMENTS, Batches, Request
 from deepclust.data.shards.index import Index, open_index
+from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError
 from deepclust.world import derive
 from tests.images import draw, make_shards
@@ -167,6 +170,18 @@ def test_when_nothing_can_be_read_the_run_fails_and_says_where(index, tmp_path):
         DataError, match=f"key '0000002'.* neither could {2 * REPLACEMENTS} samples"
     ):
         Batches(index)[request([2], tmp_path)]
+
+
+def test_a_storage_that_fails_is_no_bad_sample(index, tmp_path, monkeypatch):
+    def pread(handle: int, size: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", pread)
+    for wanted in (request([0], tmp_path), request([0]), cropped([0], replace=True)):
+        batches = Batches(index)
+        batches.files.patience_s = 0.0
+        with pytest.raises(UnreachableError, match="Input/output error"):
+            batches[wanted]
 
 
 def test_a_sample_excluded_by_the_index_keeps_its_reason(index):

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from deepclust.data.images.colour import Colour
 from deepclust.data.images.crops import CentreCrop, Crop, RandomResizedCrop
 from deepclust.data.plan import EpochPlan
-from deepclust.data.read import shard_cache
+from deepclust.data.read import patience, shard_cache
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index, open_index
-from deepclust.errors import RecipeError, ResourceError
+from deepclust.data.shards.remote import UnreachableError
+from deepclust.errors import RecipeError, RequeueWanted, ResourceError
 from tests.images import draw, make_shards
 
 
@@ -158,6 +160,33 @@ def test_a_killed_worker_is_named_and_the_next_stream_works(loader):
     assert len(list(loader.stream(requests()))) == 12
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_stopped_reader_is_not_awaited_for_ever(loader, monkeypatch, asked):
+    """Not after a request to stop, and not when nobody watches this process."""
+    look = _MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))
+    monkeypatch.setattr(patience, "STOP_S", 0.3)
+    stream = loader.stream(requests(steps=500))
+    next(stream)
+    readers = list(loader._processes)
+    loader.patience.limit_s = 60.0 if asked else 0.3
+    loader.patience.stopping = lambda: asked
+    for reader in readers:
+        os.kill(reader.pid, signal.SIGSTOP)
+    error = RequeueWanted if asked else ResourceError
+    with pytest.raises(error, match=rf"pid {readers[0].pid} is stopped by a signal"):
+        list(stream)
+    assert not any(reader.is_alive() for reader in readers)
+
+
+def test_an_error_of_a_reader_arrives_as_it_was_raised(loader, tmp_path):
+    lost = Index(loader._batches.index.folder, [tmp_path / "no.tar"] * 8)
+    other = Loader(lost, 1, read="offset")
+    with pytest.raises(UnreachableError, match=r"^cannot read .*no.tar: No such file"):
+        next(other.stream(requests()))
+    other.close()
+
+
 def test_workers_do_not_hear_the_signals_that_are_for_the_rank(loader):
     stream = loader.stream(requests())
     next(stream)
@@ -201,10 +230,11 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_workers_end_when_their_parent_is_killed(index, tmp_path):
+def test_workers_end_when_their_parent_is_killed_even_stopped_ones(index, tmp_path):
     with run_script(index, tmp_path) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
+        os.kill(pids[0], signal.SIGSTOP)
         parent.kill()
         assert all(gone(pid) for pid in pids)
     left = list((tmp_path / "s").glob("*"))

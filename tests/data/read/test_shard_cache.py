@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 
 from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.plan import EpochPlan
-from deepclust.data.read import shard_cache
+from deepclust.data.read import owned_folder as owner
 from deepclust.data.read.dataset import Request
 from deepclust.data.read.shard_cache import ShardCache, on_network
 from deepclust.data.shards.index import Index, open_index
@@ -119,14 +119,13 @@ def test_a_full_scratch_is_an_error_that_names_it(index, tmp_path, monkeypatch):
     one.close()
 
 
-def test_folders_of_dead_processes_of_this_host_are_removed(index, tmp_path):
-    dead = tmp_path / f"{shard_cache._PREFIX}999999999-abc"
-    alive = tmp_path / f"{shard_cache._PREFIX}{os.getpid()}-abc"
-    elsewhere = tmp_path / "deepclust-shards-otherhost-999999999-abc"
-    for folder in (dead, alive, elsewhere):
-        folder.mkdir()
+def test_a_folder_of_a_dead_process_of_this_machine_is_deleted(index, tmp_path):
+    left, alive = ShardCache(index, tmp_path), ShardCache(index, tmp_path)
+    record = json.loads((left.folder / owner.FILE).read_text())
+    (left.folder / owner.FILE).write_text(json.dumps({**record, "started": "0"}))
     ShardCache(index, tmp_path).close()
-    assert [folder.exists() for folder in (dead, alive, elsewhere)] == [False, True, True]
+    assert [cache.folder.exists() for cache in (left, alive)] == [False, True]
+    alive.close()
 
 
 @pytest.mark.parametrize(
