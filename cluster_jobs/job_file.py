@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from deepclust.errors import DataError
 from deepclust.files import create_empty, disk_errors, read_record, write_json
 from deepclust.run import lock
 from deepclust.run.reporting import AppendingHandler, Formatter
@@ -37,17 +35,12 @@ def record(run_dir: Path, **facts: Any) -> None:
 def read(run_dir: Path) -> dict[str, Any]:
     """Return where the run was submitted: `on` and what that executor has recorded.
 
-    Raises `DataError` for a damaged file, and for a `job` that does not look like one. It goes to a
-    command, where it must not be an option.
+    Raises `DataError` for a damaged file. What a `job` may look like, its executor knows.
     """
     file = run_dir / "job.json"
     if not os.path.lexists(file):
         return dict(LOCAL)
-    facts = read_record(file, FIELDS, MOST)
-    job = str(facts.get("job", 0))
-    if not re.fullmatch(r"[0-9A-Za-z][\w.\[\]-]*", job):
-        raise DataError(f"{file} is damaged: its job {job[:80]!r} cannot be one")
-    return facts
+    return read_record(file, FIELDS, MOST)
 
 
 def record_local(run_dir: Path) -> None:

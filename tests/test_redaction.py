@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepclust import redaction
+from deepclust import errors
 from deepclust.errors import HIDDEN, argument, command, holds_secrets, redact, remember, shown
 
 SECRET = "S3cr3tW0rd"
@@ -12,7 +12,7 @@ SECRET = "S3cr3tW0rd"
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
-    monkeypatch.setattr(redaction, "_secrets", {})
+    monkeypatch.setattr(errors, "_secrets", {})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ import torch
 from deepclust.data.shards.index import open_index
 from deepclust.errors import DataError
 from deepclust.recipe.sections import Data
+from deepclust.run.directory import Run
 from deepclust.stages.extract import _fill, extract
+from deepclust.world import World
 from tests.images import draw, encode, write_tar
 
 
@@ -23,7 +25,12 @@ def context(folder: Path, good: int, bad: int, **options: Any) -> SimpleNamespac
     write_tar(folder / "s.tar", [*members, *((f"x{i:03d}.txt", b"x") for i in range(bad))])
     config = Data(shards=str(folder), size=8, extract_batch=10)
     return SimpleNamespace(
-        raw_dir=folder / "raw", index=open_index(folder), config=config, **options
+        raw_dir=folder / "raw",
+        index=open_index(folder),
+        config=config,
+        world=World(),
+        run=Run(folder),
+        **options,
     )
 
 
