@@ -24,14 +24,9 @@ def context(folder: Path, good: int, bad: int, **options: Any) -> SimpleNamespac
     members = [(f"{i:03d}.png", image) for i in range(good)]
     write_tar(folder / "s.tar", [*members, *((f"x{i:03d}.txt", b"x") for i in range(bad))])
     config = Data(shards=str(folder), size=8, extract_batch=10)
-    return SimpleNamespace(
-        raw_dir=folder / "raw",
-        index=open_index(folder),
-        config=config,
-        world=World(),
-        run=Run(folder),
-        **options,
-    )
+    place = {"raw_dir": folder / "raw", "chunk_path": lambda number: folder / str(number)}
+    work = {"config": config, "world": World(), "run": Run(folder)}
+    return SimpleNamespace(index=open_index(folder), **place, **work, **options)
 
 
 def test_what_the_index_knows_ends_a_run_before_an_image_is_read(tmp_path: Path) -> None:
