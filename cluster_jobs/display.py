@@ -86,10 +86,10 @@ class Display:
         if "progress" in record:
             self._show_progress(record)
         elif record["event"] == "clustered":
-            self.console.print(_round_line(record), highlight=False, markup=False)
+            self._line(_round_line(record))
         elif record["event"] in ("warning", "replaced"):
             text = record.get("text") or f"{record['count']} unreadable images replaced"
-            self.console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+            self._line(f"warning: {text}", style="yellow")
 
     def _show_progress(self, record: dict[str, Any]) -> None:
         """Show a record with `done` and `of`, of training unless it names another stage."""
@@ -111,7 +111,12 @@ class Display:
             self.bar.update(self.task, description=title, completed=done, total=of, facts=facts)
         elif time.monotonic() - self.last_plain > PLAIN_EVERY_S:
             self.last_plain = time.monotonic()
-            self.console.print(f"{title}: {done}/{of} {facts}", highlight=False, markup=False)
+            self._line(f"{title}: {done}/{of} {facts}")
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        """Print a line, which is folded on a terminal only: elsewhere people search in it."""
+        soft = not self.console.is_terminal
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=soft)
 
 
 def _duration(seconds: float) -> str:

@@ -42,3 +42,10 @@ def test_plain_lines_come_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_record_without_a_count_shows_nothing() -> None:
     assert shown({"stage": "cluster", "alive": True}) == ""
+
+
+def test_a_long_line_in_a_file_is_not_folded():
+    output = io.StringIO()
+    with Display(Console(file=output, width=20)) as display:
+        display({"event": "warning", "text": "a long line " * 9})
+    assert output.getvalue().count("\n") == 1
