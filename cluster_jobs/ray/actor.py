@@ -156,7 +156,7 @@ def _problem(run_dir: Path, token: str) -> str:
         probe.touch()
         probe.unlink()
     except (OSError, DataError) as error:
-        return f"it cannot use {run_dir}: {getattr(error, 'strerror', None) or error}"
+        return f"it cannot use {run_dir}: {getattr(error, 'strerror', None) or error}".rstrip(".")
     if seen != token:
         return f"{run_dir} is another folder there, or an old copy of it"
     return ""
