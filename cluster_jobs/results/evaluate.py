@@ -69,28 +69,28 @@ def evaluate_run(
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
     checkpoint = newest_checkpoint(run, emit)
-    with open_shards(train, run) as index, open_shards(test, run) as test_index:
-        frozen = freeze_shards(
-            _embedder(run.recipe, checkpoint.parts["model"]),
-            index,
-            test_index,
-            run.recipe.data,
-            dim=run.recipe.cluster.dim if run.recipe.cluster else DIM,
-        )
-        frozen = _with_seeds(frozen, run, index)
+    frozen = _freeze(run, checkpoint, train, test)
     for note in frozen.notes:
         emit(f"note: {note}")
     scores = evaluate(frozen, names, emit)
     show(scores)
-    record = {
-        "step": checkpoint.state.step, "train": redact(train), "test": redact(test),
-        "scores": scores,
-    }  # fmt: skip
+    shards = {"train": redact(train), "test": redact(test)}
+    record = {"step": checkpoint.state.step, **shards, "scores": scores}
+    file = run.path / "evaluations" / f"{checkpoint.state.step:08d}.json"
     try:
-        _write_record(run.path / "evaluations" / f"{checkpoint.state.step:08d}.json", record)
+        _write_record(file, record)
     except (DeepclustError, OSError) as error:
         emit(f"warning: the scores are not recorded in the run: {error}")
     return scores
+
+
+def _freeze(run: Run, checkpoint: Checkpoint, train: str, test: str) -> Frozen:
+    """Return the frozen features of both sets of shards, with the run's seeds where it has any."""
+    dim = run.recipe.cluster.dim if run.recipe.cluster else DIM
+    embedder = _embedder(run.recipe, checkpoint.parts["model"])
+    with open_shards(train, run) as index, open_shards(test, run) as test_index:
+        frozen = freeze_shards(embedder, index, test_index, run.recipe.data, dim=dim)
+        return _with_seeds(frozen, run, index)
 
 
 def export_run(

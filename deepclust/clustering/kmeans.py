@@ -74,7 +74,7 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster x [n, d] (numpy, memory-mapped, torch, or `Points`) by `iterations` updates.
 
-    Fewer are made only if no point moves any more, which changes nothing, or if `tol` is met.
+    Fewer are made only if no point moves any more, or if `tol` is met.
 
     init: "random" (distinct rows), "k-means++", or centroids [k, d]. labels: old cluster ids [n]
     (-1 none) whose means are the start instead. fixed: centroids [m, d], clusters 0..m-1, that
@@ -86,21 +86,32 @@ def kmeans(
     Raises `NumericalError` naming rows that are not finite, `DataError` for fewer (distinct) points
     than clusters need, `RecipeError` for an argument that is not allowed.
     """
-    name, start_rows = (init, None) if isinstance(init, str) else ("random", as_array(init, "init"))
+    name = init if isinstance(init, str) else "random"
     options = KMeansOptions(k, iterations, seed, name, empty, spherical, min_size, tol, backend)
-    _check_options(options)
-    fixed = None if fixed is None else as_array(fixed, "fixed")
-    labels = None if labels is None else as_array(labels, "labels")
-    given = Given(start_rows, fixed, labels)
+    given = _given(None if isinstance(init, str) else init, fixed, labels)
     if hasattr(x, "assign_to"):
         if weights is not None or device is not None:
-            raise RecipeError(
-                "weights and device belong to the points: give them where those are made"
-            )
+            raise RecipeError("weights and device belong to the points: give them to those")
         return solve_kmeans(cast(Points, x), options, given, progress)
-    rows = as_array(x, "x")
-    points = ArrayPoints(rows, weights=weights, device=as_device(device))
-    frame = frame_of(rows, spherical=spherical)
+    points = ArrayPoints(as_array(x, "x"), weights=weights, device=as_device(device))
+    return _solve_rows(as_array(x, "x"), points, options, given, progress)
+
+
+def _given(init: Rows | None, fixed: Rows | None, labels: Rows | None) -> Given:
+    """Return the caller's rows as arrays; the errors name the argument."""
+    named = (("init", init), ("fixed", fixed), ("labels", labels))
+    return Given(*(None if rows is None else as_array(rows, name) for name, rows in named))
+
+
+def _solve_rows(
+    rows: Rows,
+    points: ArrayPoints,
+    options: KMeansOptions,
+    given: Given,
+    progress: OnProgress | None,
+) -> KMeansResult:
+    """Cluster rows in the frame where float32 can tell them apart, or as they are where it can."""
+    frame = frame_of(rows, spherical=options.spherical)
     if frame is None:
         return solve_kmeans(points, options, given, progress)
     inside = replace(
@@ -152,8 +163,8 @@ def solve_kmeans(
     progress: OnProgress | None = None,
 ) -> KMeansResult:
     """Cluster points; see `kmeans`, which is the same with one argument for every option."""
-    passes = _Passes(options.iterations + 1, progress)
     _check_options(options)
+    passes = _Passes(options.iterations + 1, progress)
     points = points.configure(spherical=options.spherical, backend=options.backend)
     points.check_finite()
     with one_thread():  # the points have their threads
