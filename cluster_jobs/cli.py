@@ -464,13 +464,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; default: RUN/report.html.")
     ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Read images behind URLs too, which the recipe names.")
+    ] = False,
 ) -> None:
     """Write one static HTML page: curves, clusters, images."""
     from cluster_jobs.report import write_report
     from deepclust.files import target_of
 
     file = target_of(out) if out else run_dir / "report.html"
-    write_report(run_dir, file)
+    write_report(run_dir, file, remote=remote)
     _log(f"wrote {out or file}")
 
 

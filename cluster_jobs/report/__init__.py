@@ -20,8 +20,10 @@ from deepclust.files import write_text
 from deepclust.run.directory import open_run
 
 
-def write_report(run_dir: Path, out: Path) -> Path:
+def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
     """Write the page about a run in any state to `out` atomically, and return `out`.
+
+    `remote`: read the images of the gallery also where they are behind a URL.
 
     Raises `RecipeError` when `run_dir` is not a run, or for another suffix than .html. Raises
     `DiskError` when `out` cannot be written.
@@ -35,7 +37,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
         facts=facts,
         checks=checks(facts),
         charts=charts(run, facts),
-        gallery=gallery(run),
+        gallery=gallery(run, remote=remote),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
     write_text(out, page)

@@ -18,6 +18,7 @@ from PIL import Image
 from cluster_jobs.results.assignments import open_clustered, seeded_classes
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.shard_files import ShardFiles
+from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_array, read_assignments
@@ -65,16 +66,19 @@ class Gallery:
         return any(card.majority is not None for _, cards in self.groups for card in cards)
 
 
-def gallery(run: Run) -> Gallery:
+def gallery(run: Run, *, remote: bool = False) -> Gallery:
     """Return the gallery of the last round.
 
-    An error becomes its note.
+    An error becomes its note. The run may be somebody else's: nothing is written, and URLs that its
+    recipe names are read only if `remote` says so.
     """
     rounds = run.rounds()
+    if rounds and not remote and is_remote(run.recipe.data.shards):
+        return Gallery([], "The images are behind a URL: `deepclust report --remote` shows them.")
     if not rounds:
         return Gallery([], "The images of the clusters appear here after the first round.")
     try:
-        with open_clustered(run, rounds[-1]) as index:
+        with open_clustered(run, rounds[-1], only_read=True) as index:
             return Gallery(_groups(run, rounds[-1], index))
     except Exception as error:  # a report without images is better than none
         return Gallery([], f"The images cannot be shown: {error}")

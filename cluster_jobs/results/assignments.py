@@ -132,12 +132,12 @@ def choose_round(run: Run, wanted: int | None) -> int:
 
 
 @contextlib.contextmanager
-def open_clustered(run: Run, number: int) -> Iterator[Index]:
-    """Yield the index of the run's shards.
+def open_clustered(run: Run, number: int, *, only_read: bool = False) -> Iterator[Index]:
+    """Yield the index of the run's shards (`only_read`: see `open_own`).
 
     Raises `RunDiffersError` if round `number` had others.
     """
-    with open_own(run) as index:
+    with open_own(run, only_read=only_read) as index:
         clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
         if index.fingerprint != clustered:
             raise RunDiffersError(
@@ -164,9 +164,8 @@ def seeded_classes(run: Run, number: int) -> np.ndarray | None:
     k, supers = run.recipe.clustering.k, seeded_supers(run, number)
     each = 1 if supers is None else k // supers
     names = np.full(k + 1, None, dtype=object)
-    for one in read_facts(stage, "prototypes.json")[
-        "clusters"
-    ]:  # of super-clusters, where there are two levels
+    # of super-clusters, where there are two levels
+    for one in read_facts(stage, "prototypes.json")["clusters"]:
         names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]
     return names
 

@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from deepclust.data.shards.check import LabelsChangedError
 from deepclust.data.shards.find import Shards
 from deepclust.data.shards.index import Index
-from deepclust.errors import DataError, DiskError, RecipeError
+from deepclust.errors import DataError, DiskError, MissingError, RecipeError
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run
 from deepclust.stages.data_index import open_data_index, open_labelled
@@ -40,11 +41,16 @@ def open_shards(shards: Shards, run: Run) -> Iterator[Index]:
 
 
 @contextlib.contextmanager
-def open_own(run: Run) -> Iterator[Index]:
-    """Yield the index of the shards that a run is trained on, with the labels that it uses."""
+def open_own(run: Run, *, only_read: bool = False) -> Iterator[Index]:
+    """Yield the index of the shards that a run is trained on, with the labels that it uses.
+
+    `only_read`: the run may be somebody else's, so nothing but a temporary index is written.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            index = open_data_index(run.recipe.data, run.path)
+            index = open_data_index(run.recipe.data, run.path, build=not only_read)
+        except (MissingError, LabelsChangedError):
+            index = _open_temporarily(run.recipe.data.shards, run, stack)
         except (DiskError, RecipeError):
             index = _open_elsewhere(run.recipe.data.shards, run, stack)
         yield index
@@ -67,5 +73,9 @@ def _open_elsewhere(shards: Shards, run: Run, stack: contextlib.ExitStack) -> In
     # DataError: the shards have changed since
     with contextlib.suppress(DiskError, DataError, OSError):
         return open_labelled(shards, data, run.path / "evaluations" / f"index-{name}")
+    return _open_temporarily(shards, run, stack)
+
+
+def _open_temporarily(shards: Shards, run: Run, stack: contextlib.ExitStack) -> Index:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deepclust-"))
-    return open_labelled(shards, data, Path(folder) / "index")
+    return open_labelled(shards, run.recipe.data, Path(folder) / "index")

@@ -10,9 +10,10 @@ from deepclust.data.shards.index import Index, open_index
 from deepclust.recipe.sections import Data
 
 
-def open_data_index(data: Data, run_dir: Path | None = None) -> Index:
+def open_data_index(data: Data, run_dir: Path | None = None, *, build: bool = True) -> Index:
     """Return the index of `data.shards`; raises what `open_index` raises."""
-    return open_index(data.shards, data.index, run_dir, image=data.image, labels=data.labels)
+    fields = {"image": data.image, "labels": data.labels}
+    return open_index(data.shards, data.index, run_dir, **fields, build=build)
 
 
 def open_labelled(

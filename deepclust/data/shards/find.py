@@ -59,6 +59,11 @@ def described(shards: Shards) -> str:
     return listed(map(redact, _texts(shards)))
 
 
+def is_remote(shards: Shards) -> bool:
+    """Return whether some of the shards are behind a URL."""
+    return any(map(is_url, _texts(shards)))
+
+
 def is_folder(shards: Shards) -> bool:
     """Return whether this is one folder on a disk."""
     return isinstance(shards, str | Path) and Path(shards).is_dir()

@@ -38,7 +38,7 @@ from deepclust.data.shards.check import (
 )
 from deepclust.data.shards.fields import DEFAULT, NONE, Fields, fields_from
 from deepclust.data.shards.file_lock import held
-from deepclust.data.shards.find import Shards, beside, common_folder, expand, is_folder
+from deepclust.data.shards.find import Shards, beside, common_folder, described, expand, is_folder
 from deepclust.data.shards.keys import Keys
 from deepclust.data.shards.left_out import Tally
 from deepclust.data.shards.manifest import (
@@ -50,7 +50,7 @@ from deepclust.data.shards.manifest import (
 )
 from deepclust.data.shards.remote import fetch
 from deepclust.data.shards.url import Source, Url
-from deepclust.errors import DataError, RecipeError
+from deepclust.errors import DataError, MissingError, RecipeError
 
 
 class Location(NamedTuple):
@@ -155,6 +155,7 @@ def open_index(
     *,
     image: str = DEFAULT.image,
     labels: str = DEFAULT.labels,
+    build: bool = True,
 ) -> Index:
     """Open the index of shards (see `find.expand`), and build it if there is none.
 
@@ -163,7 +164,8 @@ def open_index(
     for another `image` or `labels` (`fields.py`). For shards behind a URL it is `index`, or
     `run_dir / "index"` of the run that reads them. An index that was uploaded next to such shards
     is copied. Otherwise one process reads all shards once, and others wait for it. Labels that
-    have changed since are read again.
+    have changed since are read again. Without `build` nothing is written: then a missing index is a
+    MissingError, and changed labels are a LabelsChangedError.
 
     Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
     damaged, and whatever `build_index` raises.
@@ -171,11 +173,15 @@ def open_index(
     sources, fields = expand(shards), fields_from(image, labels)
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
+        if not build:
+            raise MissingError(f"{described(shards)} has no index in {folder}")
         _make(folder, shards, sources, fields)
     manifest = _checked(folder, sources, fields)
     try:
         check_shards(folder, manifest, sources)
     except LabelsChangedError as error:
+        if not build:
+            raise
         if fields.labels != NONE:
             manifest = _read_labels_again(folder, shards, sources, error)
     if fields.labels == NONE:

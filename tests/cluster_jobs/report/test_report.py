@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from cluster_jobs.report.charts import bin_edges
 from cluster_jobs.report.gallery import choose, gallery
 from deepclust.errors import RecipeError
 from deepclust.files import read_json, write_json
+from deepclust.recipe import Recipe
 from deepclust.run.directory import Run, manifest
 from tests.cluster_jobs.synthetic import (
     EXCLUDED,
@@ -256,3 +259,28 @@ def test_images_larger_than_the_recipe_allows_are_not_shown(run: Path) -> None:
     assert gallery(Run(run)).groups[0][1][0].nearest
     (run / "recipe.yaml").write_text(re.sub(r"max_pixels: \d+", "max_pixels: 100", recipe))
     assert not gallery(Run(run)).groups[0][1][0].nearest
+
+
+def test_a_report_writes_nothing_but_its_page(run: Path, shards: Path) -> None:
+    shutil.rmtree(shards / "deepclust-index")
+    before = set(run.parent.rglob("*"))
+    assert "data:image" in page(run)
+    assert set(run.parent.rglob("*")) - before == {run / "report.html"}
+
+
+def test_a_recipe_of_somebody_else_opens_no_url_unless_it_may(run: Path) -> None:
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.client_address)
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.tar"
+        Recipe.load(run / "recipe.yaml", f"data.shards={url}").save(run / "recipe.yaml")
+        assert "--remote" in gallery(Run(run)).note
+        assert asked == []
+        assert "cannot be shown" in gallery(Run(run), remote=True).note
+        assert asked != []
+        server.shutdown()
