@@ -17,6 +17,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from cluster_jobs.ray.folders import INSIDE, TEMPORARY
 from cluster_jobs.ray.spec import RaySpec, sizes
 from deepclust.data.read.owned_folder import make_folder
 from deepclust.errors import ResourceError
@@ -25,8 +26,6 @@ from deepclust.recipe import Recipe
 
 STORE_BYTES = 100 * 2**20  # nothing of size goes through Ray's object store
 NAMESPACE = "deepclust"
-TEMPORARY = Path("/tmp")  # short: a socket's path has 107 letters at most
-INSIDE = "r"  # Ray's own folder, which everybody may write to, in one that is ours alone
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Else Ray on Linux takes the machine's outer address even for itself, and listens on all of them.
 # And it makes its workers nice (15): whatever else runs on the machine would come before a rank.

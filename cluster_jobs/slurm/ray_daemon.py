@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cluster_jobs.ray.connection import INSIDE, TEMPORARY
+from cluster_jobs.ray.folders import INSIDE, TEMPORARY
 from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.layout import FIRST_NODE
 from deepclust.data.read.owned_folder import make_folder
