@@ -6,6 +6,8 @@ import json
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -187,3 +189,8 @@ def test_a_request_to_cancel_counts_as_an_interrupt_and_ends_the_job(tmp_path: P
     assert asked == [signal.SIGINT]
     assert task.after_stop(tmp_path, asked) == 130
     assert not job_file.stopping(tmp_path, [])
+
+
+def test_a_task_imports_no_ray_before_it_has_chosen_its_token() -> None:
+    program = "import sys, cluster_jobs.slurm.task; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
