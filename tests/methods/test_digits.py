@@ -30,8 +30,8 @@ TREE = {
     },
     "backbone": {"name": "conv4"},
     "train": {
-        "epochs": 80, "batch": 64, "threads": 1, "lr": 0.1, "weight_decay": 1e-4,
-        "schedule": "cosine", "head_momentum": 0.9, "device": "cpu", "checkpoint": "80 epochs",
+        "epochs": 40, "batch": 64, "threads": 1, "lr": 0.1, "weight_decay": 1e-4,
+        "schedule": "cosine", "head_momentum": 0.9, "device": "cpu", "checkpoint": "40 epochs",
     },
 }  # fmt: skip
 METHODS = {
