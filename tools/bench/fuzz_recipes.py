@@ -1,6 +1,6 @@
 """Read thousands of random recipes, and count what becomes of them.
 
-    python tools/bench/fuzz_recipes.py [--count 5000] [--seed 0] [--out table.json]
+    python -m tools.bench.fuzz_recipes [--count 5000] [--seed 0] [--out table.json]
 
 Trees are shipped recipes with values, keys and sections exchanged for anything. Texts are YAML with
 bytes flipped, cut and doubled. Overrides are random keys and values. Outcomes: right (it loads, and
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,10 +28,10 @@ import yaml
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, shipped
 from deepclust.recipe.recipe import read_tree
+from tools.bench.outcomes import show
 
 HANG_S = 10
 LONGEST = 20_000
-OUTCOMES = ("right", "clear error", "traceback", "hang", "silently wrong")
 Case = Callable[[], Recipe]
 
 
@@ -48,14 +46,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     table, worst = fuzz(args.count, args.seed)
-    print(f"{'':12}" + "".join(f"{name:>16}" for name in OUTCOMES))
-    for row, counts in table.items():
-        print(f"{row:12}" + "".join(f"{counts[name]:16}" for name in OUTCOMES))
-    print("\n".join(worst))
-    if args.out is not None:
-        args.out.write_text(json.dumps({"table": table, "worst": worst}, indent=1))
+    show(table, worst, args.out)
 
 
 def fuzz(count: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:

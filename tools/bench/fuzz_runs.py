@@ -1,6 +1,6 @@
 """Damage every file of a finished and of interrupted runs, and count what the verbs make of it.
 
-    python tools/bench/fuzz_runs.py [--out table.json] [--every 1] [--seed 0]
+    python -m tools.bench.fuzz_runs [--out table.json] [--every 1] [--seed 0]
 
 A file is cut in half, has a bit flipped (twice), NUL bytes at its end, is gone, or is a pipe. Then
 `status`, `report`, `assignments`, `export` and `resume` work on the run, in this process. Outcomes:
@@ -18,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,9 +38,9 @@ from deepclust.launch.start import resume
 from deepclust.run.directory import Run
 from deepclust.stages import extract
 from tests.tiny import tiny_recipe, tiny_shards
+from tools.bench.outcomes import show
 
 HANG_S = 60
-OUTCOMES = ("right", "clear error", "traceback", "hang", "silently wrong")
 DAMAGES = ("half", "flip", "flip again", "tail", "gone", "pipe")
 Show = Callable[[dict[str, Any]], None]
 
@@ -57,15 +56,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of the cases, one in so many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory(prefix="fuzz-runs-") as folder:
         table, worst = fuzz(Path(folder), args.every, args.seed)
-    print(f"{'':28}" + "".join(f"{name:>16}" for name in OUTCOMES))
-    for row, counts in table.items():
-        print(f"{row:28}" + "".join(f"{counts[name]:16}" for name in OUTCOMES))
-    print("\n".join(worst))
-    if args.out is not None:
-        args.out.write_text(json.dumps({"table": table, "worst": worst}, indent=1))
+    show(table, worst, args.out)
 
 
 def fuzz(folder: Path, every: int, seed: int) -> tuple[dict[str, Counter[str]], list[str]]:

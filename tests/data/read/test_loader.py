@@ -220,7 +220,7 @@ def run_script(index: Index, folder: Path) -> subprocess.Popen[str]:
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         state = Path(f"/proc/{pid}/stat")
         if not state.exists() or state.read_text().split(") ")[1][0] == "Z":
