@@ -4,14 +4,13 @@ They come from a fork server, because fork hangs once the parent has used torch.
 fork server are not children of this process. So torch's own watchdog, which looks at the parent's
 pid, would not notice the end of the rank. Each worker waits on a pipe that only this process holds
 open. A worker that was stopped (SIGSTOP) cannot do that: it is killed with the fork server, which
-ends with the rank. The workers block signals to a whole process group or job step. These are for
-the rank, which needs its workers to finish the step.
+ends with the rank (`fork_server.py`). The workers block signals to a whole process group or job
+step. These are for the rank, which needs its workers to finish the step.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -24,11 +23,13 @@ from types import ModuleType
 
 import torch
 
-_PRELOAD = ["torch", "torchvision", "deepclust.data.read.dataset"]
+_PRELOAD = [
+    "deepclust.data.read.fork_server",
+    "torch",
+    "torchvision",
+    "deepclust.data.read.dataset",
+]
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-
-
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 LOST_BATCH = 70  # exit code of a worker that could not send a batch
 
 
@@ -37,19 +38,7 @@ def set_up(_worker: int) -> None:
     torch.set_num_threads(1)
     # the thread that sends would drop a batch that it cannot pickle, and the rank would wait for it
     queues.Queue._on_queue_feeder_error = staticmethod(_end_with_lost_batch)  # type: ignore[attr-defined]
-    _die_with_fork_server()
     threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _die_with_fork_server() -> None:
-    """Let the kernel kill this worker with the fork server, and keep that alive no longer."""
-    server = forkserver._forkserver
-    handle: int | None = server._forkserver_alive_fd  # type: ignore[attr-defined]
-    if handle is not None:
-        os.close(handle)
-        server._forkserver_alive_fd = None  # type: ignore[attr-defined]
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _end_with_lost_batch(error: Exception, _batch: object) -> None:

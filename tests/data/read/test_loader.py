@@ -243,6 +243,31 @@ def test_workers_end_when_their_parent_is_killed_even_stopped_ones(index, tmp_pa
     assert not any(folder.exists() for folder in left)
 
 
+def forked(pid: int) -> list[int]:
+    """Return the pids of the children of a process that are fork servers, or forked from one."""
+    listing = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
+    )
+    return [int(line.split()[0]) for line in listing.stdout.splitlines() if "forkserver" in line]
+
+
+def first_reader(parent: int) -> int:
+    """Return the first process of the fork server, soon after it is there."""
+    while True:
+        for reader in (pid for server in forked(parent) for pid in forked(server)):
+            time.sleep(0.05)  # the first thing that it does is to ask for its end
+            return reader
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_at_its_start_ends_with_its_parent(index, tmp_path):
+    with run_script(index, tmp_path) as parent:
+        reader = first_reader(parent.pid)
+        os.kill(reader, signal.SIGSTOP)
+        parent.kill()
+        assert gone(reader)
+
+
 @pytest.mark.parametrize(
     "options", [{"read": "blocks"}, {"workers": -1}, {"prefetch": 0}], ids=lambda o: next(iter(o))
 )
