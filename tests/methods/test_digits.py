@@ -41,6 +41,7 @@ METHODS = {
         "cluster": {"k": 30, "supers": 2, "dim": 32, "every": "90 steps"},
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
+    "swav": {"method": {"name": "swav", "prototypes": 30, "hidden": 128, "out": 64}},
 }
 
 
