@@ -7,6 +7,6 @@ from __future__ import annotations
 
 METHODS = {
     name: f"deepclust.methods.{name}"
-    for name in ("deepcluster", "deepercluster", "simclr", "swav")
+    for name in ("deepcluster", "deepercluster", "dino", "simclr", "swav")
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

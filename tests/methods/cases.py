@@ -21,6 +21,8 @@ TOY = "tests.toys.method"
 CASES: dict[str, list[str]] = {
     "deepcluster": [],
     "deepercluster": ["cluster.supers=2"],
+    "dino": ["method.prototypes=12", "method.hidden=32", "method.bottleneck=16", "method.freeze=0",
+             "method.momentum=0.9", "cluster=null", "data.local={count: 2, size: 8}"],
     "simclr": ["method.hidden=32", "method.out=16", "cluster=null", "data.grey=0.2",
                "data.jitter=[0.4, 0.4, 0.2, 0.1]"],
     "swav": ["method.prototypes=12", "method.hidden=32", "method.out=16", "method.freeze=0",

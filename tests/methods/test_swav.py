@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deepclust.errors import RecipeError
 from deepclust.methods.base import Batch, Now
-from deepclust.methods.swav.method import Method, swapped
+from deepclust.methods.parts.multi_crop import swapped
+from deepclust.methods.swav.method import Method
 from deepclust.world import ALONE, World
 from tests.methods.cases import batch, method, recipe, share
 from tests.ranks import on_ranks

@@ -25,7 +25,7 @@ from deepclust.clustering.sinkhorn import sinkhorn
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
 from deepclust.methods.parts.monitors import prototypes_used, spread, target_entropies
-from deepclust.methods.parts.multi_crop import each_size
+from deepclust.methods.parts.multi_crop import by_crop, each_size, swapped
 from deepclust.methods.parts.projection import projection
 from deepclust.methods.parts.prototypes import Prototypes
 from deepclust.methods.parts.queue import Queue
@@ -54,8 +54,8 @@ class Method(base.Method):
         """Return the mean cross-entropy of every crop to the assignments of the others."""
         features = each_size(batch.crops, self.backbone)
         projected = F.normalize(self.projection(self.backbone.activation(features)).float())
-        scores = self.prototypes(projected).unflatten(0, (len(batch.crops), -1))
-        assigning = projected.unflatten(0, (len(batch.crops), -1))[:ASSIGNING].detach()
+        scores = by_crop(self.prototypes(projected), len(batch.crops))
+        assigning = by_crop(projected, len(batch.crops))[:ASSIGNING].detach()
         targets = self.assign(scores[:ASSIGNING].detach(), self.past(batch.now, assigning.shape[1]))
         self.projected = assigning
         told = {
@@ -73,7 +73,7 @@ class Method(base.Method):
         world = self.world
         filled = self.queue.filled(now.step, b * world.size)
         mine = self.queue.rows[:filled][world.rank :: world.size]
-        return mine.unflatten(1, (ASSIGNING, -1)).transpose(0, 1)
+        return mine.view(len(mine), ASSIGNING, self.config.out).transpose(0, 1)
 
     @torch.no_grad()
     def assign(
@@ -110,16 +110,3 @@ class Method(base.Method):
         if self.queue is not None and self.projected is not None:
             self.queue.push(self.projected.transpose(0, 1).flatten(1), now.step)
         self.projected = None
-
-
-def swapped(
-    targets: Float[Tensor, "assigning b k"], logits: Float[Tensor, "crops b k"]
-) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy over all pairs of an assigning crop and another crop.
-
-    The assigning crops are the first ones.
-    """
-    predicted = logits.log_softmax(2)
-    others = predicted.sum(0) - predicted[: len(targets)]  # of all crops but the assigning one
-    pairs = len(targets) * (len(logits) - 1)
-    return -(targets * others).sum(2).mean(1).sum() / pairs
