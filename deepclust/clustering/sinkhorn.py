@@ -27,6 +27,8 @@ from deepclust.errors import NumericalError
 from deepclust.world import ALONE, World
 
 Tiles = Callable[[], Iterable[Tensor]]  # yields the scores [m, k] of this rank, anew at each call
+CACHED = 2**16  # numbers that are worked on at a time on a CPU
+MOST = 2**17  # rows that are added in float64
 UNIT = 2.0**35  # of the fixed point: 2^28 rows fit, and a sum of 1 / k is right to 1e-7 or better
 
 
@@ -137,7 +139,8 @@ def _first(
         )
     sums = torch.zeros_like(log_prior, dtype=torch.int64)
     for tile in tiles():
-        sums += _fixed((_wide(tile) - largest.to(_wide(tile))).exp())
+        for part in _parts(tile):
+            sums += _fixed((_wide(part) - largest.to(_wide(part))).exp_())
     return log_prior - largest - _shares_of(sums, world).log()
 
 
@@ -148,7 +151,8 @@ def _shares(tiles: Tiles, scalings: Float64[Tensor, " k"], world: World) -> Floa
     """
     sums = torch.zeros_like(scalings, dtype=torch.int64)
     for tile in tiles():
-        sums += _fixed(_rows(tile, scalings))
+        for part in _parts(tile):
+            sums += _fixed(_rows(part, scalings))
     return _shares_of(sums, world)
 
 
@@ -168,8 +172,20 @@ def _shares_of(sums: Int64[Tensor, " k"], world: World) -> Float64[Tensor, " k"]
 
 
 def _fixed(tile: Float[Tensor, "m k"]) -> Int64[Tensor, " k"]:
-    """Return the column sums of numbers in [0, 1], in units of 1 / UNIT."""
-    return (tile.double() * UNIT).round_().long().sum(0)
+    """Return the column sums of at most MOST numbers in [0, 1] each, in units of 1 / UNIT.
+
+    These are integers below 2^53, so float64 adds them exactly too.
+    """
+    return tile.double().mul_(UNIT).round_().sum(0).long()
+
+
+def _parts(tile: Float[Tensor, "m k"]) -> Iterable[Tensor]:
+    """Return a tile in parts, on a CPU so small that what is computed of them stays in its cache.
+
+    New memory for whole tiles would cost most of the time.
+    """
+    size = max(1, CACHED // tile.shape[1]) if tile.device.type == "cpu" else MOST
+    return tile.split(min(size, MOST))
 
 
 def _rows(scores: Tensor, scalings: Float64[Tensor, " k"]) -> Tensor:
