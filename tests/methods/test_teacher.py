@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from deepclust.methods.parts.teacher import Teacher
+from deepclust.methods.parts.teacher import Teacher, cosine_momentum
 
 
 def test_it_is_the_moving_average_of_the_students_parameters() -> None:
@@ -42,3 +43,9 @@ def test_statistics_of_a_batch_norm_are_its_own() -> None:
     student(torch.randn(8, 2) + 5)
     teacher.follow(0.0, net=student)
     assert torch.equal(teacher.net.running_mean, torch.zeros(2))
+
+
+def test_a_momentum_rises_from_its_start_to_1() -> None:
+    assert [cosine_momentum(0.9, t) for t in (0, 0.5, 1)] == pytest.approx([0.9, 0.95, 1.0])
+    steps = [cosine_momentum(0.996, t / 10) for t in range(11)]
+    assert steps == sorted(steps)

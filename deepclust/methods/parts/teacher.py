@@ -7,6 +7,7 @@ averaged: a batch norm of the teacher has statistics from the teacher's own forw
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -31,3 +32,12 @@ class Teacher(nn.Module):
             mine: list[Tensor] = list(self.get_submodule(name).parameters())
             theirs: list[Tensor] = list(student.parameters())
             torch._foreach_lerp_(mine, theirs, 1 - momentum)
+
+
+def cosine_momentum(start: float, progress: float) -> float:
+    """Return a momentum that rises from `start` to 1 by a half cosine over the run.
+
+    BYOL (Grill et al. 2020, section 3.2): tau = 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2. `progress`
+    is k / K.
+    """
+    return 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
