@@ -84,7 +84,7 @@ class Method(base.Method):
         mine = self._order(len(crops), now).chunk(self.world.size)[self.world.rank]
         rows = self.world.all_gather_rows(crops)[mine.to(crops.device)]
         rows = rows.contiguous(memory_format=torch.channels_last)
-        return rows.chunk(max(1, min(groups, len(rows) // 2)))  # a norm needs two rows
+        return rows.tensor_split(max(1, min(groups, len(rows) // 2)))  # a norm needs two rows
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _put_back(self, keys: Tensor, now: Now) -> Tensor:
