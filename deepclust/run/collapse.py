@@ -1,0 +1,58 @@
+"""What the signs of collapse in a run's metrics say: which values are bad, in words.
+
+The signs are computed by `methods.parts.monitors`. The limits lie between what healthy and
+collapsed runs of every method showed on handwritten digits: spread .45 to .9 and .07 at most,
+entropy of the mean target .4 to 1 and .13 at most, mean entropy .1 to .9 and .995 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+LINES = 5  # of metrics, over which a sign is averaged: a single one may be chance
+
+
+class Sign(NamedTuple):
+    """A scalar of the metrics, the test that it fails, and what that means."""
+
+    key: str
+    is_bad: Callable[[float], bool]
+    text: str
+
+
+SIGNS = (
+    Sign(
+        "spread",
+        lambda value: value < 0.1,
+        "all images have nearly the same projection (spread {:.3f}, healthy above 0.4): the "
+        "network has collapsed. Start again with a lower train.lr, or more train.warmup.",
+    ),
+    Sign(
+        "entropy_of_mean",
+        lambda value: value < 0.15,
+        "nearly all images have one target (entropy of the mean target {:.3f} of ln k): the "
+        "network has collapsed. Start again with a lower train.lr, or softer targets.",
+    ),
+    Sign(
+        "mean_entropy",
+        lambda value: value > 0.99,
+        "the targets are nearly uniform (mean entropy {:.3f} of ln k), so there is nothing to "
+        "learn from them. Start again with sharper targets: a smaller method.epsilon (swav) or "
+        "method.teacher_temperature (dino).",
+    ),
+)
+KEYS = tuple(sign.key for sign in SIGNS)
+
+
+def collapsed(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what the last lines of metrics say about a collapse, or None if all is well.
+
+    It is too early to say before there are `LINES` of them.
+    """
+    last = lines[-LINES:]
+    for sign in SIGNS:
+        values = [line[sign.key] for line in last if line.get(sign.key) is not None]
+        if len(values) == LINES and sign.is_bad(mean := sum(values) / LINES):
+            return sign.text.format(mean)
+    return None
