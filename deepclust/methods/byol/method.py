@@ -20,8 +20,8 @@ from torch import Tensor
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
 from deepclust.methods.byol.config import Config
+from deepclust.methods.parts.monitors import spread
 from deepclust.methods.parts.projection import projection
-from deepclust.methods.parts.spread import spread
 from deepclust.methods.parts.teacher import Teacher, cosine_momentum
 from deepclust.models.backbone import Backbone
 from deepclust.world import derive
@@ -48,14 +48,13 @@ class Method(base.Method):
         a, b = (self.predictor(part) for part in projected)
         taught_a, taught_b = (self.taught(crop) for crop in batch.crops)
         loss = distance(a, taught_b) + distance(b, taught_a)
-        return Output(loss, {"spread": spread(projected[0])}, features[0])
+        return Output(loss, spread(projected[0]), features[0])
 
     @torch.no_grad()
     def taught(self, crop: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
         """Return the teacher's projections of a crop."""
-        taught: Tensor = self.teacher.projection(
-            self.backbone.activation(self.teacher.backbone(crop))
-        )
+        backbone, head = map(self.teacher.get_submodule, ("backbone", "projection"))
+        taught: Tensor = head(self.backbone.activation(backbone(crop)))
         return taught
 
     def after_step(self, now: Now) -> None:

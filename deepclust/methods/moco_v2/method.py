@@ -26,9 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
 from deepclust.methods.moco_v2.config import Config
+from deepclust.methods.parts.monitors import spread
 from deepclust.methods.parts.projection import projection
 from deepclust.methods.parts.queue import Queue
-from deepclust.methods.parts.spread import spread
 from deepclust.methods.parts.teacher import Teacher
 from deepclust.models.backbone import Backbone
 from deepclust.world import derive
@@ -56,14 +56,14 @@ class Method(base.Method):
         queries, keys = F.normalize(projected.float()), self.keys(second, batch.now)
         self._fresh.append(keys)
         loss = info_nce(queries, keys, self.queue.rows, self.config.temperature)
-        return Output(loss, {"spread": spread(queries)}, features)
+        return Output(loss, spread(queries), features)
 
     @torch.no_grad()
     def keys(self, crops: Float[Tensor, "b 3 s s"], now: Now) -> Float[Tensor, "b d"]:
         """Return the unit keys of this rank's crops, normed in the company of others."""
-        features = [self.teacher.backbone(part) for part in self._shuffled(crops, now)]
-        activated = (self.backbone.activation(part) for part in features)
-        keys = torch.cat([self.teacher.projection(part) for part in activated])
+        backbone, head = map(self.teacher.get_submodule, ("backbone", "projection"))
+        parts = self._shuffled(crops, now)
+        keys = torch.cat([head(self.backbone.activation(backbone(part))) for part in parts])
         return F.normalize(self._put_back(keys, now).float())
 
     def after_step(self, now: Now) -> None:

@@ -21,8 +21,8 @@ from deepclust.errors import RecipeError
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
 from deepclust.methods.moco_v3.config import Config
+from deepclust.methods.parts.monitors import spread
 from deepclust.methods.parts.projection import projection
-from deepclust.methods.parts.spread import spread
 from deepclust.methods.parts.teacher import Teacher, cosine_momentum
 from deepclust.models.backbone import Backbone
 from deepclust.world import World, derive
@@ -59,15 +59,13 @@ class Method(base.Method):
             for queries, keys in ((a, taught_b), (b, taught_a))
         ]
         scale = 2 * self.config.temperature
-        return Output(
-            scale * (losses[0] + losses[1]), {"spread": spread(projected[0])}, features[0]
-        )
+        return Output(scale * (losses[0] + losses[1]), spread(projected[0]), features[0])
 
     @torch.no_grad()
     def taught(self, crop: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
         """Return the teacher's unit projections of a crop."""
-        features = self.backbone.activation(self.teacher.backbone(crop))
-        return F.normalize(self.teacher.projection(features).float())
+        backbone, head = map(self.teacher.get_submodule, ("backbone", "projection"))
+        return F.normalize(head(self.backbone.activation(backbone(crop))).float())
 
     def frozen(self, now: Now) -> tuple[str, ...]:
         """Return a ViT's patch projection, where the recipe keeps it still."""
