@@ -41,6 +41,11 @@ METHODS = {
         "cluster": {"k": 30, "supers": 2, "dim": 32, "every": "90 steps"},
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
+    "moco-v2": {
+        "method": {"name": "moco-v2", "hidden": 128, "out": 64, "queue": 512, "momentum": 0.99}
+    },
+    "moco-v3": {"method": {"name": "moco-v3", "hidden": 128, "out": 64, "temperature": 0.5}},
+    "byol": {"method": {"name": "byol", "hidden": 128, "out": 64, "momentum": 0.99}},
 }
 
 
