@@ -163,6 +163,7 @@ class MethodSection(Section, ABC):
 
     labels: ClassVar[Literal["unused", "optional", "required"]] = "unused"
     whole_batch: ClassVar[bool] = False  # the loss compares all samples: no train.accumulate
+    least: ClassVar[int] = 1  # images in a rank's part: 2 where each crop is normed alone
     trunk: ClassVar[str] = "backbone"  # the module that is clustered, exported and evaluated
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class Config(MethodSection):
     """BYOL (Grill et al. 2020)."""
+
+    least: ClassVar[int] = 2
 
     name: Literal["byol"] = "byol"
     momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at first, then up to 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class Config(MethodSection):
     """MoCo v2 (Chen et al. 2020)."""
+
+    least: ClassVar[int] = 2
 
     name: Literal["moco-v2"] = "moco-v2"
     temperature: float = Field(0.2, gt=0)

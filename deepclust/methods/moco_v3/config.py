@@ -18,6 +18,7 @@ class Config(MethodSection):
     """MoCo v3 (Chen et al. 2021)."""
 
     whole_batch: ClassVar[bool] = True
+    least: ClassVar[int] = 2
 
     name: Literal["moco-v3"] = "moco-v3"
     temperature: float = Field(1.0, gt=0, description="the reference: 1 for ResNets, 0.2 for ViTs")
