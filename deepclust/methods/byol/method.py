@@ -3,8 +3,8 @@
 Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020 (arXiv 2006.07733), eq. 2 and section 3.2.
 The reference implementation is deepmind-research/byol. Nothing but the predictor and the teacher
 without gradients keeps all projections from becoming the same. `spread` in the metrics tells: near
-1 it works, near 0 it has collapsed. As in the reference the trained network is what is exported,
-not the teacher, and each crop has its own pass, with its own batch statistics.
+1 it works, near 0 it has collapsed. As in the reference the trained network is exported, not the
+teacher. Each crop has its own pass, with its own batch statistics.
 
 Blur and solarisation differ between the two crops, which are lists in the recipe: `data.blur` and
 `data.solarise` (appendix B).

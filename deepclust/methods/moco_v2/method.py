@@ -1,18 +1,17 @@
 """MoCo v2: among the keys of many past images, find that of the same image.
 
-Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020 (arXiv 2003.04297). The
-loss is eq. 1 of He et al., "Momentum Contrast for Unsupervised Visual Representation Learning",
-CVPR 2020 (arXiv 1911.05722), and the order of a step that of its algorithm 1. Keys come from a
-moving average of the network, negatives from a queue. As in the reference (facebookresearch/moco)
-the query's backbone is what is exported.
+Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020 (arXiv 2003.04297). Loss
+and order of a step are eq. 1 and algorithm 1 of He et al., "Momentum Contrast", CVPR 2020 (arXiv
+1911.05722). Keys come from a moving average of the network, negatives from a queue. As in the
+reference (facebookresearch/moco) the query's backbone is what is exported.
 
-A batch norm that sees a query and its key with the same other images lets the network match their
-statistics, without looking at them (section 3.3). So keys are normed in other company: the key
-crops of all ranks are shuffled, each rank encodes its part, and keys go back. The reference has
-nothing for one rank, where a shuffle changes no batch. Here a rank encodes its keys in parts, so
-that there are at least `groups` parts over all ranks, 8 as the paper had GPUs. A synchronised norm
-sees a part of every rank at once, so then every rank has that many. Without batch norms keys stay
-where they are.
+A batch norm may see a query and its key with the same other images. Then the network can match
+their statistics, without looking at the images (section 3.3 of the latter). So the key crops of all
+ranks are shuffled, each rank encodes its part, and keys go back. On one rank a shuffle changes no
+batch, and the reference does not run on one. Here a rank encodes its keys in parts, so that there
+are at least `groups` parts over all ranks, 8 as the paper had GPUs. A synchronised norm sees a part
+of every rank at once, so then every rank has that many. Without batch norms keys stay where they
+are.
 """
 
 from __future__ import annotations

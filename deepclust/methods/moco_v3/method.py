@@ -2,9 +2,9 @@
 
 Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021 (arXiv
 2104.02057), algorithm 1. There is no queue. A prediction of either crop is compared with the
-teacher's projections of the other crop of all ranks' images, so keys share their batch statistics
-and need no shuffle. As in the reference (facebookresearch/moco-v3) the query's backbone is what is
-exported, and each crop has its own pass, with its own batch statistics.
+teacher's projections of the other crop of all ranks' images. These keys share their batch
+statistics and need no shuffle. As in the reference (facebookresearch/moco-v3) the query's backbone
+is what is exported. Each crop has its own pass, with its own batch statistics.
 
 For a ViT `freeze_patches` keeps the random patch projection (section 4.3). The reference also has
 fixed sine positions and its own draw of the patch projection, which are not here.
