@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Crops
+from deepclust.recipe.declare import Cost, Crops, Pass
 from deepclust.recipe.sections import Data, MethodSection
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ class Config(MethodSection):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the width of the last layer."""
         return math.log(self.prototypes)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return all crops for the student, two for its teacher, the last layer and the centre."""
+        students = super().cost(recipe, width).passes
+        taught = Pass("teacher.backbone", 2, recipe.data.size, trained=False)
+        rows = self.bottleneck + (0 if self.unit_last else 1)
+        return Cost((*students, taught), fixed=4 * self.prototypes * (rows + 1))
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing, if anything."""

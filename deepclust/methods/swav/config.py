@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Crops
+from deepclust.recipe.declare import Cost, Crops
 from deepclust.recipe.sections import Data, MethodSection
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class Config(MethodSection):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the number of prototypes."""
         return math.log(self.prototypes)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return all crops, the prototypes, and the queue of both full-size crops."""
+        fixed = 4 * self.out * (self.prototypes + 2 * self.queue)
+        return Cost(super().cost(recipe, width).passes, fixed=fixed)
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing or the queue, if anything."""
