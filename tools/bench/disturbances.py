@@ -37,9 +37,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from deepclust.files import append_json, read_jsonl  # noqa: E402
 from deepclust.run.directory import Run  # noqa: E402
 from deepclust.world import generator  # noqa: E402
 from tests import killing, tiny  # noqa: E402 - the harness of the tests
+from tools.bench.turns import turn  # noqa: E402
 
 LIMIT_S = 150.0  # of one command; a failing storage is given 60 s
 CLEAR = {2, 3, 4, 5, 6, 7, 8, 75, 130}
@@ -88,21 +90,23 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=4, help="with 1 rank, and with 2")
     parser.add_argument("--resumes", type=int, default=4)
     parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-disturbances.json"))
+    parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-disturbances.jsonl"))
+    parser.add_argument("--lock", type=Path, help="a file to lock while a try is made")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         shim(work)
         places = {ranks: prepare(work, ranks) for ranks in (1, 2)}
-        records = []
+        done = {(record["disturbance"], record["number"]) for record in read_jsonl(args.out)}
         for label, ranks, times, disturb in cases(args.kills, args.resumes):
             if args.only and not any(label.startswith(one) for one in args.only):
                 continue
-            for number in range(times):
-                records.append(one(label, places[ranks], number, disturb))
-                print(json.dumps(records[-1]), flush=True)
-    args.out.write_text(json.dumps(records, indent=1))
-    print(table(records))
+            for number in (n for n in range(times) if (label, n) not in done):
+                with turn(args.lock):
+                    record = one(label, places[ranks], number, disturb)
+                append_json(args.out, record)
+                print(json.dumps(record), flush=True)
+    print(table(read_jsonl(args.out)))
 
 
 def cases(kills: int, resumes: int) -> list[tuple[str, int, int, Callable[..., str]]]:
@@ -248,11 +252,15 @@ def kill(place: Place, label: str, number: int) -> str:
 
 
 def two_resumes(place: Place, label: str, number: int) -> str:
-    """Stop a run, and resume it twice at once: one goes on, the other is refused."""
-    process = begin(place, *pretraining(place))
-    wait_for(place, "training", process)
-    process.send_signal(signal.SIGTERM)
-    end(process)
+    """Resume a stopped run twice at once: one goes on, the other is refused."""
+    stopped = place.work / "stopped"
+    if not stopped.exists():
+        process = begin(place, *pretraining(place))
+        wait_for(place, "training", process)
+        process.send_signal(signal.SIGTERM)
+        end(process)
+        place.run.rename(stopped)
+    shutil.copytree(stopped, place.run)
     both = [begin(place, *tiny.command("resume", place.run)) for _ in range(2)]
     ended = [end(process) for process in both]
     if any("Traceback" in text for _, text in ended):
