@@ -158,7 +158,8 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
         changed = [f"{k}: {began[k]} before, {facts[k]} now" for k in facts if began[k] != facts[k]]
         raise RunDiffersError(
             f"the data of {run.path} differ from those it began with ({'; '.join(changed)}). "
-            "Restore the old shards, or start a new run."
+            "Restore the old shards, or start a new run. If they are the old ones, "
+            f"{file} is damaged: delete it and resume."
         )
     return index, str(began["read"])
 

@@ -44,7 +44,7 @@ from deepclust.world import generator  # noqa: E402
 from tests import killing, tiny  # noqa: E402 - the harness of the tests
 from tools.bench import shim  # noqa: E402
 from tools.bench.forked import Forked  # noqa: E402
-from tools.bench.turns import turn  # noqa: E402
+from tools.bench.turns import Turns  # noqa: E402
 
 LIMIT_S = 300.0  # of one command; a failing storage is given 60 s
 CLEAR = {2, 3, 4, 5, 6, 7, 8, 75, 130}
@@ -102,13 +102,14 @@ def main() -> None:
         work = Path(name)
         own_mounts()
         places = {ranks: prepare(work, ranks) for ranks in (1, 2)}
+        turns = Turns(args.lock)
         done = {(record["disturbance"], record["number"]) for record in read_jsonl(args.out)}
         for label, ranks, times, disturb in cases(args.kills, args.resumes):
             if args.only and not any(label.startswith(one) for one in args.only):
                 continue
             for number in (n for n in range(times) if (label, n) not in done):
-                with turn(args.lock):
-                    record = one(label, places[ranks], number, disturb)
+                turns.next()
+                record = one(label, places[ranks], number, disturb)
                 append_json(args.out, record)
                 print(json.dumps(record), flush=True)
     print(table(read_jsonl(args.out)))
@@ -118,7 +119,7 @@ def cases(kills: int, resumes: int) -> list[tuple[str, int, int, Callable[..., s
     """Return label, ranks, tries, and the function that disturbs and returns the outcome."""
     both = (1, 2)
     return [
-        ("kill -9 of all, 1 ranks", 1, kills, kill),
+        *((f"kill -9 of all, {ranks} ranks", ranks, kills, kill) for ranks in both),
         ("two resumes at once", 1, resumes, two_resumes),
         *((f"ENOSPC at {stage}, 1 ranks", 1, 1, full_disk) for stage in STAGES),
         *((f"ENOSPC of {verb} --out", 1, 1, full_out) for verb in VERBS),
@@ -132,7 +133,6 @@ def cases(kills: int, resumes: int) -> list[tuple[str, int, int, Callable[..., s
         *((f"SIGSTOP of {who} for {how}", 2, 1, stopped) for who in WHO for how in ("5 s", "ever")),
         ("reader stopped, then TERM", 1, 1, stopped_reader),
         *((f"clock {days:+} days, {n} ranks", n, 1, clock) for n in both for days in (400, -400)),
-        ("kill -9 of all, 2 ranks", 2, kills, kill),
         *((f"ENOSPC at {stage}, 2 ranks", 2, 1, full_disk) for stage in STAGES),
     ]
 
@@ -265,7 +265,7 @@ def wait_for(place: Place, event: str, process: Process) -> None:
 
 def kill(place: Place, label: str, number: int) -> str:
     """Kill everything at a random instant of the run, then resume."""
-    readers = number % 2  # every second without one, which ends in half of the time
+    readers = number % 2  # every second without, which ends in half of the time
     delay = generator(0, label, number).uniform(0.02, 0.5 + 0.5 * readers) * place.seconds
     process = begin(place, *pretraining(place, f"data.workers={readers}"))
     with contextlib.suppress(subprocess.TimeoutExpired):

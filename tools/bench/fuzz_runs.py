@@ -2,11 +2,12 @@
 
     python -m tools.bench.fuzz_runs [--out table.json] [--every 1] [--seed 0] [--log cases.jsonl]
 
-A file is cut in half, has a bit flipped (twice, in small texts ten times), NUL bytes at its end or
-all through it, is empty, is gone, or is a pipe. Then `status`, `report`, `assignments`, `export`,
-`evaluate` and `resume` work on the run, in this process. Outcomes: right (the same result as
-without damage), told other (another one, with a warning), clear error (one of ours), traceback,
-hang (60 s), silently wrong. With `--log` a second call does only what the first did not get to.
+A file is cut in half, has a bit flipped (twice, in small texts ten times), has another digit (of
+those texts), NUL bytes at its end or all through it, is empty, is gone, or is a pipe. Then status,
+report, assignments, export, evaluate and resume work on the run, in this process.
+Outcomes: right (the same result as without damage), told other (another one, with a warning), clear
+error (one of ours), traceback, hang (60 s), silently wrong. With `--log` a second call does only
+what the first did not get to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -40,11 +42,12 @@ from deepclust.run.directory import Run
 from deepclust.stages import extract
 from tests.tiny import tiny_recipe, tiny_shards
 from tools.bench.outcomes import show
-from tools.bench.turns import turn
+from tools.bench.turns import Turns
 
 HANG_S = 60
 DAMAGES = ("half", "flip", "flip again", "tail", "zeros", "empty", "gone", "pipe")
 FLIPS = tuple(f"flip {number}" for number in range(3, 11))  # more, of these:
+DIGITS = tuple(f"digit {number}" for number in range(1, 7))  # so that it is still a valid text
 TEXTS = ("recipe.yaml", "data.json", "state.json", "lock.json", "env.json")
 DEAR = ("report", "evaluate")  # half a second each: not for every damage
 VERBS = ("status", "assignments", "export", *DEAR, "resume")  # the last one writes
@@ -86,19 +89,21 @@ def fuzz(
     runs = make_runs(folder)
     right = Results(folder, runs)
     done = {Case(*record["case"]) for record in read_jsonl(log)}
-    draws = random.Random(seed)
+    draws, turns = random.Random(seed), Turns(lock)
     for name, run in runs.items():
         for file, damage in cases(run):
             if draws.randrange(every):
                 continue
             left = [Case(name, verb, str(file), damage) for verb in verbs_of(name, damage)]
             left = [case for case in left if case not in done]
-            with turn(lock if left else None):
-                right.put_copy(name)
-                harm(right.copy / file, damage)
-                for case in left:
-                    outcome, why = right.judge(case)
-                    append_json(log, {"case": case, "outcome": outcome, "why": why[:600]})
+            if not left:
+                continue
+            turns.next()
+            right.put_copy(name)
+            harm(right.copy / file, damage)
+            for case in left:
+                outcome, why = right.judge(case)
+                append_json(log, {"case": case, "outcome": outcome, "why": why[:600]})
     return counted(log)
 
 
@@ -159,7 +164,7 @@ def cases(run: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(path for path in run.rglob("*") if path.is_file()):
         if file.name in (".lock-guard",):
             continue
-        for damage in (*DAMAGES, *(FLIPS if file.name in TEXTS else ())):
+        for damage in (*DAMAGES, *((*FLIPS, *DIGITS) if file.name in TEXTS else ())):
             yield file.relative_to(run), damage
 
 
@@ -175,6 +180,11 @@ def harm(file: Path, damage: str) -> None:
         file.write_bytes(data + b"\0" * 16)
     elif damage in ("empty", "zeros"):
         file.write_bytes(bytes(len(data) if damage == "zeros" else 0))
+    elif damage.startswith("digit"):
+        draws = random.Random(damage)
+        places = [match.start() for match in re.finditer(rb"\d", data)]
+        place = draws.choice(places) if places else 0
+        file.write_bytes(data[:place] + b"%d" % draws.randrange(1, 9) + data[place + 1 :])
     elif damage.startswith("flip"):
         place = random.Random(f"{file.name}{damage}").randrange(max(1, len(data)))
         flipped = bytes(byte ^ 4 for byte in data[place : place + 1])
