@@ -45,7 +45,14 @@ from tools.bench.outcomes import show
 from tools.bench.turns import Turns
 
 HANG_S = 60
-DAMAGES = ("half", "flip", "flip again", "tail", "zeros", "empty", "gone", "pipe")
+BASIC = ("half", "flip", "gone")
+MORE = (*BASIC, "empty", "pipe")
+DAMAGES = {  # of each run, which is tried in this order
+    "finished": (*MORE, "flip again", "tail", "zeros"),
+    "in training": MORE,
+    "in clustering": BASIC,
+    "in extraction": BASIC,
+}
 FLIPS = tuple(f"flip {number}" for number in range(3, 11))  # more, of these:
 DIGITS = tuple(f"digit {number}" for number in range(1, 7))  # so that it is still a valid text
 TEXTS = ("recipe.yaml", "data.json", "state.json", "lock.json", "env.json")
@@ -90,8 +97,8 @@ def fuzz(
     right = Results(folder, runs)
     done = {Case(*record["case"]) for record in read_jsonl(log)}
     draws, turns = random.Random(seed), Turns(lock)
-    for name, run in runs.items():
-        for file, damage in cases(run):
+    for name in DAMAGES:
+        for file, damage in cases(runs[name], DAMAGES[name]):
             if draws.randrange(every):
                 continue
             left = [Case(name, verb, str(file), damage) for verb in verbs_of(name, damage)]
@@ -109,7 +116,7 @@ def fuzz(
 
 def verbs_of(name: str, damage: str) -> list[str]:
     """Return the verbs that are tried on a run with a damage."""
-    is_whole = name in ("finished", "in training") and damage in ("half", "flip", "gone")
+    is_whole = name in ("finished", "in training") and damage in BASIC
     return [verb for verb in VERBS if is_whole or verb not in DEAR]
 
 
@@ -131,8 +138,7 @@ def make_runs(folder: Path) -> dict[str, Path]:
     shards = tiny_shards(folder / "shards", n=96)
     overrides = ("train.epochs=3", "train.log=1", "keep.checkpoints=3", "train.checkpoint=2 steps")
     recipe = tiny_recipe(shards, *overrides)
-    names = ("finished", "in extraction", "in clustering", "in training")
-    runs = {name: folder / name.replace(" ", "-") for name in names}
+    runs = {name: folder / name.replace(" ", "-") for name in DAMAGES}
 
     def copy(record: dict[str, Any]) -> None:
         if record.get("event") == "features" and record["round"] == 1:
@@ -159,12 +165,12 @@ def interrupt(recipe: Any, run: Path, at: Callable[[dict[str, Any]], bool]) -> N
         pretrain(recipe, run, show)
 
 
-def cases(run: Path) -> Iterator[tuple[Path, str]]:
+def cases(run: Path, damages: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
     """Yield every file of a run with every damage."""
     for file in sorted(path for path in run.rglob("*") if path.is_file()):
         if file.name in (".lock-guard",):
             continue
-        for damage in (*DAMAGES, *((*FLIPS, *DIGITS) if file.name in TEXTS else ())):
+        for damage in (*damages, *((*FLIPS, *DIGITS) if file.name in TEXTS else ())):
             yield file.relative_to(run), damage
 
 
