@@ -43,7 +43,7 @@ from deepclust.run.directory import Run  # noqa: E402
 from deepclust.world import generator  # noqa: E402
 from tests import killing, tiny  # noqa: E402 - the harness of the tests
 from tools.bench import shim  # noqa: E402
-from tools.bench.forked import Forked  # noqa: E402
+from tools.bench.forked import ForkedCommand  # noqa: E402
 from tools.bench.turns import Turns  # noqa: E402
 
 LIMIT_S = 300.0  # of one command; a failing storage is given 60 s
@@ -75,7 +75,7 @@ CHANGES = ("cut", "replaced", "removed")
 WHO = ("rank 1", "cluster worker", "reader", "controller")
 
 
-Process = subprocess.Popen[str] | Forked
+Process = subprocess.Popen[str] | ForkedCommand
 
 
 class Place(NamedTuple):
@@ -199,7 +199,7 @@ def begin(place: Place, *words: str, **variables: str) -> Process:
     """Start a command in a session of its own, ours in a fork of this process."""
     ours = tiny.command()
     if list(words[: len(ours)]) == ours:
-        return Forked(list(words[len(ours) :]), variables)
+        return ForkedCommand(list(words[len(ours) :]), variables)
     return subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **variables}, start_new_session=True,
@@ -424,26 +424,26 @@ def clock(place: Place, label: str, number: int) -> str:
 def stopped(place: Place, label: str, number: int) -> str:
     """Stop a process of the run for a while, or until it is given up."""
     who, _, time_ = label.removeprefix("SIGSTOP of ").partition(" for ")
-    process = begin(place, *pretraining(place, "train.hang=12"))
+    process = begin(place, *pretraining(place, "train.hang=30"))
     wait_for(place, "training", process)
-    pids = members(process.pid, who)
+    pids = members(place.run, process.pid, who)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     if time_ != "ever" or who == "controller":
-        time.sleep(20.0 if time_ == "ever" else 5.0)
+        time.sleep(40.0 if time_ == "ever" else 5.0)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
     return judge(place, *end(process))
 
 
-def members(controller: int, who: str) -> list[int]:
+def members(run: Path, controller: int, who: str) -> list[int]:
     """Return the processes of a run with a role; readers are those of rank 1."""
-    role = "rank 1" if who == "reader" else who
-    pids = [pid for pid in killing.family(controller) if killing.role(pid, controller) == role]
+    placed = [event for event in Run(run).events() if event["event"] == "placed"][-1]["members"]
+    pids = {place["who"]: place["pid"] for place in placed} | {"controller": controller}
     if who != "reader":
-        return pids
-    while not (readers := killing.readers(pids[0])):
+        return [pids[who]]
+    while not (readers := killing.readers(pids["rank 1"])):
         time.sleep(0.05)
     return readers
 
