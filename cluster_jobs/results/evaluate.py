@@ -37,7 +37,7 @@ from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
-from deepclust.run.checkpoint import Checkpoint, load_latest
+from deepclust.run.checkpoint import Checkpoint, load_latest, put_weights
 from deepclust.run.directory import Run, open_run
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.build import build_method
@@ -163,13 +163,7 @@ def _embedder(recipe: Recipe, weights: dict[str, Any]) -> Embedder:
     embedding does not use.
     """
     embedder = fresh_embedder(recipe)
-    missing, unexpected = embedder.method.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in embedder.method.owned()]
-    if missing or unexpected:
-        raise DataError(
-            f"the checkpoint lacks {missing[:3]} and has {unexpected[:3]} beside what its recipe "
-            "describes. Evaluate with the version of deepclust that wrote it (env.json)."
-        )
+    put_weights(embedder.method, weights, "the checkpoint", embedder.method.owned())
     return embedder
 
 

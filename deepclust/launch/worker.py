@@ -135,7 +135,7 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
     Raises `RunDiffersError` when they are not those that the run began with.
     """
     file = run.path / "data.json"
-    began: dict[str, Any] | None = read_record(file, BEGAN) if file.exists() else None
+    began = _read_began(file)
     try:
         index = open_data_index(recipe.data, run.path)
     except DataError as error:
@@ -158,9 +158,20 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
         changed = [f"{k}: {began[k]} before, {facts[k]} now" for k in facts if began[k] != facts[k]]
         raise RunDiffersError(
             f"the data of {run.path} differ from those it began with ({'; '.join(changed)}). "
-            "Restore the old shards, or start a new run."
+            "Restore the old shards, or start a new run. If they are the old ones, "
+            f"{file} is damaged: delete it and resume."
         )
     return index, str(began["read"])
+
+
+def _read_began(file: Path) -> dict[str, Any] | None:
+    """Return what the data were when the run began, or None for a run that begins now."""
+    if not file.exists():
+        return None
+    try:
+        return read_record(file, BEGAN)
+    except DataError as error:
+        raise DataError(f"{error} Delete that file and resume: it is made again") from error
 
 
 def is_local(rendezvous: str) -> bool:

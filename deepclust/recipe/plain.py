@@ -73,6 +73,15 @@ def _problem(value: Any, strict: bool) -> str | None:
     return None
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the values of a tree by dotted keys."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping)
+        pairs += flatten(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
+    return pairs
+
+
 def short(text: str) -> str:
     """Return a text of one length for messages, its middle left out where it is long."""
     return text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"

@@ -25,7 +25,8 @@ from deepclust.recipe.chosen import Terms, choose_sections, default_method
 from deepclust.recipe.misfit import misfit
 from deepclust.recipe.named import nearest
 from deepclust.recipe.overrides import apply_overrides
-from deepclust.recipe.plain import MOST_TEXT, SHOWN, check, parse, short
+from deepclust.recipe.plain import MOST_TEXT, SHOWN, check, flatten, parse, short
+from deepclust.recipe.sealed import seal
 from deepclust.recipe.sections import (
     PLACES,
     BackboneSection,
@@ -126,14 +127,18 @@ class Recipe(Section):
         return yaml.safe_dump(shown(self.model_dump(mode="json")), sort_keys=False)
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe atomically, for its owner alone where it holds secrets."""
+        """Write the resolved recipe atomically, for its owner alone where it holds secrets.
+
+        Its first line shows whether it was changed since (see `sealed`).
+        """
+        text = seal(self.dump())
         if not holds_secrets(self.model_dump(mode="json")):
-            write_text(path, self.dump())
+            write_text(path, text)
             return
         with atomic_file(path) as partial:
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(handle, "w", encoding="utf-8") as file:
-                file.write(self.dump())
+                file.write(text)
         logging.getLogger("deepclust").warning("%s holds secrets, so only you can read it", path)
 
     def replace(self, *overrides: str) -> Recipe:
@@ -144,7 +149,7 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return the recipe as dotted keys, to compare two of them."""
-        return dict(_flatten(self.model_dump(mode="json")))
+        return dict(flatten(self.model_dump(mode="json")))
 
 
 @cache
@@ -193,11 +198,3 @@ def _is_file(path: Path) -> bool:
         raise RecipeError(f"no recipe {str(path)[:SHOWN]!r}: {error.strerror}") from None
     except ValueError:  # a NUL in the name
         return False
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        pairs += _flatten(value, f"{prefix}{key}.") if inner else [(prefix + key, value)]
-    return pairs

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepclust.errors import DataError, DeepclustError
 from deepclust.files import (
@@ -188,6 +188,29 @@ def load(
     except DataError as error:
         raise DataError(f"checkpoint {folder} cannot be read: {error}") from error
     return state, parts
+
+
+def put_weights(
+    module: nn.Module, weights: Tensors, what: object, absent: Container[str] = ()
+) -> None:
+    """Load the weights of `what` into a network, of which those named in `absent` are elsewhere.
+
+    Raises `DataError` when they are of another network.
+    """
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        sizes = str(error).splitlines()[-1].strip()
+        raise DataError(
+            f"{what} is not of the network that recipe.yaml describes: {sizes}"
+        ) from None
+    missing = [name for name in missing if name not in absent]
+    if missing or unexpected:
+        raise DataError(
+            f"{what} is not of the network that recipe.yaml describes: it lacks {missing[:3]} and "
+            f"has {unexpected[:3]} beside it. Put recipe.yaml back, or use the version of "
+            "deepclust that wrote the run (env.json)."
+        )
 
 
 def read_state(folder: Path) -> State:

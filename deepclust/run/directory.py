@@ -37,6 +37,7 @@ from deepclust.files import (
 )
 from deepclust.recipe import Recipe
 from deepclust.recipe.recipe import read_tree
+from deepclust.recipe.sealed import check_seal
 from deepclust.run.events import is_event, is_metric
 from deepclust.run.lock import check_token
 from deepclust.run.signs import unwatched
@@ -56,8 +57,14 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The resolved recipe of the run, as it was when it was first read here."""
-        return Recipe.load(self.path / "recipe.yaml")
+        """The resolved recipe of the run, as it was when it was first read here.
+
+        Raises `RunDiffersError` when it is not as the run wrote it.
+        """
+        file = self.path / "recipe.yaml"
+        recipe = Recipe.load(file)
+        check_seal(file)
+        return recipe
 
     @property
     def epochs(self) -> int:

@@ -74,7 +74,7 @@ def put_back(
     slices = checkpoint.load_owned(folder, {stored: own for stored, (_, own) in wanted.items()})
     for stored, ((part, entry), _) in wanted.items():
         parts.setdefault(part, {})[entry] = slices[stored]
-    method.load_state_dict(parts.pop("model"))
+    checkpoint.put_weights(method, parts.pop("model", {}), f"checkpoint {folder}")
     optimizers.load_state(parts)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepclust import Recipe, pretrain
-from deepclust.errors import DataError, RecipeError, RunDiffersError
+from deepclust.errors import DataError, DeepclustError, RecipeError, RunDiffersError
 from deepclust.launch import start
 from deepclust.launch.start import changed, resolved, resume
 from deepclust.recipe.may_change import MAY_CHANGE
@@ -68,6 +68,18 @@ def test_other_shards_are_refused_and_not_stored(place: Path) -> None:
     with pytest.raises(RunDiffersError, match=r"data\.shards: these are not the data"):
         resume(place / "run", f"data.shards={place / 'others'}")
     assert (place / "run" / "recipe.yaml").read_text() == before
+
+
+def test_a_damaged_record_of_the_data_is_made_again_when_it_is_deleted(place: Path) -> None:
+    file = place / "run" / "data.json"
+    whole = file.read_text()
+    for damaged in (whole[:40], whole.replace('"n": 96', '"n": 69')):
+        file.write_text(damaged)
+        with pytest.raises(DeepclustError, match=r"data\.json is damaged.*[Dd]elete"):
+            resume(place / "run", "train.epochs=3")
+    file.unlink()
+    resume(place / "run")
+    assert file.read_text() == whole
 
 
 def test_paths_become_absolute_whatever_they_are_called(

@@ -244,3 +244,16 @@ def test_a_malformed_owners_file_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "owned-00000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(DeepclustError, match="cannot be read"):
         load_owned(ALONE, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", [torch.nn.Linear(2, 4), torch.nn.Conv2d(2, 3, 1), torch.nn.ReLU()]
+)
+def test_weights_of_another_network_are_a_data_error(other: torch.nn.Module) -> None:
+    weights = dict(torch.nn.Linear(2, 3).state_dict())
+    with pytest.raises(DataError, match="checkpoint c is not of the network"):
+        checkpoint.put_weights(other, weights, "checkpoint c")
+
+
+def test_weights_that_are_elsewhere_may_be_absent() -> None:
+    checkpoint.put_weights(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2)}, "it", {"bias"})

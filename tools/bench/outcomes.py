@@ -14,9 +14,11 @@ def show(table: dict[str, Counter[str]], worst: list[str], out: Path | None) -> 
     """Print the counts by kind and a line for each bad case, and write both as JSON to `out`."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     width = max(map(len, table), default=0) + 2
-    print(" " * width + "".join(f"{name:>16}" for name in OUTCOMES))
+    others = {name for counts in table.values() for name in counts} - {*OUTCOMES}
+    names = (*OUTCOMES, *sorted(others))
+    print(" " * width + "".join(f"{name:>16}" for name in names))
     for row, counts in table.items():
-        print(f"{row:{width}}" + "".join(f"{counts[name]:16}" for name in OUTCOMES))
+        print(f"{row:{width}}" + "".join(f"{counts[name]:16}" for name in names))
     print("\n".join(worst))
     if out is not None:
         out.write_text(json.dumps({"table": table, "worst": worst}, indent=1))
