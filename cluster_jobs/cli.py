@@ -20,6 +20,7 @@ import typer
 from cluster_jobs.terminal import visible
 from deepclust import __version__
 from deepclust.errors import DeepclustError, DiskError, RecipeError, lack_of_memory, redact
+from deepclust.files import path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +41,15 @@ RecipeName = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="The path of a recipe, or the name of a shipped one."),
 ]
-RunOption = Annotated[Path, typer.Option("--run", help="The run directory to create.")]
+RunOption = Annotated[
+    Path,
+    typer.Option(
+        "--run",
+        help="The run directory to create.",
+        metavar="DIRECTORY",
+        parser=lambda text: path_of(text, "--run"),  # an empty one would be the present folder
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[a.b=c ...]", help="Keys of the recipe and their new values."),
