@@ -227,6 +227,28 @@ def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
         Recipe.load("small-photo")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "seed: 1\ntrain: {epochs: 1}\nseed: 2\n",
+            "r.yaml has the key 'seed' twice.*lines 1 and 3",
+        ),
+        ("train:\n  lr: 1\n  'lr': 2\n", "the key 'lr' twice.*lines 2 and 3"),
+        ("a: [{b: 1, b: 1}]", "the key 'b' twice"),
+        ("? &a x\n: 1\n*a : 2\n", "the key 'x' twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        Recipe.load(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match=r"override.*'k' twice"):
+        Recipe.load("small-photos", "cluster={k: 3, dim: 8, k: 4}")
+
+
 def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: [")
     with pytest.raises(RecipeError, match=r"r.yaml is not YAML"):
