@@ -19,6 +19,7 @@ from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, DiskError, MissingError, RecipeError
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run
+from deepclust.run.links import refuse_links_out
 from deepclust.stages.data_index import open_data_index, open_labelled
 
 
@@ -72,6 +73,7 @@ def _open_elsewhere(shards: Shards, run: Run, stack: contextlib.ExitStack) -> In
     name = hashlib.blake2b(str(shards).encode(), digest_size=4).hexdigest()
     # DataError: the shards have changed since
     with contextlib.suppress(DiskError, DataError, OSError):
+        refuse_links_out(run.path)
         return open_labelled(shards, data, run.path / "evaluations" / f"index-{name}")
     return _open_temporarily(shards, run, stack)
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deepclust.errors import DataError, MissingError, RunHeldError
-from deepclust.files import disk_errors, open_append, read_record, write_json
+from deepclust.files import disk_errors, open_append, read_record, temporary, write_json
+from deepclust.run.links import refuse_links_out
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 120.0
@@ -41,7 +42,11 @@ FIELDS = {  # of lock.json
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[str]:
-    """Hold the run while the block lasts, and yield the token, or raise `RunHeldError`."""
+    """Hold the run while the block lasts, and yield the token, or raise `RunHeldError`.
+
+    Raises `DiskError` for a run with a link that leads out of it.
+    """
+    refuse_links_out(run_dir)
     # the open file shows that this process works on the run (see `works_on`)
     with _guard(run_dir):
         token = _acquire(run_dir)
@@ -147,8 +152,10 @@ def _refuse_held(run_dir: Path) -> None:
 def unheld(run_dir: Path) -> Iterator[None]:
     """Keep others of this host from acquiring a run during a short block, without a lock of ours.
 
-    Raises `RunHeldError` when somebody holds it. This writes nothing, so a full disk allows it.
+    Raises `RunHeldError` when somebody holds it, and `DiskError` for a run with a link that leads
+    out of it. This writes nothing, so a full disk allows it.
     """
+    refuse_links_out(run_dir)
     with _guarded(run_dir):
         _refuse_held(run_dir)
         yield
@@ -215,9 +222,9 @@ def _is_here(lock: dict[str, Any]) -> bool:
 
 def _age(path: Path) -> float:
     """Return the seconds since the last heartbeat, by the clock of the file server."""
-    probe = path.with_name(f".clock.{os.getpid()}")
+    probe = temporary(path)  # a name that nobody can have put a link at
     try:
-        probe.touch()
+        open_append(probe).close()
         return probe.stat().st_mtime - path.stat().st_mtime
     except OSError:
         # the lock itself may be gone by now, and is then of nobody

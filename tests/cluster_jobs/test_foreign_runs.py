@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster_jobs import job_file, status
-from cluster_jobs.executors import background
+from cluster_jobs.executors import background, executor
+from cluster_jobs.slurm.create import create as create_for_slurm
 from deepclust.errors import DataError, DiskError, MissingError, ResourceError
 from deepclust.files import read_json, write_json
+from deepclust.launch.start import resume
 from deepclust.run import lock
 from deepclust.run.directory import Run, create
 from deepclust.run.lock import check_token, hold
@@ -94,6 +98,38 @@ def test_no_file_of_a_run_is_written_through_a_link(run: Path, name: str, tmp_pa
     with pytest.raises(DiskError, match=Path(name).name):
         writers.get(name, tell)()
     assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["logs", "rounds", "rounds/0000/raw", "checkpoints", ".x", "gone"])
+def test_a_run_with_a_folder_that_leads_out_of_it_is_not_written(
+    run: Path, name: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    (mine / ".old.tmp").mkdir(parents=True)
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(mine if name != "gone" else "../../nothing")
+    before = sorted(run.rglob("*"))
+    writers: list[Callable[[], object]] = [
+        lambda: resume(run),
+        lambda: resume(run, "keep.checkpoints=1"),
+        lambda: executor("local").resume(run, []),
+        lambda: create_for_slurm("small-photos", run, []),
+    ]
+    for write in writers:
+        with pytest.raises(DiskError, match=f"{name} is a link that leads out of the run"):
+            write()
+    assert (sorted(run.rglob("*")), [*mine.iterdir()]) == (before, [mine / ".old.tmp"])
+
+
+def test_links_that_stay_in_a_run_or_lead_to_a_run_or_a_file_are_left(
+    run: Path, tmp_path: Path
+) -> None:
+    (run / "newest").symlink_to("logs")
+    (run / "notes").symlink_to(__file__)
+    (tmp_path / "short").symlink_to(run)
+    with hold(tmp_path / "short"):
+        assert lock.owner(run)
 
 
 def test_a_run_that_is_gone_is_not_said_to_be_taken_over(run: Path) -> None:
