@@ -18,6 +18,7 @@ from cluster_jobs.slurm.create import create as create_for_slurm
 from deepclust.errors import DataError, DiskError, MissingError, ResourceError
 from deepclust.files import read_json, write_json
 from deepclust.launch.start import resume
+from deepclust.process_identity import start_time
 from deepclust.run import lock
 from deepclust.run.directory import Run, create
 from deepclust.run.lock import check_token, hold
@@ -73,7 +74,7 @@ def test_a_process_that_does_not_work_on_the_run_is_not_stopped(run: Path) -> No
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with hold(run):
         mine = read_json(run / "lock.json")
-        started = lock._start_time(other.pid)
+        started = start_time(other.pid)
         write_json(run / "lock.json", {**mine, "pid": other.pid, "started": started})
         assert lock.owner_pid(run) == other.pid
         with pytest.raises(ResourceError, match="not its controller"):
