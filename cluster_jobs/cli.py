@@ -324,6 +324,9 @@ def resume(
         str | None,
         typer.Option("--on", help="local, ray or slurm, in the background; default: foreground."),
     ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Read data behind URLs that only the run names.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
@@ -331,11 +334,11 @@ def resume(
     from cluster_jobs.display import Display
 
     if on is not None:
-        runs.resume(run_dir, overrides or [], on)
+        runs.resume(run_dir, overrides or [], on, remote)
         _log(f"resuming {run_dir}\n  deepclust logs {run_dir} -f")
         return
     with Display() as display:
-        runs.resume_here(run_dir, overrides or [], display)
+        runs.resume_here(run_dir, overrides or [], display, remote)
     _log_finished(run_dir)
 
 
@@ -443,11 +446,14 @@ def assignments(
     round_: Annotated[
         int | None, typer.Option("--round", help="The round; default: the last.")
     ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Compare with the shards, if they are behind URLs.")
+    ] = False,
 ) -> None:
     """Write which image is in which cluster, as Parquet or CSV."""
     from cluster_jobs.results.assignments import export_assignments
 
-    export_assignments(run_dir, out, round_)
+    export_assignments(run_dir, out, round_, remote=remote)
     _log(f"wrote {out}")
 
 

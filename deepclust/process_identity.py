@@ -32,7 +32,7 @@ def has_ended(process: dict[str, Any]) -> bool:
         return True
     if process["pid_space"] != here["pid_space"] or start_time(os.getpid()) is None:
         return False
-    return start_time(int(process["pid"])) != process["started"]
+    return bool(start_time(int(process["pid"])) != process["started"])
 
 
 def start_time(pid: int) -> str | None:

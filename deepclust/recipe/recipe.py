@@ -103,8 +103,8 @@ class Recipe(Section):
         )
 
     @classmethod
-    def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Check a tree of plain values.
+    def parse(cls, tree: Any, source: str = "recipe") -> Recipe:
+        """Check a tree of plain values: a dict of sections.
 
         One `RecipeError` lists every problem.
         """

@@ -186,7 +186,9 @@ def open_index(
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
         if not build:
-            raise MissingError(f"{described(shards)} has no index in {folder}")
+            raise MissingError(
+                f"{described(shards)} has no index in {folder}. `deepclust index SHARDS` writes it."
+            )
         _make(folder, shards, sources, fields)
     manifest = _checked(folder, sources, fields)
     try:
