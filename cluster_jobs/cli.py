@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -61,7 +62,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 def main() -> None:
     """Run a verb, and turn our errors into a message and an exit code."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr
-        faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
+        # a file that is cut short while it is mapped ends with a signal, also while an image is
+        # decoded, when descriptor 2 is another one (`complaints.py`)
+        faulthandler.enable(os.dup(2))
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
