@@ -182,8 +182,8 @@ def main() -> int:
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
     die_with(args.parent)
-    # a file that is cut short while it is mapped ends with a signal, also while an image is decoded,
-    # when descriptor 2 is another one (`complaints.py`)
+    # A file that is cut short while it is mapped ends with a signal. Descriptor 2 is another one
+    # while an image is decoded (`complaints.py`).
     faulthandler.enable(os.dup(2))
     asked: list[int] = []
     for number in (signal.SIGUSR2, signal.SIGTERM):

@@ -137,7 +137,7 @@ class Batches(Dataset[Loaded]):
             sample_id = int(request.sample_ids[row])
             try:
                 data = read(*place)
-                with self.complaints.about(partial(self.index.where, sample_id)):
+                with self.complaints.about(data, partial(self.index.where, sample_id)):
                     image = decode(data, limit)
             except UnreachableError:
                 raise  # a whole shard would be replaced

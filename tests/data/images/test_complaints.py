@@ -55,7 +55,7 @@ def test_many_complaints_are_counted_and_other_output_is_passed_on(
 ) -> None:
     complaints = Complaints()
     for i in range(100):
-        with complaints.about(lambda i=i: f"image {i}"):  # type: ignore[misc]
+        with complaints.about(b"x", lambda i=i: f"image {i}"):  # type: ignore[misc]
             os.write(2, f"other line\nCorrupt JPEG data: {i} extraneous bytes\n".encode())
     said = [record.getMessage() for record in caplog.records]
     assert [text.split(":")[0] for text in said[:5]] == [f"image {i}" for i in range(5)]
@@ -64,7 +64,7 @@ def test_many_complaints_are_counted_and_other_output_is_passed_on(
 
 
 def test_an_error_leaves_stderr_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="x"), Complaints().about(lambda: "image"):
+    with pytest.raises(ValueError, match="x"), Complaints().about(b"x", lambda: "image"):
         raise ValueError("x")
     os.write(2, b"still here")
     assert capfd.readouterr().err == "still here"
