@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer
 from cluster_jobs.terminal import visible
 from deepclust import __version__
 from deepclust.errors import DeepclustError, DiskError, RecipeError, lack_of_memory, redact
+from deepclust.files import path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +42,15 @@ RecipeName = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="The path of a recipe, or the name of a shipped one."),
 ]
-RunOption = Annotated[Path, typer.Option("--run", help="The run directory to create.")]
+RunOption = Annotated[
+    Path,
+    typer.Option(
+        "--run",
+        help="The run directory to create.",
+        metavar="DIRECTORY",
+        parser=lambda text: path_of(text, "--run"),  # an empty one would be the present folder
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[a.b=c ...]", help="Keys of the recipe and their new values."),
@@ -52,7 +62,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 def main() -> None:
     """Run a verb, and turn our errors into a message and an exit code."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr
-        faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
+        # a file that is cut short while it is mapped ends with a signal, also while an image is
+        # decoded, when descriptor 2 is another one (`complaints.py`)
+        faulthandler.enable(os.dup(2))
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
@@ -315,6 +327,9 @@ def resume(
         str | None,
         typer.Option("--on", help="local, ray or slurm, in the background; default: foreground."),
     ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Read data behind URLs that only the run names.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
@@ -322,11 +337,11 @@ def resume(
     from cluster_jobs.display import Display
 
     if on is not None:
-        runs.resume(run_dir, overrides or [], on)
+        runs.resume(run_dir, overrides or [], on, remote)
         _log(f"resuming {run_dir}\n  deepclust logs {run_dir} -f")
         return
     with Display() as display:
-        runs.resume_here(run_dir, overrides or [], display)
+        runs.resume_here(run_dir, overrides or [], display, remote)
     _log_finished(run_dir)
 
 
@@ -434,11 +449,14 @@ def assignments(
     round_: Annotated[
         int | None, typer.Option("--round", help="The round; default: the last.")
     ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Compare with the shards, if they are behind URLs.")
+    ] = False,
 ) -> None:
     """Write which image is in which cluster, as Parquet or CSV."""
     from cluster_jobs.results.assignments import export_assignments
 
-    export_assignments(run_dir, out, round_)
+    export_assignments(run_dir, out, round_, remote=remote)
     _log(f"wrote {out}")
 
 

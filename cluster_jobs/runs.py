@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs import job_file
+from cluster_jobs.data_places import remember_places, require_known_places
 from cluster_jobs.executors import executor, executor_of
 from cluster_jobs.executors.base import Plan, Sweep
 from cluster_jobs.status import Status, find_runs
@@ -27,9 +28,11 @@ Show = Callable[[dict[str, Any]], None]
 
 def pretrain(source: str, run_dir: Path, overrides: Sequence[str], show: Show) -> Run:
     """Pretrain by a recipe in this process, and return the finished run."""
+    recipe = Recipe.load(source, *overrides)
     refuse_queued(run_dir)
     job_file.record_local(run_dir)
-    return start.pretrain(Recipe.load(source, *overrides), run_dir, show)
+    remember_places(recipe)
+    return start.pretrain(recipe, run_dir, show)
 
 
 def submit(
@@ -43,6 +46,7 @@ def submit(
     plan: Plan = where.prepare(Recipe.load(source, *overrides), run_dir)
     if not dry_run:
         refuse_queued(run_dir)
+        remember_places(plan.recipe)
         where.submit(plan)
     return plan
 
@@ -68,19 +72,22 @@ def submit_sweep(
         raise RecipeError(f"{folder} is a run, not a folder for runs: choose another --run")
     for plan in plans:
         refuse_queued(plan.run_dir)
+        remember_places(plan.recipe)
     where.submit_sweep(planned)
     return planned
 
 
-def resume(run_dir: Path, overrides: Sequence[str], on: str) -> None:
-    """Continue a run in the background of an executor."""
+def resume(run_dir: Path, overrides: Sequence[str], on: str, remote: bool = False) -> None:
+    """Continue a run in the background of an executor (`remote`: see `data_places`)."""
     refuse_queued(run_dir)
+    require_known_places(directory.open_run(run_dir), overrides, remote)
     executor(on).resume(run_dir, list(overrides))
 
 
-def resume_here(run_dir: Path, overrides: Sequence[str], show: Show) -> Run:
-    """Continue a run in this process, and return the finished run."""
+def resume_here(run_dir: Path, overrides: Sequence[str], show: Show, remote: bool = False) -> Run:
+    """Continue a run in this process (`remote`: see `data_places`), and return the finished run."""
     refuse_queued(run_dir)
+    require_known_places(directory.open_run(run_dir), overrides, remote)
     job_file.record_local(run_dir)
     return start.resume(run_dir, *overrides, show=show)
 
@@ -88,6 +95,7 @@ def resume_here(run_dir: Path, overrides: Sequence[str], show: Show) -> Run:
 def run_stage(run_dir: Path, stage: str, show: Show) -> Run:
     """Do one stage of a run in this process: extract, cluster or train."""
     refuse_queued(run_dir)
+    require_known_places(directory.open_run(run_dir), (), remote=False)
     job_file.record_local(run_dir)
     return start.run_stage(run_dir, stage, show=show)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from deepclust.errors import DataError, DeepclustError, DiskError, MissingError, RecipeError
+from deepclust.errors import DataError, DeepclustError, DiskError, MissingError, RecipeError, redact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,19 @@ REMEDIES = {  # of what the system says against a file
 # these say nothing of another thing than a file, even where no file is named with them
 _OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _OF_READING = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO, errno.ESTALE)  # as well
+
+
+def path_of(value: object, what: str) -> Path:
+    """Return a path that a caller of ours gave, or raise a `RecipeError` that names the argument.
+
+    An empty text is refused: it would be the folder that the process happens to be in.
+    """
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise RecipeError(
+            f"{what}={redact(repr(value)[:200])} is no path: give the name of a file as text"
+        )
+    return Path(path)
 
 
 @contextlib.contextmanager

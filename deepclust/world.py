@@ -48,7 +48,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _tickets: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _totals: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -169,11 +169,14 @@ class World:
 
     def ticket(self, queue: str) -> int:
         """Return the next number (0, 1, 2, ...) of a queue of all ranks, each number once."""
+        return self.total(f"ticket/{queue}", 1) - 1
+
+    def total(self, name: str, more: int) -> int:
+        """Add to a number of all ranks, and return it as it is now, without waiting for others."""
         if self.size > 1:
-            return int(dist.distributed_c10d._get_default_store().add(f"ticket/{queue}", 1)) - 1
-        number = self._tickets.get(queue, 0)
-        self._tickets[queue] = number + 1
-        return number
+            return int(dist.distributed_c10d._get_default_store().add(name, more))
+        self._totals[name] = self._totals.get(name, 0) + more
+        return self._totals[name]
 
 
 ALONE = World()  # one rank on the CPU

@@ -24,6 +24,12 @@ NO_SKIPPING = os.environ.get("DEEPCLUST_TEST_INSTALL") == "1"
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what tests name out of what the user has named (`cluster_jobs/known.py`)."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small labelled shards, for many runs; nobody writes there."""

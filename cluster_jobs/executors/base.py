@@ -16,6 +16,7 @@ from deepclust.launch.start import changed, check_data
 from deepclust.recipe import Recipe
 from deepclust.run import directory, lock
 from deepclust.run.directory import Run
+from deepclust.run.links import refuse_links_out
 
 # waiting: the job is queued. running: it has its machines. stopped: it ended and can be resumed.
 # failed: it ended by a fault. submitted: the queue was not asked. unknown: it does not answer.
@@ -130,6 +131,7 @@ def open_to_resume(run_dir: Path, overrides: list[str]) -> tuple[Run, Recipe]:
     run that a controller has.
     """
     run = directory.open_run(run_dir)
+    refuse_links_out(run.path)
     recipe = changed(run, *overrides)
     check_data(run, recipe)
     if owner := lock.owner(run_dir):

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from deepclust.errors import DataError, DeepclustError, lack_of_memory, redact
-from deepclust.files import read_json
+from deepclust.files import create_empty, read_json
 from deepclust.launch.policy import UNEXPECTED
 from deepclust.launch.ports import free_port
 from deepclust.launch.role import Role
@@ -153,7 +153,7 @@ def _problem(run_dir: Path, token: str) -> str:
     try:
         seen = read_json(run_dir / "lock.json")["token"]
         probe = run_dir / "logs" / f".probe-{platform.node()}-{os.getpid()}"
-        probe.touch()
+        create_empty(probe)
         probe.unlink()
     except (OSError, DataError) as error:
         return f"it cannot use {run_dir}: {getattr(error, 'strerror', None) or error}".rstrip(".")

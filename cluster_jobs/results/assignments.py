@@ -49,8 +49,13 @@ FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and the wide form
 REASON_LOST = "not in the round that these assignments were taken over from"
 
 
-def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Path:
+def export_assignments(
+    run_dir: Path, out: Path, round: int | None = None, *, remote: bool = False
+) -> Path:
     """Write the assignments of a round (default: the last) to `out` atomically, and return it.
+
+    The run may be somebody else's, so shards behind a URL are not asked for unless `remote` says
+    so: the index that the run has kept names their samples.
 
     Rows are ordered by shard, then head, then sample id. What does not apply is null. Columns:
 
@@ -75,7 +80,7 @@ def export_assignments(run_dir: Path, out: Path, round: int | None = None) -> Pa
     number = choose_round(run, round)
     schema = SCHEMA if seeded_classes(run, number) is None else SEEDED
     with (
-        open_clustered(run, number) as index,
+        open_clustered(run, number, remote=remote) as index,
         atomic_file(file) as partial,
         WRITERS[out.suffix](partial, schema) as writer,
     ):
@@ -132,12 +137,14 @@ def choose_round(run: Run, wanted: int | None) -> int:
 
 
 @contextlib.contextmanager
-def open_clustered(run: Run, number: int, *, only_read: bool = False) -> Iterator[Index]:
-    """Yield the index of the run's shards (`only_read`: see `open_own`).
+def open_clustered(
+    run: Run, number: int, *, only_read: bool = False, remote: bool = True
+) -> Iterator[Index]:
+    """Yield the index of the run's shards (`only_read`, `remote`: see `open_own`).
 
     Raises `RunDiffersError` if round `number` had others.
     """
-    with open_own(run, only_read=only_read) as index:
+    with open_own(run, only_read=only_read, remote=remote) as index:
         clustered = manifest(run.round(number) / "assignments")["inputs"]["data"]
         if index.fingerprint != clustered:
             raise RunDiffersError(

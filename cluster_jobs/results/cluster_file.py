@@ -37,6 +37,7 @@ from deepclust.clustering.two_level_init import given_start
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
+from deepclust.owned_folder import owned, sweep
 from deepclust.recipe.sections import ClusterSection
 from deepclust.run.directory import environment
 
@@ -109,6 +110,7 @@ def cluster_features(source: Path, out: Path | None, options: Options) -> dict[s
         check_names(options.ids, len(rows))
     _check_target(out)
     job = _Job(source, rows, options, device)
+    sweep(out)  # of one that was killed
     atomic_folder(out, job.fill, lambda: _check_target(out))
     return dict(read_json(out / "statistics.json"))
 
@@ -122,6 +124,10 @@ class _Job:
 
     def fill(self, folder: Path) -> None:
         """Whiten, cluster and write, all inside `folder`."""
+        with owned(folder):
+            self._fill(folder)
+
+    def _fill(self, folder: Path) -> None:
         began = time.monotonic()
         with _named_errors(self.source):
             rows = self._whiten(folder)

@@ -39,6 +39,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
 from deepclust.run.checkpoint import Checkpoint, load_latest, put_weights
 from deepclust.run.directory import Run, open_run
+from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.build import build_method
 from deepclust.stages.export import Exported, export_backbone
@@ -78,6 +79,7 @@ def evaluate_run(
     record = {"step": checkpoint.state.step, **shards, "scores": scores}
     file = run.path / "evaluations" / f"{checkpoint.state.step:08d}.json"
     try:
+        refuse_links_out(run.path)
         _write_record(file, record)
     except (DeepclustError, OSError) as error:
         emit(f"warning: the scores are not recorded in the run: {error}")

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepclust.data.shards.check import LabelsChangedError
-from deepclust.data.shards.find import Shards
+from deepclust.data.shards.find import Shards, is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, DiskError, MissingError, RecipeError
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run
-from deepclust.stages.data_index import open_data_index, open_labelled
+from deepclust.run.links import refuse_links_out
+from deepclust.stages.data_index import open_data_index, open_kept_index, open_labelled
 
 
 @contextlib.contextmanager
@@ -32,20 +33,27 @@ def open_shards(shards: Shards, run: Run) -> Iterator[Index]:
     with contextlib.ExitStack() as stack:
         try:
             if _are_own(shards, run):
-                index = open_labelled(data.shards, data, data.index, run.path)
+                # nothing is written where only the run's recipe says so
+                build = data.index is None
+                index = open_labelled(data.shards, data, data.index, run.path, build=build)
             else:
                 index = open_labelled(shards, data)
-        except (DiskError, RecipeError):  # nothing can be written beside them
+        # nothing can be written beside them
+        except (DiskError, RecipeError, MissingError, LabelsChangedError):
             index = _open_elsewhere(shards, run, stack)
         yield index
 
 
 @contextlib.contextmanager
-def open_own(run: Run, *, only_read: bool = False) -> Iterator[Index]:
+def open_own(run: Run, *, only_read: bool = False, remote: bool = True) -> Iterator[Index]:
     """Yield the index of the shards that a run is trained on, with the labels that it uses.
 
     `only_read`: the run may be somebody else's, so nothing but a temporary index is written.
+    Without `remote` no URL is opened: the index of shards behind one is that which was kept.
     """
+    if not remote and is_remote(run.recipe.data.shards):
+        yield open_kept_index(run.recipe.data, run.path)
+        return
     with contextlib.ExitStack() as stack:
         try:
             index = open_data_index(run.recipe.data, run.path, build=not only_read)
@@ -72,6 +80,7 @@ def _open_elsewhere(shards: Shards, run: Run, stack: contextlib.ExitStack) -> In
     name = hashlib.blake2b(str(shards).encode(), digest_size=4).hexdigest()
     # DataError: the shards have changed since
     with contextlib.suppress(DiskError, DataError, OSError):
+        refuse_links_out(run.path)
         return open_labelled(shards, data, run.path / "evaluations" / f"index-{name}")
     return _open_temporarily(shards, run, stack)
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from cluster_jobs.ray.folders import INSIDE, TEMPORARY
 from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.layout import FIRST_NODE
-from deepclust.data.read.owned_folder import make_folder
 from deepclust.errors import ResourceError
+from deepclust.files import open_append
 from deepclust.launch.ports import free_ports
 from deepclust.launch.role import die_with_parent
+from deepclust.owned_folder import make_folder
 
 STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
 STARTED = "Ray runtime started"
@@ -62,7 +63,7 @@ class Daemon:
         ]  # fmt: skip
         kept = {k: v for k, v in os.environ.items() if k not in alone("127.")}
         environment_ = {**kept, **QUIET, **private(notes)}
-        with open(self.log, "ab") as out:
+        with open_append(self.log) as out:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment_,
                 start_new_session=True, preexec_fn=_deaf,

@@ -22,7 +22,7 @@ from typing import Any
 
 from cluster_jobs.slurm.allocation import Allocation
 from deepclust.errors import RequeueWanted, ResourceError
-from deepclust.files import append_json, disk_errors, read_json
+from deepclust.files import append_json, create_empty, disk_errors, read_json, temporary
 
 POLL_S = 0.2
 LOOK_S = 2.0  # a thousand tasks look for one file
@@ -213,13 +213,13 @@ def leave(run: Path, allocation: Allocation) -> None:
     """Write down that this start has no head any more, for tasks that come late."""
     with suppress(OSError):
         folder(run, allocation).mkdir(parents=True, exist_ok=True)
-        (folder(run, allocation) / "ended").touch()
+        create_empty(folder(run, allocation) / "ended")
 
 
 def write_private(file: Path, text: str) -> None:
     """Write a file that nobody else can read, and let it appear whole."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+    partial = temporary(file)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
         out.write(text)
     partial.rename(file)
 

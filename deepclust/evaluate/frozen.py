@@ -140,20 +140,22 @@ def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
     parts = np.array_split(sample_ids, max(1, len(sample_ids) // data.extract_batch))
     crops = (Crop(CentreCrop(data.size, data.short_side)),)
     requests = (Request(part, positions=part, key=0, crops=crops) for part in parts)
-    rows, readable = [], []
+    rows, readable, bad = [], [], []
     loader = Loader(index, data.workers, max_pixels=data.max_pixels)
     try:
         for loaded in loader.stream(requests):
             rows.append(embed(loaded.images[0]).cpu().numpy())
             readable.append(~np.isin(loaded.sample_ids, [bad.sample_id for bad in loaded.bad]))
+            bad += loaded.bad
+            if len(bad) > data.max_bad * len(sample_ids):  # no later image can make it better
+                raise DataError(
+                    f"{len(bad)} of {len(sample_ids)} images of {folder_of(index)} cannot be read, "
+                    f"more than data.max_bad={data.max_bad} allows; the first: {bad[0].reason}. "
+                    "Repair the shards, or name others."
+                )
     finally:
         loader.close()
     usable = np.concatenate(readable)
-    if (~usable).mean() > data.max_bad:
-        raise DataError(
-            f"{(~usable).sum()} of {len(sample_ids)} images of {folder_of(index)} cannot be read, "
-            f"more than data.max_bad={data.max_bad} allows. Repair the shards, or name others."
-        )
     sample_ids = sample_ids[usable]
     return Split(np.concatenate(rows)[usable], labels[sample_ids], sample_ids)
 

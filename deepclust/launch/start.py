@@ -17,7 +17,7 @@ from typing import Any
 from deepclust import errors
 from deepclust.data.shards.url import is_url
 from deepclust.errors import DataError, RecipeError, RequeueWanted, shown
-from deepclust.files import disk_errors, file_hash, read_record
+from deepclust.files import disk_errors, file_hash, path_of, read_record
 from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
@@ -35,14 +35,14 @@ from deepclust.run.lock import hold
 NO_PATHS = ("pipe:", "file:", "local:")  # refused by the reader of shards, who shows them as given
 
 
-def pretrain(recipe: Recipe, run: str | Path, show: Show | None = None) -> Run:
+def pretrain(recipe: Recipe | str | Path, run: str | Path, show: Show | None = None) -> Run:
     """Pretrain by a recipe into a new run directory, in the foreground, and return the run.
 
-    Raises the errors of `deepclust.errors`. Whatever was finished before stays and `resume`
-    continues from it.
+    `recipe` may be a path or the name of a shipped one, as on the command line. Raises the errors
+    of `deepclust.errors`. Whatever was finished before stays and `resume` continues from it.
     """
-    path = Path(run)
-    prepare_run(recipe, path)
+    path = path_of(run, "run")
+    prepare_run(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), path)
     return _start(path, show)
 
 

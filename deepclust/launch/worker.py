@@ -193,7 +193,9 @@ def main() -> int:
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
     die_with(args.parent)
-    faulthandler.enable()  # a file that is cut short while it is mapped ends with a signal
+    # A file that is cut short while it is mapped ends with a signal. Descriptor 2 is another one
+    # while an image is decoded (`complaints.py`).
+    faulthandler.enable(os.dup(2))
     asked: list[int] = []
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(received))

@@ -22,6 +22,8 @@ def apply_overrides(
     The name of a method comes first: another method begins with its own defaults. Raises
     RecipeError for an override that is not of the form section.key=value.
     """
+    if wrong := [one for one in overrides if not isinstance(one, str)]:
+        raise RecipeError(f"override {short(repr(wrong[0]))} is not a text such as 'cluster.k=100'")
     for override in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         _apply(tree, override, default_method)
     return tree

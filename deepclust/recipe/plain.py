@@ -26,12 +26,34 @@ def parse(text: str, source: str) -> Any:
     if len(text) > MOST_TEXT:
         raise RecipeError(f"{source} has {len(text):,} letters, more than {MOST_TEXT:,}")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)  # a SafeLoader
+    except _DoubledKey as error:
+        raise RecipeError(f"{source} {error}") from None
     except Exception as error:  # its constructors raise what Python raises for a value
         why = short(f"{type(error).__name__}: {error}")
         raise RecipeError(f"{source} is not YAML: {why}") from None
     check(tree, source, strict=True)
     return tree
+
+
+class _DoubledKey(Exception):
+    """A mapping has a key twice; YAML forbids it, and the last would win in silence."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: dict[Any, Any]) -> yaml.MappingNode:
+        """Compose a mapping whose keys are each there once."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines and key.value != "<<":  # two merges lose nothing
+                raise _DoubledKey(
+                    f"has the key {short(repr(key.value))} twice in one section, in lines "
+                    f"{lines[name]} and {line}: leave one of them out"
+                )
+            lines[name] = line
+        return node
 
 
 def check(tree: Any, source: str, *, strict: bool = False) -> None:

@@ -20,7 +20,7 @@ from pydantic import Field, create_model, model_validator
 from typing_extensions import TypedDict
 
 from deepclust.errors import DataError, RecipeError, holds_secrets, shown
-from deepclust.files import atomic_file, read_bytes, write_text
+from deepclust.files import atomic_file, path_of, read_bytes, write_text
 from deepclust.recipe.chosen import Terms, choose_sections, default_method
 from deepclust.recipe.misfit import misfit
 from deepclust.recipe.named import nearest
@@ -104,11 +104,14 @@ class Recipe(Section):
         )
 
     @classmethod
-    def parse(cls, tree: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Check a tree of plain values.
+    def parse(cls, tree: Any, source: str = "recipe") -> Recipe:
+        """Check a tree of plain values: a dict of sections.
 
         One `RecipeError` lists every problem.
         """
+        if not isinstance(tree, dict):
+            kind = type(tree).__name__
+            raise RecipeError(f"{short(source)} is a {kind}, not a dict of sections: data, train")
         check(tree, short(source))
         for place in PLACES:  # of any values, which are checked where they are used
             check(tree.get(place), f"{short(source)}: {place}", strict=True)
@@ -175,7 +178,7 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def read_tree(source: str | Path) -> dict[str, Any]:
     """Return a recipe (a path or a shipped name) as plain values, unchecked."""
-    path = Path(source)
+    path = path_of(source, "recipe")
     if not _is_file(path):
         name = str(source)[:SHOWN]
         if name not in shipped():

@@ -30,6 +30,7 @@ from deepclust.files import (
     disk_errors,
     file_hash,
     fits,
+    path_of,
     read_jsonl,
     read_record,
     reading,
@@ -262,7 +263,7 @@ def exists(run_dir: Path) -> bool:
 
 def open_run(run_dir: str | Path) -> Run:
     """Return a run for reading, or raise `RecipeError` when the folder does not hold one."""
-    run_dir = Path(run_dir)
+    run_dir = path_of(run_dir, "run")
     if not exists(run_dir):
         raise RecipeError(f"{run_dir} is not a run: it has no recipe.yaml (see `deepclust status`)")
     return Run(run_dir)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import platform
 import secrets
 import threading
 import time
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deepclust.errors import DataError, MissingError, RunHeldError
-from deepclust.files import disk_errors, open_append, read_record, write_json
+from deepclust.files import disk_errors, open_append, read_record, temporary, write_json
+from deepclust.process_identity import identity, is_here, start_time
+from deepclust.run.links import refuse_links_out
 
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 120.0
@@ -41,7 +42,11 @@ FIELDS = {  # of lock.json
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[str]:
-    """Hold the run while the block lasts, and yield the token, or raise `RunHeldError`."""
+    """Hold the run while the block lasts, and yield the token, or raise `RunHeldError`.
+
+    Raises `DiskError` for a run with a link that leads out of it.
+    """
+    refuse_links_out(run_dir)
     # the open file shows that this process works on the run (see `works_on`)
     with _guard(run_dir):
         token = _acquire(run_dir)
@@ -104,7 +109,7 @@ def owner_job(run_dir: Path) -> str | None:
 def owner_pid(run_dir: Path) -> int | None:
     """Return the pid of the living controller, when it is on this machine."""
     lock = _read(run_dir)
-    if lock is None or _is_stale(run_dir, lock) or not _is_here(lock):
+    if lock is None or _is_stale(run_dir, lock) or not is_here(lock):
         return None
     return int(lock["pid"])
 
@@ -147,8 +152,10 @@ def _refuse_held(run_dir: Path) -> None:
 def unheld(run_dir: Path) -> Iterator[None]:
     """Keep others of this host from acquiring a run during a short block, without a lock of ours.
 
-    Raises `RunHeldError` when somebody holds it. This writes nothing, so a full disk allows it.
+    Raises `RunHeldError` when somebody holds it, and `DiskError` for a run with a link that leads
+    out of it. This writes nothing, so a full disk allows it.
     """
+    refuse_links_out(run_dir)
     with _guarded(run_dir):
         _refuse_held(run_dir)
         yield
@@ -178,13 +185,8 @@ def _write(run_dir: Path) -> str:
 
 
 def _me() -> dict[str, Any]:
-    pid = os.getpid()
     return {
-        "host": platform.node(),
-        "boot": _boot_id(),
-        "pid_space": _pid_space(),
-        "pid": pid,
-        "started": _start_time(pid),
+        **identity(),
         "job": os.environ.get("DEEPCLUST_JOB"),
         "restart": int(os.environ.get("DEEPCLUST_RESTART") or 0),
     }
@@ -193,8 +195,8 @@ def _me() -> dict[str, Any]:
 def _is_stale(run_dir: Path, lock: dict[str, Any]) -> bool:
     if _is_of_earlier_restart(lock):
         return True
-    if _is_here(lock):
-        return bool(_start_time(int(lock["pid"])) != lock["started"])
+    if is_here(lock):
+        return bool(start_time(int(lock["pid"])) != lock["started"])
     return _age(run_dir / "lock.json") > STALE_AFTER_S
 
 
@@ -208,16 +210,11 @@ def _is_of_earlier_restart(lock: dict[str, Any]) -> bool:
     return is_ours and int(lock["restart"]) < int(me["restart"])
 
 
-def _is_here(lock: dict[str, Any]) -> bool:
-    here = {"host": platform.node(), "boot": _boot_id(), "pid_space": _pid_space()}
-    return all(lock.get(name) == value for name, value in here.items())
-
-
 def _age(path: Path) -> float:
     """Return the seconds since the last heartbeat, by the clock of the file server."""
-    probe = path.with_name(f".clock.{os.getpid()}")
+    probe = temporary(path)  # a name that nobody can have put a link at
     try:
-        probe.touch()
+        open_append(probe).close()
         return probe.stat().st_mtime - path.stat().st_mtime
     except OSError:
         # the lock itself may be gone by now, and is then of nobody
@@ -257,25 +254,3 @@ def _read(run_dir: Path) -> dict[str, Any] | None:
 def _token(run_dir: Path) -> str | None:
     lock = _read(run_dir)
     return None if lock is None else str(lock["token"])
-
-
-def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
-
-
-def _pid_space() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _start_time(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot, or None when it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (OSError, ValueError):  # it has ended, or there can be none of that number
-        return None
-    has_ended = fields[0] == "Z"  # it only waits for its parent to collect it
-    return None if has_ended else fields[19]

@@ -94,7 +94,7 @@ def load_backbone(path: str | Path) -> Backbone:
 
     Raises `DataError` for a file that is broken or not such an export.
     """
-    path = Path(path)
+    path = files.path_of(path, "path")
     meta = _read_header(path)
     with files.reading(path, REMEDY):
         state = safetensors.torch.load_file(path)

@@ -123,13 +123,15 @@ def extract(context: ExtractContext, embed: Embed) -> None:
         is_done(context.raw_dir) or is_done(context.raw_dir.parent / "features")
     ):
         return
-    _check_bad(context, _excluded_by_index(context.index))
+    _check_bad(context, len(context.index.excluded), {})
     if context.world.is_first:
         context.raw_dir.mkdir(parents=True, exist_ok=True)
         _write_pivot(context, embed, chunks[0])
     context.world.barrier()
     pivot = torch.from_numpy(raw_chunk.read_pivot(context.raw_dir)).to(context.world.device)
     missing = [number for number in range(len(chunks)) if not context.chunk_path(number).exists()]
+    if context.world.is_first:
+        _count_bad(context, read_chunk_exclusions(context.raw_dir))  # of an earlier attempt
     _fill(context, embed, chunks, context.world.broadcast_object(missing), pivot)
     context.finish_together()
     if context.world.is_first:
@@ -218,14 +220,12 @@ def _fill(
                 sample_ids = np.arange(start, min(chunk.stop, start + step))
                 yield _request(context.config, sample_ids, number)
 
-    current, bad = _Open(), _excluded_by_index(context.index)
+    current = _Open()
     for loaded in context.loader.stream(requests()):
         context.report.alive()
         number = loaded.tag
         rows = embed(loaded.images[0]).float()
-        _add_batch(current, rows, loaded.sample_ids, loaded.bad, pivot)
-        bad.update(current.bad)
-        _check_bad(context, bad)  # no later image can make it better
+        _count_bad(context, _add_batch(current, rows, loaded.sample_ids, loaded.bad, pivot))
         if len(current.rows) == -(-len(chunks[number]) // step):
             _commit_chunk(context, number, current, pivot)
             context.report.event("unit", round=context.round, unit=number, of=len(chunks))
@@ -240,8 +240,8 @@ def _add_batch(
     sample_ids: Int64[np.ndarray, " b"],
     bad: list[Any],
     pivot: Tensor,
-) -> None:
-    """Centre, round to fp16, and count what is usable.
+) -> dict[int, str]:
+    """Centre, round to fp16, count what is usable, and return why the rest is not.
 
     A row that is not becomes zeros.
     """
@@ -259,6 +259,7 @@ def _add_batch(
     chunk.moments.add(rows[usable])
     chunk.rows.append(half.cpu())
     chunk.bad.update(reasons)
+    return reasons
 
 
 def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Tensor) -> None:
@@ -277,7 +278,7 @@ def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Ten
 
 def _finish_raw(context: ExtractContext, chunks: int) -> None:
     excluded = read_chunk_exclusions(context.raw_dir)
-    _check_bad(context, excluded)
+    _check_bad(context, len(excluded), excluded)
     write_json(context.raw_dir / "manifest.json", {"units": chunks, "excluded": len(excluded)})
     context.run.fence()
     create_empty(context.raw_dir / "DONE")
@@ -291,12 +292,23 @@ def _excluded_by_index(index: Index) -> dict[int, str]:
     return {**index.excluded, **placed}
 
 
-def _check_bad(context: ExtractContext, excluded: dict[int, str]) -> None:
-    if len(excluded) <= context.config.max_bad * len(context.index):
+def _count_bad(context: ExtractContext, bad: dict[int, str]) -> None:
+    """Add to what all ranks have seen; no later image can make it better once it is too much."""
+    known = context.index.excluded
+    new = {sample: reason for sample, reason in bad.items() if sample not in known}
+    if new:
+        seen = context.world.total(f"bad-{context.round}", len(new))
+        _check_bad(context, len(known) + seen, new)
+
+
+def _check_bad(context: ExtractContext, count: int, excluded: dict[int, str]) -> None:
+    """Raise `DataError` when `count`, more than allowed, are excluded; `excluded` are some."""
+    if count <= context.config.max_bad * len(context.index):
         return
+    excluded = {**_excluded_by_index(context.index), **excluded}
     listed = "\n".join(f"  {reason}" for reason in list(excluded.values())[:EXAMPLES])
     raise DataError(
-        f"{len(excluded)} of {len(context.index)} samples cannot be used, more than data.max_bad="
+        f"{count} of {len(context.index)} samples cannot be used, more than data.max_bad="
         f"{context.config.max_bad} allows. The first of them:\n{listed}\n"
         "Repair the shards, or raise data.max_bad."
     )

@@ -81,6 +81,7 @@ class Meter:
     parts: int = 0
     images: int = 0
     bad: list[str] = field(default_factory=list)
+    unjudged: int = 0  # of them, those that `judge_bad` has not seen
     started: float = field(default_factory=time.monotonic)
 
     def add(self, scalars: dict[str, Tensor], images: int, bad: list[Bad]) -> None:
@@ -90,6 +91,7 @@ class Meter:
         self.parts += 1
         self.images += images
         self.bad += [one.reason for one in bad]
+        self.unjudged += len(bad)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def train_segment(
     loaded_parts = trainer.loader.stream(trainer.feed.requests(plan, targets, state))
     while state.offset < plan.steps:
         rate = train_step(trainer, meter, loaded_parts, targets, state)
+        judge_bad(trainer, meter, state)
         state = state.after_step(config.batch)
 
         # Ranks agree on a stop where they meet for the metrics. A single rank stops at once.
@@ -126,7 +129,7 @@ def train_segment(
             continue
         totals = reduce_totals(trainer, meter)
         check_finite(trainer, totals, meter, plan, state)
-        check_bad(trainer, totals, meter, state)
+        report_bad(trainer, totals.bad, meter, state)
         log_metrics(trainer, totals, meter, plan, state, rate)
         meter = Meter(trainer.loader.waited)
         if totals.stop or (save_due and not at_end):
@@ -224,22 +227,35 @@ def check_finite(
     )
 
 
-def check_bad(trainer: Trainer, totals: Totals, meter: Meter, state: State) -> None:
-    """Report samples that were replaced; raise DataError when there are more than allowed."""
-    if not totals.bad:
+def judge_bad(trainer: Trainer, meter: Meter, state: State) -> None:
+    """Raise DataError as soon as too many samples of `train.log` steps had to be replaced.
+
+    The rank that meets one too many raises it, whatever the other ranks do.
+    """
+    new, meter.unjudged = meter.unjudged, 0
+    if not new:
         return
-    if trainer.world.is_first:
-        trainer.report.event("replaced", step=state.step, count=totals.bad, first=meter.bad[:5])
-    file = trainer.run.path / "logs" / "replaced.jsonl"
-    append_json(file, {"step": state.step, "samples": meter.bad})
     config, limit = trainer.recipe.train, trainer.recipe.data.max_bad
-    seen = config.log * config.batch
-    if totals.bad > max(1.0, limit * seen):
+    window, samples = state.step // config.log, config.log * config.batch
+    count = trainer.world.total(f"replaced-{state.round}-{window}", new)
+    if count > max(1.0, limit * samples):
+        report_bad(trainer, count, meter, state)
         listed = "\n".join(f"  {line}" for line in meter.bad[:20])
         raise DataError(
-            f"{totals.bad} of the last {seen} samples could not be read, more than data.max_bad="
-            f"{limit} allows:\n{listed}\nRepair the shards and resume."
+            f"{count} of the {samples} samples of steps {window * config.log + 1} to "
+            f"{(window + 1) * config.log} could not be read by now, more than data.max_bad={limit} "
+            f"allows:\n{listed}\nRepair the shards and resume."
         )
+
+
+def report_bad(trainer: Trainer, count: int, meter: Meter, state: State) -> None:
+    """Report the samples that were replaced: `count` on all ranks, those of this rank by name."""
+    if not count:
+        return
+    if trainer.world.is_first:
+        trainer.report.event("replaced", step=state.step, count=count, first=meter.bad[:5])
+    file = trainer.run.path / "logs" / "replaced.jsonl"
+    append_json(file, {"step": state.step, "samples": meter.bad})
 
 
 def log_metrics(

@@ -10,6 +10,7 @@ import pyarrow as pa
 from jaxtyping import Int32
 
 from deepclust import __version__
+from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import write_json
@@ -18,7 +19,7 @@ from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import load, load_latest
 from deepclust.run.directory import Run, exists, has_file, is_done, manifest
 from deepclust.run.round_files import read_array, read_facts, read_whitening
-from deepclust.stages.data_index import open_data_index
+from deepclust.stages.data_index import open_data_index, open_kept_index
 from deepclust.stages.export import load_backbone
 
 
@@ -122,7 +123,9 @@ def backbone_part(tensors: dict[str, Any], trunk: str = "backbone") -> dict[str,
 def _index_of(source: Path) -> Index:
     other = Run(source.parent.parent)
     data = other.recipe.data
-    return open_data_index(data, other.path)
+    if is_remote(data.shards):  # it may be anybody's run, and keys and names are enough
+        return open_kept_index(data, other.path)
+    return open_data_index(data, other.path, build=False)
 
 
 def _check_heads(recipe: Recipe, heads: int, source: Path) -> None:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from cluster_jobs import job_file, status
-from cluster_jobs.executors import background
-from deepclust.errors import DataError, DiskError, MissingError, ResourceError
+from cluster_jobs import job_file, runs, status
+from cluster_jobs.data_places import places_of, remember_places, require_known_places
+from cluster_jobs.executors import background, executor
+from cluster_jobs.results.assignments import export_assignments
+from cluster_jobs.slurm.create import create as create_for_slurm
+from deepclust.data.shards.index import open_index
+from deepclust.errors import DataError, DiskError, MissingError, RecipeError, ResourceError
 from deepclust.files import read_json, write_json
+from deepclust.launch.start import resume
+from deepclust.process_identity import start_time
 from deepclust.run import lock
 from deepclust.run.directory import Run, create
 from deepclust.run.lock import check_token, hold
@@ -69,7 +80,7 @@ def test_a_process_that_does_not_work_on_the_run_is_not_stopped(run: Path) -> No
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with hold(run):
         mine = read_json(run / "lock.json")
-        started = lock._start_time(other.pid)
+        started = start_time(other.pid)
         write_json(run / "lock.json", {**mine, "pid": other.pid, "started": started})
         assert lock.owner_pid(run) == other.pid
         with pytest.raises(ResourceError, match="not its controller"):
@@ -94,6 +105,38 @@ def test_no_file_of_a_run_is_written_through_a_link(run: Path, name: str, tmp_pa
     with pytest.raises(DiskError, match=Path(name).name):
         writers.get(name, tell)()
     assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["logs", "rounds", "rounds/0000/raw", "checkpoints", ".x", "gone"])
+def test_a_run_with_a_folder_that_leads_out_of_it_is_not_written(
+    run: Path, name: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    (mine / ".old.tmp").mkdir(parents=True)
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(mine if name != "gone" else "../../nothing")
+    before = sorted(run.rglob("*"))
+    writers: list[Callable[[], object]] = [
+        lambda: resume(run),
+        lambda: resume(run, "keep.checkpoints=1"),
+        lambda: executor("local").resume(run, []),
+        lambda: create_for_slurm("small-photos", run, []),
+    ]
+    for write in writers:
+        with pytest.raises(DiskError, match=f"{name} is a link that leads out of the run"):
+            write()
+    assert (sorted(run.rglob("*")), [*mine.iterdir()]) == (before, [mine / ".old.tmp"])
+
+
+def test_links_that_stay_in_a_run_or_lead_to_a_run_or_a_file_are_left(
+    run: Path, tmp_path: Path
+) -> None:
+    (run / "newest").symlink_to("logs")
+    (run / "notes").symlink_to(__file__)
+    (tmp_path / "short").symlink_to(run)
+    with hold(tmp_path / "short"):
+        assert lock.owner(run)
 
 
 def test_a_run_that_is_gone_is_not_said_to_be_taken_over(run: Path) -> None:
@@ -124,3 +167,67 @@ def test_tensorboard_never_ends_a_run(tmp_path: Path) -> None:
     file = next((tmp_path / "tensorboard").iterdir())
     events = list(EventFileLoader(str(file)).Load())
     assert [(v.tag, e.step) for e in events for v in e.summary.value] == [("a", 3), ("b", 3)]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    ask = "deepclust.data.shards.remote._filesystem"
+    monkeypatch.setattr(ask, lambda url: pytest.fail("asked the network"))
+
+
+FOREIGN = "http://bob:pw@elsewhere/{0..1}.tar?sig=secret"
+
+
+@pytest.mark.parametrize("url", [FOREIGN, "s3://bucket/x", f"zip://a.tar::{FOREIGN}"])
+def test_no_place_that_only_a_run_names_is_asked_for_data(
+    tmp_path: Path, no_network: None, url: str
+) -> None:
+    run = tmp_path / "run"
+    create(run, tiny_recipe(Path("/shards")).replace(f"data.shards={url}"))
+    ways: list[Callable[[], object]] = [
+        lambda: runs.resume_here(run, [], show=print),
+        lambda: runs.resume(run, [], "local"),
+        *(partial(runs.run_stage, run, stage, print) for stage in ("extract", "cluster", "train")),
+    ]
+    for way in ways:
+        with pytest.raises(RecipeError, match=r"have not named before.*--remote") as caught:
+            way()
+        assert "pw" not in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_place_that_the_user_has_named_is_known(tmp_path: Path, no_network: None) -> None:
+    run = Run(tmp_path / "run")
+    create(run.path, tiny_recipe(Path("/shards")).replace(f"data.shards={FOREIGN}"))
+    require_known_places(run, [], remote=True)
+    require_known_places(run, ["train.epochs=9"], remote=False)
+    assert "secret" not in (tmp_path / "state" / "deepclust" / "data-places").read_text()
+    other = run.recipe.replace("data.shards=[s3://mine/a, s3://mine/b, /local]")
+    assert places_of(other) == ["s3://mine"]
+    remember_places(other)
+    assert "s3://mine" in (tmp_path / "state" / "deepclust" / "data-places").read_text()
+
+
+def test_assignments_of_shards_behind_a_url_are_written_without_asking_for_them(
+    tmp_path: Path, shards: Path, no_network: None
+) -> None:
+    run, index = Run(tmp_path / "run"), open_index(shards)
+    create(run.path, tiny_recipe(shards).replace(f"data.shards={FOREIGN}"))
+    shutil.copytree(index.folder, run.path / "index")
+    stage = run.round(0) / "assignments"
+    run.path.joinpath("rounds", "0000").mkdir(parents=True)
+
+    def fill(folder: Path) -> None:
+        np.save(folder / "assignments.npy", np.zeros((1, len(index)), np.int32))
+        np.save(folder / "distances.npy", np.zeros((1, len(index)), np.float32))
+
+    with hold(run.path) as token:
+        Run(run.path, token).commit(stage, fill, {"data": index.fingerprint})
+    export_assignments(run.path, tmp_path / "a.parquet")
+    table = pq.read_table(tmp_path / "a.parquet").to_pydict()
+    assert table["key"] == list(index.keys)
+    assert table["shard"][0] == index.shards[0].name
+    shutil.rmtree(run.path / "index")
+    with pytest.raises(DataError, match="no index in"):
+        export_assignments(run.path, tmp_path / "a.parquet")

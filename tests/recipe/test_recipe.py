@@ -3,13 +3,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from deepclust import Recipe
-from deepclust.errors import RecipeError
+from deepclust import Recipe, load_backbone, open_index, pretrain
+from deepclust.errors import DataError, RecipeError
 from deepclust.methods import METHODS
 from deepclust.recipe import differences, shipped
 from deepclust.recipe.sections import Cadence, parse_cadence
@@ -32,6 +33,44 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "train.lr=1e-3", "cluster.every=7 steps")
     recipe.save(tmp_path / "recipe.yaml")
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Recipe.load(3), "recipe=3 is no path"),  # type: ignore[arg-type]
+        (lambda: Recipe.load({"seed": 1}), "recipe={'seed': 1} is no path"),  # type: ignore[arg-type]
+        (lambda: Recipe.load(""), "recipe='' is no path"),
+        (lambda: Recipe.load("a\0b"), "is no path"),
+        (lambda: Recipe.load("small-photos", {"seed": 1}), "not a text such as"),  # type: ignore[arg-type]
+        (lambda: Recipe.parse("seed: 1"), "is a str, not a dict"),  # type: ignore[arg-type]
+        (lambda: pretrain("smal-photos", run="r"), "did you mean 'small-photos'"),
+        (lambda: pretrain(None, run="r"), "recipe=None is no path"),  # type: ignore[arg-type]
+        (lambda: pretrain("small-photos", run=""), "run='' is no path"),
+        (lambda: pretrain("small-photos", run=3), "run=3 is no path"),  # type: ignore[arg-type]
+        (lambda: open_index(None), "shards=None is no path"),  # type: ignore[arg-type]
+        (lambda: open_index(["a", 3]), "shards=3 is no path"),  # type: ignore[list-item]
+        (lambda: load_backbone(3), "path=3 is no path"),  # type: ignore[arg-type]
+    ],
+)
+def test_the_python_door_names_an_argument_of_the_wrong_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=says):
+        call()
+    assert not list(tmp_path.glob("*/recipe.yaml"))
+
+
+def test_pretrain_takes_a_shipped_name_and_a_path_as_the_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(Recipe.load("small-photos", "seed=7").dump())
+    for source in ("small-photos", "mine.yaml", Path("mine.yaml")):
+        with pytest.raises(DataError, match="no shard"):  # it has begun, and there are none
+            pretrain(source, run=f"runs/{source}")
+    assert Recipe.load("runs/mine.yaml/recipe.yaml").seed == 7
 
 
 def test_an_override_wins_over_the_file() -> None:
@@ -186,6 +225,28 @@ def test_with_overlap_one_rank_has_a_cluster_worker_too(tmp_path: Path) -> None:
 def test_an_unknown_recipe_suggests_a_shipped_one() -> None:
     with pytest.raises(RecipeError, match="did you mean 'small-photos'"):
         Recipe.load("small-photo")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "seed: 1\ntrain: {epochs: 1}\nseed: 2\n",
+            "r.yaml has the key 'seed' twice.*lines 1 and 3",
+        ),
+        ("train:\n  lr: 1\n  'lr': 2\n", "the key 'lr' twice.*lines 2 and 3"),
+        ("a: [{b: 1, b: 1}]", "the key 'b' twice"),
+        ("? &a x\n: 1\n*a : 2\n", "the key 'x' twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        Recipe.load(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match=r"override.*'k' twice"):
+        Recipe.load("small-photos", "cluster={k: 3, dim: 8, k: 4}")
 
 
 def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:

@@ -102,13 +102,13 @@ def _table(path: Path, text: str) -> Iterator[Row]:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         columns = list(reader.fieldnames or [])
-        at = column_of(columns, PATHS)
+        at = column_of(path, columns, PATHS)
         if at is None:
             raise DataError(
                 f"{path} has no column of paths: {', '.join(map(shown, columns[:10]))}. "
                 f"Call it {' or '.join(PATHS[:4])}, and that of labels {LABELS[0]}."
             )
-        label = column_of(columns, LABELS)
+        label = column_of(path, columns, LABELS)
         for row in reader:
             if row[at]:
                 yield Row(row[at].strip(), (row[label] or "").strip() if label else "")
@@ -116,10 +116,18 @@ def _table(path: Path, text: str) -> Iterator[Row]:
         raise DataError(f"{path} is not a table: {error}, near line {reader.line_num}.") from error
 
 
-def column_of(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """Return the column that has the first of these names, in any case."""
-    by_name = {column.strip().lower(): column for column in columns}
-    return next((by_name[name] for name in names if name in by_name), None)
+def column_of(path: Path, columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the column of a table that has the first of these names, in any case.
+
+    Raises `DataError` where two columns have it.
+    """
+    for name in names:
+        same = [column for column in columns if column.strip().lower() == name]
+        if len(same) > 1:
+            raise DataError(f"{path} has {len(same)} columns {name!r}: keep the right one.")
+        if same:
+            return same[0]
+    return None
 
 
 def labels_of(words: Sequence[str], files: Sequence[str], names: str, tally: Tally) -> Labels:

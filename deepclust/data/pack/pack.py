@@ -10,7 +10,6 @@ written. No image ends the packing. One that cannot be read or converted is left
 from __future__ import annotations
 
 import contextlib
-import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from deepclust.data.pack.write import Work, shard_count, write_shards
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.files import atomic_folder, temporary, write_json
+from deepclust.owned_folder import owned, sweep
 from deepclust.world import generator
 
 
@@ -106,11 +106,12 @@ def _pack(
     about |= {"resize_short": asked.resize_short}
 
     def fill(folder: Path) -> None:
-        write_json(folder / "dataset.json", about)  # the small file first
-        write_shards(work, folder, shard_count(len(order), asked.shard_size), asked.workers)
-        if packer.left:
-            write_json(folder / "dataset.json", about | {"left_out": packer.left.as_dict()})
-        build_index(folder)
+        with owned(folder):
+            write_json(folder / "dataset.json", about)  # the small file first
+            write_shards(work, folder, shard_count(len(order), asked.shard_size), asked.workers)
+            if packer.left:
+                write_json(folder / "dataset.json", about | {"left_out": packer.left.as_dict()})
+            build_index(folder)
 
     atomic_folder(out, fill, before=lambda: _refuse_existing(out))
 
@@ -166,10 +167,9 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _leftovers(out: Path) -> list[str]:
-    """Return a line for each folder that a killed `pack` to the same place has left."""
-    folders = sorted(out.parent.glob(f".{glob.escape(out.name)}.*.tmp"))
+    """Delete what a killed `pack` to the same place has left; return a line for each that stays."""
     return [
         f"note: {shown(str(folder))} is of a `pack` that was stopped, unless another one writes "
         "there now. Delete it to free its space"
-        for folder in folders
+        for folder in sweep(out)
     ]

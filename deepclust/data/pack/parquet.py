@@ -70,9 +70,9 @@ def _schema(path: Path) -> pa.Schema:
 def _columns(path: Path) -> _Columns:
     schema = _schema(path)
     images = [field.name for field in schema if _holds_bytes(field.type)]
-    image = column_of(images, _IMAGES) or (images[0] if len(images) == 1 else None)
+    image = column_of(path, images, _IMAGES) or (images[0] if len(images) == 1 else None)
     texts = [field.name for field in schema if _is_text(field.type)]
-    at = None if image else column_of(texts, PATHS)
+    at = None if image else column_of(path, texts, PATHS)
     if image is None and at is None:
         raise DataError(
             f"{path} has no column of images or paths: {', '.join(map(shown, schema.names[:10]))}. "
@@ -80,7 +80,7 @@ def _columns(path: Path) -> _Columns:
         )
     # a list of labels, or boxes, does not name one class
     plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
-    label = column_of(plain, LABELS) or _only_class(schema, plain)
+    label = column_of(path, plain, LABELS) or _only_class(schema, plain)
     return _Columns(image, at, label)
 
 

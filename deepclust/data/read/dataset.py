@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Float64, Int32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from deepclust.data.images.complaints import Complaints
 from deepclust.data.images.crops import Crop
 from deepclust.data.images.decode import MAX_PIXELS, decode
 from deepclust.data.images.draws import uniform
@@ -97,6 +99,7 @@ class Batches(Dataset[Loaded]):
     def __init__(self, index: Index, cache: Path | None = None, max_pixels: int = MAX_PIXELS):
         self.index, self.max_pixels = index, max_pixels
         self.files = ShardFiles(index.shards, cache, index.lengths)
+        self.complaints = Complaints()
         self._clusters: tuple[Path, Int32[np.ndarray, " n"]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,8 +134,11 @@ class Batches(Dataset[Loaded]):
         draws = [view.draws(key, at) for view, key in zip(views, request.keys, strict=True)]
         targets = [of_crop.unbind() for of_crop in images]
         for row, place in enumerate(places):
+            sample_id = int(request.sample_ids[row])
             try:
-                image = decode(read(*place), limit)
+                data = read(*place)
+                with self.complaints.about(data, partial(self.index.where, sample_id)):
+                    image = decode(data, limit)
             except UnreachableError:
                 raise  # a whole shard would be replaced
             except DataError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepclust.data.shards.remote import Interrupted, never
-from deepclust.files import disk_errors
+from deepclust.files import disk_errors, open_append
 
 TELL_S = 10.0  # seconds between two lines in the log
 _POLL_S = 0.1
@@ -27,7 +27,7 @@ def held(path: Path, purpose: str, stopped: Callable[[], bool] = never) -> Itera
     with contextlib.ExitStack() as stack:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "a"))
+            file = stack.enter_context(open_append(path))
         logged = time.monotonic()
         while not _try_lock(file.fileno()):
             if stopped():

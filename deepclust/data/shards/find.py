@@ -20,7 +20,8 @@ from typing import TypeAlias
 from deepclust.data.shards import remote
 from deepclust.data.shards.left_out import Tally, listed
 from deepclust.data.shards.url import Source, Url, common_folder, is_url, redact
-from deepclust.errors import DataError
+from deepclust.errors import DataError, RecipeError
+from deepclust.files import path_of
 
 __all__ = ["Shards", "beside", "common_folder", "described", "expand", "is_folder"]
 
@@ -79,7 +80,13 @@ def beside(shards: Shards) -> Tally:
 
 
 def _texts(shards: Shards) -> list[str]:
-    return [os.fspath(one) for one in ([shards] if isinstance(shards, str | Path) else shards)]
+    if isinstance(shards, str | os.PathLike):
+        shards = [shards]
+    if not isinstance(shards, Sequence):
+        raise RecipeError(f"shards={shards!r} is no path, pattern or URL, and no list of these")
+    for one in shards:
+        path_of(one, "shards")
+    return [os.fspath(one) for one in shards]  # a Path would make "s3:/x" of "s3://x"
 
 
 def _expand_one(text: str) -> list[Source]:

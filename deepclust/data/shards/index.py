@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,14 +133,25 @@ class Index:
         return load_column(self.folder, name, len(self))
 
 
+class _DoubledKey(ValueError):
+    """An object has a key twice, and the last would win in silence."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if doubled := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise _DoubledKey(f"the key {doubled[0]!r} stands twice in one object")
+    return dict(pairs)
+
+
 def _class_names(path: Source) -> list[str] | None:
     """Return the class names of a dataset.json, or None if it is missing or has none."""
     try:
-        about = json.loads(fetch(path) or b"{}")
+        about = json.loads(fetch(path) or b"{}", object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not JSON. Correct it, or delete it.") from error
+        why = f" ({error})" if isinstance(error, _DoubledKey) else ""
+        raise DataError(f"{path} is not JSON{why}. Correct it, or delete it.") from error
     names = about.get("class_names") if isinstance(about, dict) else 0
     if names is not None and not (
         isinstance(names, list) and all(isinstance(n, str) for n in names)
@@ -174,7 +186,9 @@ def open_index(
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
         if not build:
-            raise MissingError(f"{described(shards)} has no index in {folder}")
+            raise MissingError(
+                f"{described(shards)} has no index in {folder}. `deepclust index SHARDS` writes it."
+            )
         _make(folder, shards, sources, fields)
     manifest = _checked(folder, sources, fields)
     try:

@@ -45,6 +45,8 @@ from deepclust.data.shards.scan import Scan, scan, scan_all
 from deepclust.data.shards.url import Source, Url, common_folder
 from deepclust.errors import DataError, DiskError
 from deepclust.files import atomic_folder, file_hash, write_json
+from deepclust.owned_folder import FILE as OWNER
+from deepclust.owned_folder import owned, sweep
 
 _SCHEMA = pa.schema([("key", pa.string())])
 _LARGEST_FETCHED = 256 << 20  # bytes of a manifest behind a URL
@@ -125,8 +127,13 @@ def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
         if (replace and (folder / MANIFEST).exists()) or _is_torn(folder):
             shutil.rmtree(folder)
 
+    def fill_own(partial: Path) -> None:
+        with owned(partial):
+            fill(partial)
+
     try:
-        atomic_folder(folder, fill, make_room)
+        sweep(folder)  # of an `index` that was killed
+        atomic_folder(folder, fill_own, make_room)
     except DiskError as error:
         raise DiskError(
             f"{error} The index need not be next to the shards: set data.index=FOLDER, or run "
@@ -179,6 +186,7 @@ def _fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> M
     manifest["columns"] = {
         path.name: {"bytes": path.stat().st_size, "hash": file_hash(path)}
         for path in sorted(folder.iterdir())
+        if path.name != OWNER
     }
     return manifest
 

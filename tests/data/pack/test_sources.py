@@ -162,6 +162,12 @@ def test_labels_of_a_table_are_ids_or_names(
     assert again.keys == source.keys
 
 
+@pytest.mark.parametrize("header", ["path,label,label", "path,Label, label", "path,class,PATH"])
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path, header: str) -> None:
+    with pytest.raises(DataError, match=r"a\.csv has 2 columns"):
+        packed(put(tmp_path / "a.csv", f"{header}\na.png,1,2\n".encode()))
+
+
 def test_numbers_among_names_are_refused_unless_labels_are_not_wanted(tmp_path: Path) -> None:
     in_folder(tmp_path)
     source = put(tmp_path / "a.txt", f"{NAMES[0]} 3\n{NAMES[1]} cat\n".encode())

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepclust import owned_folder as owner
 from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.plan import EpochPlan
-from deepclust.data.read import owned_folder as owner
 from deepclust.data.read.dataset import Request
 from deepclust.data.read.shard_cache import ShardCache, on_network
 from deepclust.data.shards.index import Index, open_index

@@ -148,7 +148,12 @@ def test_an_index_of_an_older_version_notices_corrected_labels_too(tmp_path: Pat
     assert labels_of(open_index(tmp_path)) == ["2"]
 
 
-@pytest.mark.parametrize("text", [b"[", b"[]", b'{"class_names": 3}', b'{"class_names": [1]}'])
+DOUBLED = b'{"class_names": ["a"], "class_names": ["b"]}'
+
+
+@pytest.mark.parametrize(
+    "text", [b"[", b"[]", b'{"class_names": 3}', b'{"class_names": [1]}', DOUBLED]
+)
 def test_a_dataset_json_that_makes_no_sense_is_named(tmp_path: Path, text: bytes) -> None:
     index = open_index(shards(tmp_path, s=[("a.png", IMAGE)]))
     (tmp_path / "dataset.json").write_bytes(text)

@@ -8,18 +8,24 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from deepclust.data.read import owned_folder as owner
+from cluster_jobs.results.cluster_file import Options, cluster_features
+from deepclust import owned_folder as owner
+from deepclust.data.pack.pack import pack
+from deepclust.data.shards.index import build_index
+from deepclust.process_identity import identity
+from tests.images import draw, encode, make_shards
 
 
-def left(parent: Path, **changes: Any) -> Path:
+def left(parent: Path, name: str = "kind-x", **changes: Any) -> Path:
     """A folder of a process that has ended, with changes in what it says of itself."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    folder = parent / "kind-x"
+    folder = parent / name
     folder.mkdir()
-    me = {**owner._me(), "pid": ended.pid, "started": "1", **changes}
+    me = {**identity(), "pid": ended.pid, "started": "1", **changes}
     (folder / owner.FILE).write_text(json.dumps(me))
     return folder
 
@@ -62,3 +68,25 @@ def test_folders_of_other_users_and_links_stay(tmp_path, monkeypatch):
     assert not owner.is_orphan(link)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert not owner.is_orphan(folder)
+
+
+def test_what_a_killed_pack_index_or_cluster_left_goes_with_the_next_one(tmp_path):
+    make_shards(tmp_path / "shards", n=40, shards=1, size=16)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(encode(draw(0, 16, 16)))
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(50, 4)))
+    makers = {
+        tmp_path / "packed": lambda out: pack(tmp_path / "photos", out),
+        tmp_path / "shards" / "deepclust-index": lambda out: build_index(out.parent),
+        tmp_path / "clusters": lambda out: cluster_features(
+            tmp_path / "rows.npy", out, Options(k=2, device="cpu")
+        ),
+    }
+    for out, make in makers.items():
+        dead = left(out.parent, f".{out.name}.123-abc.tmp")
+        living = left(out.parent, f".{out.name}.124-abc.tmp", **identity())
+        make(out)
+        assert not dead.exists()
+        assert living.exists()
+        assert not (out / owner.FILE).exists()
+        assert out.is_dir()
