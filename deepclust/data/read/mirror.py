@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepclust.data.loose.index import FileIndex
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards import remote
 from deepclust.data.shards.file_lock import held
@@ -27,7 +28,7 @@ from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import Interrupted
 from deepclust.data.shards.scan import scan
 from deepclust.data.shards.url import Source, Url
-from deepclust.errors import DataError, DiskError, RequeueWanted
+from deepclust.errors import DataError, DiskError, RecipeError, RequeueWanted
 from deepclust.files import append_json, disk_errors, read_jsonl, sync
 from deepclust.world import ALONE, World
 
@@ -53,6 +54,11 @@ def mirror_shards(
     """
     if folder is None:
         return index
+    if isinstance(index, FileIndex):
+        raise RecipeError(
+            f"data.stage copies shards, and {index.places[0].path} holds image files: leave it "
+            "out, or make shards of them with `deepclust pack`"
+        )
     mirror_dir = Path(folder).absolute() / f"deepclust-{index.fingerprint}"
     left, size = threading.Event(), -1
     with ThreadPoolExecutor(1) as pool:

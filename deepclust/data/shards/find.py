@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,7 +24,8 @@ from deepclust.errors import DataError
 
 __all__ = ["Shards", "beside", "common_folder", "described", "expand", "is_folder"]
 
-Shards: TypeAlias = str | Path | Sequence[str | Path]
+# a mapping gives sources weights
+Shards: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
@@ -46,7 +47,7 @@ def expand(shards: Shards) -> list[Source]:
     Raises DataError when nothing matches, a shard is missing or unreachable, two shards share a
     base name, or a pipe is given.
     """
-    sources = [source for text in _texts(shards) for source in _expand_one(text)]
+    sources = [source for text in texts(shards) for source in _expand_one(text)]
     if not sources:
         raise DataError("data.shards is an empty list. Give a folder, or a pattern.")
     if len({isinstance(source, Url) for source in sources}) > 1:
@@ -56,12 +57,12 @@ def expand(shards: Shards) -> list[Source]:
 
 def described(shards: Shards) -> str:
     """Return what was given as shards for a message, without the secrets of URLs."""
-    return listed(map(redact, _texts(shards)))
+    return listed(map(redact, texts(shards)))
 
 
 def is_remote(shards: Shards) -> bool:
     """Return whether some of the shards are behind a URL."""
-    return any(map(is_url, _texts(shards)))
+    return any(map(is_url, texts(shards)))
 
 
 def is_folder(shards: Shards) -> bool:
@@ -72,13 +73,14 @@ def is_folder(shards: Shards) -> bool:
 def beside(shards: Shards) -> Tally:
     """Count what lies in the given folders, looks like a shard, and is not read."""
     left = Tally()
-    for text in _texts(shards):
+    for text in texts(shards):
         if not is_url(text) and Path(text).is_dir():
             _count_beside(Path(text), left)
     return left
 
 
-def _texts(shards: Shards) -> list[str]:
+def texts(shards: Shards) -> list[str]:
+    """Return what was given, as a list."""
     return [os.fspath(one) for one in ([shards] if isinstance(shards, str | Path) else shards)]
 
 
@@ -126,6 +128,13 @@ def _in_folder(folder: Path) -> list[Path]:
     if not shards:
         raise DataError(f"no shards (*.tar) in {folder}. {_advice(names)}")
     return shards
+
+
+def has_shards(folder: Path) -> bool:
+    """Return whether a folder, or one below it, holds a *.tar."""
+    names = (entry.name for entry in _entries(folder))
+    in_it = any(name.lower().endswith(".tar") for name in names)
+    return in_it or next(_nested(folder), None) is not None
 
 
 def _nested(folder: Path, most: int | None = None) -> Iterator[Path]:
@@ -181,7 +190,7 @@ def _advice(names: list[str]) -> str:
     if compressed:
         program = _UNPACK[Path(compressed[0]).suffix]
         return f"Unpack the compressed ones first, for example `{program} {compressed[0]}`."
-    return "`deepclust pack SOURCE OUT` makes shards from an image folder or a data set."
+    return "There are no images either. `deepclust pack SOURCE OUT` makes shards of archives."
 
 
 def _matches(pattern: str) -> Iterator[Path]:
@@ -228,6 +237,14 @@ def _missing(name: str, pattern: str) -> DataError:
         f"no shard {name}{of}. Give a folder of *.tar, or a pattern like "
         "'dir/train-{000000..000009}.tar'."
     )
+
+
+def choices(text: str) -> list[str]:
+    """Return the paths that a pattern with braces makes, or the path that is there as it is."""
+    try:
+        return [text] if is_url(text) or Path(text).exists() else _capped(text)
+    except (OSError, ValueError):
+        return [text]
 
 
 def _capped(pattern: str) -> list[str]:

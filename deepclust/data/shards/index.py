@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
+from deepclust.data.loose.find import places_of
 from deepclust.data.shards import index_build, summary
 from deepclust.data.shards.check import (
     LabelsChangedError,
@@ -170,6 +171,10 @@ def open_index(
     Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
     damaged, and whatever `build_index` raises.
     """
+    if (places := places_of(shards, index)) is not None:
+        from deepclust.data.loose.index import open_files  # it imports this file
+
+        return open_files(places, index, Fields(image, labels), build=build)
     sources, fields = expand(shards), fields_from(image, labels)
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
@@ -207,6 +212,11 @@ def build_index(
     Raises DataError for broken shards (see `scan.scan`) and when no sample has an image. Raises
     DiskError when the index cannot be written.
     """
+    if (places := places_of(shards, index)) is not None:
+        from deepclust.data.loose.index import build_files  # it imports this file
+
+        asked = Fields(image, labels)
+        return build_files(places, index, asked, verify=verify, bodies=bodies)
     sources, fields = expand(shards), fields_from(image, labels)
     folder = _place(shards, sources, fields, index)
     if not verify:

@@ -51,6 +51,8 @@ class Manifest(TypedDict):
     classes: NotRequired[list[str]]  # the names of the labels, if the shards have names
     left_out: NotRequired[dict[str, dict[str, Any]]]  # reason: count and examples
     unlabelled: NotRequired[dict[str, dict[str, Any]]]
+    told: NotRequired[list[str]]  # what else to know, in sentences
+    files: NotRequired[dict[str, Any]]  # of image files: the digest of all paths, and their count
     columns: NotRequired[dict[str, dict[str, Any]]]  # file: bytes and hash
     seal: NotRequired[str]
 
@@ -163,9 +165,12 @@ def _why_extras_wrong(manifest: dict[str, Any]) -> str:
     )
     if not all(isinstance(name, str) for name in names) or set(fields) - {"image", "labels"}:
         return "its fields make no sense"
-    classes = manifest.get("classes", [])
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "its classes make no sense"
+    for part in ("classes", "told"):
+        texts = manifest.get(part, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return f"its {part} make no sense"
+    if not isinstance(manifest.get("files", {}), dict):
+        return "its files make no sense"
     for part in ("left_out", "unlabelled", "columns"):
         value = manifest.get(part, {})
         if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
