@@ -83,6 +83,11 @@ class FileIndex(Index):
         return f"{self.paths[sample]}, key {self.keys[sample]!r}"
 
     @property
+    def origin(self) -> str:
+        """Where the images lie, for messages."""
+        return _shown(self.places)
+
+    @property
     def source_ids(self) -> Int64[np.ndarray, " n"]:
         """The number of what was given as `data.shards` that each sample comes from."""
         sources = np.array([place.source for place in self.places], np.int64)

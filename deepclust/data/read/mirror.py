@@ -76,8 +76,7 @@ def mirror_shards(
                 wait([work], timeout=_SYNC_S)
         finally:
             left.set()
-    paths: list[Source] = [mirror_dir / shard.name for shard in index.shards]
-    return Index(index.folder, paths, index.manifest)
+    return index.copied_to([mirror_dir / shard.name for shard in _indexed(index)])
 
 
 def _state(work: Future[None], stopping: Callable[[], bool]) -> int:
@@ -113,21 +112,23 @@ def copy_all(index: Index, mirror_dir: Path, stopped: Callable[[], bool] = remot
 
 @dataclass(frozen=True)
 class _Indexed:
-    """A shard as the index knows it: source, size in bytes, and digest of its members."""
+    """A shard as the index knows it: source, size in bytes, and digest of its members.
+
+    `name` is the base name of its copy.
+    """
 
     source: Source
     size: int
     digest: str
-
-    @property
-    def name(self) -> str:
-        """The base name of its copy."""
-        return self.source.name
+    name: str
 
 
 def _indexed(index: Index) -> list[_Indexed]:
     pairs = zip(index.shards, index.manifest["shards"], strict=True)
-    return [_Indexed(source, entry["size"], entry["digest"]) for source, entry in pairs]
+    return [
+        _Indexed(source, entry["size"], entry["digest"], entry["name"].replace("/", "%2F"))
+        for source, entry in pairs
+    ]
 
 
 def _missing(shards: list[_Indexed], mirror_dir: Path) -> list[_Indexed]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from deepclust.data.shards.manifest import (
     damaged,
     scanned_fields,
 )
-from deepclust.data.shards.scan import Scan, scan_all, size_of
-from deepclust.data.shards.url import Source
+from deepclust.data.shards.scan import Scan, named, scan_all, size_of
+from deepclust.data.shards.url import Source, names_of
 from deepclust.errors import DataError
 from deepclust.files import file_hash
 
@@ -108,7 +108,8 @@ def check_shards(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> 
     Raises DataError that names the first shard that differs, and `LabelsChangedError`.
     """
     indexed = {entry["name"]: entry["size"] for entry in manifest["shards"]}
-    sizes = {shard.name: size_of(shard) for shard in shards}
+    names = names_of(shards)
+    sizes = {name: size_of(shard) for name, shard in zip(names, shards, strict=True)}
     for name in sorted(indexed.keys() | sizes.keys()):
         if name not in sizes:
             raise changed(folder, f"{name} is gone")
@@ -116,7 +117,7 @@ def check_shards(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> 
             raise changed(folder, f"{name} is new")
         if indexed[name] != sizes[name]:
             raise changed(folder, f"{name} had {indexed[name]} bytes and now has {sizes[name]}")
-    _check_newer(folder, manifest, [shard for shard in shards if isinstance(shard, Path)])
+    _check_newer(folder, manifest, dict(zip(names, shards, strict=True)))
 
 
 def verify(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> None:
@@ -124,10 +125,11 @@ def verify(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> None:
 
     Raises DataError that says whether the index or a shard is at fault.
     """
-    verify_rows(folder, manifest, scan_all(shards, scanned_fields(manifest)))
+    scans = scan_all(shards, scanned_fields(manifest))
+    verify_rows(folder, manifest, named(scans, names_of(shards)))
     for shard, entry in zip(shards, manifest["shards"], strict=True):
         if "bodies" in entry and hash_shard(shard) != entry["bodies"]:
-            raise changed(folder, f"{shard.name} has the same members, but other bytes in them")
+            raise changed(folder, f"{entry['name']} has the same members, but other bytes in them")
 
 
 def verify_rows(folder: Path, manifest: Manifest, scans: Iterable[Scan]) -> None:
@@ -213,17 +215,18 @@ class _Rows:
         return damaged(self.folder, f"{file} has other rows than {one.name}, which is as indexed")
 
 
-def _check_newer(folder: Path, manifest: Manifest, paths: list[Path]) -> None:
+def _check_newer(folder: Path, manifest: Manifest, shards: Mapping[str, Source]) -> None:
     """Read the headers and labels of shards that were written after the index.
 
     A tar is padded to 10 KiB, so one with other members can have the same size. The time only
     decides when to read: a copy passes, and the index is then marked as newer than the copy.
     """
     indexed = (folder / MANIFEST).stat().st_mtime_ns
-    newer = [path for path in paths if path.stat().st_mtime_ns > indexed]
+    paths = {name: shard for name, shard in shards.items() if isinstance(shard, Path)}
+    newer = {name: path for name, path in paths.items() if path.stat().st_mtime_ns > indexed}
     if not newer:
         return
-    scans = scan_all(newer, scanned_fields(manifest))
+    scans = named(scan_all(list(newer.values()), scanned_fields(manifest)), newer)
     check_members(folder, manifest, scans, _Rows(folder, manifest).check_labels)
     # A read-only index keeps its time, and the headers are read at every start.
     with contextlib.suppress(OSError):

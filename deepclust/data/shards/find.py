@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from deepclust.data.shards import remote
 from deepclust.data.shards.left_out import Tally, listed
-from deepclust.data.shards.url import Source, Url, common_folder, is_url, redact
+from deepclust.data.shards.url import Source, Url, common_folder, is_url, names_of, redact
 from deepclust.errors import DataError
 
 __all__ = ["Shards", "beside", "common_folder", "described", "expand", "is_folder"]
@@ -42,17 +42,25 @@ def expand(shards: Shards) -> list[Source]:
     A pattern has braces, "dir/train-{000000..000009}.tar", or is a glob, "dir/**/*.tar". Of a
     folder these are its *.tar, or if it has none, those of its subfolders. A URL that ends in .tar
     is a shard, any other URL a folder that the storage lists. Sizes of URLs are requested here.
-    Shards are ordered by base name, so moving the folder changes no sample id.
+    Shards are ordered by name (`url.names_of`), so moving the folder changes no sample id.
 
-    Raises DataError when nothing matches, a shard is missing or unreachable, two shards share a
-    base name, or a pipe is given.
+    Raises DataError when nothing matches, a shard is missing, unreachable or given twice, two URLs
+    share a base name, or a pipe is given.
     """
-    sources = [source for text in texts(shards) for source in _expand_one(text)]
-    if not sources:
+    return [shard for shard, _ in numbered(shards)]
+
+
+def numbered(shards: Shards) -> list[tuple[Source, int]]:
+    """Return what `expand` does, each with the number of what it was given by."""
+    given = enumerate(texts(shards))
+    pairs = [(shard, number) for number, text in given for shard in _expand_one(text)]
+    if not pairs:
         raise DataError("data.shards is an empty list. Give a folder, or a pattern.")
-    if len({isinstance(source, Url) for source in sources}) > 1:
+    if len({isinstance(shard, Url) for shard, _ in pairs}) > 1:
         raise DataError(f"{described(shards)}: give either paths or URLs, not both.")
-    return _with_unique_names(sources)
+    names = names_of([shard for shard, _ in pairs])
+    _check_unique(names, [shard for shard, _ in pairs])
+    return [pairs[i] for i in sorted(range(len(pairs)), key=names.__getitem__)]
 
 
 def described(shards: Shards) -> str:
@@ -282,13 +290,14 @@ def _choices(inside: str) -> Iterator[str]:
         yield str(number).zfill(len(first))
 
 
-def _with_unique_names(shards: Sequence[Source]) -> list[Source]:
-    counts = Counter(shard.name for shard in shards)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        where = listed(str(shard) for shard in shards if shard.name == twice[0])
-        raise DataError(
-            f"two shards are called {twice[0]} ({where}), but a shard's base name must be unique. "
-            "Rename one."
-        )
-    return sorted(shards, key=lambda shard: shard.name)
+def _check_unique(names: Sequence[str], shards: Sequence[Source]) -> None:
+    name, count = Counter(names).most_common(1)[0]
+    if count == 1:
+        return
+    places = {str(shard) for shard, its in zip(shards, names, strict=True) if its == name}
+    if len(places) == 1:
+        raise DataError(f"shard {min(places)} is given {count} times. Give every shard once.")
+    raise DataError(
+        f"two shards are called {name} ({listed(sorted(places))}), but behind URLs a shard's base "
+        "name must be unique. Rename one."
+    )

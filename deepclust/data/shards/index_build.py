@@ -41,8 +41,8 @@ from deepclust.data.shards.manifest import (
     read_manifest,
     seal,
 )
-from deepclust.data.shards.scan import Scan, scan, scan_all
-from deepclust.data.shards.url import Source, Url, common_folder
+from deepclust.data.shards.scan import Scan, named, scan, scan_all
+from deepclust.data.shards.url import Source, Url, common_folder, names_of
 from deepclust.errors import DataError, DiskError
 from deepclust.files import atomic_folder, file_hash, write_json
 
@@ -68,7 +68,7 @@ def write(
 
     def fill_all(partial: Path) -> None:
         scans, used = _scans(shards, fields)
-        manifest = fill(partial, scans, used, beside)
+        manifest = fill(partial, named(scans, names_of(shards)), used, beside)
         manifest["fields"] = fields._asdict()
         if used != fields:
             manifest["image_field"] = used.image

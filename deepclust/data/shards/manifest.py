@@ -25,8 +25,9 @@ LARGEST_MANIFEST = 1 << 30  # bytes
 
 
 class ShardEntry(TypedDict):
-    """One shard: base name, size in bytes, number of samples, and digest of its members.
+    """One shard: name, size in bytes, number of samples, and digest of its members.
 
+    The name is the base name, or the path below the common folder (`url.names_of`).
     `labels` is the digest of its labels, `bodies` the hash of all its bytes, if that was asked for.
     """
 
@@ -143,7 +144,7 @@ def _is_entry(entry: Any) -> bool:
     name, size, samples = (entry.get(key) for key in ("name", "size", "samples"))
     if (
         not isinstance(name, str)
-        or "/" in name
+        or not {"", ".", ".."}.isdisjoint(name.split("/"))
         or type(size) is not int
         or type(samples) is not int
     ):
