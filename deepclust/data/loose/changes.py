@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepclust.data.loose.files import FilePaths
+from deepclust.data.loose.files import File, FilePaths
 from deepclust.data.loose.find import Place
 from deepclust.data.loose.source import Opened, open_places, roots_of, scan_files
 from deepclust.data.pack.blobs import read_file
@@ -38,7 +38,7 @@ def check_unchanged(folder: Path, manifest: Manifest, places: Sequence[Place]) -
     paths = _paths(folder, manifest, places)
     known = opened.digest == manifest.get("files", {}).get("digest")
     if not known or any(_is_newer(path, indexed) for path in paths):
-        _compare(folder, manifest, opened, [scan for scan, _ in scan_files(opened)])
+        _compare(folder, manifest, opened)
     # An index that is read-only keeps its time, and the files are looked at at every start.
     with contextlib.suppress(OSError):
         os.utime(folder / MANIFEST)
@@ -47,9 +47,7 @@ def check_unchanged(folder: Path, manifest: Manifest, places: Sequence[Place]) -
 def verify_files(folder: Path, manifest: Manifest, places: Sequence[Place]) -> None:
     """Look at every file again and compare all rows, and bytes where they were hashed."""
     opened = open_places(places, fields_of(manifest).labels)
-    scans = [scan for scan, _ in scan_files(opened)]
-    _compare(folder, manifest, opened, scans)
-    verify_rows(folder, manifest, scans)
+    verify_rows(folder, manifest, _compare(folder, manifest, opened))
     hashes = hash_images(manifest, _paths(folder, manifest, places))
     for entry in manifest["shards"]:
         if "bodies" in entry and next(hashes) != entry["bodies"]:
@@ -70,31 +68,35 @@ def hash_images(manifest: Manifest, paths: FilePaths) -> Iterator[str]:
         yield digest.hexdigest()
 
 
-def _compare(folder: Path, manifest: Manifest, opened: Opened, scans: Sequence[Scan]) -> None:
+def _compare(folder: Path, manifest: Manifest, opened: Opened) -> list[Scan]:
+    """Scan all files, and raise unless members and labels are those of the manifest."""
+    pairs = list(scan_files(opened))
+    scans = [scan for scan, _ in pairs]
     entries = [entry_of(one) for one in scans]
     if fingerprint(entries) != manifest["fingerprint"]:
-        raise changed(folder, _difference(folder, manifest, opened))
+        now = {file for _, files in pairs for file in files}
+        raise changed(folder, _difference(folder, manifest, opened.places, now))
     labels = [(one["name"], one.get("labels")) for one in entries]
     before = [(one["name"], one.get("labels")) for one in manifest["shards"]]
     if labels != before or opened.images.labels.names != manifest.get("classes"):
         raise labels_changed(folder, str(opened.places[0].path))
+    return scans
 
 
-def _difference(folder: Path, manifest: Manifest, opened: Opened) -> str:
-    """Return which files are gone, new, or of another size, or whose labels have another length."""
-    paths = _paths(folder, manifest, opened.places)
+def _difference(folder: Path, manifest: Manifest, places: Sequence[Place], now: set[File]) -> str:
+    """Return which files are gone, new, or of another size, or that the labels are others."""
+    paths = _paths(folder, manifest, places)
     indexed = {paths.file(i) for i in range(len(paths))}
-    now = set(opened.files())
-    for what, names in (("gone", indexed - now), ("new", now - indexed)):
-        # some that are new may have been there, and were left out
-        if names and (what == "gone" or len(now) != manifest.get("files", {}).get("count")):
-            return f"{listed(sorted(name.path for name in names))} is {what}"
+    for what, files in (("gone", indexed - now), ("new", now - indexed)):
+        if files:
+            names = listed(sorted(file.path for file in files))
+            return f"{names} {'is' if len(files) == 1 else 'are'} {what}"
     sizes = load_column(folder, "sizes", len(paths))
     for i, path in enumerate(paths):
         with contextlib.suppress(OSError):
             if (size := path.stat().st_size) != sizes[i] and path.suffix.lower() in COPIED:
                 return f"{path} had {sizes[i]} bytes and now has {size}"
-    return f"{listed(map(str, [p.path for p in opened.places]))} have other files or labels"
+    return f"{listed(str(place.path) for place in places)} have other labels"
 
 
 def _paths(folder: Path, manifest: Manifest, places: Sequence[Place]) -> FilePaths:

@@ -54,6 +54,8 @@ def _holds_files(text: str) -> bool:
                 f"shards of it: `deepclust pack {path} OUT`. A tar of shards is unpacked first."
             )
         return path.name.lower().endswith(LISTS) and path.is_file()
+    except DataError:  # a ValueError, too
+        raise
     except (OSError, ValueError):
         return False  # `find.expand` says what is wrong
 

@@ -145,7 +145,7 @@ def write(
         )
         names, packer = opened.images.labels.names, opened.images.packer
         manifest["fields"] = Fields(labels=labels)._asdict()
-        manifest["files"] = {"digest": opened.digest, "count": sum(1 for _ in opened.files())}
+        manifest["files"] = {"digest": opened.digest}
         manifest["left_out"] = packer.left.with_examples()
         warnings = [line for line in describe(opened.images.labels) if line.startswith(_WARNING)]
         told = [line.removeprefix(_WARNING) for line in warnings]

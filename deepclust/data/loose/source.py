@@ -70,10 +70,6 @@ class Opened:
         """The folders that were listed, each with the number of its place."""
         return [(i, folder) for i, part in enumerate(self.parts) for folder in part.walked]
 
-    def files(self) -> Iterator[File]:
-        """Yield all files, also those that are left out."""
-        return (File(i, file) for i, part in enumerate(self.parts) for file in part.files)
-
 
 def open_places(places: Sequence[Place], labels: str) -> Opened:
     """Open folders and lists with the labels that `data.labels` asks for."""

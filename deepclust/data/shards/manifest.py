@@ -53,7 +53,7 @@ class Manifest(TypedDict):
     left_out: NotRequired[dict[str, dict[str, Any]]]  # reason: count and examples
     unlabelled: NotRequired[dict[str, dict[str, Any]]]
     told: NotRequired[list[str]]  # what else to know, in sentences
-    files: NotRequired[dict[str, Any]]  # of image files: the digest of all paths, and their count
+    files: NotRequired[dict[str, Any]]  # of image files: the digest of all paths and labels
     columns: NotRequired[dict[str, dict[str, Any]]]  # file: bytes and hash
     seal: NotRequired[str]
 
