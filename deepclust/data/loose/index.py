@@ -1,7 +1,7 @@
 """The index of image files that are read where they lie: the door for folders and lists.
 
-It is the index of the shards that `pack` would make of them, with the paths of the files beside its
-columns, and offset 0 for each image. The names of its shards are those that `pack` would give.
+It is the index of the shards that `pack` would make of them. The paths of the files are beside its
+columns, and the offset of each image is 0. The names of its shards are those that `pack` would give.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def write(
         manifest["files"] = {"digest": opened.digest}
         manifest["left_out"] = packer.left.with_examples()
         warnings = [line for line in describe(opened.images.labels) if line.startswith(_WARNING)]
-        told = [line.removeprefix(_WARNING) for line in warnings]
-        manifest["told"] = [*told, *packer.notes.lines()]
+        notes = [line.removeprefix(_WARNING) for line in warnings]
+        manifest["notes"] = [*notes, *packer.notes.lines()]
         if names is not None:
             manifest["classes"] = names
         if bodies:

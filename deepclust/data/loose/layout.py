@@ -1,7 +1,7 @@
 """The shard that `pack` would write of some images: its size, digest and rows, not its bytes.
 
 So images in a folder have the sample ids, labels and fingerprint of the shards that are made of
-them, and a run goes on from one to the other. `pack/write.py` has the writer, `shards/scan.py` the
+them. A run goes on from one to the other. `pack/write.py` has the writer, `shards/scan.py` the
 reader.
 """
 
@@ -19,7 +19,7 @@ from deepclust.data.shards.header import BLOCK
 from deepclust.data.shards.left_out import Tally
 from deepclust.data.shards.scan import Scan
 
-_LONGEST_NAME = 100  # letters that fit into a header; a longer name has a header of its own
+_LONGEST_NAME = 100  # letters that fit into a header; a longer name has a second header
 _RECORD = 20 * BLOCK  # what the size of a tar is a multiple of
 _END = 2 * BLOCK
 _EMPTY = "image of 0 bytes"

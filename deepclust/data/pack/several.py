@@ -1,7 +1,7 @@
 """Several sources as one: their images follow each other, their classes meet by name.
 
 Keys stay as they are in each source. Where two sources have a key in common, every key begins with
-its source's name, so that a sample can still be told from all others.
+its source's name, so that no two samples have one key.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Manifest(TypedDict):
     classes: NotRequired[list[str]]  # the names of the labels, if the shards have names
     left_out: NotRequired[dict[str, dict[str, Any]]]  # reason: count and examples
     unlabelled: NotRequired[dict[str, dict[str, Any]]]
-    told: NotRequired[list[str]]  # what else to know, in sentences
+    notes: NotRequired[list[str]]  # what else to know, in sentences
     files: NotRequired[dict[str, Any]]  # of image files: the digest of all paths and labels
     columns: NotRequired[dict[str, dict[str, Any]]]  # file: bytes and hash
     seal: NotRequired[str]
@@ -166,7 +166,7 @@ def _why_extras_wrong(manifest: dict[str, Any]) -> str:
     )
     if not all(isinstance(name, str) for name in names) or set(fields) - {"image", "labels"}:
         return "its fields make no sense"
-    for part in ("classes", "told"):
+    for part in ("classes", "notes"):
         texts = manifest.get(part, [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return f"its {part} make no sense"
