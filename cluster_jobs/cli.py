@@ -128,16 +128,16 @@ def demo(
 @app.command(
     epilog=_examples(
         "pack photos shards --workers 8",
-        "pack photos.zip shards --classes last",
+        "pack photos.zip more/ shards --classes last",
         "pack labels.csv shards --range 0:4095",
         "pack idx:fashion/train shards",
     )
 )
 def pack(
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            help="A folder of images; a list (.txt, .csv) or .parquet of them; a .zip or .tar.gz; "
+            help="Folders of images; lists (.txt, .csv) or .parquet of them; a .zip or .tar.gz; "
             "idx:DIR/train; torchvision:NAME:SPLIT@DIR."
         ),
     ],
@@ -164,7 +164,7 @@ def pack(
 
     shape = {"resize_short": resize_short, "shard_size": shard_size}
     rules = {"classes": classes, "range": range_}
-    index = pack_images(source, out, emit=_log, workers=workers, seed=seed, **shape, **rules)
+    index = pack_images(sources, out, emit=_log, workers=workers, seed=seed, **shape, **rules)
     _log(f"{len(index)} samples in {len(index.shards)} shards: {out}")
 
 
@@ -173,12 +173,16 @@ def pack(
         "index shards",
         "index 's3://bucket/train-{000..146}.tar' --index i",
         "index 'shards/**/*.tar' --image input.jpg --labels json.class",
+        "index photos --labels last",
     )
 )
 def index(
     shards: Annotated[
         list[str],
-        typer.Argument(help="Folders of tar shards, patterns with {0..9} or *, or URLs."),
+        typer.Argument(
+            help="Folders of tar shards, patterns with {0..9} or *, URLs; or folders and lists of "
+            "image files."
+        ),
     ],
     verify: Annotated[
         bool,
@@ -193,10 +197,14 @@ def index(
     ] = None,
     image: Annotated[str, typer.Option(help="As data.image: auto, or input.jpg.")] = "auto",
     labels: Annotated[
-        str, typer.Option(help="As data.labels: auto, none, folder, cls, json.KEY.")
+        str,
+        typer.Option(
+            help="As data.labels: auto, none, folder, cls, json.KEY; of image files auto, none, "
+            "first, last, full, or a file of class names."
+        ),
     ] = "auto",
 ) -> None:
-    """Index WebDataset shards of any origin, and say what is left out."""
+    """Index WebDataset shards of any origin, or image files, and say what is left out."""
     from deepclust.data.shards import summary
     from deepclust.data.shards.index import build_index
 
@@ -419,8 +427,12 @@ def train(run_dir: RunDir) -> None:
 @app.command(epilog=_examples("evaluate runs/a --train shards/train --test shards/test"))
 def evaluate(
     run_dir: RunDir,
-    train_shards: Annotated[str, typer.Option("--train", help="The labelled shards to fit on.")],
-    test_shards: Annotated[str, typer.Option("--test", help="The labelled shards to score on.")],
+    train_shards: Annotated[
+        str, typer.Option("--train", help="The labelled shards, or images, to fit on.")
+    ],
+    test_shards: Annotated[
+        str, typer.Option("--test", help="The labelled shards, or images, to score on.")
+    ],
     with_: Annotated[
         str | None,
         typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),

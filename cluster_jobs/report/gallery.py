@@ -17,7 +17,7 @@ from PIL import Image
 
 from cluster_jobs.results.assignments import open_clustered, seeded_classes
 from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.read.shard_files import ShardFiles
+from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.run.directory import Run
@@ -178,7 +178,7 @@ def _thumbnails(
 
 
 def _read(index: Index, sample_id: int) -> bytes:
-    files = ShardFiles(index.shards, patience_s=2.0)
+    files = open_images(index, patience_s=2.0)
     try:
         return files.read(*(int(column[0]) for column in index.locate(np.array([sample_id]))))
     finally:

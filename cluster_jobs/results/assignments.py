@@ -20,6 +20,8 @@ from jaxtyping import Float32, Int32
 
 from cluster_jobs.results.shards import open_own
 from cluster_jobs.terminal import visible
+from deepclust.data.loose.index import FileIndex
+from deepclust.data.pack.names import storable
 from deepclust.data.shards.find import described
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError, RunDiffersError
@@ -44,6 +46,7 @@ SCHEMA = pa.schema(
     }
 )
 SEEDED = SCHEMA.append(pa.field("class", pa.string()))
+_PATH = pa.field("path", pa.string())
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and the wide forms of Asian keyboards
 REASON_LOST = "not in the round that these assignments were taken over from"
@@ -65,6 +68,7 @@ def export_assignments(
         distance           squared L2 to the own centroid, in the whitened space
         reason             why a sample is excluded
         class              of the cluster's prototype (in seeded rounds only)
+        path               of the image file (where images are files of their own)
 
     In a .csv file, texts are changed where a spreadsheet would run them (`safe_cells`). A .parquet
     file has them as they are.
@@ -82,7 +86,7 @@ def export_assignments(
     with (
         open_clustered(run, number, remote=remote) as index,
         atomic_file(file) as partial,
-        WRITERS[out.suffix](partial, schema) as writer,
+        WRITERS[out.suffix](partial, _with_paths(schema, index)) as writer,
     ):
         for batch in _batches(run, number, index):
             writer.write_batch(batch if out.suffix != ".csv" else safe_cells(batch))
@@ -189,15 +193,26 @@ def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:
     distances = read_array(stage, "distances.npy", dims=2)
     reasons = exclusions(run, number, index)
     keys, classes = iter(index.keys), seeded_classes(run, number)
-    for shard, path in enumerate(index.shards):
+    for shard, name in enumerate(index.names):
         first, last = index.bases[shard : shard + 2].tolist()
-        names = list(islice(keys, last - first))
+        names, paths = list(islice(keys, last - first)), _paths(index, first, last)
         for head in range(len(assignments)):
             clusters, squared = assignments[head, first:last], distances[head, first:last]
-            batch = _batch(first, path.name, names, head, clusters, squared, reasons)
+            batch = _batch(first, name, names, head, clusters, squared, reasons)
             if classes is not None:
                 batch = batch.append_column("class", pa.array(classes[clusters], pa.string()))
-            yield batch
+            yield batch if paths is None else batch.append_column("path", paths)
+
+
+def _with_paths(schema: pa.Schema, index: Index) -> pa.Schema:
+    return schema.append(_PATH) if isinstance(index, FileIndex) else schema
+
+
+def _paths(index: Index, first: int, last: int) -> pa.Array | None:
+    """Return the paths of image files as text, or None for shards."""
+    if not isinstance(index, FileIndex):
+        return None
+    return pa.array([storable(str(path)) for path in index.paths[first:last]], pa.string())
 
 
 def _batch(

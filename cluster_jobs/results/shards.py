@@ -65,13 +65,13 @@ def open_own(run: Run, *, only_read: bool = False, remote: bool = True) -> Itera
 
 
 def _are_own(shards: Shards, run: Run) -> bool:
-    """Return whether these are the run's shards, by name or by folder."""
+    """Return whether these are the run's shards, by name, or by what is there."""
     own = run.recipe.data.shards
     if str(shards) == str(own):
         return True
     if not isinstance(own, str) or not isinstance(shards, str | Path):
         return False
-    return os.path.isdir(shards) and os.path.isdir(own) and os.path.samefile(shards, own)
+    return os.path.exists(shards) and os.path.exists(own) and os.path.samefile(shards, own)
 
 
 def _open_elsewhere(shards: Shards, run: Run, stack: contextlib.ExitStack) -> Index:

@@ -14,10 +14,11 @@ that draw as it was meant, mode "exact" has the quotas exact. `tools/bench/sampl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int, Int64, Integer, UInt32
+from jaxtyping import Bool, Float64, Int, Int64, Integer, UInt32
 
 from deepclust.data.shuffle import LIMIT, random_order
 from deepclust.errors import DataError, RecipeError
@@ -49,6 +50,7 @@ class EpochPlan:
         mode: str = "exact",
         blocks: Int[np.ndarray, " blocks_plus_1"] | None = None,
         purpose: str = "epoch",
+        weights: Sequence[float] | None = None,
     ) -> EpochPlan:
         """Plan one epoch, or one round: `steps` batches, by default all that the data fills.
 
@@ -57,6 +59,8 @@ class EpochPlan:
         (`blocks`: `index.bases`). Each step takes equal parts of all lanes, so lanes must divide
         the batch. A rank reads only its own lanes if the ranks divide them. `epoch` is the key
         of the draw within its `purpose`: a round that is cut by steps passes its own number.
+        `weights` (positive, by cluster id) give the clusters other shares of the draws than equal
+        ones. They sum up exactly, and each is less than one draw away from its proportion.
 
         Raises `RecipeError` for a batch, lanes or mode that cannot be. Raises `DataError` if there
         are no assigned samples, or fewer than a batch and `steps` is not given.
@@ -67,7 +71,8 @@ class EpochPlan:
         if steps is None:
             steps = _whole_batches(int(np.count_nonzero(cluster_ids >= 0)), global_batch)
         key = (seed, "plan", purpose, epoch)
-        draws = _draw(cluster_ids, steps * global_batch, mode, key)
+        shares = None if weights is None else _shares(cluster_ids, weights)
+        draws = _draw(cluster_ids, steps * global_batch, mode, key, shares)
         if lanes is None:
             shuffled = draws[_order(_ONE_GROUP, len(draws), key)]
             return cls(shuffled.astype(np.int64), steps, global_batch)
@@ -179,14 +184,36 @@ class _Members:
         return np.diff(self.starts)
 
 
+def _shares(
+    cluster_ids: Integer[np.ndarray, " n"], weights: Sequence[float]
+) -> Float64[np.ndarray, " clusters"]:
+    """Return the weights of the non-empty clusters, or raise `RecipeError` for wrong ones."""
+    present = np.unique(cluster_ids[cluster_ids >= 0])
+    given: Float64[np.ndarray, " clusters"] = np.asarray(weights, np.float64)
+    if given.ndim != 1 or not (np.isfinite(given) & (given > 0)).all():
+        raise RecipeError("weights must be a list of positive numbers")
+    if len(present) and present[-1] >= len(given):
+        raise RecipeError(f"{len(given)} weights, but cluster ids reach {present[-1]}")
+    shares: Float64[np.ndarray, " clusters"] = given[present]
+    return shares
+
+
 def _draw(
-    cluster_ids: Integer[np.ndarray, " n"], total: int, mode: str, key: tuple
+    cluster_ids: Integer[np.ndarray, " n"],
+    total: int,
+    mode: str,
+    key: tuple,
+    shares: Float64[np.ndarray, " clusters"] | None = None,
 ) -> UInt32[np.ndarray, " total"]:
     if total >= LIMIT:
         raise RecipeError(f"{total:,} draws in one plan: it takes at most {LIMIT - 1:,}")
     members = _members(cluster_ids, derive(*key, "members"))
-    draw = _exact_draw if mode == "exact" else _paper_draw
-    return draw(members, total, key)
+    if mode == "paper" and shares is None:
+        return _paper_draw(members, total, key)
+    rng = generator(*key, "quota")
+    if shares is None:
+        return _exact_draw(members, _quota(len(members.sizes), total, rng))
+    return _exact_draw(members, _quota_by_shares(shares, total, rng))
 
 
 def _members(cluster_ids: Integer[np.ndarray, " n"], key: int) -> _Members:
@@ -199,8 +226,9 @@ def _members(cluster_ids: Integer[np.ndarray, " n"], key: int) -> _Members:
     return _Members(order[:valid], np.concatenate([[0], changes, [valid]]))
 
 
-def _exact_draw(members: _Members, total: int, key: tuple) -> UInt32[np.ndarray, " total"]:
-    quota = _quota(len(members.sizes), total, generator(*key, "quota"))
+def _exact_draw(
+    members: _Members, quota: Int64[np.ndarray, " clusters"]
+) -> UInt32[np.ndarray, " total"]:
     copies, extra = np.divmod(quota, members.sizes)
     counts = np.repeat(copies.astype(np.uint32), members.sizes)
     counts += _are_among_first(extra, members)
@@ -211,6 +239,21 @@ def _quota(clusters: int, total: int, rng: np.random.Generator) -> Int64[np.ndar
     """Return equal shares of `total`, of which random clusters take the remainder."""
     quota = np.full(clusters, total // clusters, np.int64)
     quota[rng.permutation(clusters)[: total % clusters]] += 1
+    return quota
+
+
+def _quota_by_shares(
+    shares: Float64[np.ndarray, " clusters"], total: int, rng: np.random.Generator
+) -> Int64[np.ndarray, " clusters"]:
+    """Return parts of `total` in proportion to the shares, rounded by the largest remainder.
+
+    Of equal remainders a random one is the larger.
+    """
+    exact = total * (shares / shares.sum())
+    quota: Int64[np.ndarray, " clusters"] = np.floor(exact).astype(np.int64)
+    random = rng.permutation(len(shares))
+    largest = random[np.argsort((quota - exact)[random], kind="stable")]
+    quota[largest[: total - quota.sum()]] += 1
     return quota
 
 

@@ -195,8 +195,8 @@ def _join_classes(
 
 
 def folder_of(index: Index) -> str:
-    """Return where the shards of an index lie, for messages."""
-    return str(index.shards[0].parent)
+    """Return where the images of an index lie, for messages."""
+    return index.origin
 
 
 def check(frozen: Frozen) -> None:

@@ -212,6 +212,9 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         if section is not None:
             path = _absolute(getattr(section, name), is_word=top == "seeds")
             sections[top] = section.model_copy(update={name: path})
+    if os.path.isfile(recipe.data.labels):  # of class names, for image files
+        names = {"labels": os.path.abspath(recipe.data.labels)}
+        sections["data"] = sections["data"].model_copy(update=names)
     return recipe.model_copy(update=sections)
 
 
@@ -242,6 +245,9 @@ def check_changes(run: Run, recipe: Recipe) -> None:
         for key, values in differences(run.recipe, recipe).items()
         if not may_change(key, longer=longer)
     }
+    weights = run.recipe.data.weights, recipe.data.weights
+    if recipe.cluster is None and weights[0] != weights[1]:
+        refused["data.shards, weights"] = weights
     if refused:
         pairs = {key: shown(list(values), key) for key, values in refused.items()}
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in pairs.items())

@@ -39,7 +39,7 @@ from deepclust.run.directory import Run
 from deepclust.run.reporting import PipeReport, Report, log_to
 from deepclust.stages import cluster
 from deepclust.stages.build import Context
-from deepclust.stages.data_index import open_data_index
+from deepclust.stages.data_index import idle_weights, open_data_index
 from deepclust.world import World, close_process_group, join
 
 BEGAN = {"fingerprint": str, "n": int, "shards": int, "read": str}  # of data.json
@@ -64,7 +64,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     torch.set_num_threads(recipe.train.threads or 1)
     index, read = open_data(run, recipe)
     if role.rank == 0 and not run.rounds():
-        for note in index.notes(labels=False):
+        for note in (*index.notes(labels=False), *idle_weights(recipe)):
             report.event("warning", text=note)
     if role.rank == CLUSTER_WORKER:
         device = clustering_device(recipe, role.gpu)

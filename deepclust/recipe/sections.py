@@ -6,6 +6,7 @@ read, checked and printed before it is.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,16 @@ def _checked_cadence(text: str) -> str:
     return text
 
 
+def _checked_weight(source: object, weight: object) -> float:
+    try:
+        value = float(weight) if isinstance(weight, int | float | str) else 0.0
+    except ValueError:
+        value = 0.0
+    if 0 < value < float("inf"):
+        return value
+    raise ValueError(f"the weight of {str(source)!r} is {weight!r}: give a positive number")
+
+
 CadenceText = Annotated[str, AfterValidator(_checked_cadence)]
 
 
@@ -50,6 +61,8 @@ class Section(BaseModel):
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
 
+
+_WEIGHTED = re.compile(r"(.+?):\s*([0-9.]+(?:e[+-]?[0-9]+)?)")
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 
@@ -73,8 +86,9 @@ class LocalCrops(Section):
 class Data(Section):
     """Which images, and how they are cropped and coloured."""
 
-    shards: str | tuple[str, ...] = Field(
-        description="folder of tar shards, pattern ({0..9}, *), URL (s3://), or a list of these"
+    shards: str | tuple[str, ...] | dict[str, float] = Field(
+        description="folder of tar shards or images, list (.csv), pattern ({0..9}, *), URL "
+        "(s3://), a list of these, or their weights {a: 2, b: 1}"
     )
     image: str = Field(
         "auto", min_length=1, description='the image member: auto, or a field such as "input.jpg"'
@@ -120,10 +134,19 @@ class Data(Section):
     @field_validator("shards", mode="before")
     @classmethod
     def _list_as_text(cls, value: object) -> object:
-        """Read "[a, b]", as an override gives it, as a list of paths without quotes."""
-        is_list = isinstance(value, str) and value.startswith("[") and value.endswith("]")
-        if isinstance(value, str) and is_list and not Path(value).exists():
-            return tuple(part.strip() for part in value[1:-1].split(",") if part.strip())
+        """Read "[a, b]" and "{a: 2, b: 1}", as overrides give them, as paths without quotes."""
+        if isinstance(value, dict):
+            return {source: _checked_weight(source, weight) for source, weight in value.items()}
+        if not isinstance(value, str) or Path(value).exists():
+            return value
+        parts = [part.strip() for part in value[1:-1].split(",") if part.strip()]
+        if value.startswith("[") and value.endswith("]"):
+            return tuple(parts)
+        # braces of a pattern have no weight after a colon
+        pairs = [_WEIGHTED.fullmatch(part) for part in parts]
+        if value.startswith("{") and value.endswith("}") and parts and all(pairs):
+            named = ((pair[1].strip("'\""), pair[2]) for pair in pairs if pair)
+            return {source: _checked_weight(source, weight) for source, weight in named}
         return value
 
     @model_validator(mode="after")
@@ -139,6 +162,11 @@ class Data(Section):
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         return self
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights of the sources, if they have some."""
+        return tuple(self.shards.values()) if isinstance(self.shards, dict) else None
 
     @property
     def short_side(self) -> int:

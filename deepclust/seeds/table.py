@@ -262,8 +262,8 @@ def _stretches(index: Index, keys: int, by_shard: bool) -> Iterator[tuple[int, p
     """Yield first sample id and keys of stretches of shards, about the length of the table."""
     wanted, held, base = min(STRETCH, max(keys, STRETCH // 4)), [], 0
     keys_of = read_keys(index.folder, range(len(index.shards)))
-    for number, (shard, own) in enumerate(zip(index.shards, keys_of, strict=True)):
-        held.append(_in_shard(pa.scalar(shard.name), own) if by_shard else own)
+    for number, (shard, own) in enumerate(zip(index.names, keys_of, strict=True)):
+        held.append(_in_shard(pa.scalar(shard), own) if by_shard else own)
         end = int(index.bases[number + 1])
         if end - base >= wanted or end == len(index):
             chunks = [chunk for column in held for chunk in column.chunks]
@@ -285,7 +285,7 @@ def _note_unknown(
     first = [keys[int(i)].as_py() for i in np.flatnonzero(~known)[:SHOWN]]
     text = f"{path}: {int((~known).sum())} of {len(known)} keys are not in data.shards: {first}"
     if not known.any():
-        shard, example, folder = index.shards[0].name, shown(index.keys[0]), index.folder
+        shard, example, folder = index.names[0], shown(index.keys[0]), index.folder
         column = f" The column shard must hold file names such as {shard}." if by_shard else ""
         raise DataError(
             f"{text}. A key is the name of a sample's files in the tar, with its folders and up to "

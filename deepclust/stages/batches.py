@@ -6,13 +6,13 @@ else. So ranks, reader processes, restarts, and where colours are computed make 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int8, Int32, Int64, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.colour import Colour
@@ -43,10 +43,12 @@ class Feed:
     def plan(self, timeline: Timeline, state: State, targets: Targets | None) -> EpochPlan:
         """Plan a segment, uniform over the round's clusters, or over samples without a clustering.
 
+        Without one, sources with weights (`data.shards: {a: 2, b: 1}`) have these shares of it.
         With `seeds.share` every batch has that share of labelled samples, uniform over their
         clusters, or over their classes where nothing is clustered. Head 0 samples.
         """
-        cluster_ids = _usable(self.index) if targets is None else targets.assignments[0]
+        groups, weights = _sources(self.index, self.recipe.data.weights)
+        cluster_ids = groups if targets is None else targets.assignments[0]
         lanes = timeline.lanes if self.read == "block" else None
         build = partial(
             EpochPlan.build,
@@ -56,16 +58,17 @@ class Feed:
             lanes=lanes,
             blocks=self.index.bases,
         )
+        mixed = partial(build, cluster_ids, weights=weights if targets is None else None)
         batch, steps = self.recipe.train.batch, timeline.steps(state)
         part = self._labelled_share(lanes or 1, targets)
         if part == 0:
-            return build(cluster_ids, global_batch=batch, steps=steps)
+            return mixed(global_batch=batch, steps=steps)
         steps = steps or int((cluster_ids >= 0).sum()) // batch
         groups = self._labelled_groups(cluster_ids, targets)
         labelled = build(groups, global_batch=part, steps=steps, purpose="labelled")
         if part == batch:
             return labelled
-        return build(cluster_ids, global_batch=batch - part, steps=steps).mixed(labelled, lanes)
+        return mixed(global_batch=batch - part, steps=steps).mixed(labelled, lanes)
 
     def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
         """Yield this rank's reads, from the step where the run is: a slice of the plan."""
@@ -215,8 +218,19 @@ def _colour(data: Data, number: int, full_size: bool) -> Colour:
     return Colour(data.jitter, data.jitter_p, data.grey, blur_sigma=data.blur_sigma, **chances)
 
 
-def _usable(index: Index) -> Int8[np.ndarray, " n"]:
-    """0 for every sample, -1 for those that the index excludes."""
-    usable = np.zeros(len(index), np.int8)
-    usable[list(index.excluded)] = -1
-    return usable
+def _sources(
+    index: Index, weights: Sequence[float] | None
+) -> tuple[Int32[np.ndarray, " n"], list[float] | None]:
+    """Return the group of every sample, -1 for those that the index excludes, and their weights.
+
+    Without weights all are one group. Sources are numbered by their first samples, so that the
+    order in which a recipe names them makes no difference.
+    """
+    groups = np.zeros(len(index), np.int32)
+    if weights is not None:
+        given, first, number = np.unique(index.source_ids, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        groups = np.argsort(order).astype(np.int32)[number]
+        weights = [weights[i] for i in given[order]]
+    groups[list(index.excluded)] = -1
+    return groups, weights

@@ -9,6 +9,7 @@ from deepclust.data.shards.fields import AUTO, NONE
 from deepclust.data.shards.find import Shards
 from deepclust.data.shards.index import Index, open_index
 from deepclust.data.shards.manifest import read_manifest
+from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
 
 
@@ -40,3 +41,13 @@ def open_labelled(
     """Return the index of shards read in the same way, with their labels in any case."""
     labels = AUTO if data.labels == NONE else data.labels
     return open_index(shards, index, run_dir, image=data.image, labels=labels, build=build)
+
+
+def idle_weights(recipe: Recipe) -> list[str]:
+    """Return the note that weights of sources have no effect, where they have none."""
+    if recipe.data.weights is None or recipe.cluster is None:
+        return []
+    return [
+        "data.shards: the weights have no effect, since a run that clusters draws equally from all "
+        "clusters, whatever their sources"
+    ]

@@ -191,7 +191,7 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
     rows = embed(loaded.images[0])
     usable = torch.isfinite(rows).all(1).cpu()
     usable[[int(b.sample_id) - chunk.start for b in loaded.bad]] = False
-    first = f"none of the first {len(sample_ids)} images of {context.index.shards[0]}"
+    first = f"none of the first {len(sample_ids)} images of {context.index.origin}"
     if len(loaded.bad) == len(sample_ids):
         raise DataError(f"{first} can be read; the first: {loaded.bad[0].reason}")
     if not usable.any():

@@ -155,7 +155,7 @@ def _join(
 
 
 def _keys(index: Index) -> pa.Table:
-    names = np.array([shard.name for shard in index.shards])
+    names = np.array(index.names)
     shards = np.repeat(names, np.diff(index.bases))
     return pa.table({"shard": pa.array(shards), "key": pa.array(list(index.keys))})
 

@@ -101,10 +101,14 @@ def test_pack_says_its_classes_and_what_it_left_out(
 
     (make_image_folder(tmp_path / "in", n=4, classes=2) / "notes.txt").write_text("text")
     words = ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--classes", "last"]
-    typer.main.get_command(app).main([*words, "--range", "0:4095"], standalone_mode=False)
+    words = [*words, "--range", "0:4095"]
+    typer.main.get_command(app).main(words, standalone_mode=False)
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["2 classes: class-0, class-1", "left out: 1 file", "  1 .txt (notes.txt)"]
     assert lines[3].startswith("4 samples in 4 shards: ")
+    words[2:3] = [str(make_image_folder(tmp_path / "more", n=2)), str(tmp_path / "both")]
+    typer.main.get_command(app).main(words, standalone_mode=False)
+    assert "6 samples in 6 shards: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

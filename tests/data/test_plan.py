@@ -210,3 +210,33 @@ def test_lists_and_tensors_are_assignments_too() -> None:
         np.testing.assert_array_equal(build(same).ids, plain)
     wide = np.where(labels < 0, -(2**40), labels.astype(np.int64))
     np.testing.assert_array_equal(build(wide).ids, plain)
+
+
+@pytest.mark.parametrize(("lanes", "mode"), [(None, "exact"), (4, "exact"), (None, "paper")])
+def test_weighted_sources_have_their_shares_of_every_epoch_exactly(
+    lanes: int | None, mode: str
+) -> None:
+    sources = np.repeat([0, 1, 2], [300, 40, 700]).astype(np.int32)
+    sources[::50] = -1
+    plan = EpochPlan.build(
+        sources, 0, 3, global_batch=20, steps=35, lanes=lanes, mode=mode, weights=[2, 1, 0.5]
+    )
+    assert np.bincount(sources[plan.ids]).tolist() == [400, 200, 100]
+    times = np.bincount(plan.ids, minlength=len(sources))
+    assert set(times[sources == 1]) == {5, 6}  # a small source repeats evenly
+    assert set(times[sources == 2]) == {0, 1}
+    halves = [plan.for_rank(rank, 2) for rank in range(2)]
+    assert np.array_equal(np.concatenate(halves, axis=1).ravel(), plan.ids)
+
+
+def test_shares_that_do_not_divide_the_epoch_are_less_than_a_draw_away() -> None:
+    sources = np.repeat([0, 1, 3], 50).astype(np.int32)  # 2 is empty
+    for epoch in range(5):
+        plan = EpochPlan.build(sources, 0, epoch, 10, steps=10, weights=[1, 1, 9, 1])
+        assert sorted(np.bincount(sources[plan.ids])) == [0, 33, 33, 34]
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, float("nan")], [1, -1]])
+def test_weights_that_give_no_shares_are_refused(weights: list[float]) -> None:
+    with pytest.raises(RecipeError, match="weights"):
+        EpochPlan.build([0, 1, 0, 1], 0, 0, 2, weights=weights)

@@ -97,6 +97,19 @@ def test_paths_become_absolute_whatever_they_are_called(
     assert (url.data.shards, url.init.weights) == ("s3://bucket/x", str(place / "w"))
 
 
+def test_weights_of_sources_stay_where_they_decide_what_is_drawn(tmp_path: Path) -> None:
+    weighted = tiny_recipe(tmp_path, "data.shards={a: 2, b: 1}")
+    for name, overrides in (("online", ["method.name=simclr", "cluster=null"]), ("clusters", [])):
+        start.prepare_run(weighted.replace(*overrides), tmp_path / name)
+    online, clusters = Run(tmp_path / "online"), Run(tmp_path / "clusters")
+    assert list(online.recipe.data.shards) == [os.path.abspath(name) for name in "ab"]
+    assert changed(online, "data.shards={c: 2, d: 1}").data.weights == (2, 1)
+    assert changed(clusters, "data.shards={c: 1, d: 3}").data.weights == (1, 3)
+    for other in ("{c: 1, d: 3}", "[c, d]", "c"):
+        with pytest.raises(RunDiffersError, match="weights"):
+            changed(online, f"data.shards={other}")
+
+
 def test_a_longer_cosine_says_how_the_rate_jumps(place: Path) -> None:
     shown: list[str] = []
     resume(place / "run", "train.epochs=3", show=lambda record: shown.append(str(record)))

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deepclust import Recipe, load_backbone, open_index, pretrain
 from deepclust.errors import DataError, RecipeError
@@ -319,3 +320,25 @@ def test_random_recipes_are_right_or_clear_errors() -> None:
     table, worst = fuzz_recipes.fuzz(60, seed=1)
     assert not worst
     assert sum(table["trees"].values()) == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{a: 2, b: 1}", {"a": 2, "b": 1}),
+        ("{'x/{0..3}.tar': 2.5, s3://b/y: 1e-1}", {"x/{0..3}.tar": 2.5, "s3://b/y": 0.1}),
+        ("[a, b]", ("a", "b")),
+        ("{a,b}", "{a,b}"),
+        ("{000..009}.tar", "{000..009}.tar"),
+    ],
+)
+def test_sources_their_weights_and_patterns_are_told_apart(text: str, value: object) -> None:
+    recipe = Recipe.load("small-photos", f"data.shards={text}")
+    assert recipe.data.shards == value
+    assert Recipe.parse(yaml.safe_load(recipe.dump())) == recipe
+
+
+@pytest.mark.parametrize("weight", ["0", "1e999"])
+def test_a_weight_that_is_not_a_positive_number_is_named(weight: str) -> None:
+    with pytest.raises(RecipeError, match=r"the weight of 'b' is .*positive number"):
+        Recipe.load("small-photos", f"data.shards={{a: 1, b: {weight}}}")

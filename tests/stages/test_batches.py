@@ -19,8 +19,10 @@ from deepclust.recipe.declare import Crops
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
 from deepclust.stages.batches import Feed, crops_of, labels_of
+from deepclust.stages.data_index import idle_weights
 from deepclust.stages.schedule import Timeline
 from deepclust.world import World
+from tests.images import make_shards
 from tests.methods.cases import TOY, recipe
 
 BATCH, STEPS, OFFSET = 24, 10, 3
@@ -169,3 +171,20 @@ def test_crops_of_two_sizes_reach_the_batch(shards: Path) -> None:
     assert batch.pseudo_labels.shape == (0, 24)
     assert batch.now.step == 5
     loader.close()
+
+
+def test_without_a_clustering_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    a, b = (str(make_shards(tmp_path / name, n=48, shards=2)) for name in "ab")
+    plans = []
+    for shards in ({a: 2.0, b: 1.0}, {b: 1.0, a: 2.0}):
+        of = recipe("simclr", "train.batch=12")
+        of = of.model_copy(update={"data": of.data.model_copy(update={"shards": shards})})
+        index = open_index(shards)
+        feed = Feed(of, index, "offset", World())
+        plans.append(feed.plan(Timeline.of(of, len(index)), State(), None))
+        names = np.repeat(index.names, np.diff(index.bases))[plans[-1].ids]
+        assert sum(name.startswith("a/") for name in names) == 64
+    assert np.array_equal(plans[0].ids, plans[1].ids)  # their order in the recipe is nothing
+    assert idle_weights(of) == []
+    clusters = recipe("deepcluster").model_copy(update={"data": of.data})
+    assert "no effect" in idle_weights(clusters)[0]

@@ -10,10 +10,11 @@ import errno
 import os
 import stat
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from deepclust.data.pack.tally import shown
 from deepclust.errors import DataError, DeepclustError, DiskError
@@ -91,14 +92,27 @@ def failed(path: Path, error: Exception, folder: Path) -> DeepclustError:
 
 def read_file(path: Path) -> bytes:
     """Read a regular file, without waiting for the other end of a pipe, or raise OSError."""
+    with _regular(path) as file:
+        return file.read()
+
+
+def read_head(path: Path, count: int) -> tuple[bytes, int]:
+    """Read the first bytes of a regular file, and return them and its size, or raise OSError."""
+    with _regular(path) as file:
+        return file.read(count), os.fstat(file.fileno()).st_size
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[BinaryIO]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError as error:
         raise OSError(0, "a NUL in its name", os.fspath(path)) from error
-    with open(handle, "rb") as file:
+    with open(handle, "rb", buffering=0) as raw:
+        file = cast(BinaryIO, raw)
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "neither file nor folder", os.fspath(path))
         if status.st_size > LARGEST:
             raise OSError(0, f"larger than {LARGEST >> 30} GiB", os.fspath(path))
-        return file.read()
+        yield file

@@ -80,6 +80,29 @@ def number(words: Sequence[str]) -> Labels:
     return Labels(np.array([ids[word] for word in words], np.int32), class_texts(names) or None)
 
 
+def join_labels(parts: Sequence[Labels], sources: Sequence[str]) -> Labels:
+    """Return the labels of several sources, one after the other: classes of one name are one.
+
+    Raises DataError where some sources have numbers and others have names.
+    """
+    bare = [i for i, one in enumerate(parts) if one.names is None and (one.numbers >= 0).any()]
+    named = [i for i, one in enumerate(parts) if one.names is not None]
+    if bare and named:
+        raise DataError(
+            f"the classes of {sources[bare[0]]} are numbers, and those of {sources[named[0]]} are "
+            "names. Give none (no labels), or a file of class names for all of them."
+        )
+    lists = [one.names or [] for one in parts if one.names is not None]
+    same = all(names == lists[0] for names in lists)
+    names = (lists[0] if same else sorted(set().union(*lists))) if lists else None
+    ids = {name: i for i, name in enumerate(names or [])}
+    columns = [
+        one.numbers if one.names is None else np.array([*map(ids.get, one.names), -1])[one.numbers]
+        for one in parts
+    ]
+    return Labels(np.concatenate(columns).astype(np.int32), names)
+
+
 def read_names(path: Path) -> list[str]:
     """Read one class name a line, in the order of their ids, or raise DataError."""
     try:

@@ -23,6 +23,7 @@ from deepclust.data.pack.blobs import Files, read_file
 from deepclust.data.pack.classes import Labels, check_classes, labels_by_folder, read_names
 from deepclust.data.pack.names import keys_of
 from deepclust.data.pack.stored import Packer, png
+from deepclust.data.pack.tally import Tally
 from deepclust.data.pack.walk import CONVERTED, COPIED, walk
 from deepclust.errors import DataError
 
@@ -33,25 +34,32 @@ _BY_FOLDER = ("first", "last", "full")
 class ImageSource:
     """Images to pack: `read(i)` returns image i's extension and bytes.
 
-    It raises `LeftOutError` for an image that `packer` has counted as left out.
+    It raises `LeftOutError` for an image that `packer` has counted as left out. Where images are
+    files of their own, `files` has their paths, relative to `folder`. `walked` are the folders that
+    were listed.
     """
 
     labels: Labels
     read: Callable[[int], tuple[str, bytes]]
     keys: list[str] | None = None  # None: the packer numbers them
     packer: Packer = field(default_factory=Packer)
+    files: Sequence[str] = ()
+    folder: Path | None = None
+    walked: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class SourceOptions:
     """How a source is read: the rule for classes ("" for the source's own), and for values.
 
-    `files` are those that stay open, and the place for a copy of what is compressed.
+    `files` are those that stay open, and the place for a copy of what is compressed. `in_place`
+    says that images have to be files of their own.
     """
 
     classes: str = ""
     packer: Packer = field(default_factory=Packer)
     files: Files = field(default_factory=Files)
+    in_place: bool = False
 
 
 def open_source(source: str | Path, options: SourceOptions | None = None) -> ImageSource:
@@ -61,6 +69,7 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Ima
         check_classes(options.classes)
     for prefix, opener in _PREFIXES.items():
         if text.startswith(prefix):
+            _refuse_in_place(text, options)
             return _relabelled(opener(text.removeprefix(prefix), options), options.classes)
     if not text:
         raise DataError("the source has no name, and the current folder is '.'. Give a folder.")
@@ -70,6 +79,14 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Ima
             if path.name.lower().endswith(suffixes):
                 return open_file(path, options)
     return _folder(path, options)
+
+
+def _refuse_in_place(source: str | Path, options: SourceOptions) -> None:
+    if options.in_place:
+        raise DataError(
+            f"the images of {source} are not files of their own. Make shards of them first: "
+            f"`deepclust pack {source} OUT`, then data.shards=OUT."
+        )
 
 
 def _relabelled(source: ImageSource, classes: str) -> ImageSource:
@@ -96,16 +113,28 @@ def _of_files(
     return ImageSource(labels, member, keys, packer)
 
 
+def _in(
+    folder: Path,
+    files: Sequence[str],
+    labels: Labels,
+    packer: Packer,
+    walked: Sequence[str] = (),
+) -> ImageSource:
+    """Return the source of image files with these paths, relative to a folder."""
+    source = _of_files(files, lambda i: read_file(folder / files[i]), labels, packer)
+    return replace(source, files=files, folder=folder, walked=walked)
+
+
 def _folder(folder: Path, options: SourceOptions) -> ImageSource:
-    files = walk(folder, options.packer.left)
+    walked: list[str] = []
+    files = walk(folder, left := Tally(), walked)
+    if not files and (tables := sorted(folder.rglob("*.parquet"))):
+        return _tables(tables, options)  # the walk has counted them as left out
+    options.packer.left.merge(left)
     if not files:
-        tables = sorted(folder.rglob("*.parquet"))
-        if tables:
-            options.packer.left.clear()  # the tables were counted
-            return _tables(tables, options)
         raise _no_images(folder, options, _advice(folder))
     labels = labels_by_folder(files, options.classes or "first")
-    return _of_files(files, lambda i: read_file(folder / files[i]), labels, options.packer)
+    return _in(folder.absolute(), files, labels, options.packer, walked)
 
 
 def _no_images(source: Path, options: SourceOptions, advice: str = "") -> DataError:
@@ -125,8 +154,7 @@ def _list(path: Path, options: SourceOptions) -> ImageSource:
     rows = lists.read_list(path)
     files = [row.file for row in rows]
     labels = _labels(files, [row.label for row in rows], options)
-    folder = path.absolute().parent
-    return _of_files(files, lambda i: read_file(folder / files[i]), labels, options.packer)
+    return _in(path.absolute().parent, files, labels, options.packer)
 
 
 def _labels(files: list[str], words: list[str], options: SourceOptions) -> Labels:
@@ -141,6 +169,8 @@ def _table(path: Path, options: SourceOptions) -> ImageSource:
 
 
 def _tables(paths: list[Path], options: SourceOptions) -> ImageSource:
+    if parquet.holds_images(paths[0]):
+        _refuse_in_place(paths[0], options)
     table = parquet.read_parquet(paths, options.packer.left, options.files)
     if not table.files:
         raise _no_images(paths[0], options)
@@ -150,16 +180,18 @@ def _tables(paths: list[Path], options: SourceOptions) -> ImageSource:
     labels = _labels(table.files, table.words, options)
     if labels.names is None and table.class_names and options.classes != "none":
         labels = Labels(labels.numbers, table.class_names)
-    folder, blobs = paths[0].absolute().parent, table.blobs
-    read = blobs.read if blobs is not None else lambda i: read_file(folder / table.files[i])
-    return _of_files(table.files, read, labels, options.packer)
+    if table.blobs is None:
+        return _in(paths[0].absolute().parent, table.files, labels, options.packer)
+    return _of_files(table.files, table.blobs.read, labels, options.packer)
 
 
 def _zip(path: Path, options: SourceOptions) -> ImageSource:
+    _refuse_in_place(path, options)
     return _archive(path, *archives.zip_images(path, options.packer.left, options.files), options)
 
 
 def _tar(path: Path, options: SourceOptions) -> ImageSource:
+    _refuse_in_place(path, options)
     images = archives.tar_images(path, options.packer.left, options.files)
     return _archive(path, *images, options)
 

@@ -39,7 +39,7 @@ def keys_of(files: Sequence[str], tally: Tally) -> list[str]:
     Files that become equal by this get "~" and their extension, if that tells them apart, else "~"
     and a hash of their path. They are counted.
     """
-    plain = [_plain(file) for file in files]
+    plain = [plain_key(file) for file in files]
     counts = Counter(plain)
     twice = {key for key, count in counts.items() if count > 1}
     by_extension = Counter(
@@ -58,7 +58,8 @@ def keys_of(files: Sequence[str], tally: Tally) -> list[str]:
     return keys
 
 
-def _plain(file: str) -> str:
+def plain_key(file: str) -> str:
+    """Return a readable key for a path: what cannot be in a key is '_'."""
     stem = posixpath.splitext(posixpath.normpath(file))[0]
     if not _PLAIN.fullmatch(stem):
         stem = "".join(c if _is_kept(c) else "_" for c in stem)

@@ -15,21 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deepclust.data.images.levels import Levels
 from deepclust.data.pack.blobs import Files
 from deepclust.data.pack.classes import Labels, describe
-from deepclust.data.pack.image_sources import ImageSource, SourceOptions, open_source
+from deepclust.data.pack.image_sources import ImageSource, SourceOptions
 from deepclust.data.pack.names import storable
+from deepclust.data.pack.order import shard_borders, shuffled
+from deepclust.data.pack.several import Sources, listed_sources, open_sources
 from deepclust.data.pack.stored import Packer
 from deepclust.data.pack.tally import shown
-from deepclust.data.pack.write import Work, shard_count, write_shards
+from deepclust.data.pack.write import Work, write_shards
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.files import atomic_folder, temporary, write_json
 from deepclust.owned_folder import owned, sweep
-from deepclust.world import generator
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class PackOptions:
 
 
 def pack(
-    source: str | Path,
+    source: Sources,
     out: str | Path,
     *,
     emit: Callable[[str], None] = lambda text: None,
@@ -63,7 +62,8 @@ def pack(
 ) -> Index:
     """Write `out`/shard-000000.tar, ..., dataset.json and the index, and return the index.
 
-    source        a form of `image_sources.py`: a folder, a list, a table, an archive, a data set
+    source        a form of `image_sources.py`: a folder, a list, a table, an archive, a data set;
+                  or several of them, as `several.py` joins them
     out           a folder that does not exist yet, or is empty
     emit          is called with lines on the classes, and on what was left out, by reason
     options       the fields of `PackOptions`
@@ -78,7 +78,7 @@ def pack(
     packer = Packer(Levels.parse(asked.range))
     with contextlib.ExitStack() as opened:
         files = Files(out.parent, opened)
-        images = open_source(source, SourceOptions(asked.classes, packer, files))
+        images, _ = open_sources(source, SourceOptions(asked.classes, packer, files))
         _pack(images, source, out, asked, emit)
     index = open_index(out)
     for i, reason in index.excluded.items():
@@ -90,7 +90,7 @@ def pack(
 
 def _pack(
     images: ImageSource,
-    source: str | Path,
+    source: Sources,
     out: Path,
     asked: PackOptions,
     emit: Callable[[str], None],
@@ -100,15 +100,19 @@ def _pack(
     labels = _named(images.labels, asked.class_names)
     for line in (*_leftovers(out), *describe(labels)):
         emit(line)
-    order = generator(asked.seed, "pack").permutation(len(labels.numbers)).astype(np.int64)
+    order = shuffled(len(labels.numbers), asked.seed)
     work = Work(images, order, asked.resize_short)
-    about = {"class_names": labels.names, "source": storable(str(source)), "seed": asked.seed}
-    about |= {"resize_short": asked.resize_short}
+    texts = [storable(str(one)) for one in listed_sources(source)]
+    about: dict[str, Any] = {
+        "class_names": labels.names,
+        "source": texts[0] if len(texts) == 1 else texts,
+    }
+    about |= {"seed": asked.seed, "resize_short": asked.resize_short}
 
     def fill(folder: Path) -> None:
         with owned(folder):
             write_json(folder / "dataset.json", about)  # the small file first
-            write_shards(work, folder, shard_count(len(order), asked.shard_size), asked.workers)
+            write_shards(work, folder, shard_borders(len(order), asked.shard_size), asked.workers)
             if packer.left:
                 write_json(folder / "dataset.json", about | {"left_out": packer.left.as_dict()})
             build_index(folder)

@@ -56,6 +56,11 @@ def read_parquet(paths: Sequence[Path], tally: Tally, files: Files) -> Table:
     return table
 
 
+def holds_images(path: Path) -> bool:
+    """Return whether a table holds the bytes of images, not their paths."""
+    return _columns(path).image is not None
+
+
 def _default_name(path: Path, paths: Sequence[Path], number: int) -> str:
     return f"{number:09d}" if len(paths) == 1 else f"{path.stem}/{number:09d}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 _EXAMPLES = 5
 _LONGEST = 200  # characters of an example
@@ -40,9 +41,12 @@ class Tally:
             one.count += 1
             one.examples = sorted([*one.examples, _shortened(shown(example))])[:_EXAMPLES]
 
-    def clear(self) -> None:
-        """Forget what was counted."""
-        self._reasons.clear()
+    def merge(self, other: Tally) -> None:
+        """Add another tally's counts and examples."""
+        for reason, theirs in other._reasons.items():
+            one = self._reasons.setdefault(reason, _Reason())
+            one.count += theirs.count
+            one.examples = sorted([*one.examples, *theirs.examples])[:_EXAMPLES]
 
     def __bool__(self) -> bool:
         """Return whether anything was counted."""
@@ -55,6 +59,11 @@ class Tally:
     def as_dict(self) -> dict[str, int]:
         """Return the counts by reason, the reasons in alphabetical order."""
         return {reason: self._reasons[reason].count for reason in sorted(self._reasons)}
+
+    def with_examples(self) -> dict[str, dict[str, Any]]:
+        """Return reason -> count and examples, as the manifest of an index has them."""
+        ordered = sorted(self._reasons.items())
+        return {name: {"count": one.count, "examples": one.examples} for name, one in ordered}
 
     def lines(self) -> list[str]:
         """Return "COUNT REASON (EXAMPLES)" for every reason, the largest count first."""

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepclust.data.images.formats import HEAD, sniff
 from deepclust.data.pack.tally import Tally
+from deepclust.data.shards.manifest import FOLDER
 from deepclust.errors import DataError
 
 COPIED = {".jpg", ".jpeg", ".png", ".webp", ".ppm"}  # byte for byte
 CONVERTED = {".bmp", ".gif", ".pgm", ".tif", ".tiff", ".avif", ".jp2", ".heic", ".heif"}  # to PNG
 # They begin like a TIFF or a HEIC, and what Pillow would read is a thumbnail.
 _RAW = {".cr2", ".cr3", ".nef", ".dng", ".arw", ".orf", ".rw2", ".pef", ".srw", ".raf", ".3fr"}
+
+# our own: the index of an image folder, its lock, and a folder that is becoming one
+_INDEX = re.compile(rf"\.?{FOLDER}(-[0-9a-f]{{8}})?(\.lock|\..*\.tmp)?")
 
 
 def is_image(file: str, head: Callable[[], bytes], tally: Tally) -> bool:
@@ -43,36 +48,41 @@ def is_image(file: str, head: Callable[[], bytes], tally: Tally) -> bool:
     return False
 
 
-def walk(folder: Path, tally: Tally) -> list[str]:
+def walk(folder: Path, tally: Tally, walked: list[str] | None = None) -> list[str]:
     """Return the relative POSIX paths of the images below a folder, sorted.
 
-    Raises DataError for a folder that cannot be listed.
+    `walked` is given the relative path of every folder that was listed. Raises DataError for a
+    folder that cannot be listed.
     """
     if not os.path.isdir(folder):
         raise DataError(
             f"no folder {folder} to pack. Give an image folder, a list (.txt, .lst, .csv), "
             "a .parquet, .zip or .tar.gz, 'idx:DIR/train', or 'torchvision:NAME:SPLIT@ROOT'."
         )
-    return sorted(_Walk(folder, tally).files())
+    return sorted(_Walk(folder, tally, walked).files())
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether there is an image below a folder that can be listed."""
+    return next(_Walk(folder, Tally()).files(), None) is not None
 
 
 class _Walk:
-    def __init__(self, folder: Path, tally: Tally) -> None:
+    def __init__(self, folder: Path, tally: Tally, walked: list[str] | None = None) -> None:
         self.folder, self.tally = folder, tally
+        self.walked = [] if walked is None else walked
         self.visited: set[tuple[int, int]] = set()  # device and inode of every folder
         self.links: deque[str] = deque()
-        self.images: list[str] = []
 
-    def files(self) -> list[str]:
+    def files(self) -> Iterator[str]:
         """Walk the folders first and then the links, so that none takes a folder's place."""
-        self._enter("")
+        yield from self._enter("")
         while self.links:
             link = self.links.popleft()
             if self._is_new(link):
-                self._enter(link)
-        return self.images
+                yield from self._enter(link)
 
-    def _enter(self, top: str) -> None:
+    def _enter(self, top: str) -> Iterator[str]:
         pending = [top]
         while pending:
             place = pending.pop()
@@ -80,24 +90,31 @@ class _Walk:
             for entry in sorted(self._entries(place), key=lambda entry: entry.name):
                 file = f"{place}/{entry.name}" if place else entry.name
                 try:
-                    self._take(entry, file, pending)
+                    is_taken = self._takes(entry, file, pending)
                 except OSError as error:
                     self.tally.add(f"unreadable: {error.strerror}", file)
+                    continue
+                if is_taken:
+                    yield file
 
-    def _take(self, entry: os.DirEntry[str], file: str, pending: list[str]) -> None:
+    def _takes(self, entry: os.DirEntry[str], file: str, pending: list[str]) -> bool:
+        """Return whether this is an image; a folder is noted for later, all else is counted."""
+        if _INDEX.fullmatch(entry.name):
+            return False
         if entry.is_dir(follow_symlinks=False):
             if entry.name.startswith("."):
                 self.tally.add("hidden folder", file)
             else:
                 pending.append(file)
-            return
+            return False
         mode = entry.stat().st_mode if entry.is_symlink() else None
         if mode is not None and stat.S_ISDIR(mode):
             self.links.append(file)
         elif not entry.is_file():
             self.tally.add("neither file nor folder", file)
-        elif is_image(file, lambda: _head(self.folder / file), self.tally):
-            self.images.append(file)
+        else:
+            return is_image(file, lambda: _head(self.folder / file), self.tally)
+        return False
 
     def _entries(self, place: str) -> list[os.DirEntry[str]]:
         path = self.folder / place
@@ -111,6 +128,7 @@ class _Walk:
             raise DataError(f"cannot read the folder {path}: {error.strerror}.") from error
 
     def _remember(self, place: str) -> None:
+        self.walked.append(place)
         try:
             status = os.stat(self.folder / place)
         except OSError:

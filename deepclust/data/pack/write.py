@@ -18,12 +18,11 @@ from webdataset.writer import TarWriter
 
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.pack.image_sources import ImageSource
+from deepclust.data.pack.order import shard_name
 from deepclust.data.pack.stored import LeftOutError, Packer, png
 from deepclust.errors import DataError
 
 _JPEG_QUALITY = 92
-_FEWEST_SHARDS = 16  # so that a small data set has blocks to shuffle and to divide over ranks
-_LARGEST_SHARD = 10_000  # samples: about 1 GB of ImageNet
 _LOSSLESS = ("png", "ppm")
 
 
@@ -36,20 +35,15 @@ class Work:
     resize_short: int | None
 
 
-def shard_count(n: int, shard_size: int | None) -> int:
-    """Return the number of shards of n samples, of which each has `shard_size` at most."""
-    if shard_size is not None:
-        return -(-n // shard_size)
-    return min(n, max(_FEWEST_SHARDS, -(-n // _LARGEST_SHARD)))
-
-
-def write_shards(work: Work, folder: Path, shards: int, workers: int) -> None:
-    """Write shards whose numbers of samples differ by at most one."""
-    borders = np.linspace(0, len(work.order), shards + 1).astype(np.int64)
+def write_shards(
+    work: Work, folder: Path, borders: Int64[np.ndarray, " shards_plus_1"], workers: int
+) -> None:
+    """Write shards whose samples lie between these borders of the order."""
+    shards = len(borders) - 1
 
     def write(shard: int) -> int:
         positions = range(borders[shard], borders[shard + 1])
-        return _write_shard(work, positions, folder / _shard(shard))
+        return _write_shard(work, positions, folder / shard_name(shard))
 
     # Pillow warns of damaged files, and threads cannot silence it without a trace in the filters.
     with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
@@ -64,13 +58,9 @@ def _drop_empty(folder: Path, counts: list[int], packer: Packer) -> None:
         raise DataError(f"no image could be packed: {', '.join(packer.left.lines())}.")
     for new, old in enumerate(np.flatnonzero(counts)):
         if new != old:
-            (folder / _shard(int(old))).rename(folder / _shard(new))
+            (folder / shard_name(int(old))).rename(folder / shard_name(new))
     for empty in range(int(np.count_nonzero(counts)), len(counts)):
-        (folder / _shard(empty)).unlink(missing_ok=True)
-
-
-def _shard(number: int) -> str:
-    return f"shard-{number:06d}.tar"
+        (folder / shard_name(empty)).unlink(missing_ok=True)
 
 
 def _write_shard(work: Work, positions: range, path: Path) -> int:

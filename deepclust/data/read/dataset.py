@@ -24,7 +24,7 @@ from deepclust.data.images.complaints import Complaints
 from deepclust.data.images.crops import Crop
 from deepclust.data.images.decode import MAX_PIXELS, decode
 from deepclust.data.images.draws import uniform
-from deepclust.data.read.shard_files import ShardFiles
+from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError
@@ -98,7 +98,7 @@ class Batches(Dataset[Loaded]):
 
     def __init__(self, index: Index, cache: Path | None = None, max_pixels: int = MAX_PIXELS):
         self.index, self.max_pixels = index, max_pixels
-        self.files = ShardFiles(index.shards, cache, index.lengths)
+        self.files = open_images(index, cache)
         self.complaints = Complaints()
         self._clusters: tuple[Path, Int32[np.ndarray, " n"]] | None = None
 

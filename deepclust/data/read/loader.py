@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from deepclust.data.images.decode import MAX_PIXELS
+from deepclust.data.loose.index import FileIndex
 from deepclust.data.read import sending, shard_cache, worker_processes
 from deepclust.data.read.dataset import Bad, Batches, Loaded, Request
 from deepclust.data.read.patience import Patience, Watch
@@ -239,6 +240,13 @@ def resolve_read(index: Index, read: str, mirror: bool = False) -> str:
     order, so `auto` is what it would be without it. But an image of a remote shard may then be
     read by its offset, which is a `RecipeError` without a mirror.
     """
+    if isinstance(index, FileIndex):
+        if read == "block":
+            raise RecipeError(
+                f"data.read=block copies shards, and {index.places[0].path} holds image files: "
+                "leave it at auto, or make shards of them with `deepclust pack`"
+            )
+        return "offset"
     if read == "auto":
         return "block" if shard_cache.on_network(index.shards[0]) else "offset"
     if read == "offset" and isinstance(index.shards[0], Url) and not mirror:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepclust.data.loose.index import FileIndex
 from deepclust.data.read.shard_files import ShardFiles
 from deepclust.data.shards import remote
 from deepclust.data.shards.file_lock import held
@@ -27,7 +28,7 @@ from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import Interrupted
 from deepclust.data.shards.scan import scan
 from deepclust.data.shards.url import Source, Url
-from deepclust.errors import DataError, DiskError, RequeueWanted
+from deepclust.errors import DataError, DiskError, RecipeError, RequeueWanted
 from deepclust.files import append_json, disk_errors, read_jsonl, sync
 from deepclust.world import ALONE, World
 
@@ -53,6 +54,11 @@ def mirror_shards(
     """
     if folder is None:
         return index
+    if isinstance(index, FileIndex):
+        raise RecipeError(
+            f"data.stage copies shards, and {index.places[0].path} holds image files: leave it "
+            "out, or make shards of them with `deepclust pack`"
+        )
     mirror_dir = Path(folder).absolute() / f"deepclust-{index.fingerprint}"
     left, size = threading.Event(), -1
     with ThreadPoolExecutor(1) as pool:
@@ -70,8 +76,7 @@ def mirror_shards(
                 wait([work], timeout=_SYNC_S)
         finally:
             left.set()
-    paths: list[Source] = [mirror_dir / shard.name for shard in index.shards]
-    return Index(index.folder, paths, index.manifest)
+    return index.copied_to([mirror_dir / shard.name for shard in _indexed(index)])
 
 
 def _state(work: Future[None], stopping: Callable[[], bool]) -> int:
@@ -107,21 +112,23 @@ def copy_all(index: Index, mirror_dir: Path, stopped: Callable[[], bool] = remot
 
 @dataclass(frozen=True)
 class _Indexed:
-    """A shard as the index knows it: source, size in bytes, and digest of its members."""
+    """A shard as the index knows it: source, size in bytes, and digest of its members.
+
+    `name` is the base name of its copy.
+    """
 
     source: Source
     size: int
     digest: str
-
-    @property
-    def name(self) -> str:
-        """The base name of its copy."""
-        return self.source.name
+    name: str
 
 
 def _indexed(index: Index) -> list[_Indexed]:
     pairs = zip(index.shards, index.manifest["shards"], strict=True)
-    return [_Indexed(source, entry["size"], entry["digest"]) for source, entry in pairs]
+    return [
+        _Indexed(source, entry["size"], entry["digest"], entry["name"].replace("/", "%2F"))
+        for source, entry in pairs
+    ]
 
 
 def _missing(shards: list[_Indexed], mirror_dir: Path) -> list[_Indexed]:

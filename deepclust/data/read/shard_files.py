@@ -20,12 +20,14 @@ from typing import Any
 from deepclust.data.shards import remote
 from deepclust.data.shards.remote import PAUSES_S, Interrupted, UnreachableError, never
 from deepclust.data.shards.url import Source, Url
+from deepclust.errors import DataError
 
 PATIENCE_S = 60.0  # for a read, all attempts together
 # what no attempt mends; every other error may pass
-_FINAL = {
+FINAL = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW,
+    0,  # of `blobs.read_file`: no regular file, or too large
 }  # fmt: skip
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
@@ -74,7 +76,7 @@ class ShardFiles:
                 if number in _NO_DESCRIPTOR:
                     self.close()
                 waited = time.monotonic() - began
-                if number in _FINAL or waited >= self.patience_s:
+                if number in FINAL or waited >= self.patience_s:
                     raise self._unreachable(shard, error, waited) from None
             self._pause(next(pauses, PAUSES_S[-1]))
 
@@ -83,9 +85,9 @@ class ShardFiles:
             raise Interrupted
         time.sleep(seconds)
 
-    def _unreachable(self, shard: int, error: Exception, waited: float) -> UnreachableError:
+    def _unreachable(self, shard: int, error: Exception, waited: float) -> DataError:
         reason = getattr(error, "strerror", None) or str(error)
-        final = getattr(error, "errno", None) in _FINAL
+        final = getattr(error, "errno", None) in FINAL
         tried = "" if final else f", again and again for {waited:.0f} s"
         return UnreachableError(
             f"cannot read {self.shards[shard]}: {reason}{tried}. Finished work is kept: resume "

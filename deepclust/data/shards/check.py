@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,18 @@ from deepclust.data.shards.manifest import (
     damaged,
     scanned_fields,
 )
-from deepclust.data.shards.scan import Scan, scan_all, size_of
-from deepclust.data.shards.url import Source
+from deepclust.data.shards.scan import Scan, named, scan_all, size_of
+from deepclust.data.shards.url import Source, names_of
 from deepclust.errors import DataError
 from deepclust.files import file_hash
 
-DTYPES = {"offsets": np.uint64, "sizes": np.uint32, "labels": np.int32}
+DTYPES = {
+    "offsets": np.uint64,
+    "sizes": np.uint32,
+    "labels": np.int32,
+    "path_ends": np.uint64,  # of image files (`loose/files.py`)
+    "sources": np.uint16,
+}
 HASHED_AT_OPEN = 64 << 20  # bytes; larger columns are hashed by --verify
 _SMALL = 1 << 22  # samples of an older index, whose places are all looked at when it is opened
 
@@ -40,7 +46,7 @@ class LabelsChangedError(DataError):
 
 def column_names(manifest: Manifest) -> list[str]:
     """Return the columns that an index has."""
-    return [name for name in DTYPES if name != "labels" or manifest["labelled"]]
+    return ["offsets", "sizes", *(["labels"] if manifest["labelled"] else [])]
 
 
 def load_column(folder: Path, name: str, samples: int) -> np.ndarray:
@@ -102,15 +108,16 @@ def check_shards(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> 
     Raises DataError that names the first shard that differs, and `LabelsChangedError`.
     """
     indexed = {entry["name"]: entry["size"] for entry in manifest["shards"]}
-    sizes = {shard.name: size_of(shard) for shard in shards}
+    names = names_of(shards)
+    sizes = {name: size_of(shard) for name, shard in zip(names, shards, strict=True)}
     for name in sorted(indexed.keys() | sizes.keys()):
         if name not in sizes:
-            raise _changed(folder, f"{name} is gone")
+            raise changed(folder, f"{name} is gone")
         if name not in indexed:
-            raise _changed(folder, f"{name} is new")
+            raise changed(folder, f"{name} is new")
         if indexed[name] != sizes[name]:
-            raise _changed(folder, f"{name} had {indexed[name]} bytes and now has {sizes[name]}")
-    _check_newer(folder, manifest, [shard for shard in shards if isinstance(shard, Path)])
+            raise changed(folder, f"{name} had {indexed[name]} bytes and now has {sizes[name]}")
+    _check_newer(folder, manifest, dict(zip(names, shards, strict=True)))
 
 
 def verify(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> None:
@@ -118,13 +125,18 @@ def verify(folder: Path, manifest: Manifest, shards: Sequence[Source]) -> None:
 
     Raises DataError that says whether the index or a shard is at fault.
     """
-    check_columns(folder, manifest, largest=None)
-    check_places(folder, manifest)
     scans = scan_all(shards, scanned_fields(manifest))
-    check_members(folder, manifest, scans, _Rows(folder, manifest).check)
+    verify_rows(folder, manifest, named(scans, names_of(shards)))
     for shard, entry in zip(shards, manifest["shards"], strict=True):
         if "bodies" in entry and hash_shard(shard) != entry["bodies"]:
-            raise _changed(folder, f"{shard.name} has the same members, but other bytes in them")
+            raise changed(folder, f"{entry['name']} has the same members, but other bytes in them")
+
+
+def verify_rows(folder: Path, manifest: Manifest, scans: Iterable[Scan]) -> None:
+    """Compare the files of an index with their hashes, and every row with scans of all shards."""
+    check_columns(folder, manifest, largest=None)
+    check_places(folder, manifest)
+    check_members(folder, manifest, scans, _Rows(folder, manifest).check)
 
 
 def hash_shard(shard: Source) -> str:
@@ -151,9 +163,9 @@ def check_members(
     for one in scans:
         number, entry = entries[one.name]
         if entry["digest"] != one.digest:
-            raise _changed(folder, f"{one.name} holds other members")
+            raise changed(folder, f"{one.name} holds other members")
         if entry.get("labels", one.labels_digest) != one.labels_digest:
-            raise _labels_changed(folder, one)
+            raise labels_changed(folder, one.name)
         also(number, one)
 
 
@@ -188,7 +200,7 @@ class _Rows:
         part = slice(int(self.bases[number]), int(self.bases[number + 1]))
         column = self.columns.get("labels")
         if column is not None and not np.array_equal(column[part], self._labels(one)):
-            raise _labels_changed(self.folder, one)
+            raise labels_changed(self.folder, one.name)
 
     def _labels(self, one: Scan) -> np.ndarray:
         if one.classes is None:
@@ -203,33 +215,36 @@ class _Rows:
         return damaged(self.folder, f"{file} has other rows than {one.name}, which is as indexed")
 
 
-def _check_newer(folder: Path, manifest: Manifest, paths: list[Path]) -> None:
+def _check_newer(folder: Path, manifest: Manifest, shards: Mapping[str, Source]) -> None:
     """Read the headers and labels of shards that were written after the index.
 
     A tar is padded to 10 KiB, so one with other members can have the same size. The time only
     decides when to read: a copy passes, and the index is then marked as newer than the copy.
     """
     indexed = (folder / MANIFEST).stat().st_mtime_ns
-    newer = [path for path in paths if path.stat().st_mtime_ns > indexed]
+    paths = {name: shard for name, shard in shards.items() if isinstance(shard, Path)}
+    newer = {name: path for name, path in paths.items() if path.stat().st_mtime_ns > indexed}
     if not newer:
         return
-    scans = scan_all(newer, scanned_fields(manifest))
+    scans = named(scan_all(list(newer.values()), scanned_fields(manifest)), newer)
     check_members(folder, manifest, scans, _Rows(folder, manifest).check_labels)
     # A read-only index keeps its time, and the headers are read at every start.
     with contextlib.suppress(OSError):
         os.utime(folder / MANIFEST)
 
 
-def _labels_changed(folder: Path, one: Scan) -> DataError:
+def labels_changed(folder: Path, where: str) -> DataError:
+    """Return the error for a shard or a list whose labels are others than when it was indexed."""
     return LabelsChangedError(
-        f"the labels in {one.name} are not those that were indexed in {folder}. "
+        f"the labels in {where} are not those that were indexed in {folder}. "
         f"`deepclust index SHARDS --index {folder}` reads them again; ids and fingerprint stay."
     )
 
 
-def _changed(folder: Path, what: str) -> DataError:
+def changed(folder: Path, what: str) -> DataError:
+    """Return the error for shards or images that are not those of the index."""
     return DataError(
-        f"the shards are not those that were indexed in {folder}: {what}. Restore the old ones "
+        f"the images are not those that were indexed in {folder}: {what}. Restore the old ones "
         "(then `deepclust index SHARDS --verify` checks every member), or index the new ones with "
         f"`deepclust index SHARDS --index {folder}`. Runs that began with the old ones will refuse "
         "the new."

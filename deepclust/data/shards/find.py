@@ -13,19 +13,20 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from deepclust.data.shards import remote
 from deepclust.data.shards.left_out import Tally, listed
-from deepclust.data.shards.url import Source, Url, common_folder, is_url, redact
+from deepclust.data.shards.url import Source, Url, common_folder, is_url, names_of, redact
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import path_of
 
 __all__ = ["Shards", "beside", "common_folder", "described", "expand", "is_folder"]
 
-Shards: TypeAlias = str | Path | Sequence[str | Path]
+# a mapping gives sources weights
+Shards: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
@@ -42,27 +43,35 @@ def expand(shards: Shards) -> list[Source]:
     A pattern has braces, "dir/train-{000000..000009}.tar", or is a glob, "dir/**/*.tar". Of a
     folder these are its *.tar, or if it has none, those of its subfolders. A URL that ends in .tar
     is a shard, any other URL a folder that the storage lists. Sizes of URLs are requested here.
-    Shards are ordered by base name, so moving the folder changes no sample id.
+    Shards are ordered by name (`url.names_of`), so moving the folder changes no sample id.
 
-    Raises DataError when nothing matches, a shard is missing or unreachable, two shards share a
-    base name, or a pipe is given.
+    Raises DataError when nothing matches, a shard is missing, unreachable or given twice, two URLs
+    share a base name, or a pipe is given.
     """
-    sources = [source for text in _texts(shards) for source in _expand_one(text)]
-    if not sources:
+    return [shard for shard, _ in numbered(shards)]
+
+
+def numbered(shards: Shards) -> list[tuple[Source, int]]:
+    """Return what `expand` does, each with the number of what it was given by."""
+    given = enumerate(texts(shards))
+    pairs = [(shard, number) for number, text in given for shard in _expand_one(text)]
+    if not pairs:
         raise DataError("data.shards is an empty list. Give a folder, or a pattern.")
-    if len({isinstance(source, Url) for source in sources}) > 1:
+    if len({isinstance(shard, Url) for shard, _ in pairs}) > 1:
         raise DataError(f"{described(shards)}: give either paths or URLs, not both.")
-    return _with_unique_names(sources)
+    names = names_of([shard for shard, _ in pairs])
+    _check_unique(names, [shard for shard, _ in pairs])
+    return [pairs[i] for i in sorted(range(len(pairs)), key=names.__getitem__)]
 
 
 def described(shards: Shards) -> str:
     """Return what was given as shards for a message, without the secrets of URLs."""
-    return listed(map(redact, _texts(shards)))
+    return listed(map(redact, texts(shards)))
 
 
 def is_remote(shards: Shards) -> bool:
     """Return whether some of the shards are behind a URL."""
-    return any(map(is_url, _texts(shards)))
+    return any(map(is_url, texts(shards)))
 
 
 def is_folder(shards: Shards) -> bool:
@@ -73,13 +82,14 @@ def is_folder(shards: Shards) -> bool:
 def beside(shards: Shards) -> Tally:
     """Count what lies in the given folders, looks like a shard, and is not read."""
     left = Tally()
-    for text in _texts(shards):
+    for text in texts(shards):
         if not is_url(text) and Path(text).is_dir():
             _count_beside(Path(text), left)
     return left
 
 
-def _texts(shards: Shards) -> list[str]:
+def texts(shards: Shards) -> list[str]:
+    """Return what was given, as a list; raises `RecipeError` for what is no path."""
     if isinstance(shards, str | os.PathLike):
         shards = [shards]
     if not isinstance(shards, Sequence):
@@ -135,6 +145,13 @@ def _in_folder(folder: Path) -> list[Path]:
     return shards
 
 
+def has_shards(folder: Path) -> bool:
+    """Return whether a folder, or one below it, holds a *.tar."""
+    names = (entry.name for entry in _entries(folder))
+    in_it = any(name.lower().endswith(".tar") for name in names)
+    return in_it or next(_nested(folder), None) is not None
+
+
 def _nested(folder: Path, most: int | None = None) -> Iterator[Path]:
     """Yield the *.tar in subfolders, each folder once, though links may lead in circles.
 
@@ -188,7 +205,7 @@ def _advice(names: list[str]) -> str:
     if compressed:
         program = _UNPACK[Path(compressed[0]).suffix]
         return f"Unpack the compressed ones first, for example `{program} {compressed[0]}`."
-    return "`deepclust pack SOURCE OUT` makes shards from an image folder or a data set."
+    return "There are no images either. `deepclust pack SOURCE OUT` makes shards of archives."
 
 
 def _matches(pattern: str) -> Iterator[Path]:
@@ -237,6 +254,14 @@ def _missing(name: str, pattern: str) -> DataError:
     )
 
 
+def choices(text: str) -> list[str]:
+    """Return the paths that a pattern with braces makes, or the path that is there as it is."""
+    try:
+        return [text] if is_url(text) or Path(text).exists() else _capped(text)
+    except (OSError, ValueError):
+        return [text]
+
+
 def _capped(pattern: str) -> list[str]:
     """Return what the braces of a pattern make; raise DataError if that is too much to be meant."""
     names = list(itertools.islice(_expand_braces(pattern), _MOST_SHARDS + 1))
@@ -272,13 +297,14 @@ def _choices(inside: str) -> Iterator[str]:
         yield str(number).zfill(len(first))
 
 
-def _with_unique_names(shards: Sequence[Source]) -> list[Source]:
-    counts = Counter(shard.name for shard in shards)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        where = listed(str(shard) for shard in shards if shard.name == twice[0])
-        raise DataError(
-            f"two shards are called {twice[0]} ({where}), but a shard's base name must be unique. "
-            "Rename one."
-        )
-    return sorted(shards, key=lambda shard: shard.name)
+def _check_unique(names: Sequence[str], shards: Sequence[Source]) -> None:
+    name, count = Counter(names).most_common(1)[0]
+    if count == 1:
+        return
+    places = {str(shard) for shard, its in zip(shards, names, strict=True) if its == name}
+    if len(places) == 1:
+        raise DataError(f"shard {min(places)} is given {count} times. Give every shard once.")
+    raise DataError(
+        f"two shards are called {name} ({listed(sorted(places))}), but behind URLs a shard's base "
+        "name must be unique. Rename one."
+    )

@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, Integer, UInt32, UInt64
 
+from deepclust.data.loose.find import places_of
 from deepclust.data.shards import index_build, summary
 from deepclust.data.shards.check import (
     LabelsChangedError,
@@ -39,7 +41,15 @@ from deepclust.data.shards.check import (
 )
 from deepclust.data.shards.fields import DEFAULT, NONE, Fields, fields_from
 from deepclust.data.shards.file_lock import held
-from deepclust.data.shards.find import Shards, beside, common_folder, described, expand, is_folder
+from deepclust.data.shards.find import (
+    Shards,
+    beside,
+    common_folder,
+    described,
+    expand,
+    is_folder,
+    numbered,
+)
 from deepclust.data.shards.keys import Keys
 from deepclust.data.shards.left_out import Tally
 from deepclust.data.shards.manifest import (
@@ -50,7 +60,7 @@ from deepclust.data.shards.manifest import (
     read_manifest,
 )
 from deepclust.data.shards.remote import fetch
-from deepclust.data.shards.url import Source, Url
+from deepclust.data.shards.url import Source, Url, names_of
 from deepclust.errors import DataError, MissingError, RecipeError
 
 
@@ -65,17 +75,27 @@ class Location(NamedTuple):
 class Index:
     """An opened index: memory-mapped columns by sample id, cheap to open and to pickle.
 
-    `lengths` are the shards' sizes in bytes, `excluded` the reasons by sample id.
+    `names` are the shards' names, `lengths` their sizes in bytes, `excluded` the reasons by sample
+    id.
     """
 
     def __init__(
-        self, folder: Path, shards: list[Source], manifest: Manifest | None = None
+        self,
+        folder: Path,
+        shards: list[Source],
+        manifest: Manifest | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
-        """Map the columns of the index in `folder` without opening the shards."""
+        """Map the columns of the index in `folder` without opening the shards.
+
+        `numbers` say by which of the sources of `data.shards` each shard was given.
+        """
         manifest = read_manifest(folder) if manifest is None else manifest
         self.folder, self.shards, self.manifest = folder, shards, manifest
         self.fingerprint = manifest["fingerprint"]
         self.excluded = {int(i): reason for i, reason in manifest["excluded"].items()}
+        self._numbers = numbers or [0] * len(shards)
+        self.names = [shard["name"] for shard in manifest["shards"]]
         counts = [shard["samples"] for shard in manifest["shards"]]
         self.lengths = [shard["size"] for shard in manifest["shards"]]
         self.bases: Int64[np.ndarray, " s1"] = np.cumsum([0, *counts], dtype=np.int64)
@@ -92,6 +112,20 @@ class Index:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the paths only: a worker process opens the files again."""
         return Index, (self.folder, self.shards)
+
+    @property
+    def origin(self) -> str:
+        """Where the images lie, for messages."""
+        return str(self.shards[0].parent)
+
+    @property
+    def source_ids(self) -> Int64[np.ndarray, " n"]:
+        """The number of the source of `data.shards` that each sample comes from."""
+        return np.repeat(np.array(self._numbers, np.int64), np.diff(self.bases))
+
+    def copied_to(self, shards: list[Source]) -> Index:
+        """Return the same index over copies of the shards."""
+        return Index(self.folder, shards, self.manifest, self._numbers)
 
     @cached_property
     def keys(self) -> Keys:
@@ -126,7 +160,7 @@ class Index:
     def where(self, sample: int) -> str:
         """Return a sample's shard, key and offset, for messages."""
         shard, offset, _ = self.locate(np.array([sample]))
-        name = self.shards[int(shard[0])].name
+        name = self.names[int(shard[0])]
         return f"{name}, key {self.keys[sample]!r}, offset {int(offset[0])}"
 
     def _column(self, name: str) -> np.ndarray:
@@ -182,7 +216,12 @@ def open_index(
     Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
     damaged, and whatever `build_index` raises.
     """
-    sources, fields = expand(shards), fields_from(image, labels)
+    if (places := places_of(shards, index)) is not None:
+        from deepclust.data.loose.index import open_files  # it imports this file
+
+        return open_files(places, index, Fields(image, labels), build=build)
+    pairs, fields = numbered(shards), fields_from(image, labels)
+    sources = [shard for shard, _ in pairs]
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
         if not build:
@@ -200,7 +239,7 @@ def open_index(
             manifest = _read_labels_again(folder, shards, sources, error)
     if fields.labels == NONE:
         manifest = {**manifest, "labelled": False, "unlabelled": {}}
-    return Index(folder, sources, manifest)
+    return Index(folder, sources, manifest, [number for _, number in pairs])
 
 
 def build_index(
@@ -221,6 +260,11 @@ def build_index(
     Raises DataError for broken shards (see `scan.scan`) and when no sample has an image. Raises
     DiskError when the index cannot be written.
     """
+    if (places := places_of(shards, index)) is not None:
+        from deepclust.data.loose.index import build_files  # it imports this file
+
+        asked = Fields(image, labels)
+        return build_files(places, index, asked, verify=verify, bodies=bodies)
     sources, fields = expand(shards), fields_from(image, labels)
     folder = _place(shards, sources, fields, index)
     if not verify:
@@ -310,5 +354,5 @@ def _name(shards: Shards, sources: list[Source], folder: Path) -> str:
         all(source.parent == folder for source in sources) and sources == expand(folder)
     ):
         return FOLDER
-    names = "\n".join(source.name for source in sources).encode()
+    names = "\n".join(names_of(sources)).encode()
     return f"{FOLDER}-{hashlib.blake2b(names, digest_size=4).hexdigest()}"

@@ -41,8 +41,8 @@ from deepclust.data.shards.manifest import (
     read_manifest,
     seal,
 )
-from deepclust.data.shards.scan import Scan, scan, scan_all
-from deepclust.data.shards.url import Source, Url, common_folder
+from deepclust.data.shards.scan import Scan, named, scan, scan_all
+from deepclust.data.shards.url import Source, Url, common_folder, names_of
 from deepclust.errors import DataError, DiskError
 from deepclust.files import atomic_folder, file_hash, write_json
 from deepclust.owned_folder import FILE as OWNER
@@ -51,7 +51,7 @@ from deepclust.owned_folder import owned, sweep
 _SCHEMA = pa.schema([("key", pa.string())])
 _LARGEST_FETCHED = 256 << 20  # bytes of a manifest behind a URL
 _LARGEST_LABEL = int(np.iinfo(np.int32).max)
-_OWN_FILES = {*(f"{name}.npy" for name in DTYPES), KEYS, MANIFEST}
+_OWN_FILES = {*(f"{name}.npy" for name in DTYPES), KEYS, MANIFEST, "paths.bin", "watched.json"}
 
 
 def write(
@@ -68,19 +68,24 @@ def write(
     `beside` counts files next to the shards that are not read. `bodies` hashes all bytes too.
     """
 
-    def fill(partial: Path) -> None:
+    def fill_all(partial: Path) -> None:
         scans, used = _scans(shards, fields)
-        manifest = _fill(partial, scans, used, beside)
+        manifest = fill(partial, named(scans, names_of(shards)), used, beside)
         manifest["fields"] = fields._asdict()
         if used != fields:
             manifest["image_field"] = used.image
         if bodies:
             for shard, entry in zip(shards, manifest["shards"], strict=True):
                 entry["bodies"] = hash_shard(shard)
-        manifest["seal"] = seal(manifest)
-        write_json(partial / MANIFEST, manifest)
+        save(partial, manifest)
 
-    _put(folder, fill, replace=replace)
+    put(folder, fill_all, replace=replace)
+
+
+def save(folder: Path, manifest: Manifest) -> None:
+    """Seal and write a manifest."""
+    manifest["seal"] = seal(manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def copy_remote(folder: Path, shards: Sequence[Source], fields: Fields) -> bool:
@@ -92,7 +97,7 @@ def copy_remote(folder: Path, shards: Sequence[Source], fields: Fields) -> bool:
     if not isinstance(place, Url):
         return False
 
-    def fill(partial: Path) -> None:
+    def copy(partial: Path) -> None:
         data = remote.fetch(place / MANIFEST, _LARGEST_FETCHED)
         if data is None:
             raise DataError("it has no manifest")
@@ -112,7 +117,7 @@ def copy_remote(folder: Path, shards: Sequence[Source], fields: Fields) -> bool:
         check_places(partial, manifest)
 
     try:
-        _put(folder, fill, replace=False)
+        put(folder, copy, replace=False)
     except DataError as error:
         if isinstance(error, remote.UnreachableError) and error.kind == "down":
             raise
@@ -122,7 +127,9 @@ def copy_remote(folder: Path, shards: Sequence[Source], fields: Fields) -> bool:
     return True
 
 
-def _put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
+def put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
+    """Fill a temporary folder and rename it; one that another process finished stays."""
+
     def make_room() -> None:
         if (replace and (folder / MANIFEST).exists()) or _is_torn(folder):
             shutil.rmtree(folder)
@@ -164,7 +171,7 @@ def _scans(shards: Sequence[Source], fields: Fields) -> tuple[Iterator[Scan], Fi
     return itertools.chain([first], rest), fields
 
 
-def _fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> Manifest:
+def fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> Manifest:
     """Write the columns, and return the manifest of what was scanned."""
     done = []
     with pq.ParquetWriter(folder / KEYS, _SCHEMA, compression="zstd") as keys:
@@ -217,7 +224,7 @@ def _manifest(scans: list[Scan], labelled: bool, beside: Tally) -> Manifest:
         left.merge(one.left)
         unlabelled.merge(one.unlabelled)
     left.merge(beside)
-    shards = [_entry(one) for one in scans]
+    shards = [entry_of(one) for one in scans]
     return {
         "format": FORMAT,
         "fingerprint": fingerprint(shards),
@@ -229,7 +236,8 @@ def _manifest(scans: list[Scan], labelled: bool, beside: Tally) -> Manifest:
     }
 
 
-def _entry(one: Scan) -> ShardEntry:
+def entry_of(one: Scan) -> ShardEntry:
+    """Return what a manifest says of a shard."""
     return {
         "name": one.name,
         "size": one.size,

@@ -25,8 +25,9 @@ LARGEST_MANIFEST = 1 << 30  # bytes
 
 
 class ShardEntry(TypedDict):
-    """One shard: base name, size in bytes, number of samples, and digest of its members.
+    """One shard: name, size in bytes, number of samples, and digest of its members.
 
+    The name is the base name, or the path below the common folder (`url.names_of`).
     `labels` is the digest of its labels, `bodies` the hash of all its bytes, if that was asked for.
     """
 
@@ -51,6 +52,8 @@ class Manifest(TypedDict):
     classes: NotRequired[list[str]]  # the names of the labels, if the shards have names
     left_out: NotRequired[dict[str, dict[str, Any]]]  # reason: count and examples
     unlabelled: NotRequired[dict[str, dict[str, Any]]]
+    notes: NotRequired[list[str]]  # what else to know, in sentences
+    files: NotRequired[dict[str, Any]]  # of image files: the digest of all paths and labels
     columns: NotRequired[dict[str, dict[str, Any]]]  # file: bytes and hash
     seal: NotRequired[str]
 
@@ -141,7 +144,7 @@ def _is_entry(entry: Any) -> bool:
     name, size, samples = (entry.get(key) for key in ("name", "size", "samples"))
     if (
         not isinstance(name, str)
-        or "/" in name
+        or not {"", ".", ".."}.isdisjoint(name.split("/"))
         or type(size) is not int
         or type(samples) is not int
     ):
@@ -163,9 +166,12 @@ def _why_extras_wrong(manifest: dict[str, Any]) -> str:
     )
     if not all(isinstance(name, str) for name in names) or set(fields) - {"image", "labels"}:
         return "its fields make no sense"
-    classes = manifest.get("classes", [])
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "its classes make no sense"
+    for part in ("classes", "notes"):
+        texts = manifest.get(part, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return f"its {part} make no sense"
+    if not isinstance(manifest.get("files", {}), dict):
+        return "its files make no sense"
     for part in ("left_out", "unlabelled", "columns"):
         value = manifest.get(part, {})
         if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):

@@ -19,9 +19,9 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -178,6 +178,11 @@ def scan_all(shards: Sequence[Source], fields: Fields = DEFAULT) -> Iterator[Sca
             yield from _log_progress(scans, total) if is_remote else scans
         finally:
             stop.set()
+
+
+def named(scans: Iterable[Scan], names: Iterable[str]) -> Iterator[Scan]:
+    """Yield scans under the names that an index gives to their shards."""
+    return (replace(one, name=name) for one, name in zip(scans, names, strict=True))
 
 
 def size_of(shard: Source) -> int:

@@ -27,6 +27,7 @@ def notes(manifest: Manifest, keys: Sequence[str], *, labels: bool) -> list[str]
         )
         if tally.total
     ]
+    lines += manifest.get("notes", [])
     image = manifest.get("image_field")
     return [f"the image of every sample is KEY.{shown(image)}", *lines] if image else lines
 

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from deepclust.errors import DataError, redact, remember
 
-__all__ = ["Source", "Url", "common_folder", "is_url", "redact"]
+__all__ = ["Source", "Url", "common_folder", "is_url", "names_of", "redact"]
 
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 _HTTP = ("http", "https")
@@ -102,3 +102,15 @@ def common_folder(shards: Sequence[Source]) -> Source:
     while any(not f"{shard}".startswith(f"{folder}/") for shard in shards) and folder.has_parent:
         folder = folder.parent
     return folder
+
+
+def names_of(shards: Sequence[Source]) -> list[str]:
+    """Return the names by which an index knows shards, in their order.
+
+    They are the base names. Files of which two share one have their paths below the common folder.
+    """
+    names = [shard.name for shard in shards]
+    folder = common_folder(shards)
+    if len(set(names)) == len(names) or isinstance(folder, Url):
+        return names
+    return [os.path.relpath(str(shard), folder) for shard in shards]

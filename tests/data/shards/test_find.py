@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.shards.find import beside, common_folder, expand
-from deepclust.data.shards.index import open_index
+from deepclust.data.shards.index import build_index, open_index
 from deepclust.errors import DataError
+from tests.images import make_shards
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -121,10 +123,28 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
         expand(tmp_path / "nowhere")
 
 
-def test_two_shards_with_one_base_name_are_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "x/a.tar", "y/a.tar")
-    with pytest.raises(DataError, match=r"two shards are called a\.tar"):
-        expand(f"{tmp_path}/{{x,y}}/a.tar")
+def test_shards_of_one_base_name_are_known_by_their_folders(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        make_shards(tmp_path / "d" / name, n=8, shards=2)
+    (tmp_path / "d/x/shard-000001.tar").unlink()
+    index = open_index(f"{tmp_path}/d/{{x,y}}/*.tar")
+    assert index.names == ["x/shard-000000.tar", "y/shard-000000.tar", "y/shard-000001.tar"]
+    assert "x/shard-000000.tar, key" in index.where(0)
+    stage = mirror_shards(index, tmp_path / "stage")
+    assert [shard.name for shard in stage.shards] == [n.replace("/", "%2F") for n in index.names]
+    assert stage.shards[1].read_bytes() == index.shards[1].read_bytes()
+    (tmp_path / "d").rename(tmp_path / "moved")
+    moved = open_index({f"{tmp_path}/moved/y": 2.0, f"{tmp_path}/moved/x": 1.0}, tmp_path / "i")
+    assert moved.fingerprint == index.fingerprint
+    assert moved.source_ids.tolist() == [1] * 4 + [0] * 8
+    assert build_index(f"{tmp_path}/moved", verify=False).fingerprint == index.fingerprint
+    build_index(f"{tmp_path}/moved", verify=True)
+
+
+def test_a_shard_that_is_given_twice_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.tar", "b.tar")
+    with pytest.raises(DataError, match=r"a\.tar is given 2 times"):
+        expand([f"{tmp_path}/a.tar", tmp_path])
 
 
 @pytest.mark.parametrize(
