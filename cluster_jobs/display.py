@@ -163,7 +163,7 @@ def status_table(states: list[Status]) -> Table:
             _cell(state.clusters, "{} of " + str(state.k)),
             _cell(state.reassigned, "{:.1%}"),
             _cell(state.nmi_labels, "{:.3f}"),
-            escape(visible(state.owner or state.reason)),
+            escape(visible("; ".join(filter(None, [state.collapse, state.owner or state.reason])))),
         )
     return table
 

@@ -22,6 +22,7 @@ from deepclust.errors import (
 from deepclust.files import open_regular, reading
 from deepclust.launch.start import is_finished
 from deepclust.run import directory, lock
+from deepclust.run.collapse import collapsed
 from deepclust.run.directory import Run
 
 Record = dict[str, Any]
@@ -61,6 +62,7 @@ class Status:
     k: int | None = None
     reassigned: float | None = None  # share of the images in another cluster than a round before
     nmi_labels: float | None = None  # where the shards have labels
+    collapse: str | None = None  # what the metrics say about one
     owner: str | None = None
     reason: str = ""
     exit_code: int = 0  # of the controller that brought the run to this end
@@ -129,6 +131,7 @@ def _status(run: Run) -> Status:
         k=newest.get("k"),
         reassigned=newest.get("reassigned"),
         nmi_labels=newest.get("nmi_labels"),
+        collapse=collapsed(trained),
         owner=owner,
         reason=reason,
         exit_code=code,

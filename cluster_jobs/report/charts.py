@@ -36,6 +36,12 @@ STYLE: Any = {  # Any: matplotlib types the keys one by one, in new versions onl
     "lines.markersize": 4,
     "legend.frameon": False,
 }
+ANSWERS = (  # scalars of the metrics that tell of a collapse, and their short names
+    ("spread", "spread"),
+    ("entropy_of_mean", "of the mean"),
+    ("mean_entropy", "mean entropy"),
+    ("prototypes_used", "used"),
+)
 MOST_POINTS = 600  # of a curve; more are averaged in runs of equal length
 
 
@@ -51,7 +57,7 @@ class Chart:
 def charts(run: Run, facts: Facts) -> list[Chart]:
     """Return the panels that there are numbers for."""
     seeded = facts.recipe.seeds is not None
-    panels = [_loss(facts), *_by_round(facts.rounds, seeded), _sizes(run, facts)]
+    panels = [_loss(facts), _answers(facts), *_by_round(facts.rounds, seeded), _sizes(run, facts)]
     return [panel for panel in panels if panel is not None]
 
 
@@ -71,6 +77,25 @@ def _loss(facts: Facts) -> Chart | None:
     if (refresh := facts.recipe.method.round) is not None and refresh.resets:
         reading = "It falls within a round, and jumps at each new one, because the head is new."
     return Chart("Training loss", reading, _svg(draw))
+
+
+def _answers(facts: Facts) -> Chart | None:
+    """Return the panel of the signs of collapse, where the method tells them."""
+    known = [(key, name) for key, name in ANSWERS if any(key in line for line in facts.train)]
+    if not known:
+        return None
+    steps = _column(facts.train, "step")
+
+    def draw(axes: Axes) -> None:
+        for (key, name), colour in zip(known, (BLUE, ORANGE, GREEN, GREY), strict=False):
+            axes.plot(_thin(steps), _thin(_column(facts.train, key)), color=colour, label=name)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("step")
+        _legend(axes)
+
+    reading = "A collapse is a spread near 0, or an entropy of the mean target near 0"
+    reading += ", or a mean entropy that stays at 1. Entropies are shares of ln k."
+    return Chart("Signs of collapse", reading, _svg(draw))
 
 
 def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:

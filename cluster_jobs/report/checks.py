@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cluster_jobs.report.facts import Facts
+from deepclust.run.collapse import KEYS, LINES, collapsed
 
 STUCK = 0.97  # of a guess: no better than a guess
 CROWDED = 0.2  # share of the images in one cluster
@@ -26,7 +27,9 @@ class Check(NamedTuple):
 
 def checks(facts: Facts) -> list[Check]:
     """Return the results of all checks for which it is not too early."""
-    table: tuple[Callable[[Facts], Check | None], ...] = (learns, balanced, settles, filled, whole)
+    table: tuple[Callable[[Facts], Check | None], ...] = (
+        learns, spread_out, balanced, settles, filled, whole,
+    )  # fmt: skip
     return [result for check in table if (result := check(facts)) is not None]
 
 
@@ -44,6 +47,16 @@ def learns(facts: Facts) -> Check | None:
             f"learn. Try another train.lr{smaller}.",
         )
     return Check(True, f"The loss, {loss:.2f}, is below that of a guess, {guess:.2f}.")
+
+
+def spread_out(facts: Facts) -> Check | None:
+    """Check that images have answers of their own: the signs of collapse in the metrics."""
+    if not any(line.get(key) is not None for line in facts.train[-LINES:] for key in KEYS):
+        return None
+    text = collapsed(facts.train)
+    if text is not None:
+        return Check(False, text[0].upper() + text[1:])
+    return Check(True, "The network has not collapsed: images have answers of their own.")
 
 
 def balanced(facts: Facts) -> Check | None:

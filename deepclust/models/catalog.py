@@ -35,10 +35,16 @@ class Builder:
     """The function in torchvision.models whose parameter names the network has."""
     relu: bool = False
     """Whether the features are cut before a ReLU, which training puts back."""
+    build_many: Callable[[int, int], nn.Module] | None = None
+    """Like `build`, for a network that else takes images of one size alone."""
 
 
 def _torchvision(name: str, relu: bool = False) -> Builder:
-    return Builder(partial(libraries.torchvision_net, name), name, relu)
+    many = partial(libraries.torchvision_net, name, many_sizes=True)
+    return Builder(
+        partial(libraries.torchvision_net, name), name, relu,
+        build_many=many if name.startswith("vit_") else None,
+    )  # fmt: skip
 
 
 BACKBONES: dict[str, Builder] = {
@@ -78,22 +84,25 @@ def build_backbone(
     sobel: bool = False,
     image_size: int = 224,
     seed: int = 0,
+    sizes: Iterable[int] = (),
     import_module: bool = True,
 ) -> Backbone:
     """Return a backbone with random weights on the CPU, in training mode.
 
     name: a key of BACKBONES, else an architecture of timm, bare or as `timm/NAME`, else a module
     `a.b.c` with a function `build(channels, image_size)`. Without `import_module` it must be
-    imported already, for names from files that may come from anywhere. The weights depend on
+    imported already, for names from files that may come from anywhere. sizes: other sizes of
+    images, in pixels, that it shall take if it can (`check_sizes`). The weights depend on
     (name, sobel, image_size, seed) only. The caller's random state stays as it was. Raises
     RecipeError for an unknown name, a size that is too small, or channels that do not fit.
     """
     name, builder = _find(name, import_module)
+    build = (set(sizes) - {image_size} and builder.build_many) or builder.build
     channels = Sobel.channels if sobel else 3
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the GPUs too, and fork_rng would have to restore them all
         torch.default_generator.manual_seed(derive(seed, "backbone"))
-        net = builder.build(channels, image_size)
+        net = build(channels, image_size)
     dim = _width(net, name, channels, image_size)
     return Backbone(
         net, name=name, dim=dim, image_size=image_size, sobel=sobel, relu=builder.relu,
@@ -104,12 +113,14 @@ def build_backbone(
 def check_sizes(backbone: Backbone, sizes: Iterable[int]) -> None:
     """Raise RecipeError unless the backbone takes square crops of every size, in pixels."""
     channels = Sobel.channels if backbone.sobel is not None else 3
-    for size in set(sizes) - {backbone.image_size}:
-        if not _fits(backbone.net, channels, size):
+    patch = libraries.patch_of(backbone.net) or 1
+    fix = f" that is a multiple of {patch}" if patch > 1 else ""
+    for size in sorted(set(sizes) - {backbone.image_size}):
+        if size % patch or not _fits(backbone.net, channels, size):
             raise RecipeError(
                 f"backbone.name: {backbone.name}, built for {backbone.image_size} pixels, cannot "
-                f"take crops of {size}: set another data.local.size, or choose another backbone. "
-                "A ViT takes one size, unless it comes from timm with dynamic_img_size."
+                f"take crops of {size}: set another data.local.size{fix}, or choose another "
+                "backbone, such as a resnet or a vit"
             )
 
 
@@ -134,7 +145,8 @@ def _find(name: str, import_module: bool) -> tuple[str, Builder]:
         return name, BACKBONES[name]
     short = name.removeprefix("timm/")
     if libraries.is_timm(short):
-        return f"timm/{short}", Builder(partial(libraries.timm_net, short))
+        many = partial(libraries.timm_net, short, many_sizes=True)
+        return f"timm/{short}", Builder(partial(libraries.timm_net, short), build_many=many)
     if "." in name and "/" not in name:
         return name, Builder(_module(name, import_module).build)
     raise RecipeError(_unknown(name, short))

@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
 from deepclust.errors import RecipeError
+from deepclust.models.positions import ManySizes
 
 
-def torchvision_net(name: str, in_channels: int, image_size: int) -> nn.Module:
+def torchvision_net(
+    name: str, in_channels: int, image_size: int, *, many_sizes: bool = False
+) -> nn.Module:
     """Build the torchvision network `name`, random weights, features instead of logits.
 
     Every parameter keeps torchvision's name, so the weights load back into
-    `torchvision.models.NAME()`. Raises RecipeError when a ViT's patches do not fill the image.
+    `torchvision.models.NAME()`. With `many_sizes` a ViT takes other sizes too. Raises RecipeError
+    when a ViT's patches do not fill the image.
     """
     net = headless(torchvision_plain(name, image_size))
+    if many_sizes and isinstance(net, torchvision.models.VisionTransformer):
+        net.__class__ = ManySizes  # the same parameters, another forward pass
     if in_channels != 3:
         _narrow_first_conv(net, in_channels)
     return net
@@ -89,10 +96,13 @@ def timm_names() -> list[str]:
     return list(timm.list_models())
 
 
-def timm_net(name: str, in_channels: int, image_size: int) -> nn.Module:
+def timm_net(
+    name: str, in_channels: int, image_size: int, *, many_sizes: bool = False
+) -> nn.Module:
     """Build the timm network `name`, random weights, no classifier (num_classes=0).
 
-    Raises RecipeError when it cannot be built for these channels or this image size.
+    With `many_sizes` it takes other sizes too, if timm can interpolate its positions. Raises
+    RecipeError when it cannot be built for these channels or this image size.
     """
     import timm
 
@@ -100,6 +110,8 @@ def timm_net(name: str, in_channels: int, image_size: int) -> nn.Module:
     options: dict[str, Any] = {"in_chans": in_channels, "num_classes": 0}
     if config is not None and config.fixed_input_size:
         options["img_size"] = image_size
+    if many_sizes and _knows(name, "dynamic_img_size"):
+        options["dynamic_img_size"] = True
     try:
         net: nn.Module = timm.create_model(name, pretrained=False, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -112,14 +124,34 @@ def timm_net(name: str, in_channels: int, image_size: int) -> nn.Module:
     return net
 
 
-def _refuse_unseen_border(net: nn.Module, name: str, image_size: int) -> None:
-    """Raise RecipeError where patches do not fill the image: the last pixels would not be seen."""
+def _knows(name: str, option: str) -> bool:
+    """Return whether a timm network has an option, by building it without memory."""
+    import timm
+
+    options: dict[str, Any] = {option: True}
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, **options)
+    except TypeError:
+        return False
+    return True
+
+
+def patch_of(net: nn.Module) -> int | None:
+    """Return the side of the patches that a network cuts images into, or None without any."""
+    if isinstance(net, torchvision.models.VisionTransformer):
+        return int(net.patch_size)
     embed = getattr(net, "patch_embed", None)
     size = getattr(embed, "patch_size", None)
     if size is None or getattr(embed, "dynamic_img_pad", False):
-        return
-    patch = max(size) if isinstance(size, tuple | list) else int(size)
-    if image_size % patch:
+        return None
+    return max(size) if isinstance(size, tuple | list) else int(size)
+
+
+def _refuse_unseen_border(net: nn.Module, name: str, image_size: int) -> None:
+    """Raise RecipeError where patches do not fill the image: the last pixels would not be seen."""
+    patch = patch_of(net)
+    if patch is not None and image_size % patch:
         below = max(patch, image_size // patch * patch)
         raise RecipeError(
             f"backbone.name: timm/{name} cuts images into patches of {patch} pixels, and "

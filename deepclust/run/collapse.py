@@ -7,7 +7,8 @@ entropy of the mean target .4 to 1 and .13 at most, mean entropy .1 to .9 and .9
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 LINES = 5  # of metrics, over which a sign is averaged: a single one may be chance
@@ -45,14 +46,40 @@ SIGNS = (
 KEYS = tuple(sign.key for sign in SIGNS)
 
 
-def collapsed(lines: Sequence[Mapping[str, Any]]) -> str | None:
+def collapsed(lines: Iterable[Mapping[str, Any]]) -> str | None:
     """Return what the last lines of metrics say about a collapse, or None if all is well.
 
     It is too early to say before there are `LINES` of them.
     """
-    last = lines[-LINES:]
-    for sign in SIGNS:
-        values = [line[sign.key] for line in last if line.get(sign.key) is not None]
-        if len(values) == LINES and sign.is_bad(mean := sum(values) / LINES):
-            return sign.text.format(mean)
-    return None
+    last = list(lines)[-LINES:]
+    sign = bad_sign(last)
+    return None if sign is None else sign.text.format(_mean(last, sign.key))
+
+
+def bad_sign(lines: Iterable[Mapping[str, Any]]) -> Sign | None:
+    """Return the first sign that is bad in the last lines of metrics."""
+    last = list(lines)[-LINES:]
+    means = ((sign, _mean(last, sign.key)) for sign in SIGNS)
+    return next((sign for sign, mean in means if mean is not None and sign.is_bad(mean)), None)
+
+
+def _mean(last: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Return the mean of a scalar, or None where there are too few."""
+    values = [line[key] for line in last if line.get(key) is not None]
+    return sum(values) / LINES if len(values) == LINES else None
+
+
+class Watch:
+    """What the metrics of an attempt say about a collapse, told once when it begins."""
+
+    def __init__(self) -> None:
+        self._last: deque[dict[str, Any]] = deque(maxlen=LINES)
+        self._told: str | None = None
+
+    def note(self, line: dict[str, Any]) -> str | None:
+        """Take the next line of metrics; return a sentence if a sign of collapse begins."""
+        self._last.append(line)
+        sign = bad_sign(self._last)
+        begins = sign is not None and sign.key != self._told
+        self._told = sign.key if sign else None
+        return collapsed(self._last) if begins else None

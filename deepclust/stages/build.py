@@ -99,13 +99,15 @@ def build_method(recipe: Recipe, world: World, new: bool) -> Method:
 
     A new run may inherit weights.
     """
+    sizes = [kind.size for kind in recipe.method.crops(recipe.data)]
     backbone = build_backbone(
         recipe.backbone.name,
         sobel=recipe.backbone.sobel,
         image_size=recipe.data.size,
         seed=recipe.seed,
+        sizes=sizes,
     )
-    check_sizes(backbone, (kind.size for kind in recipe.method.crops(recipe.data)))
+    check_sizes(backbone, sizes)
     if recipe.init.weights and new:
         warm_start.load_weights(backbone, recipe.init.weights)
     setting = Setting(recipe.method, recipe.cluster, recipe.seed, world, recipe.terms)

@@ -26,6 +26,7 @@ from deepclust.methods.embed import Embedder, autocast
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import State
+from deepclust.run.collapse import Watch
 from deepclust.run.directory import Run
 from deepclust.run.reporting import Metrics, Report
 from deepclust.stages.batches import Feed
@@ -53,6 +54,7 @@ class Trainer:
     report: Report
     stopping: Callable[[], bool]
     metrics: Metrics | None  # of the first rank
+    watch: Watch = field(default_factory=Watch)
 
     def save(self, state: State) -> None:
         """Write a checkpoint unless the step has one.
@@ -259,3 +261,5 @@ def log_metrics(
     }
     trainer.metrics.record("train", state.step, **values)
     trainer.report.progress(step=state.step, done=state.offset, of=plan.steps, **values)
+    if (text := trainer.watch.note(values)) is not None:
+        trainer.report.event("warning", text=f"step {state.step}: {text}")

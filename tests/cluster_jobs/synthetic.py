@@ -62,7 +62,7 @@ def make_simclr(folder: Path, shards: Path, steps: int = 8) -> Path:
     create(folder, Recipe.parse(tree))
     _data(folder, open_index(shards))
     _event(folder, event="started")
-    _train(folder, -1, steps, k=31)
+    _train(folder, -1, steps, k=31, spread=0.8)
     _event(folder, event="finished", epochs=1)
     return folder
 
@@ -136,7 +136,7 @@ def _features(stage: Path, index: Index) -> None:
     seal(stage, {"data": index.fingerprint})
 
 
-def _train(folder: Path, number: int, steps: int, k: int) -> None:
+def _train(folder: Path, number: int, steps: int, k: int, **scalars: float) -> None:
     segment = max(0, number)  # without clusters the number is -1
     for step in range(segment * steps + 1, (segment + 1) * steps + 1):
         wave = 0.2 * np.sin(step)
@@ -144,7 +144,8 @@ def _train(folder: Path, number: int, steps: int, k: int) -> None:
         append_json(
             folder / "metrics.jsonl",
             {"kind": "train", "attempt": 1, "step": step, "round": number, "loss": loss,
-             "epoch": step / steps, "lr": 0.05, "images_per_s": 900.0, "waiting": 0.1, "time": 1.0},
+             "epoch": step / steps, "lr": 0.05, "images_per_s": 900.0, "waiting": 0.1, "time": 1.0,
+             **scalars},
         )  # fmt: skip
 
 

@@ -40,12 +40,30 @@ METHODS = {
         "method": {"name": "deepercluster"},
         "cluster": {"k": 30, "supers": 2, "dim": 32, "every": "90 steps"},
     },
+    "dino": {
+        "method": {
+            "name": "dino",
+            "prototypes": 64,
+            "hidden": 128,
+            "bottleneck": 64,
+            "momentum": 0.99,
+        },
+        "train": {
+            **TREE["train"],
+            "optimizer": "adamw",
+            "lr": 0.002,
+            "weight_decay": 0.04,
+            "clip": 3.0,
+            "clip_by": "tensor",
+        },
+    },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
     "moco-v2": {
         "method": {"name": "moco-v2", "hidden": 128, "out": 64, "queue": 512, "momentum": 0.99}
     },
     "moco-v3": {"method": {"name": "moco-v3", "hidden": 128, "out": 64, "temperature": 0.5}},
     "byol": {"method": {"name": "byol", "hidden": 128, "out": 64, "momentum": 0.99}},
+    "swav": {"method": {"name": "swav", "prototypes": 30, "hidden": 128, "out": 64}},
 }
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from deepclust.methods.parts.monitors import prototypes_used, spread, target_entropies
-from deepclust.run.collapse import LINES, collapsed
+from deepclust.run.collapse import LINES, Watch, collapsed
 from deepclust.world import ALONE, World
 from tests.ranks import on_ranks
 
@@ -57,3 +57,9 @@ def test_a_sign_is_told_once_it_lasts(bad: dict[str, float], words: str) -> None
     assert collapsed([{**good, **bad}] * (LINES - 1)) is None
     assert words in str(collapsed([good] * 9 + [{**good, **bad}] * LINES))
     assert collapsed([{"loss": 1.0, "spread": None}] * 9) is None
+
+
+def test_a_sign_is_told_when_it_begins_and_not_again_while_it_lasts() -> None:
+    watch, bad, good = Watch(), {"spread": 0.01}, {"spread": 0.8}
+    told = [watch.note(line) is not None for line in [bad] * 9 + [good] * 9 + [bad] * 9]
+    assert [i for i, one in enumerate(told) if one] == [LINES - 1, 18 + LINES - 1]

@@ -24,3 +24,22 @@ def each_size(
     """
     groups = [torch.cat(list(group)) for _, group in groupby(crops, key=lambda one: one.shape[-1])]
     return torch.cat([network(group) for group in groups])
+
+
+def by_crop(rows: Float[Tensor, "rows d"], crops: int) -> Float[Tensor, "crops b d"]:
+    """Return rows that lie crop after crop as one batch for each crop."""
+    return rows.view(crops, -1, rows.shape[1])
+
+
+def swapped(
+    targets: Float[Tensor, "first b k"], logits: Float[Tensor, "crops b k"]
+) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy over all pairs of a target and the logits of another crop.
+
+    The targets are those of the first crops, which have logits as well. With two targets and V
+    crops there are 2 V - 2 pairs.
+    """
+    predicted = logits.log_softmax(2)
+    others = predicted.sum(0) - predicted[: len(targets)]  # of all crops but the target's own
+    pairs = len(targets) * (len(logits) - 1)
+    return -(targets * others).sum(2).mean(1).sum() / pairs

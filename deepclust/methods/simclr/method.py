@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Output, Setting
+from deepclust.methods.parts.monitors import spread
 from deepclust.methods.parts.projection import projection
 from deepclust.methods.simclr.config import Config
 from deepclust.models.backbone import Backbone
@@ -41,7 +42,7 @@ class Method(base.Method):
         projected = self.projection(self.backbone.activation(features))
         a, b = F.normalize(projected.float()).chunk(2)
         loss = nt_xent(a, b, self.world, self.temperature)
-        return Output(loss, {}, features[: len(batch.sample_ids)])
+        return Output(loss, spread(a), features[: len(batch.sample_ids)])
 
 
 def nt_xent(

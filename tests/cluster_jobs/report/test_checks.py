@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster_jobs.report.checks import balanced, checks, filled, learns, settles, whole
+from cluster_jobs.report.checks import balanced, checks, filled, learns, settles, spread_out, whole
 from cluster_jobs.report.facts import Facts
 from cluster_jobs.status import Status
 from deepclust.recipe import Recipe
@@ -99,3 +99,12 @@ def test_a_run_without_clusters_is_not_advised_to_use_fewer_clusters() -> None:
     assert not stuck.good
     assert stuck.text.endswith("Try another train.lr.")
     assert [check.good for check in checks(simclr(3.0))] == [True]
+
+
+def test_a_collapse_is_told_from_the_metrics_alone() -> None:
+    fine = {"loss": 1.0, "spread": 0.9, "mean_entropy": 0.2, "entropy_of_mean": 0.7}
+    assert spread_out(simclr(1.0)) is None
+    assert spread_out(replace(facts(), train=[fine] * 9)).good
+    found = spread_out(replace(facts(), train=[{**fine, "spread": 0.01}] * 9))
+    assert not found.good
+    assert found.text.startswith("All images have nearly the same projection (spread 0.010")

@@ -112,6 +112,8 @@ def test_a_run_without_clusters_is_described_without_them(tmp_path: Path, shards
     Outline(text)
     assert "SUCCEEDED" in text
     assert "Training loss" in text
+    assert "Signs of collapse" in text
+    assert "has not collapsed" in text
     assert "<dt>Samples</dt><dd>96</dd>" in text
     for words in ("not known", "<h2>Rounds", "<h2>Clusters", "deepclust assignments"):
         assert words not in text
