@@ -26,10 +26,12 @@ def spread(projected: Float[Tensor, "b d"]) -> Scalars:
     """Return `spread`: the mean standard deviation of unit rows in a dimension, times sqrt(d).
 
     It is near 1 for rows that point everywhere, and 0 for rows that all point one way. Of this
-    rank's rows.
+    rank's rows, of which a single one tells nothing.
     """
     rows = F.normalize(projected.detach().float())
-    return {"spread": rows.std(0, correction=0).mean() * math.sqrt(rows.shape[1])}
+    if len(rows) < 2:
+        return {}
+    return {"spread": rows.std(0).mean() * math.sqrt(rows.shape[1])}
 
 
 @torch.no_grad()
