@@ -68,10 +68,16 @@ def run(code: str) -> None:
     """Execute commands in this process, smaller."""
     for text, smaller in SMALLER.items():
         code = code.replace(text, smaller)
-    for line in code.splitlines():
+    for line in code.replace(" && ", "\n").splitlines():
         words = shlex.split(line)
-        tiny = TINY if words[1] == "pretrain" else []
+        tiny = smaller_recipe(words[2]) if words[1] == "pretrain" else []
         COMMANDS.main([*words[1:], *tiny], standalone_mode=False)
+
+
+def smaller_recipe(name: str) -> list[str]:
+    """Return the overrides that make a recipe tiny: without clusters if it has none."""
+    clusters = Recipe.load(name).cluster is not None
+    return [one for one in TINY if clusters or not one.startswith("cluster.")]
 
 
 def check(line: str) -> None:

@@ -6,7 +6,10 @@ Nothing here imports torch. `tests/toys/method.py` shows a method that needs no 
 from __future__ import annotations
 
 METHODS = {
-    name: f"deepclust.methods.{name}"
-    for name in ("deepcluster", "deepercluster", "dino", "simclr", "swav")
+    name: f"deepclust.methods.{name.replace('-', '_')}"
+    for name in (
+        "deepcluster", "deepercluster",
+        "swav", "dino", "simclr", "moco-v2", "moco-v3", "byol",
+    )
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

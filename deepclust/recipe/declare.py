@@ -1,4 +1,4 @@
-"""What a method declares as data, without torch: its crops, and how its rounds are made."""
+"""What a method declares as data, without torch: its crops, its rounds, and what a step costs."""
 
 from __future__ import annotations
 
@@ -29,3 +29,33 @@ class Crops:
     scale: tuple[float, float]
     turns: int = 1
     colour: bool = True
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Crops of one size that an image sends through a network in a step.
+
+    `network` is the backbone's module in the method. A pass that is not `trained` has no backward.
+    """
+
+    network: str
+    count: int
+    size: int
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step computes for each image, and what a method keeps beside its networks.
+
+    State is in bytes, as it is saved: parameters and buffers, without gradients and optimizer
+    state. `per_sample` is for each image of the data, `per_cluster` for each of `cluster.k`, and
+    `fixed` the rest. Projections are networks. If `sharded`, ranks share what grows, else each has
+    all of it.
+    """
+
+    passes: tuple[Pass, ...]
+    per_sample: int = 0
+    per_cluster: int = 0
+    fixed: int = 0
+    sharded: bool = False

@@ -36,8 +36,15 @@ def _unused(recipe: Recipe) -> str | None:
 
 
 def _misfit_of_batch(recipe: Recipe) -> str | None:
-    if recipe.method.whole_batch and recipe.train.batch < 2:
-        return f"train.batch: {recipe.method.name} compares the images of a batch: set 2 or more"
+    method, train = recipe.method, recipe.train
+    if method.whole_batch and train.batch < 2:
+        return f"train.batch: {method.name} compares the images of a batch: set 2 or more"
+    parts = train.ranks * train.accumulate
+    if train.batch < method.least * parts:
+        return (
+            f"train.batch: {method.name} norms each crop alone, so {parts} parts need "
+            f"{method.least} images each: set {method.least * parts} or more"
+        )
     return None
 
 

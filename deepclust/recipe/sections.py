@@ -7,13 +7,13 @@ read, checked and printed before it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from deepclust.recipe.declare import Crops, Refresh
+from deepclust.recipe.declare import Cost, Crops, Pass, Refresh
 
 if TYPE_CHECKING:
     from deepclust.recipe.recipe import Recipe
@@ -163,6 +163,7 @@ class MethodSection(Section, ABC):
 
     labels: ClassVar[Literal["unused", "optional", "required"]] = "unused"
     whole_batch: ClassVar[bool] = False  # the loss compares all samples: no train.accumulate
+    least: ClassVar[int] = 1  # images in a rank's part: 2 where each crop is normed alone
     trunk: ClassVar[str] = "backbone"  # the module that is clustered, exported and evaluated
 
     @property
@@ -183,6 +184,14 @@ class MethodSection(Section, ABC):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the loss of a network that has learnt nothing."""
 
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return what a step and the state take, for features of this width.
+
+        By default every crop is trained on, and no state is kept.
+        """
+        crops = self.crops(recipe.data)
+        return Cost(tuple(Pass("backbone", kind.count, kind.size) for kind in crops))
+
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what the method cannot do with other sections of the recipe, if anything."""
         return None
@@ -202,6 +211,11 @@ class ClusteringMethodSection(MethodSection):
     def mode(self) -> str:
         """The draw that the recipe chooses."""
         return self.sampling
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return the default, and a linear classifier for each head: float32, with its bias."""
+        per_cluster = 4 * (width + 1) * self.round.heads
+        return replace(super().cost(recipe, width), per_cluster=per_cluster)
 
 
 class TermSection(Section):

@@ -122,6 +122,14 @@ def test_a_batch_of_one_is_refused_before_any_work(place: Path, change: str) -> 
     assert not (place / "new" / "rounds").exists()
 
 
+@pytest.mark.parametrize("method", ["byol", "moco-v2", "moco-v3"])
+def test_a_method_that_norms_each_crop_alone_needs_two_images(place: Path, method: str) -> None:
+    given = [f"method.name={method}", "cluster=null", "train.ranks=2"]
+    with pytest.raises(RecipeError, match=rf"train\.batch: {method} norms .* set 4 or more"):
+        tiny_recipe(place, *given, "train.batch=2")
+    assert tiny_recipe(place, *given, "train.batch=4").train.batch == 4
+
+
 def test_simclr_with_a_batch_of_one_is_refused(place: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.batch: simclr compares"):
         tiny_recipe(place, "method.name=simclr", "cluster=null", "train.batch=1")

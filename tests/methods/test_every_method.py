@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +12,14 @@ import pytest
 import torch
 
 from deepclust.methods import METHODS
-from deepclust.methods.base import Now
+from deepclust.methods.base import Batch, Method, Now
+from deepclust.models.backbone import Backbone
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe.sections import TrainSection
 from deepclust.run.directory import Run
 from deepclust.stages.build import parameter_groups, wrap_ddp
 from deepclust.world import World
-from tests.methods.cases import CASES, NAMES, TOY, batch, method, recipe, share
+from tests.methods.cases import CASES, NAMES, TOY, K, batch, method, recipe, share
 from tests.ranks import on_ranks
 from tests.tiny import assert_resumes_undisturbed, tiny_recipe
 
@@ -58,6 +62,74 @@ def test_what_a_method_declares_is_there(name: str) -> None:
     assert set(one.frozen(Now())) <= trained
     images = batch(of).crops[0]
     assert one.eval().embed(images).shape == (len(images), one.trunk.dim)
+
+
+def passes(one: Method, given: Batch) -> Counter[tuple[str, int, bool]]:
+    """Images through each backbone in a step: by module, size, and whether gradients are kept."""
+    seen: Counter[tuple[str, int, bool]] = Counter()
+
+    def note(name: str, images: torch.Tensor) -> None:
+        seen[name, images.shape[-1], torch.is_grad_enabled()] += len(images)
+
+    for name, module in one.named_modules():
+        if isinstance(module, Backbone):
+            module.register_forward_hook(lambda _, args, __, name=name: note(name, args[0]))
+    one(given)
+    return seen
+
+
+@pytest.mark.parametrize("name", [*NAMES, "deepcluster method.head=centroids"])
+def test_what_a_method_says_of_its_cost_is_what_it_costs(name: str) -> None:
+    name, *overrides = name.split()
+    of, more = recipe(name, *overrides), recipe(name, *overrides)
+    one, given = method(of), batch(of)
+    cost = of.method.cost(of, one.trunk.dim)
+    expected: Counter[tuple[str, int, bool]] = Counter()
+    for part in cost.passes:
+        expected[part.network, part.size, part.trained] += part.count * len(given.sample_ids)
+    assert passes(one, given) == expected
+    if of.cluster is not None:
+        more = recipe(name, *overrides, f"cluster.k={2 * K}")
+        grown = state_bytes(method(more)) - state_bytes(method(of))
+        assert grown == K * cost.per_cluster
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_beside_the_networks_is_declared(name: str) -> None:
+    of = recipe(name)
+    one = method(of)
+    networks = ("backbone", "teacher", "projection", "predictor")
+    kept = {n: t for n, t in one.state_dict().items() if n.split(".")[0] not in networks}
+    cost = of.method.cost(of, one.trunk.dim)
+    clusters = K if of.cluster is not None else 0
+    declared = cost.fixed + cost.per_cluster * clusters
+    terms = sum(t.nbytes for n, t in kept.items() if n.startswith("terms."))
+    assert sum(t.nbytes for t in kept.values()) - terms == declared
+
+
+def state_bytes(one: Method) -> int:
+    """Bytes of the tensors of a checkpoint."""
+    return sum(tensor.nbytes for tensor in one.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where graphs break
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_method_is_not_compiled_again_for_every_step(name: str) -> None:
+    of, graphs = recipe(name), []
+    one, given = method(of).train(), batch(of)
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, counts = torch.compile(one, backend=count), []
+    for step in range(3):
+        now = Now(step, step / 7, step / 70)
+        compiled(replace(given, now=now))
+        one.after_step(now)
+        counts.append(len(graphs))
+    assert counts[-1] == counts[1]
 
 
 def gradients(world: World, name: str) -> dict[str, np.ndarray]:

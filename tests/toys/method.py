@@ -19,7 +19,7 @@ from deepclust.methods.parts.heads import LinearHead
 from deepclust.methods.parts.teacher import Teacher
 from deepclust.models.backbone import Backbone
 from deepclust.recipe import Recipe
-from deepclust.recipe.declare import Crops, Refresh
+from deepclust.recipe.declare import Cost, Crops, Pass, Refresh
 from deepclust.recipe.sections import ClusteringMethodSection, Data
 from deepclust.world import derive
 
@@ -40,6 +40,17 @@ class Config(ClusteringMethodSection):
         assert data.local is not None
         local = Crops(data.local.count, data.local.size, data.local.scale, turns=4, colour=False)
         return (Crops(2, data.size, data.crop_scale), local)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        assert recipe.data.local is not None
+        size, local = recipe.data.size, recipe.data.local
+        trained = Pass("backbone", 2, size), Pass("backbone", local.count, local.size)
+        row = 4 * (width + 1)
+        return Cost(
+            (*trained, Pass("teacher.backbone", 1, size, trained=False)),
+            per_cluster=2 * row,
+            fixed=self.classes * row,
+        )
 
     def chance_loss(self, recipe: Recipe) -> float:
         return math.log(recipe.clustering.k) + math.log(self.classes)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Refresh
+from deepclust.recipe.declare import Cost, Refresh
 from deepclust.recipe.sections import ClusteringMethodSection
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class Config(ClusteringMethodSection):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return ln k."""
         return math.log(recipe.clustering.k)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return a linear classifier, or the round's whitening and centroids, float32."""
+        usual, dim = super().cost(recipe, width), recipe.clustering.dim
+        if self.head != "centroids":
+            return usual
+        return replace(usual, per_cluster=4 * dim, fixed=4 * width * (dim + 1))
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the clustering, if anything."""

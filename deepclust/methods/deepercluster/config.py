@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Crops, Refresh
+from deepclust.recipe.declare import Cost, Crops, Refresh
 from deepclust.recipe.sections import ClusteringMethodSection, Data
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ class Config(ClusteringMethodSection):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the number of clusters and turns."""
         return math.log(recipe.clustering.k * self.rotations)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return two linear classifiers: of super-classes, and of their sub-clusters, sharded."""
+        row = 4 * (width + 1) * self.rotations
+        usual = super().cost(recipe, width)
+        return replace(usual, per_cluster=row, fixed=row * recipe.clustering.supers, sharded=True)
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the clustering, if anything."""

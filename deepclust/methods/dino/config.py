@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Crops
+from deepclust.recipe.declare import Cost, Crops, Pass
 from deepclust.recipe.sections import Data, MethodSection
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class Config(MethodSection):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the width of the last layer."""
         return math.log(self.prototypes)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return every crop trained, two of the teacher, and as state the head and the centre."""
+        default = super().cost(recipe, width)
+        taught = Pass("teacher.backbone", 2, recipe.data.size, trained=False)
+        layers = [(width, self.hidden), (self.hidden, self.hidden), (self.hidden, self.bottleneck)]
+        last = self.prototypes * (self.bottleneck + (not self.unit_last))
+        numbers = sum((before + 1) * after for before, after in layers) + last + self.prototypes
+        return replace(default, passes=(*default.passes, taught), fixed=4 * numbers)
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing, if anything."""

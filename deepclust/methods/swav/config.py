@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Crops
+from deepclust.recipe.declare import Cost, Crops
 from deepclust.recipe.sections import Data, MethodSection
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Config(MethodSection):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the number of prototypes."""
         return math.log(self.prototypes)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return the default, and the prototypes and the queue as state: float32."""
+        fixed = 4 * self.out * (self.prototypes + 2 * self.queue)
+        return replace(super().cost(recipe, width), fixed=fixed)
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing or the queue, if anything."""

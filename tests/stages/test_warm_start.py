@@ -1,0 +1,49 @@
+"""A run starts from the backbone of another one, whatever the methods of the two are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepclust import pretrain
+from deepclust.methods import METHODS
+from deepclust.models.backbone import Backbone
+from deepclust.run.directory import Run
+from deepclust.stages.build import build_method
+from deepclust.world import ALONE
+from tests.methods.cases import CASES
+from tests.tiny import final_weights, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def byol(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a method that has a teacher beside the backbone that counts."""
+    run = tmp_path_factory.mktemp("runs") / "byol"
+    pretrain(tiny_recipe(shards, "method.name=byol", *CASES["byol"], "train.epochs=1"), run)
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_starts_from_another_ones_backbone(
+    name: str, byol: Path, shards: Path
+) -> None:
+    given = tiny_recipe(
+        shards, f"method.name={name}", *CASES[name], f"init.weights={byol}", "seed=7"
+    )
+    method, theirs = build_method(given, ALONE, new=True), final_weights(byol)
+    backbones = [m for m in method.modules() if isinstance(m, Backbone)]  # a teacher's too
+    assert method.trunk in backbones
+    for backbone in backbones:
+        for key, value in backbone.state_dict().items():
+            np.testing.assert_array_equal(value, theirs[f"model/backbone.{key}"])
+
+
+def test_deepcluster_goes_on_from_byol(byol: Path, shards: Path, tmp_path: Path) -> None:
+    given = tiny_recipe(shards, f"init.weights={byol}", "train.epochs=1", "train.lr=1e-9")
+    pretrain(given, tmp_path / "next")
+    ours, theirs = final_weights(tmp_path / "next"), final_weights(byol)
+    name = next(n for n in ours if n.startswith("model/backbone") and n.endswith("weight"))
+    np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
+    assert Run(tmp_path / "next").rounds()[0] == 0
