@@ -40,7 +40,7 @@ def target_entropies(targets: Float[Tensor, "b k"], world: World) -> Scalars:
 
     `mean_entropy` is the mean of the rows' entropies: 1 if every target is uniform, so that it
     tells nothing. `entropy_of_mean` is that of the mean over all ranks' rows: 0 if all images have
-    one target, and at most ln(rows) / ln k where every image has a target of its own.
+    one target. Of few rows that are sharp it is at most ln(rows) / ln k.
     """
     rows = targets.detach().float()
     most = math.log(max(2, rows.shape[1]))
