@@ -9,7 +9,8 @@ METHODS = {
     name: f"deepclust.methods.{name.replace('-', '_')}"
     for name in (
         "deepcluster", "deepercluster",
-        "swav", "dino", "simclr", "moco-v2", "moco-v3", "byol",
+        "swav", "dino",
+        "simclr", "moco-v2", "moco-v3", "byol",
     )
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

@@ -1,8 +1,8 @@
 """What the signs of collapse in a run's metrics say: which values are bad, in words.
 
 The signs are computed by `methods.parts.monitors`. The limits lie between what healthy and
-collapsed runs showed on handwritten digits. Spread: .45 to .95, and .07 at most. Entropy of the mean
-target: .4 to 1, and .13 at most. Mean entropy: .1 to .95, and .995 at least.
+collapsed runs showed on handwritten digits. Spread: .45 to .95, and .07 at most. Entropy of the
+mean target: .4 to 1, and .13 at most. Mean entropy: .1 to .95, and .995 at least.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -48,13 +47,11 @@ class Config(MethodSection):
         return math.log(self.prototypes)
 
     def cost(self, recipe: Recipe, width: int) -> Cost:
-        """Return every crop trained, two of the teacher, and as state the head and the centre."""
-        default = super().cost(recipe, width)
+        """Return all crops for the student, two for its teacher, the last layer and the centre."""
+        students = super().cost(recipe, width).passes
         taught = Pass("teacher.backbone", 2, recipe.data.size, trained=False)
-        layers = [(width, self.hidden), (self.hidden, self.hidden), (self.hidden, self.bottleneck)]
-        last = self.prototypes * (self.bottleneck + (not self.unit_last))
-        numbers = sum((before + 1) * after for before, after in layers) + last + self.prototypes
-        return replace(default, passes=(*default.passes, taught), fixed=4 * numbers)
+        rows = self.bottleneck + (0 if self.unit_last else 1)
+        return Cost((*students, taught), fixed=4 * self.prototypes * (rows + 1))
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing, if anything."""
