@@ -92,6 +92,7 @@ def test_the_centre_is_that_of_all_ranks_and_parts() -> None:
 
 def test_no_gradient_reaches_the_teacher_which_follows_by_its_momentum() -> None:
     one, fixed = dino("method.momentum=0.9"), given()
+    assert one.trunk is one.teacher.backbone  # what is clustered, evaluated and exported
     one(fixed)["loss"].backward()
     assert all(p.grad is None for p in one.teacher.parameters())
     before = one.teacher.head.last.weight.clone()
