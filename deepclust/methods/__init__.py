@@ -8,7 +8,8 @@ from __future__ import annotations
 METHODS = {
     name: f"deepclust.methods.{name.replace('-', '_')}"
     for name in (
-        "deepcluster", "deepercluster", "swav", "dino",
+        "deepcluster", "deepercluster",
+        "swav", "dino",
         "simclr", "moco-v2", "moco-v3", "byol",
     )
 }  # fmt: skip

@@ -58,12 +58,12 @@ METHODS = {
         },
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
+    "swav": {"method": {"name": "swav", "prototypes": 30, "hidden": 128, "out": 64}},
     "moco-v2": {
         "method": {"name": "moco-v2", "hidden": 128, "out": 64, "queue": 512, "momentum": 0.99}
     },
     "moco-v3": {"method": {"name": "moco-v3", "hidden": 128, "out": 64, "temperature": 0.5}},
     "byol": {"method": {"name": "byol", "hidden": 128, "out": 64, "momentum": 0.99}},
-    "swav": {"method": {"name": "swav", "prototypes": 30, "hidden": 128, "out": 64}},
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -48,10 +47,11 @@ class Config(MethodSection):
         return math.log(self.prototypes)
 
     def cost(self, recipe: Recipe, width: int) -> Cost:
-        """Return a trained pass of every crop, two of the teacher, and the centre."""
-        usual = super().cost(recipe, width)
-        taught = Pass(self.trunk, 2, recipe.data.size, trained=False)
-        return replace(usual, passes=(*usual.passes, taught), fixed=4 * self.prototypes)
+        """Return all crops for the student, two for its teacher, the last layer and the centre."""
+        students = super().cost(recipe, width).passes
+        taught = Pass("teacher.backbone", 2, recipe.data.size, trained=False)
+        rows = self.bottleneck + (0 if self.unit_last else 1)
+        return Cost((*students, taught), fixed=4 * self.prototypes * (rows + 1))
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing, if anything."""

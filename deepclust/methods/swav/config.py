@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -46,9 +45,9 @@ class Config(MethodSection):
         return math.log(self.prototypes)
 
     def cost(self, recipe: Recipe, width: int) -> Cost:
-        """Return a trained pass of every crop, the prototypes, and a queue of both crops."""
-        usual = super().cost(recipe, width)
-        return replace(usual, fixed=4 * self.out * (self.prototypes + 2 * self.queue))
+        """Return all crops, the prototypes, and the queue of both full-size crops."""
+        fixed = 4 * self.out * (self.prototypes + 2 * self.queue)
+        return Cost(super().cost(recipe, width).passes, fixed=fixed)
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing or the queue, if anything."""
