@@ -3,8 +3,8 @@
     Q = diag(e^u) e^S diag(e^v)
 
 S [n, k] are scores over a temperature: SwAV's z.c / eps, SeLa's lambda log p. One iteration scales
-the columns to the prior and then the rows to 1 (Cuturi, "Sinkhorn Distances", 2013, algorithm 1;
-the order of SwAV, Caron et al. 2020, appendix A). So rows are exact, columns as the iterations go.
+the columns to the prior, and then the rows to 1 (Cuturi, "Sinkhorn Distances", 2013, algorithm 1).
+That is the order of SwAV (Caron et al. 2020, appendix A). So rows are exact, and columns nearly.
 
 Only the column scalings v are kept: a row of Q is softmax(S_i + v). So `sinkhorn` (a batch) and
 `balance` (a whole set, tile by tile) are one computation, and n x k numbers are never needed.
@@ -26,7 +26,7 @@ from deepclust.clustering.tiles import do_nothing
 from deepclust.errors import NumericalError
 from deepclust.world import ALONE, World
 
-Tiles = Callable[[], Iterable[Tensor]]  # yields the scores [m, k] of this rank, anew at each call
+Tiles = Callable[[], Iterable[Tensor]]  # yields the scores [m, k] of this rank at each call
 CACHED = 2**16  # numbers that are worked on at a time on a CPU
 MOST = 2**17  # rows that are added in float64
 UNIT = 2.0**35  # of the fixed point: 2^28 rows fit, and a sum of 1 / k is right to 1e-7 or better
@@ -185,7 +185,8 @@ def _parts(tile: Float[Tensor, "m k"]) -> Iterable[Tensor]:
     New memory for whole tiles would cost most of the time.
     """
     size = max(1, CACHED // tile.shape[1]) if tile.device.type == "cpu" else MOST
-    return tile.split(min(size, MOST))
+    size = min(size, MOST)
+    return (tile[start : start + size] for start in range(0, len(tile), size))
 
 
 def _rows(scores: Tensor, scalings: Float64[Tensor, " k"]) -> Tensor:

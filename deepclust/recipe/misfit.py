@@ -51,6 +51,8 @@ def _misfit_of_batch(recipe: Recipe) -> str | None:
 def _misfit_of_crops(recipe: Recipe) -> str | None:
     data = recipe.data
     kinds = recipe.method.crops(data)
+    if data.local is not None and data.local.size >= data.size:
+        return f"data.local.size: {data.local.size} is not smaller than data.size={data.size}"
     full = sum(kind.count for kind in kinds if kind.size == data.size)
     for key in ("blur", "solarise"):
         chance = getattr(data, key)

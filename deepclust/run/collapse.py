@@ -1,8 +1,8 @@
 """What the signs of collapse in a run's metrics say: which values are bad, in words.
 
 The signs are computed by `methods.parts.monitors`. The limits lie between what healthy and
-collapsed runs of every method showed on handwritten digits: spread .45 to .9 and .07 at most,
-entropy of the mean target .4 to 1 and .13 at most, mean entropy .1 to .9 and .995 at least.
+collapsed runs showed on handwritten digits. Spread: .45 to .95, and .07 at most. Entropy of the
+mean target: .4 to 1, and .13 at most. Mean entropy: .1 to .95, and .995 at least.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def _mean(last: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 class Watch:
-    """What the metrics of an attempt say about a collapse, told once when it begins."""
+    """What the metrics of an attempt say about a collapse, said once when it begins."""
 
     def __init__(self) -> None:
         self._last: deque[dict[str, Any]] = deque(maxlen=LINES)
-        self._told: str | None = None
+        self._said: str | None = None
 
     def note(self, line: dict[str, Any]) -> str | None:
         """Take the next line of metrics; return a sentence if a sign of collapse begins."""
         self._last.append(line)
         sign = bad_sign(self._last)
-        begins = sign is not None and sign.key != self._told
-        self._told = sign.key if sign else None
+        begins = sign is not None and sign.key != self._said
+        self._said = sign.key if sign else None
         return collapsed(self._last) if begins else None

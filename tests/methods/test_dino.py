@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightly.loss import DINOLoss
@@ -12,6 +14,10 @@ from deepclust.methods.base import Batch, Now
 from deepclust.methods.dino.method import Method
 from deepclust.methods.parts.centre import Centre
 from deepclust.methods.parts.multi_crop import swapped
+from deepclust.optim.optimizers import Optimizers
+from deepclust.recipe.sections import TrainSection
+from deepclust.run.collapse import LINES, collapsed
+from deepclust.stages.build import parameter_groups
 from deepclust.world import ALONE, World
 from tests.methods.cases import batch, method, recipe
 from tests.ranks import on_ranks
@@ -86,6 +92,7 @@ def test_the_centre_is_that_of_all_ranks_and_parts() -> None:
 
 def test_no_gradient_reaches_the_teacher_which_follows_by_its_momentum() -> None:
     one, fixed = dino("method.momentum=0.9"), given()
+    assert one.trunk is one.teacher.backbone  # what is clustered, evaluated and exported
     one(fixed)["loss"].backward()
     assert all(p.grad is None for p in one.teacher.parameters())
     before = one.teacher.head.last.weight.clone()
@@ -124,3 +131,26 @@ def test_a_bottleneck_of_any_width_has_a_size_that_can_be_divided_by(dim: int, h
 def test_a_last_layer_that_never_moves_is_refused() -> None:
     with pytest.raises(RecipeError, match="keep still in all 1 epochs"):
         recipe("dino", "method.freeze=1")
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("method.centre_momentum=0.9", "None"),
+    ("method.centre_momentum=1", "have one target"),
+    ("method.teacher_temperature=0.1", "nearly uniform"),
+], ids=["both", "without a centre", "without sharpening"])  # fmt: skip
+def test_without_centre_or_sharpening_it_collapses_and_the_monitor_says_so(
+    key: str, words: str
+) -> None:
+    """Noisy crops of 24 random images, 150 steps; the same for another seed and less noise."""
+    of = ("data.local=null", "method.prototypes=32", "backbone.name=tests.toys.backbone", key)
+    one, fixed = dino(*of), given(*of)
+    config = TrainSection(epochs=1, lr=0.01, optimizer="adamw", weight_decay=0.0)
+    optimizers = Optimizers(parameter_groups(one), config)
+    for step in range(150):
+        crops = tuple(fixed.crops[0] + 1.3 * torch.randn_like(fixed.crops[0]) for _ in range(2))
+        told = one(replace(fixed, crops=crops, now=Now(step)))
+        told["loss"].backward()
+        optimizers.step()
+        one.after_step(Now(step))
+    line = {name: float(value.detach()) for name, value in told.items()}
+    assert words in str(collapsed([line] * LINES))

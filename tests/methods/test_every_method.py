@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,26 @@ def test_state_beside_the_networks_is_declared(name: str) -> None:
 def state_bytes(one: Method) -> int:
     """Bytes of the tensors of a checkpoint."""
     return sum(tensor.nbytes for tensor in one.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where graphs break
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_method_is_not_compiled_again_for_every_step(name: str) -> None:
+    of, graphs = recipe(name), []
+    one, given = method(of).train(), batch(of)
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, counts = torch.compile(one, backend=count), []
+    for step in range(3):
+        now = Now(step, step / 7, step / 70)
+        compiled(replace(given, now=now))
+        one.after_step(now)
+        counts.append(len(graphs))
+    assert counts[-1] == counts[1]
 
 
 def gradients(world: World, name: str) -> dict[str, np.ndarray]:

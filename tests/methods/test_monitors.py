@@ -18,6 +18,7 @@ def test_the_spread_is_0_for_one_direction_and_1_for_all() -> None:
     torch.manual_seed(0)
     assert float(spread(torch.ones(64, 16) * torch.rand(64, 1))["spread"]) < 1e-3
     assert float(spread(torch.randn(4096, 16))["spread"]) == pytest.approx(1, abs=0.01)
+    assert spread(torch.randn(1, 16)) == {}
 
 
 @pytest.mark.parametrize(

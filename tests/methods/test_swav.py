@@ -116,6 +116,7 @@ def test_ranks_share_a_queue(ranks: int) -> None:
     ("method.freeze=1", "keep still in all 1 epochs"),
     ("method.queue_from=1", "would not be used in 1 epochs"),
     ("train.accumulate=2", "contrasts whole batches"),
+    ("data.local={count: 2, size: 16}", "data.local.size: 16 is not smaller"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(key: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):

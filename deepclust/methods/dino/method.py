@@ -58,12 +58,12 @@ class Method(base.Method):
         targets = self.sharpen(taught, batch.now)
         self.centre.note(taught)
         b = len(batch.sample_ids)
-        told = {
+        signs = {
             **spread(projected[:b]),
             **target_entropies(targets[0], self.world),
             **prototypes_used(taught[0]),
         }
-        return Output(swapped(targets, logits), told, features[:b], logits[0])
+        return Output(swapped(targets, logits), signs, features[:b], logits[0])
 
     @torch.no_grad()
     def teach(self, crops: tuple[Tensor, ...]) -> Float[Tensor, "crops b k"]:

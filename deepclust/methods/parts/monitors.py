@@ -26,10 +26,12 @@ def spread(projected: Float[Tensor, "b d"]) -> Scalars:
     """Return `spread`: the mean standard deviation of unit rows in a dimension, times sqrt(d).
 
     It is near 1 for rows that point everywhere, and 0 for rows that all point one way. Of this
-    rank's rows.
+    rank's rows, of which a single one tells nothing.
     """
     rows = F.normalize(projected.detach().float())
-    return {"spread": rows.std(0, correction=0).mean() * math.sqrt(rows.shape[1])}
+    if len(rows) < 2:
+        return {}
+    return {"spread": rows.std(0).mean() * math.sqrt(rows.shape[1])}
 
 
 @torch.no_grad()
@@ -38,7 +40,7 @@ def target_entropies(targets: Float[Tensor, "b k"], world: World) -> Scalars:
 
     `mean_entropy` is the mean of the rows' entropies: 1 if every target is uniform, so that it
     tells nothing. `entropy_of_mean` is that of the mean over all ranks' rows: 0 if all images have
-    one target, and at most ln(rows) / ln k where every image has a target of its own.
+    one target. Of few rows that are sharp it is at most ln(rows) / ln k.
     """
     rows = targets.detach().float()
     most = math.log(max(2, rows.shape[1]))

@@ -1,7 +1,7 @@
 """Learned prototypes: a linear layer without bias whose rows are unit vectors before each step.
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
-2020, section 3.1. The rows are set to length one between steps, not in the forward pass: so their
+2020, section 3.1. The rows are set to length one between steps, not in the forward pass. So their
 gradient is that of a plain matrix product, as in the reference.
 """
 

@@ -58,13 +58,13 @@ class Method(base.Method):
         assigning = by_crop(projected, len(batch.crops))[:ASSIGNING].detach()
         targets = self.assign(scores[:ASSIGNING].detach(), self.past(batch.now, assigning.shape[1]))
         self.projected = assigning
-        told = {
+        signs = {
             **spread(assigning[0]),
             **target_entropies(targets[0], self.world),
             **prototypes_used(scores[0]),
         }
         b, loss = len(batch.sample_ids), swapped(targets, scores / self.config.temperature)
-        return Output(loss, told, features[:b], scores[0] / self.config.temperature)
+        return Output(loss, signs, features[:b], scores[0] / self.config.temperature)
 
     def past(self, now: Now, b: int) -> Float[Tensor, "crops r d"]:
         """Return this rank's share of the queue, empty where it is not used."""
