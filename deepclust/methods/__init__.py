@@ -6,7 +6,7 @@ Nothing here imports torch. `tests/toys/method.py` shows a method that needs no 
 from __future__ import annotations
 
 METHODS = {
-    name: f"deepclust.methods.{name}"
-    for name in ("deepcluster", "deepercluster", "simclr")
+    name: f"deepclust.methods.{name.replace('-', '_')}"
+    for name in ("deepcluster", "deepcluster-v2", "deepercluster", "sela", "simclr")
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

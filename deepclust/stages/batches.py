@@ -41,31 +41,35 @@ class Feed:
     table: SeedTable | None = None  # labels by sample id
 
     def plan(self, timeline: Timeline, state: State, targets: Targets | None) -> EpochPlan:
-        """Plan a segment, uniform over the round's clusters, or over samples without a clustering.
+        """Plan a segment, uniform over the round's clusters, or over samples.
+
+        It is over samples without a clustering, and where the method's mode is `all`.
 
         With `seeds.share` every batch has that share of labelled samples, uniform over their
         clusters, or over their classes where nothing is clustered. Head 0 samples.
         """
         cluster_ids = _usable(self.index) if targets is None else targets.assignments[0]
         lanes = timeline.lanes if self.read == "block" else None
+        mode = self.recipe.method.mode
+        drawn_from = np.minimum(cluster_ids, 0) if mode == "all" else cluster_ids
         build = partial(
             EpochPlan.build,
             seed=self.recipe.seed,
             epoch=state.segment,
-            mode=self.recipe.method.mode,
+            mode="exact" if mode == "all" else mode,
             lanes=lanes,
             blocks=self.index.bases,
         )
         batch, steps = self.recipe.train.batch, timeline.steps(state)
         part = self._labelled_share(lanes or 1, targets)
         if part == 0:
-            return build(cluster_ids, global_batch=batch, steps=steps)
+            return build(drawn_from, global_batch=batch, steps=steps)
         steps = steps or int((cluster_ids >= 0).sum()) // batch
         groups = self._labelled_groups(cluster_ids, targets)
         labelled = build(groups, global_batch=part, steps=steps, purpose="labelled")
         if part == batch:
             return labelled
-        return build(cluster_ids, global_batch=batch - part, steps=steps).mixed(labelled, lanes)
+        return build(drawn_from, global_batch=batch - part, steps=steps).mixed(labelled, lanes)
 
     def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
         """Yield this rank's reads, from the step where the run is: a slice of the plan."""

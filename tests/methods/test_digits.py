@@ -36,9 +36,17 @@ TREE = {
 }  # fmt: skip
 METHODS = {
     "deepcluster": {"cluster": {"k": 30, "dim": 32, "every": "90 steps"}},
+    "deepcluster-v2": {
+        "method": {"name": "deepcluster-v2", "hidden": 128, "out": 64},
+        "cluster": {"k": 30, "every": "90 steps"},
+    },
     "deepercluster": {
         "method": {"name": "deepercluster"},
         "cluster": {"k": 30, "supers": 2, "dim": 32, "every": "90 steps"},
+    },
+    "sela": {
+        "method": {"name": "sela", "heads": 1},
+        "cluster": {"k": 30, "every": "12 rounds"},
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
 }
