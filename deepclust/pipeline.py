@@ -23,13 +23,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.methods.base import Method, Targets
+from deepclust.methods.parts.bank import find_bank
 from deepclust.run.directory import is_done, prune
 from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import cluster, warm_start
+from deepclust.stages.bank import fill_bank, write_bank
 from deepclust.stages.build import Context, build_trainer, restore
 from deepclust.stages.export import export_backbone
 from deepclust.stages.extract import ExtractContext, extract
-from deepclust.stages.project import project
+from deepclust.stages.project import project, write_no_rows
 from deepclust.stages.train import Trainer, train_segment
 
 
@@ -77,6 +79,7 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
         make_round(context, trainer, number)
         if context.stage == "extract":
             return None
+    take_first_rows(context, trainer, number)
     if context.world.is_first:
         tidy(context, trainer, number)
     return cluster.read_targets(context.run, number)
@@ -123,18 +126,47 @@ def make_round(context: Context, trainer: Trainer, number: int) -> None:
 
 
 def make_features(context: Context, trainer: Trainer, number: int) -> None:
-    """Extract, whiten, project, with the present weights."""
-    run, world = context.run, context.world
-    world.broadcast(norm_statistics(trainer.method))  # those of rank 0, on every rank
-    job = ExtractContext(
-        run, number, world, context.index, trainer.loader,
+    """Write what a round is made of, with the present weights: extract, whiten, project.
+
+    A bank has rows without an extraction, once it was filled, and a balanced start needs none.
+    """
+    refresh, bank = context.recipe.method.round, find_bank(trainer.method)
+    assert refresh is not None
+    job = extraction(context, trainer, number)
+    if number == 0 and refresh.first == "balanced":
+        write_no_rows(job)
+        return
+    if bank is not None and bank.is_filled:
+        write_bank(job, bank)
+        return
+    context.world.broadcast(norm_statistics(trainer.method))  # those of rank 0, on every rank
+    extract(job, trainer.embedder.clustered)
+    if refresh.whiten:
+        await_stage(context, number, "whitening")
+    scorer = trainer.method.scorer() if refresh.kind == "sinkhorn" else None
+    project(job, find_whitening(context.run.round(number)), refresh.unit, scorer)
+
+
+def extraction(context: Context, trainer: Trainer, number: int) -> ExtractContext:
+    """Return the context of a round's features."""
+    return ExtractContext(
+        context.run, number, context.world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
     )  # fmt: skip
-    extract(job, trainer.embedder)
-    refresh = context.recipe.method.round
-    if refresh is not None and refresh.whiten:
-        await_stage(context, number, "whitening")
-    project(job, find_whitening(run.round(number)))
+
+
+def take_first_rows(context: Context, trainer: Trainer, number: int) -> None:
+    """Fill the method's bank, if it has one that was never filled, with the round's features.
+
+    They are extracted if they are gone, or were never there (`init.assignments`).
+    """
+    bank = find_bank(trainer.method)
+    if bank is None or bank.is_filled:
+        return
+    features = context.run.round(number) / "features"
+    if not context.world.broadcast_object(is_done(features)):
+        make_features(context, trainer, number)
+    fill_bank(extraction(context, trainer, number), bank)
 
 
 def norm_statistics(method: Method) -> list[Tensor]:

@@ -124,7 +124,7 @@ def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:
         _lines(
             rounds,
             "Inertia",
-            "Mean squared distance to the own centroid, in the whitened space of its round.",
+            "Mean squared distance of features to their centroid. By Sinkhorn: mean -log p.",
             [("inertia", "inertia")],
             shares=False,
         ),

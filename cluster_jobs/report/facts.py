@@ -13,7 +13,7 @@ from cluster_jobs.status import status as status_of
 from deepclust.data.shards.find import described
 from deepclust.files import file_hash, read_record
 from deepclust.recipe import Recipe
-from deepclust.recipe.sections import ClusterSection, MethodSection
+from deepclust.recipe.sections import MethodSection, parse_cadence
 from deepclust.run.directory import ENVIRONMENT, Run, has_file
 from deepclust.run.round_files import read_facts, read_statistics
 
@@ -133,7 +133,7 @@ def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
             recipe.backbone.name + (" on Sobel gradients" if recipe.backbone.sobel else ""),
         ),
         ("Method", f"{recipe.method.name}, {_choices(recipe.method)}"),
-        *_clusters(recipe.cluster),
+        *_clusters(recipe),
         ("Training", f"{train.epochs} epochs, batch {train.batch:,}, rate {train.lr:g}"),
         ("Ranks", f"{train.ranks}, seed {recipe.seed}"),
         ("Data", f"{described(data.shards)} at {data.size} px"),
@@ -148,12 +148,15 @@ def _choices(method: MethodSection) -> str:
     return ", ".join(f"{key} {value}" for key, value in chosen.items())
 
 
-def _clusters(cluster: ClusterSection | None) -> list[tuple[str, str]]:
-    if cluster is None:
+def _clusters(recipe: Recipe) -> list[tuple[str, str]]:
+    cluster, refresh = recipe.cluster, recipe.method.round
+    if cluster is None or refresh is None:
         return []
     inside = f" in {cluster.supers:,} super-clusters" if cluster.supers > 1 else ""
-    how = f"of {cluster.dim} dimensions, again every {cluster.every}"
-    return [("Clusters", f"{cluster.k:,}{inside}, {how}")]
+    whitened = f"of {cluster.dim} dimensions, " if refresh.whiten else ""
+    in_all = parse_cadence(cluster.every).unit == "round"
+    when = f"{cluster.every} in all" if in_all else f"again every {cluster.every}"
+    return [("Clusters", f"{cluster.k:,}{inside}, {whitened}{when}")]
 
 
 def _tiles(status: Status, rounds: list[Record], scores: list[Score]) -> list[Tile]:

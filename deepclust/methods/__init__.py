@@ -8,7 +8,7 @@ from __future__ import annotations
 METHODS = {
     name: f"deepclust.methods.{name.replace('-', '_')}"
     for name in (
-        "deepcluster", "deepercluster",
+        "deepcluster", "deepercluster", "deepcluster-v2", "sela",
         "swav", "dino",
         "simclr", "moco-v2", "moco-v3", "byol",
     )

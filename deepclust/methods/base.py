@@ -32,13 +32,17 @@ from deepclust.world import Owned, World
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is built from: its section, the clustering that it will get, its rank."""
+    """What a method is built from: its section, the clustering that it will get, its rank.
+
+    `samples` are those of the index, for what has a row for each, and 0 where none is trained on.
+    """
 
     config: MethodSection
     cluster: ClusterSection | None
     seed: int
     world: World
     terms: Mapping[str, TermSection] = field(default_factory=dict)
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,20 @@ class Method(nn.Module, ABC):
         return trunk
 
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
-        """Return what is clustered: features, before the last ReLU if the backbone ends in one."""
+        """Return what is evaluated: features, before the last ReLU if the backbone ends in one."""
         features: Tensor = self.trunk(images)
         return features
+
+    def clustered(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Return the rows that a round is made of: by default the features."""
+        return self.embed(images)
+
+    def scorer(self) -> dict[str, Tensor]:
+        """Return "weight" [heads, k, d] and "bias" [heads, k], which score the rows of a round.
+
+        Only of a method whose rounds are of kind `sinkhorn`. Logits are row . weight + bias.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores no rows")
 
     def classify(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
         """Return logits over the method's own classes, from features of its backbone."""

@@ -1,4 +1,4 @@
-"""Images to features as a method embeds them: one function for extraction and for evaluation.
+"""Images to features as a method embeds them: one class for extraction and for evaluation.
 
 Precision, memory layout and evaluation mode are decided here and nowhere else, so what is
 evaluated is what was clustered.
@@ -6,6 +6,7 @@ evaluated is what was clustered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from deepclust.recipe.sections import Data
 
 @dataclass(frozen=True)
 class Embedder:
-    """The map from images to the features that a method clusters."""
+    """The map from images to the features that a method trains."""
 
     method: Method
     data: Data
@@ -29,13 +30,21 @@ class Embedder:
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b d"]:
         """Return the features of a batch, on the device, computed in evaluation mode."""
+        return self._apply(self.method.embed, images)
+
+    @torch.inference_mode()
+    def clustered(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b d"]:
+        """Return the rows that a round is made of, computed likewise."""
+        return self._apply(self.method.clustered, images)
+
+    def _apply(self, work: Callable[[Tensor], Tensor], images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
         self.method.eval()
         with autocast(self.precision, self.device):
             floats = to_float(
                 images.to(self.device, non_blocking=True), self.data.mean, self.data.std
             )
             floats = floats.contiguous(memory_format=torch.channels_last)
-            return self.method.embed(floats).float()
+            return work(floats).float()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

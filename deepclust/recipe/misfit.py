@@ -21,6 +21,7 @@ def misfit(recipe: Recipe) -> str | None:
     return (
         _misfit_of_batch(recipe)
         or method.misfit(recipe)
+        or _misfit_of_round(recipe)
         or _misfit_of_crops(recipe)
         or _misfit_of_seeds(recipe)
     )  # fmt: skip
@@ -33,6 +34,25 @@ def _unused(recipe: Recipe) -> str | None:
     if recipe.seeds is not None and not recipe.uses_labels:
         return "seeds"
     return "init.assignments" if recipe.init.assignments else None
+
+
+def _misfit_of_round(recipe: Recipe) -> str | None:
+    """Return a key of the clustering that means nothing for the method's kind of rounds."""
+    refresh, cluster = recipe.method.round, recipe.cluster
+    if refresh is None or cluster is None:
+        return None
+    unused = [] if refresh.whiten else ["dim", "supers"]
+    if refresh.kind == "sinkhorn":
+        unused += ["init", "iterations", "empty", "min_size", "backend"]
+    for key in unused:
+        value, default = getattr(cluster, key), type(cluster).model_fields[key].default
+        if value != default:
+            how = "balances its heads' answers" if refresh.kind == "sinkhorn" else "whitens nothing"
+            return (
+                f"cluster.{key}={value} means nothing for {recipe.method.name}, which {how}: "
+                "leave it out"
+            )
+    return None
 
 
 def _misfit_of_batch(recipe: Recipe) -> str | None:

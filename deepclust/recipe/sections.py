@@ -25,14 +25,15 @@ class Cadence:
     """How often something happens: every `count` epochs or steps."""
 
     count: int
-    unit: Literal["epoch", "step"]
+    unit: Literal["epoch", "step", "round"]  # round: so often in all, ever more seldom
 
 
 def parse_cadence(text: str) -> Cadence:
-    """`"1 epoch"`, `"3 epochs"`, `"200 steps"` as a Cadence."""
-    number, _, unit = text.strip().partition(" ")
-    if number.isdigit() and int(number) > 0 and unit in ("epoch", "epochs", "step", "steps"):
-        return Cadence(int(number), "epoch" if unit.startswith("epoch") else "step")
+    """`"1 epoch"`, `"3 epochs"`, `"200 steps"`, `"100 rounds"` as a Cadence."""
+    number, _, word = text.strip().partition(" ")
+    for unit in ("epoch", "step", "round"):
+        if number.isdigit() and int(number) > 0 and word in (unit, f"{unit}s"):
+            return Cadence(int(number), unit)
     raise ValueError(f'{text!r} is not a cadence; write "1 epoch", "3 epochs" or "200 steps"')
 
 
@@ -51,7 +52,14 @@ def _checked_weight(source: object, weight: object) -> float:
     raise ValueError(f"the weight of {str(source)!r} is {weight!r}: give a positive number")
 
 
+def _without_rounds(text: str) -> str:
+    if parse_cadence(text).unit == "round":
+        raise ValueError(f'{text!r} is for cluster.every; write "1 epoch" or "200 steps"')
+    return text
+
+
 CadenceText = Annotated[str, AfterValidator(_checked_cadence)]
+CheckpointText = Annotated[str, AfterValidator(_without_rounds)]
 
 
 class Section(BaseModel):
@@ -201,7 +209,7 @@ class MethodSection(Section, ABC):
 
     @property
     def mode(self) -> str:
-        """How an epoch's plan draws from the clusters."""
+        """How an epoch's plan draws: `exact` or `paper` from the clusters, or `all` samples."""
         return "exact"
 
     def crops(self, data: Data) -> tuple[Crops, ...]:
@@ -265,7 +273,11 @@ class ClusterSection(Section):
     supers: int = Field(1, ge=1, description="super-clusters, for two-level k-means; divides k")
     dim: int = Field(256, ge=1, description="dimensions kept by the whitening")
     iterations: int = Field(20, ge=1)
-    every: CadenceText = Field("1 epoch", description='"n epochs" or "n steps" between rounds')
+    every: CadenceText = Field(
+        "1 epoch",
+        description='"n epochs" or "n steps" between rounds, or "n rounds" in all, of which round '
+        "i begins at the share (i / n)^2 of the run",
+    )
     until: int | None = Field(None, ge=1, description="no new round from this epoch on")
     init: Literal["random", "k-means++", "two-level"] = "random"
     empty: Literal["split", "relocate"] = "split"
@@ -374,7 +386,7 @@ class TrainSection(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; recorded at start")
-    checkpoint: CadenceText = Field(
+    checkpoint: CheckpointText = Field(
         "1 epoch", description='"n epochs" or "n steps" between checkpoints'
     )
     log: int = Field(20, ge=1, description="steps between two lines of metrics")

@@ -41,34 +41,34 @@ class Feed:
     table: SeedTable | None = None  # labels by sample id
 
     def plan(self, timeline: Timeline, state: State, targets: Targets | None) -> EpochPlan:
-        """Plan a segment, uniform over the round's clusters, or over samples without a clustering.
+        """Plan a segment, uniform over the round's clusters, or over samples.
 
-        Without one, sources with weights (`data.shards: {a: 2, b: 1}`) have these shares of it.
-        With `seeds.share` every batch has that share of labelled samples, uniform over their
-        clusters, or over their classes where nothing is clustered. Head 0 samples.
+        It is over samples without a clustering, and where the method's mode is `all`. Then sources
+        with weights (`data.shards: {a: 2, b: 1}`) have these shares of it. With `seeds.share` every
+        batch has that share of labelled samples, uniform over their clusters, or over their classes
+        where nothing is clustered. Head 0 samples.
         """
-        groups, weights = _sources(self.index, self.recipe.data.weights)
-        cluster_ids = groups if targets is None else targets.assignments[0]
-        lanes = timeline.lanes if self.read == "block" else None
+        drawn_from, weights = self._drawn_from(targets)
+        lanes, mode = timeline.lanes if self.read == "block" else None, self.recipe.method.mode
         build = partial(
             EpochPlan.build,
             seed=self.recipe.seed,
             epoch=state.segment,
-            mode=self.recipe.method.mode,
+            mode="exact" if mode == "all" else mode,
             lanes=lanes,
             blocks=self.index.bases,
         )
-        mixed = partial(build, cluster_ids, weights=weights if targets is None else None)
         batch, steps = self.recipe.train.batch, timeline.steps(state)
         part = self._labelled_share(lanes or 1, targets)
         if part == 0:
-            return mixed(global_batch=batch, steps=steps)
-        steps = steps or int((cluster_ids >= 0).sum()) // batch
-        groups = self._labelled_groups(cluster_ids, targets)
+            return build(drawn_from, global_batch=batch, steps=steps, weights=weights)
+        steps = steps or int((drawn_from >= 0).sum()) // batch
+        groups = self._labelled_groups(len(drawn_from), targets)
         labelled = build(groups, global_batch=part, steps=steps, purpose="labelled")
         if part == batch:
             return labelled
-        return mixed(global_batch=batch - part, steps=steps).mixed(labelled, lanes)
+        rest = build(drawn_from, global_batch=batch - part, steps=steps, weights=weights)
+        return rest.mixed(labelled, lanes)
 
     def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
         """Yield this rank's reads, from the step where the run is: a slice of the plan."""
@@ -146,14 +146,23 @@ class Feed:
             return batch
         return min(max(round(seeds.share * batch / lanes), 1) * lanes, batch - lanes)
 
-    def _labelled_groups(
-        self, cluster_ids: np.ndarray, targets: Targets | None
-    ) -> Int32[np.ndarray, " n"]:
+    def _drawn_from(
+        self, targets: Targets | None
+    ) -> tuple[Int32[np.ndarray, " n"], list[float] | None]:
+        """Return the group of every sample that a plan is uniform over, and the groups' weights."""
+        cluster_ids = None if targets is None else targets.assignments[0]
+        if cluster_ids is not None and self.recipe.method.mode != "all":
+            return cluster_ids, None
+        sources, weights = _sources(self.index, self.recipe.data.weights)
+        if cluster_ids is not None:
+            sources[cluster_ids < 0] = -1
+        return sources, weights
+
+    def _labelled_groups(self, n: int, targets: Targets | None) -> Int32[np.ndarray, " n"]:
         """Return the groups that labelled samples are drawn from, or -1 for all other samples."""
         assert self.table is not None
-        groups = np.full(len(cluster_ids), -1, np.int32)
-        ids = self.table.sample_ids
-        groups[ids] = self.table.classes if targets is None else cluster_ids[ids]
+        groups, ids = np.full(n, -1, np.int32), self.table.sample_ids
+        groups[ids] = self.table.classes if targets is None else targets.assignments[0][ids]
         return groups
 
     def _key(self, segment: int) -> int:

@@ -74,7 +74,8 @@ def build_trainer(context: Context) -> Trainer:
     Weights depend on the seed.
     """
     recipe, world, run = context.recipe, context.world, context.run
-    method = build_method(recipe, world, new=not run.checkpoints()).to(world.device)
+    method = build_method(recipe, world, new=not run.checkpoints(), samples=len(context.index))
+    method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
     check_batch(method, recipe)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
@@ -94,10 +95,10 @@ def build_trainer(context: Context) -> Trainer:
     )
 
 
-def build_method(recipe: Recipe, world: World, new: bool) -> Method:
+def build_method(recipe: Recipe, world: World, new: bool, samples: int = 0) -> Method:
     """Return the recipe's method around the recipe's backbone.
 
-    A new run may inherit weights.
+    A new run may inherit weights. `samples` is for what has a row for each, 0 without training.
     """
     sizes = [kind.size for kind in recipe.method.crops(recipe.data)]
     backbone = build_backbone(
@@ -110,7 +111,7 @@ def build_method(recipe: Recipe, world: World, new: bool) -> Method:
     check_sizes(backbone, sizes)
     if recipe.init.weights and new:
         warm_start.load_weights(backbone, recipe.init.weights)
-    setting = Setting(recipe.method, recipe.cluster, recipe.seed, world, recipe.terms)
+    setting = Setting(recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples)
     method: Method = part_of(recipe.method.name, METHODS, "method")(backbone, setting)
     return method
 

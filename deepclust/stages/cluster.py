@@ -8,6 +8,7 @@ a collective.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float16, Int64
+from safetensors.torch import load_file
+from torch import Tensor
 
 from deepclust.clustering.options import Progress
 from deepclust.clustering.search import probe_backend
@@ -28,7 +31,7 @@ from deepclust.methods.base import Targets
 from deepclust.recipe import Recipe
 from deepclust.recipe.declare import Refresh
 from deepclust.recipe.sections import ClusterSection, SeedsSection
-from deepclust.run.directory import Run, is_done, numbered, whole_file
+from deepclust.run.directory import Run, is_done, manifest, numbered, whole_file
 from deepclust.run.reporting import Report
 from deepclust.run.round_files import (
     find_whitening,
@@ -42,11 +45,14 @@ from deepclust.seeds.round import SeededRound
 from deepclust.seeds.table import Seeds, load
 from deepclust.stages.extract import merge_moments
 from deepclust.stages.progress import StageProgress
+from deepclust.stages.project import SCORER
 from deepclust.stages.publish import publish
 from deepclust.stages.round_kmeans import RoundClusters, RoundTask, cluster_round, refine_seeds
+from deepclust.stages.round_sinkhorn import label_round
 from deepclust.world import ALONE, World, derive
 
 POLL_S = 0.05
+ROWS = re.compile(r"rows(-\d+)?\.npy")
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,8 @@ def cluster_features(context: ClusterContext, number: int) -> None:
     started = time.monotonic()
     task = make_task(context, number)
     seeds, prepared = refine_seeds(task), time.monotonic()
-    heads, read_s = cluster_round(replace(task, seeds=seeds))
+    solve_round = label_round if context.refresh.kind == "sinkhorn" else cluster_round
+    heads, read_s = solve_round(replace(task, seeds=seeds))
     clustered = time.monotonic()
     context.warn(_seed_notes(context.config, heads[0], seeds))
     if world.is_first:
@@ -141,36 +148,35 @@ def cluster_features(context: ClusterContext, number: int) -> None:
 def make_task(context: ClusterContext, number: int) -> RoundTask:
     """Return the k-means of a round whose features are done, with this round's prototypes."""
     features_dir = context.run.round(number) / "features"
-    if context.world.is_first:  # for all: the file is large
-        whole_file(features_dir, "rows.npy", context.report.alive)
-    with reading(features_dir / "rows.npy"):
-        rows = np.load(features_dir / "rows.npy", mmap_mode="r", allow_pickle=False)
+    refresh = context.refresh
+    if drawn := number == 0 and refresh.first == "balanced":  # there are no rows
+        rows, others = np.zeros((len(context.index), 0), np.float16), []
+    else:
+        rows, *others = _read_rows(context, features_dir)
+    scores = refresh.kind == "sinkhorn" and not drawn
     excluded = np.array(list(read_excluded(features_dir)), np.int64)
     progress = StageProgress(context.report, context.world, "cluster", number)
 
     def show(head: int, passes: Progress) -> None:
-        facts = {"head": head} if context.refresh.heads > 1 else {}
-        facts |= {"level": passes.level} if context.refresh.levels > 1 else {}
-        progress.show(
-            passes.pass_,
-            passes.of,
-            passes.eta,
-            inertia=passes.inertia,
-            moved=passes.moved,
-            **facts,
-        )
+        facts: dict[str, float] = {"head": head} if refresh.heads > 1 else {}
+        facts |= {"level": passes.level} if refresh.levels > 1 else {}
+        if refresh.kind == "k-means":
+            facts |= {"inertia": passes.inertia, "moved": passes.moved}
+        progress.show(passes.pass_, passes.of, passes.eta, **facts)
 
     return RoundTask(
         rows,
         np.setdiff1d(np.arange(len(rows)), excluded),
         context.config,
-        context.refresh,
+        refresh,
         _seeds(context, number, rows, excluded),
         head_seeds(context.seed, number, context.refresh.heads),
         context.device,
         context.world,
         context.report,
         show,
+        tuple(others),
+        _read_scorer(features_dir) if scores else None,
     )
 
 
@@ -228,6 +234,26 @@ def read_targets(run: Run, number: int) -> Targets:
         whitening=find_whitening(round_dir),
         kept=read_kept(round_dir),
     )
+
+
+def _read_rows(context: ClusterContext, features_dir: Path) -> list[Float16[np.ndarray, "n d"]]:
+    """Return the rows of all samples, memory-mapped: one array for each part of a bank."""
+    names = [name for name in manifest(features_dir)["files"] if ROWS.fullmatch(name)]
+    arrays = []
+    for name in sorted(names or ["rows.npy"], key=lambda name: (len(name), name)):
+        if context.world.is_first:  # for all: the file is large
+            whole_file(features_dir, name, context.report.alive)
+        with reading(features_dir / name):
+            arrays.append(np.load(features_dir / name, mmap_mode="r", allow_pickle=False))
+    return arrays
+
+
+def _read_scorer(features_dir: Path) -> dict[str, Tensor]:
+    """Return what scores the rows: weight [heads, k, d] and bias [heads, k]."""
+    file = whole_file(features_dir, SCORER)
+    with reading(file):
+        scorer: dict[str, Tensor] = load_file(file)
+        return scorer
 
 
 def _seeds(

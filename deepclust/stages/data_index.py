@@ -45,9 +45,9 @@ def open_labelled(
 
 def idle_weights(recipe: Recipe) -> list[str]:
     """Return the note that weights of sources have no effect, where they have none."""
-    if recipe.data.weights is None or recipe.cluster is None:
+    if recipe.data.weights is None or recipe.cluster is None or recipe.method.mode == "all":
         return []
     return [
-        "data.shards: the weights have no effect, since a run that clusters draws equally from all "
+        "data.shards: the weights have no effect, since this method draws equally from all "
         "clusters, whatever their sources"
     ]

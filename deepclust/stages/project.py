@@ -1,36 +1,51 @@
 """Projection: raw rows of a round to the features that are clustered, [n, d] fp16 by sample id.
 
-They are whitened unit rows, or raw unit rows where the method's rounds are not whitened.
+They are whitened unit rows. Where the method's rounds are not whitened they are raw, and scaled to
+length 1 unless the round asks for rows as they are.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float16
+from torch import Tensor
 
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.whiten import Whitening
+from deepclust.files import write_tensors
 from deepclust.run.directory import is_done
 from deepclust.stages import raw_chunk
 from deepclust.stages.extract import ExtractContext, chunk_ranges, read_chunk_exclusions
 
+SCORER = "scorer.safetensors"
 SLICE = 2**13  # rows that are whitened at a time
 
 
-def project(context: ExtractContext, whitening: Whitening | None) -> None:
-    """Project the raw rows into `features/rows.npy`, in sample order, each rank its chunks."""
+def project(
+    context: ExtractContext,
+    whitening: Whitening | None,
+    unit: bool = True,
+    scorer: dict[str, Tensor] | None = None,
+) -> None:
+    """Project the raw rows into `features/rows.npy`, in sample order, each rank its chunks.
+
+    Without a whitening they are only scaled to length 1, or with `unit=False` not even that. The
+    weights of a `scorer` (`Method.scorer`) are written beside them, for the process that clusters.
+    """
     features_dir = context.raw_dir.parent / "features"
     if is_done(features_dir):
         return
     chunks = chunk_ranges(context.index.bases)
     pivot = raw_chunk.read_pivot(context.raw_dir)
+    normalise = (unit_rows if unit else _as_they_are) if whitening is None else whitening
     dim = len(pivot) if whitening is None else whitening.matrix.shape[1]
     if context.world.is_first:
         shape = (len(context.index), dim)
@@ -38,23 +53,22 @@ def project(context: ExtractContext, whitening: Whitening | None) -> None:
     context.world.barrier()
     start, progress = np.load(context.rows_path, mmap_mode="r").offset, context.progress("project")
     for number in context.draw("project", list(range(len(chunks)))):
-        for place, rows in _projected(context, number, chunks[number].start, whitening):
+        for place, rows in _projected(context, number, chunks[number].start, normalise):
             offset = start + (chunks[number].start + place) * dim * 2
-            _write_at(context.rows_path, offset, rows)
+            write_at(context.rows_path, offset, rows)
             context.report.alive()
         progress.show(number + 1, len(chunks))
     context.finish_together()
     if context.world.is_first:
-        _finish_features(context, features_dir, dim)
+        _finish_features(context, features_dir, dim, scorer)
     context.world.barrier()
 
 
 def _projected(
-    context: ExtractContext, number: int, first: int, whitening: Whitening | None
+    context: ExtractContext, number: int, first: int, normalise: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[int, Float16[np.ndarray, "m d"]]]:
     """Yield a chunk's projected rows, a slice at a time, each with its place in the chunk."""
     device = context.world.device
-    normalise = unit_rows if whitening is None else whitening
     with raw_chunk.opened(context.chunk_path(number), context.report.alive) as tensors:
         rows, pivot = tensors.get_slice("rows"), tensors.get_tensor("pivot").to(device)
         excluded = np.array([int(s) for s in json.loads(tensors.metadata()["excluded"])], np.int64)
@@ -66,7 +80,8 @@ def _projected(
             yield place, np.asarray(projected.numpy())
 
 
-def _write_at(path: Path, offset: int, rows: np.ndarray) -> None:
+def write_at(path: Path, offset: int, rows: np.ndarray) -> None:
+    """Write rows at a place of a file that is there, as it is in memory."""
     left = memoryview(rows.tobytes())
     handle = os.open(path, os.O_WRONLY)
     try:
@@ -77,11 +92,38 @@ def _write_at(path: Path, offset: int, rows: np.ndarray) -> None:
         os.close(handle)
 
 
-def _finish_features(context: ExtractContext, features_dir: Path, dim: int) -> None:
+def write_no_rows(context: ExtractContext) -> None:
+    """Write the features of a round that needs none: only which samples the index excludes."""
+    features_dir = context.raw_dir.parent / "features"
+    if context.world.is_first and not is_done(features_dir):
+        commit_features(context, features_dir, context.index.excluded, lambda folder: None, dim=0)
+    context.world.barrier()
+
+
+def _finish_features(
+    context: ExtractContext, features_dir: Path, dim: int, scorer: dict[str, Tensor] | None
+) -> None:
+    def move(folder: Path) -> None:
+        os.replace(context.rows_path, folder / "rows.npy")
+        if scorer is not None:
+            tensors = {name: tensor.detach().float().cpu() for name, tensor in scorer.items()}
+            write_tensors(folder / SCORER, tensors)
+
     excluded = read_chunk_exclusions(context.raw_dir)
+    commit_features(context, features_dir, excluded, move, dim=int(dim))
+
+
+def commit_features(
+    context: ExtractContext,
+    features_dir: Path,
+    excluded: dict[int, str],
+    move: Callable[[Path], None],
+    **facts: Any,
+) -> None:
+    """Publish a round's features: what `move` puts there, and which samples have no row."""
 
     def fill(folder: Path) -> None:
-        os.replace(context.rows_path, folder / "rows.npy")
+        move(folder)
         columns = {
             "sample_id": pa.array(list(excluded), pa.int64()),
             "reason": pa.array(list(excluded.values()), pa.string()),
@@ -89,5 +131,9 @@ def _finish_features(context: ExtractContext, features_dir: Path, dim: int) -> N
         pq.write_table(pa.table(columns), folder / "excluded.parquet")
 
     inputs = {"data": context.index.fingerprint, "round": context.round}
-    context.run.commit(features_dir, fill, inputs, n=len(context.index), dim=int(dim))
+    context.run.commit(features_dir, fill, inputs, n=len(context.index), **facts)
     context.report.event("features", round=context.round)
+
+
+def _as_they_are(rows: Tensor) -> Tensor:
+    return rows

@@ -3,7 +3,8 @@
 Flat k-means runs on sharded points, each rank with its part of the rows. In two levels every rank
 reads all rows (a memory-mapped file), see `two_level.py`. Both return the `RoundClusters` of all n
 samples, and both use prototypes as pinned centroids or as a start. A round with several heads
-clusters the same rows once for each, from different seeds.
+clusters the same rows once for each, from different seeds. Where samples have several rows (a
+bank), flat head h clusters the rows of part h modulo their number.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor
 
 from deepclust.clustering import class_prototypes
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.kmeans import KMeansResult, solve_kmeans
+from deepclust.clustering.kmeans import solve_kmeans
 from deepclust.clustering.options import Given, KMeansOptions, OnProgress, Progress
 from deepclust.clustering.points import Points
 from deepclust.clustering.sharded_points import ShardedPoints
@@ -46,6 +48,8 @@ class RoundTask:
     world: World
     report: Report
     progress: Callable[[int, Progress], None]  # called with the head, from 0
+    others: tuple[Float[np.ndarray, "n d"], ...] = ()  # further rows of the samples, of a bank
+    scorer: dict[str, Tensor] | None = None  # what gives scores of rows, of a sinkhorn round
 
     def options(self, head: int) -> KMeansOptions:
         """Return the settings of a head's k-means."""
@@ -102,9 +106,15 @@ def cluster_round(task: RoundTask) -> tuple[list[RoundClusters], float]:
         whole = whole.select(task.valid)
         read_s = time.monotonic() - started
         return [_cluster_two_levels(task, whole, head) for head in heads], read_s
-    points = _points(task)
-    read_s = time.monotonic() - started
-    return [_cluster_flat(task, points, head) for head in heads], read_s
+    clusters: dict[int, RoundClusters] = {}
+    parts, read_s = (task.rows, *task.others), 0.0
+    for part, rows in enumerate(parts[: len(heads)]):
+        started, part_task = time.monotonic(), replace(task, rows=rows)
+        points = _points(part_task)
+        read_s += time.monotonic() - started
+        for head in heads[part :: len(parts)]:
+            clusters[head] = _cluster_flat(part_task, points, head)
+    return [clusters[head] for head in heads], read_s
 
 
 def refine_seeds(task: RoundTask) -> SeededRound | None:
@@ -135,7 +145,10 @@ def _points(task: RoundTask) -> ArrayPoints | ShardedPoints:
 def _cluster_flat(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> RoundClusters:
     options, given = task.options(head), _given(task, points, head)
     result = solve_kmeans(points, options, given, task.on_progress(head))
-    assignments, distances = _spread(result, _part(task), len(task.rows), task.world)
+    own = _part(task)
+    assignments, distances = spread(
+        result.assignments, result.distances, own, len(task.rows), task.world
+    )
     clusters = RoundClusters(
         assignments,
         distances,
@@ -177,14 +190,18 @@ def _seeded_start(seeds: SeededRound, points: Points, options: KMeansOptions) ->
     return Given(class_prototypes.start_from_prototypes(points, seeds.prototypes, options))
 
 
-def _spread(
-    result: KMeansResult, own: Int64[np.ndarray, " o"], n: int, world: World
+def spread(
+    cluster_ids: Int32[np.ndarray, " o"],
+    costs: Float32[np.ndarray, " o"],
+    own: Int64[np.ndarray, " o"],
+    n: int,
+    world: World,
 ) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-    """Return all ranks' assignments and distances by sample id."""
+    """Return all ranks' assignments and distances by sample id, from those of a rank's own ids."""
     shifted = np.zeros(n, np.int32)  # by one, so that excluded samples are 0 on every rank
     distances = np.zeros(n, np.float32)
-    shifted[own] = result.assignments + 1
-    distances[own] = result.distances
+    shifted[own] = cluster_ids + 1
+    distances[own] = costs
     both = (
         world.all_reduce(torch.from_numpy(x).to(world.device)).cpu() for x in (shifted, distances)
     )

@@ -1,7 +1,11 @@
 """When a run clusters again, and how long each plan is: pure arithmetic on the recipe.
 
 With `cluster.every: "n epochs"` a segment is an epoch. With "n steps" it is a round of n steps.
-Small sets need that: on 1,797 images 90 steps a round learn, 11 do not.
+Small sets need that: on 1,797 images 90 steps a round learn, 11 do not. With "n rounds" there are n
+in all. Round i of a run of S steps begins at step S (i / n)^2, or at step i if that is later.
+That is SeLa's schedule, dense where labels change most (Asano et al. 2020, section 3.3; theirs ends
+with a round at step S, of which nothing learns). A run made longer goes on with the rounds that it
+had, at the new times.
 
 Boundary b, before a segment that may change its round, is where round b's features are made.
 `cluster.overlap` delays its adoption by one boundary, so that k-means has a period to run in:
@@ -52,8 +56,14 @@ class Timeline:
                 f"{recipe.train.batch}: lower train.batch"
             )
         config, train = recipe.cluster, recipe.train
+        every = parse_cadence(config.every) if config else Cadence(1, "epoch")
+        if every.unit == "round" and every.count > train.epochs * steps:
+            raise DataError(
+                f"cluster.every: {every.count} rounds do not fit into {train.epochs * steps} steps "
+                f"({train.epochs} epochs of {n} images): set fewer rounds, or more train.epochs"
+            )
         return cls(
-            every=parse_cadence(config.every) if config else Cadence(1, "epoch"),
+            every=every,
             epochs=train.epochs,
             until=config.until if config else None,
             overlap=config is not None and config.overlap,
@@ -84,7 +94,7 @@ class Timeline:
         """
         if self.every.unit == "epoch":
             return state.segment >= self.epochs
-        return state.offset == 0 and state.step >= self.epochs * self.epoch_steps
+        return state.offset == 0 and state.step >= self._all_steps
 
     def steps(self, state: State) -> int | None:
         """Return the length of the state's segment.
@@ -93,7 +103,12 @@ class Timeline:
         """
         if self.every.unit == "epoch":
             return None
-        return min(self.every.count, self._steps_left(state))
+        if self.every.unit == "step":
+            return min(self.every.count, self._steps_left(state))
+        if state.segment >= self.every.count - 1:
+            return self._steps_left(state)
+        until_next = self._start(state.segment + 1) - (state.step - state.offset)
+        return min(max(1, until_next), self._steps_left(state))
 
     def round_of(self, state: State) -> int:
         """Return the round that the state's segment trains on, or -1 where nothing is clustered."""
@@ -132,14 +147,27 @@ class Timeline:
             return False
         if self.every.unit == "epoch":
             return state.segment + self._period < self.epochs
+        if self.every.unit == "round":
+            return True  # the last one begins before the end
         return self._steps_left(state) > self.every.count
 
     def _steps_left(self, state: State) -> int:
         """Return the steps of the run from the beginning of the state's segment on."""
-        return self.epochs * self.epoch_steps - (state.step - state.offset)
+        return self._all_steps - (state.step - state.offset)
+
+    @property
+    def _all_steps(self) -> int:
+        return self.epochs * self.epoch_steps
+
+    def _start(self, number: int) -> int:
+        """Return the step at which a round begins, where rounds are counted."""
+        return max(number, self._all_steps * number**2 // self.every.count**2)
 
     def _last_refresh(self) -> int:
         """Return the last segment that may begin with a new round."""
+        if self.every.unit == "round":
+            numbers, end = range(self.every.count), (self.until or self.epochs) * self.epoch_steps
+            return max(number for number in numbers if self._start(number) < end)
         if self.until is None:
             return sys.maxsize
         if self.every.unit == "epoch":

@@ -16,13 +16,17 @@ from deepclust.models import build_backbone
 from deepclust.recipe.named import part_of
 from deepclust.world import ALONE, World
 
-K, SIZE, CLASSES = 6, 16, 4
+K, SIZE, CLASSES, SAMPLES = 6, 16, 4, 24
 TOY = "tests.toys.method"
 CASES: dict[str, list[str]] = {
     "deepcluster": [],
+    "deepcluster-v2": ["method.heads=3", "method.hidden=32", "method.out=16", "cluster.dim=256",
+                       "data.local={count: 1, size: 8}"],
     "deepercluster": ["cluster.supers=2"],
     "dino": ["method.prototypes=12", "method.hidden=32", "method.bottleneck=16", "method.freeze=0",
              "method.momentum=0.9", "cluster=null", "data.local={count: 2, size: 8}"],
+    "sela": ["method.heads=2", "method.sharpness=10", "cluster.dim=256", "cluster.iterations=20",
+             "cluster.every=4 rounds", "data.grey=0.2"],
     "simclr": ["method.hidden=32", "method.out=16", "cluster=null", "data.grey=0.2",
                "data.jitter=[0.4, 0.4, 0.2, 0.1]"],
     "swav": ["method.prototypes=12", "method.hidden=32", "method.out=16", "method.freeze=0",
@@ -52,7 +56,7 @@ def recipe(name: str, *overrides: str) -> Recipe:
 
 def method(of: Recipe, world: World = ALONE) -> Method:
     """The recipe's method with random weights."""
-    setting = Setting(of.method, of.cluster, 0, world, of.terms)
+    setting = Setting(of.method, of.cluster, 0, world, of.terms, samples=SAMPLES)
     backbone = build_backbone(of.backbone.name, image_size=of.data.size)
     built: Method = part_of(of.method.name, METHODS, "method")(backbone, setting)
     return built

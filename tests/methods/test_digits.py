@@ -36,6 +36,10 @@ TREE = {
 }  # fmt: skip
 METHODS = {
     "deepcluster": {"cluster": {"k": 30, "dim": 32, "every": "90 steps"}},
+    "deepcluster-v2": {
+        "method": {"name": "deepcluster-v2", "hidden": 128, "out": 64},
+        "cluster": {"k": 30, "every": "90 steps"},
+    },
     "deepercluster": {
         "method": {"name": "deepercluster"},
         "cluster": {"k": 30, "supers": 2, "dim": 32, "every": "90 steps"},
@@ -56,6 +60,10 @@ METHODS = {
             "clip": 3.0,
             "clip_by": "tensor",
         },
+    },
+    "sela": {
+        "method": {"name": "sela", "heads": 1},
+        "cluster": {"k": 30, "every": "12 rounds"},
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
     "swav": {"method": {"name": "swav", "prototypes": 30, "hidden": 128, "out": 64}},

@@ -19,7 +19,7 @@ from deepclust.recipe.sections import TrainSection
 from deepclust.run.directory import Run
 from deepclust.stages.build import parameter_groups, wrap_ddp
 from deepclust.world import World
-from tests.methods.cases import CASES, NAMES, TOY, K, batch, method, recipe, share
+from tests.methods.cases import CASES, NAMES, SAMPLES, TOY, K, batch, method, recipe, share
 from tests.ranks import on_ranks
 from tests.tiny import assert_resumes_undisturbed, tiny_recipe
 
@@ -102,7 +102,7 @@ def test_state_beside_the_networks_is_declared(name: str) -> None:
     kept = {n: t for n, t in one.state_dict().items() if not n.startswith(networks)}
     cost = of.method.cost(of, one.trunk.dim)
     clusters = K if of.cluster is not None else 0
-    declared = cost.fixed + cost.per_cluster * clusters
+    declared = cost.fixed + cost.per_cluster * clusters + cost.per_sample * SAMPLES
     terms = sum(t.nbytes for n, t in kept.items() if n.startswith("terms."))
     assert sum(t.nbytes for t in kept.values()) - terms == declared
 

@@ -107,6 +107,9 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
         ("data.jitter=[0, 0, 0, 0.7]", "the last .hue. at most 0.5"),
         ("method.head=forget", "method.head: .*'reset', 'match' or 'centroids'"),
         ("cluster.every=often", "cluster.every: 'often' is not a cadence"),
+        ("train.checkpoint=5 rounds", "'5 rounds' is for cluster.every"),
+        ("method.name=deepcluster-v2", "cluster.dim=8 means nothing for deepcluster-v2"),
+        ("method.name=sela", "cluster.dim=8 means nothing for sela, which balances its heads'"),
         ("train.ranks=5", "cannot be shared by 5 ranks"),
         ("cluster={k: 8, overlap: true, where: inline}", "overlap needs the cluster worker"),
         ("cluster={k: 8, overlap: true, where: gang}", "overlap needs the cluster worker"),
@@ -270,6 +273,7 @@ def test_differences_name_the_keys_and_both_values(tmp_path: Path) -> None:
 def test_cadences_are_read_in_both_units() -> None:
     assert parse_cadence("3 epochs") == Cadence(3, "epoch")
     assert parse_cadence("1 step") == Cadence(1, "step")
+    assert parse_cadence("100 rounds") == Cadence(100, "round")
 
 
 BOMBS = {
@@ -342,3 +346,11 @@ def test_sources_their_weights_and_patterns_are_told_apart(text: str, value: obj
 def test_a_weight_that_is_not_a_positive_number_is_named(weight: str) -> None:
     with pytest.raises(RecipeError, match=r"the weight of 'b' is .*positive number"):
         Recipe.load("small-photos", f"data.shards={{a: 1, b: {weight}}}")
+
+
+@pytest.mark.parametrize(
+    "key", ["iterations=5", "init=k-means++", "empty=relocate", "min_size=2", "backend=torch"]
+)
+def test_keys_of_k_means_mean_nothing_where_there_is_none(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"cluster.{key.replace('+', '.')} means nothing"):
+        small_case("sela", f"cluster.{key}")

@@ -14,7 +14,7 @@ from deepclust import Recipe, open_index
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Loader, Request
 from deepclust.data.shards.index import Index
-from deepclust.methods.base import Now
+from deepclust.methods.base import Now, Targets
 from deepclust.recipe.declare import Crops
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
@@ -188,3 +188,20 @@ def test_without_a_clustering_sources_are_mixed_by_their_weights(tmp_path: Path)
     assert idle_weights(of) == []
     clusters = recipe("deepcluster").model_copy(update={"data": of.data})
     assert "no effect" in idle_weights(clusters)[0]
+
+
+@pytest.mark.parametrize(("sampling", "all_once"), [("all", True), ("exact", False)])
+def test_an_epoch_is_all_samples_once_or_uniform_over_clusters(
+    labelled: tuple[Index, SeedTable], sampling: str, all_once: bool
+) -> None:
+    of, index = recipe("deepcluster-v2", f"method.sampling={sampling}"), labelled[0]
+    skewed = np.minimum(np.arange(len(index)) // 10, 5)  # the last cluster has most
+    skewed[:3] = -1
+    targets = Targets(0, Path(), skewed[None].astype(np.int32), np.zeros((1, 6, 2)), None, None)
+    feed = Feed(of, index, "offset", World())
+    plan = feed.plan(Timeline.of(of, len(index)), State(), targets)
+    ids, counts = np.unique(plan.ids, return_counts=True)
+    assert ids.min() >= 3
+    assert (counts.max() == 1) == all_once
+    drawn = np.bincount(skewed[plan.ids])
+    assert (drawn.max() - drawn.min() <= 1) != all_once

@@ -109,3 +109,35 @@ def test_inside_a_segment_nothing_is_due(tmp_path: Path) -> None:
 def test_fewer_images_than_a_batch_is_an_error_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"23 images, fewer than one batch of 24.*lower"):
         timeline(tmp_path, n=23)
+
+
+def test_counted_rounds_are_spread_over_the_run_ever_more_seldom(tmp_path: Path) -> None:
+    found = timeline(tmp_path, "cluster.every=6 rounds")  # 60 steps in all
+    assert rounds(found) == [0, 1, 2, 3, 4, 5]
+    starts = [0, 1, 6, 15, 26, 41]  # 60 i^2 / 36
+    steps = [found.steps(State(step=step, segment=s)) for s, step in enumerate(starts)]
+    assert steps == [1, 5, 9, 11, 15, 19]
+    assert found.steps(State(step=8, segment=2, offset=2)) == 9  # resumed inside a round
+
+
+def test_many_counted_rounds_begin_one_step_after_another(tmp_path: Path) -> None:
+    assert rounds(timeline(tmp_path, "cluster.every=60 rounds")) == [*range(60)]
+    with pytest.raises(DataError, match="61 rounds do not fit into 60 steps"):
+        timeline(tmp_path, "cluster.every=61 rounds")
+
+
+def test_counted_rounds_stop_too_and_may_overlap(tmp_path: Path) -> None:
+    assert rounds(timeline(tmp_path, "cluster.every=6 rounds", "cluster.until=2")) == [
+        0, 1, 2, 3, 3, 3,
+    ]  # fmt: skip
+    ahead = timeline(tmp_path, "cluster.every=4 rounds", "cluster.overlap=true")
+    assert rounds(ahead) == [0, 0, 1, 2]
+    assert rounds_ahead(ahead) == [None, 1, 2, None]
+
+
+def test_a_run_of_counted_rounds_made_longer_trains_on_the_last(tmp_path: Path) -> None:
+    ended = State(step=60, segment=6, round=5)
+    longer = timeline(tmp_path, "cluster.every=6 rounds", "train.epochs=7")
+    assert not longer.finished(ended)
+    assert not longer.refresh_due(ended)
+    assert longer.steps(ended) == 10

@@ -1,0 +1,1 @@
+"""DeepCluster-v2 (Caron et al., NeurIPS 2020)."""

@@ -1,0 +1,1 @@
+"""SeLa, self-labelling (Asano et al., ICLR 2020)."""
