@@ -32,7 +32,8 @@ def open_images(
 class ImageFiles(ShardFiles):
     """A reader of whole image files, whose ordinals are the sample ids.
 
-    None stays open. An image of a format that shards do not hold is returned as the PNG that `pack` would write.
+    None stays open. An image of a format that shards do not hold is returned as the PNG that `pack`
+    would write.
     """
 
     def __init__(self, paths: FilePaths, patience_s: float = PATIENCE_S) -> None:

@@ -62,6 +62,11 @@ from deepclust.data.shards.remote import fetch
 from deepclust.data.shards.url import Source, Url, names_of
 from deepclust.errors import DataError, MissingError, RecipeError
 
+_OTHER_CLASSES = (
+    "their folders have different class names (dataset.json), so that a number is not one class. "
+    "Pack the sources together: `deepclust pack SRC SRC OUT`"
+)
+
 
 class Location(NamedTuple):
     """Positions of images: shard ordinals, byte offsets and byte sizes, each int64 [m]."""
@@ -133,11 +138,16 @@ class Index:
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """The names of the labels, from the dataset.json next to the shards, if there is one."""
+        """The names of the labels, from the dataset.json next to the shards, if there is one.
+
+        Where there is none beside all, it is that of the folders, which `open_index` compares.
+        """
         if (named := self.manifest.get("classes")) is not None:
             return named
         path = common_folder(self.shards) / "dataset.json"
         names = _class_names(path)
+        if names is None and (tables := _tables_of(self.shards)):
+            (names,) = tables[:1]
         if names is not None and self.labels is not None and self.labels.max() >= len(names):
             raise DataError(
                 f"{path} names {len(names)} classes, but labels reach {self.labels.max()}. "
@@ -164,6 +174,13 @@ class Index:
 
     def _column(self, name: str) -> np.ndarray:
         return load_column(self.folder, name, len(self))
+
+
+def _tables_of(shards: Sequence[Source]) -> list[list[str]]:
+    """Return the tables of class names that the folders of the shards have, each once."""
+    folders = sorted({shard.parent for shard in shards if isinstance(shard, Path)})
+    tables = [_class_names(folder / "dataset.json") for folder in folders] if folders[1:] else []
+    return [table for i, table in enumerate(tables) if table and table not in tables[:i]]
 
 
 def _class_names(path: Source) -> list[str] | None:
@@ -225,6 +242,9 @@ def open_index(
             manifest = _read_labels_again(folder, shards, sources, error)
     if fields.labels == NONE:
         manifest = {**manifest, "labelled": False, "unlabelled": {}}
+    elif manifest["labelled"] and "classes" not in manifest and len(_tables_of(sources)) > 1:
+        note = f"the labels of {described(shards)} are left out: {_OTHER_CLASSES}"
+        manifest = {**manifest, "labelled": False, "notes": [note]}
     return Index(folder, sources, manifest, [number for _, number in pairs])
 
 
