@@ -208,15 +208,14 @@ def open_index(
     labels: str = DEFAULT.labels,
     build: bool = True,
 ) -> Index:
-    """Open the index of shards (see `find.expand`), and build it if there is none.
+    """Open the index of shards (`find.expand`) or image files, and build it if there is none.
 
     The index is the folder `index`, if that is given, else a folder next to the shards. Its name is
     `deepclust-index` for all *.tar of one folder, and `deepclust-index-<8 hex digits>` for some, or
-    for another `image` or `labels` (`fields.py`). For shards behind a URL it is `index`, or
-    `run_dir / "index"` of the run that reads them. An index that was uploaded next to such shards
-    is copied. Otherwise one process reads all shards once, and others wait for it. Labels that
-    have changed since are read again. Without `build` nothing is written: then a missing index is a
-    MissingError, and changed labels are a LabelsChangedError.
+    for another `image` or `labels` (`fields.py`). For URLs it is `index`, or `run_dir / "index"`.
+    One that was uploaded next to such shards is copied. Otherwise one process reads all shards
+    once. Changed labels are read again. Without `build` nothing is written: a missing index is a
+    MissingError, and changed labels are a LabelsChangedError. Image files: `loose/index.py`.
 
     Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
     damaged, and whatever `build_index` raises.
@@ -240,12 +239,18 @@ def open_index(
             raise
         if fields.labels != NONE:
             manifest = _read_labels_again(folder, shards, sources, error)
-    if fields.labels == NONE:
-        manifest = {**manifest, "labelled": False, "unlabelled": {}}
-    elif manifest["labelled"] and "classes" not in manifest and len(_tables_of(sources)) > 1:
-        note = f"the labels of {described(shards)} are left out: {_OTHER_CLASSES}"
-        manifest = {**manifest, "labelled": False, "notes": [note]}
+    manifest = _with_wanted_labels(manifest, fields, sources)
     return Index(folder, sources, manifest, [number for _, number in pairs])
+
+
+def _with_wanted_labels(manifest: Manifest, fields: Fields, sources: list[Source]) -> Manifest:
+    """Return a manifest without labels where none are wanted, or where numbers are no classes."""
+    if fields.labels == NONE:
+        return {**manifest, "labelled": False, "unlabelled": {}}
+    if manifest["labelled"] and "classes" not in manifest and len(_tables_of(sources)) > 1:
+        note = f"the labels in {common_folder(sources)} are left out: {_OTHER_CLASSES}"
+        return {**manifest, "labelled": False, "notes": [note]}
+    return manifest
 
 
 def build_index(
