@@ -179,10 +179,7 @@ def pack(
 def index(
     shards: Annotated[
         list[str],
-        typer.Argument(
-            help="Folders of tar shards, patterns with {0..9} or *, URLs; or folders and lists of "
-            "image files."
-        ),
+        typer.Argument(help="Folders of tar shards or images, lists, patterns with *, or URLs."),
     ],
     verify: Annotated[
         bool,
@@ -197,11 +194,7 @@ def index(
     ] = None,
     image: Annotated[str, typer.Option(help="As data.image: auto, or input.jpg.")] = "auto",
     labels: Annotated[
-        str,
-        typer.Option(
-            help="As data.labels: auto, none, folder, cls, json.KEY; of image files auto, none, "
-            "first, last, full, or a file of class names."
-        ),
+        str, typer.Option(help="As data.labels: auto, none, folder, cls, json.KEY; last, FILE.")
     ] = "auto",
 ) -> None:
     """Index WebDataset shards of any origin, or image files, and say what is left out."""

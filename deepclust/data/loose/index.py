@@ -1,7 +1,7 @@
 """The index of image files that are read where they lie: the door for folders and lists.
 
-It is the index of the shards that `pack` would make of them. The paths of the files are beside its
-columns, and the offset of each image is 0. Its shards have the names that `pack` would give.
+It is the index of the shards that `pack` would make of them, and has their names. The paths of the
+files are beside its columns, and the offset of each image is 0.
 """
 
 from __future__ import annotations

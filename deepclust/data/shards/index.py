@@ -63,6 +63,11 @@ from deepclust.data.shards.remote import fetch
 from deepclust.data.shards.url import Source, Url, names_of
 from deepclust.errors import DataError, MissingError, RecipeError
 
+_OTHER_CLASSES = (
+    "their folders have different class names (dataset.json), so that a number is not one class. "
+    "Pack the sources together: `deepclust pack SRC SRC OUT`"
+)
+
 
 class Location(NamedTuple):
     """Positions of images: shard ordinals, byte offsets and byte sizes, each int64 [m]."""
@@ -134,11 +139,16 @@ class Index:
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """The names of the labels, from the dataset.json next to the shards, if there is one."""
+        """The names of the labels, from the dataset.json next to the shards, if there is one.
+
+        Where there is none beside all, it is that of the folders, which `open_index` compares.
+        """
         if (named := self.manifest.get("classes")) is not None:
             return named
         path = common_folder(self.shards) / "dataset.json"
         names = _class_names(path)
+        if names is None and (tables := _tables_of(self.shards)):
+            (names,) = tables[:1]
         if names is not None and self.labels is not None and self.labels.max() >= len(names):
             raise DataError(
                 f"{path} names {len(names)} classes, but labels reach {self.labels.max()}. "
@@ -177,6 +187,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _tables_of(shards: Sequence[Source]) -> list[list[str]]:
+    """Return the tables of class names that the folders of the shards have, each once."""
+    folders = sorted({shard.parent for shard in shards if isinstance(shard, Path)})
+    tables = [_class_names(folder / "dataset.json") for folder in folders] if folders[1:] else []
+    return [table for i, table in enumerate(tables) if table and table not in tables[:i]]
+
+
 def _class_names(path: Source) -> list[str] | None:
     """Return the class names of a dataset.json, or None if it is missing or has none."""
     try:
@@ -203,15 +220,14 @@ def open_index(
     labels: str = DEFAULT.labels,
     build: bool = True,
 ) -> Index:
-    """Open the index of shards (see `find.expand`), and build it if there is none.
+    """Open the index of shards (`find.expand`) or image files, and build it if there is none.
 
     The index is the folder `index`, if that is given, else a folder next to the shards. Its name is
     `deepclust-index` for all *.tar of one folder, and `deepclust-index-<8 hex digits>` for some, or
-    for another `image` or `labels` (`fields.py`). For shards behind a URL it is `index`, or
-    `run_dir / "index"` of the run that reads them. An index that was uploaded next to such shards
-    is copied. Otherwise one process reads all shards once, and others wait for it. Labels that
-    have changed since are read again. Without `build` nothing is written: then a missing index is a
-    MissingError, and changed labels are a LabelsChangedError.
+    for another `image` or `labels` (`fields.py`). For URLs it is `index`, or `run_dir / "index"`.
+    One that was uploaded next to such shards is copied. Otherwise one process reads all shards
+    once. Changed labels are read again. Without `build` nothing is written: a missing index is a
+    MissingError, and changed labels are a LabelsChangedError. Image files: `loose/index.py`.
 
     Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
     damaged, and whatever `build_index` raises.
@@ -237,9 +253,18 @@ def open_index(
             raise
         if fields.labels != NONE:
             manifest = _read_labels_again(folder, shards, sources, error)
-    if fields.labels == NONE:
-        manifest = {**manifest, "labelled": False, "unlabelled": {}}
+    manifest = _with_wanted_labels(manifest, fields, sources)
     return Index(folder, sources, manifest, [number for _, number in pairs])
+
+
+def _with_wanted_labels(manifest: Manifest, fields: Fields, sources: list[Source]) -> Manifest:
+    """Return a manifest without labels where none are wanted, or where numbers are no classes."""
+    if fields.labels == NONE:
+        return {**manifest, "labelled": False, "unlabelled": {}}
+    if manifest["labelled"] and "classes" not in manifest and len(_tables_of(sources)) > 1:
+        note = f"the labels in {common_folder(sources)} are left out: {_OTHER_CLASSES}"
+        return {**manifest, "labelled": False, "notes": [note]}
+    return manifest
 
 
 def build_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,17 @@ def test_paths_and_urls_are_not_mixed(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_name_that_is_too_long_is_an_error_with_the_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name too long"):
         expand(tmp_path / ("x" * 300))
+
+
+def test_numbers_of_different_tables_of_classes_are_no_labels(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        make_shards(tmp_path / name, n=8, shards=2)
+    names = json.loads((tmp_path / "x/dataset.json").read_text())["class_names"]
+    same = open_index([f"{tmp_path}/x", f"{tmp_path}/y"])
+    assert same.class_names == names
+    assert same.labels is not None
+    (tmp_path / "y/dataset.json").write_text(json.dumps({"class_names": names[::-1]}))
+    other = open_index([f"{tmp_path}/x", f"{tmp_path}/y"])
+    assert other.labels is None
+    assert other.fingerprint == same.fingerprint
+    assert "Pack the sources together" in other.notes(labels=False)[0]
