@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import os
 import sys
@@ -65,6 +66,9 @@ def main() -> None:
         # a file that is cut short while it is mapped ends with a signal, also while an image is
         # decoded, when descriptor 2 is another one (`complaints.py`)
         faulthandler.enable(os.dup(2))
+    for stream in (sys.stdout, sys.stderr):  # names of runs have letters that a locale may lack
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(standalone_mode=True)
     except DeepclustError as error:

@@ -65,6 +65,17 @@ def path_of(value: object, what: str) -> Path:
     return Path(path)
 
 
+def check_utf8(path: Path, what: str) -> None:
+    """Raise `RecipeError` for a path that safetensors and pyarrow cannot open."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(
+            f"{ascii(str(path.absolute()))[1:-1]} is not UTF-8, so {what} cannot be there. Rename "
+            "that folder. If its name looks right in your shell, set PYTHONUTF8=1."
+        ) from None
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Raise a `DiskError` with path and remedy for what the system says against a file."""
@@ -213,9 +224,9 @@ def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterat
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
+    """Write a small text file atomically; a name in it that is not UTF-8 has Python's escapes."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

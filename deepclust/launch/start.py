@@ -17,7 +17,7 @@ from typing import Any
 from deepclust import errors
 from deepclust.data.shards.url import is_url
 from deepclust.errors import DataError, RecipeError, RequeueWanted, shown
-from deepclust.files import disk_errors, file_hash, path_of, read_record
+from deepclust.files import check_utf8, disk_errors, file_hash, path_of, read_record
 from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
@@ -48,6 +48,7 @@ def pretrain(recipe: Recipe | str | Path, run: str | Path, show: Show | None = N
 
 def prepare_run(recipe: Recipe, path: Path) -> None:
     """Make the run directory, with what this machine decides written into the recipe."""
+    check_utf8(path, "a run")
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with hold(path):
@@ -63,6 +64,7 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
     difference raises `RunDiffersError`.
     """
     before = directory.open_run(run)
+    check_utf8(before.path, "a run")
     recipe = changed(before, *overrides)
     with lock.unheld(before.path):
         make_room(before, recipe)  # a full disk could not even take the lock

@@ -18,17 +18,19 @@ import pytest
 from cluster_jobs import job_file, runs, status
 from cluster_jobs.data_places import places_of, remember_places, require_known_places
 from cluster_jobs.executors import background, executor
+from cluster_jobs.report import write_report
 from cluster_jobs.results.assignments import export_assignments
 from cluster_jobs.slurm.create import create as create_for_slurm
 from deepclust.data.shards.index import open_index
 from deepclust.errors import DataError, DiskError, MissingError, RecipeError, ResourceError
 from deepclust.files import read_json, write_json
-from deepclust.launch.start import resume
+from deepclust.launch.start import prepare_run, resume
 from deepclust.process_identity import start_time
 from deepclust.run import lock
 from deepclust.run.directory import Run, create
 from deepclust.run.lock import check_token, hold
 from deepclust.run.reporting import Board, log_to
+from tests.images import make_shards
 from tests.tiny import tiny_recipe
 
 DAMAGED = ["", "{", "{}", "[]", "null", '"x"', "12", "[" * 99_999, "\udcff", '{"pid": 1}']
@@ -231,3 +233,30 @@ def test_assignments_of_shards_behind_a_url_are_written_without_asking_for_them(
     shutil.rmtree(run.path / "index")
     with pytest.raises(DataError, match="no index in"):
         export_assignments(run.path, tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"\xff\xfe", "\u65e5\u672c".encode(), b"a\nb\x1b[2J"])
+def test_a_run_of_any_name_is_shown_where_the_locale_lacks_its_letters(
+    tmp_path: Path, run: Path, name: bytes
+) -> None:
+    odd = run.rename(tmp_path / os.fsdecode(name))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "cluster_jobs.cli", "status", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b" not in done.stdout
+    assert write_report(odd, tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(RecipeError, match=r"caf\\udce9 is not UTF-8, so a run cannot be there"):
+        prepare_run(tiny_recipe(tmp_path), odd)
+    assert not odd.exists()
+    create(odd, tiny_recipe(tmp_path))
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        resume(odd)
+    make_shards(odd / "shards", n=4, shards=1, size=8)
+    with pytest.raises(RecipeError, match="not UTF-8, so an index cannot be there"):
+        open_index(odd / "shards")
+    assert len(open_index(odd / "shards", tmp_path / "index")) == 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +92,24 @@ def test_a_small_image_is_refused_with_the_smallest_that_works(name: str, smalle
 def test_a_vit_names_the_sizes_that_its_patches_fill() -> None:
     with pytest.raises(RecipeError, match=r"patches of 16 pixels.*data.size=96 or 112"):
         build_backbone("vit_b_16", image_size=100)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2"])
+def test_a_vit_of_timm_that_would_not_see_the_border_is_refused(name: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(RecipeError, match=r"40 is not a multiple of it\. Set data\.size="):
+        build_backbone(name, image_size=40)
+
+
+@pytest.mark.parametrize(
+    ("patch", "pads", "fits"),
+    [(16, False, False), ((8, 20), False, True), (16, True, True), (None, False, True)],
+)
+def test_patches_fill_the_image_or_are_padded(patch: object, pads: bool, fits: bool) -> None:
+    embed = SimpleNamespace(patch_size=patch, dynamic_img_pad=pads)
+    net = SimpleNamespace(patch_embed=embed)
+    with contextlib.nullcontext() if fits else pytest.raises(RecipeError, match="=32 or 48"):
+        libraries._refuse_unseen_border(net, "x", 40)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["resnet18_smal", "timm/resnet18_smal"])

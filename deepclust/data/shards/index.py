@@ -62,6 +62,7 @@ from deepclust.data.shards.manifest import (
 from deepclust.data.shards.remote import fetch
 from deepclust.data.shards.url import Source, Url, names_of
 from deepclust.errors import DataError, MissingError, RecipeError
+from deepclust.files import check_utf8
 
 _OTHER_CLASSES = (
     "their folders have different class names (dataset.json), so that a number is not one class. "
@@ -356,6 +357,18 @@ def _place(
     run_dir: Path | None = None,
 ) -> Path:
     """Return the folder of the index of `sources`, which `shards` was expanded to."""
+    folder = _named(shards, sources, fields, index, run_dir)
+    check_utf8(folder, "an index")
+    return folder
+
+
+def _named(
+    shards: Shards,
+    sources: list[Source],
+    fields: Fields,
+    index: str | Path | None,
+    run_dir: Path | None,
+) -> Path:
     if index is not None:
         return Path(index).absolute()
     folder = common_folder(sources)

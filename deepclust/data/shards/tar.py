@@ -13,6 +13,7 @@ the images between two headers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import stat
@@ -28,6 +29,8 @@ from deepclust.errors import DataError
 
 _END = bytes(BLOCK)
 _LARGEST_PADDING = (1 << 20) + 2 * BLOCK  # bytes of zeros that a tar may well end with
+_TAIL_BLOCK = 1 << 20
+_ZEROS = bytes(_TAIL_BLOCK)
 _LARGEST_EXTENSION = 1 << 20  # bytes of a PAX header or a GNU long name
 _OTHER_KINDS = {
     headers.SYMBOLIC_LINK: "symbolic link (write the tar with `tar --dereference`)",
@@ -63,6 +66,7 @@ class Shard:
     path: Source
     read: Callable[[int, int], bytes]
     size: int
+    data_from: Callable[[int], int] = lambda offset: offset  # past a hole, where there is one
 
     def wrong(self, what: str, fix: str) -> DataError:
         """Return the error that names this shard."""
@@ -105,11 +109,20 @@ def open_shard(path: Source, stopped: Callable[[], bool] = remote.never) -> Iter
             about = os.fstat(handle)
             if not stat.S_ISREG(about.st_mode):
                 raise DataError(f"shard {path} is not a regular file. Take it out of the folder.")
-            yield Shard(path, functools.partial(os.pread, handle), about.st_size)
+            size, read = about.st_size, functools.partial(os.pread, handle)
+            yield Shard(path, read, size, functools.partial(_data_from, handle, size))
         finally:
             os.close(handle)
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}.") from error
+
+
+def _data_from(handle: int, size: int, offset: int) -> int:
+    """Return the first offset from this one on where a sparse file is not a hole of zeros."""
+    try:
+        return os.lseek(handle, offset, os.SEEK_DATA)
+    except OSError as error:  # ENXIO: nothing but a hole; other systems cannot tell
+        return size if error.errno == errno.ENXIO else offset
 
 
 Left = Callable[[str, str], None]  # given the reason and the name of every member left out
@@ -235,17 +248,23 @@ def _following(shard: Shard, header: Header, start: int) -> int:
 
 
 def _check_tail(shard: Shard, position: int, left: Left) -> None:
-    """Raise if anything but zeros follows the end marker: further members would be lost."""
+    """Raise if anything but zeros follows the end marker: further members would be lost.
+
+    Holes of a sparse file are not read. Behind a URL only the first 1 MiB is.
+    """
+    start = position
     if shard.size - position > _LARGEST_PADDING:
         left("end of more than 1 MiB of zeros, as in an unfinished copy", shard.path.name)
-    while block := shard.read(1 << 16, position):
-        if block.count(0) != len(block):
+    while block := shard.read(_TAIL_BLOCK, position := shard.data_from(position)):
+        if block != _ZEROS[: len(block)]:
             raise shard.wrong(
                 f"data follows its end-of-archive marker (offset {position}), as when tars are "
                 "joined with `cat`",
                 "Join them with `tar --concatenate`, or keep them as separate shards.",
             )
         position += len(block)
+        if isinstance(shard.path, Url) and position >= start + _LARGEST_PADDING:
+            return  # gigabytes of zeros are not fetched: what `cat` joins follows at once
 
 
 def _no_header(shard: Shard, header: bytes, position: int, why: str) -> DataError:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster_jobs import cli
 from cluster_jobs.report import write_report
 from cluster_jobs.report.charts import bin_edges
 from cluster_jobs.report.gallery import choose, gallery
@@ -285,3 +286,18 @@ def test_a_recipe_of_somebody_else_opens_no_url_unless_it_may(run: Path) -> None
         assert "cannot be shown" in gallery(Run(run), remote=True).note
         assert asked != []
         server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["assignments.npy", "statistics.json", "manifest.json"])
+def test_a_damaged_round_is_one_sentence_with_its_file(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file = Run(run).round(Run(run).rounds()[-1]) / "assignments" / name
+    file.write_bytes(file.read_bytes()[:40])
+    monkeypatch.setattr("sys.argv", ["deepclust", "report", str(run)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.count("\n")) == (3, 1)
+    assert said.startswith("error: ")
+    assert name in said

@@ -244,3 +244,18 @@ def test_a_shard_that_ends_in_zeros_where_members_should_be_is_noted(shard: Path
     with open_shard(shard) as opened:
         assert len(list(entries(opened, lambda reason, name: notes.append(reason)))) == 2
     assert "unfinished copy" in notes[0]
+
+
+def test_a_tail_of_zeros_is_passed_quickly_and_what_follows_it_is_not_lost(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.png", b"x")])
+    with open(tmp_path / "a.tar", "ab") as file:
+        file.truncate(2**42)  # 4 TiB of holes
+    left: list[str] = []
+    with open_shard(tmp_path / "a.tar") as shard:
+        assert [one.name for one in entries(shard, lambda reason, name: left.append(reason))]
+        assert "1 MiB of zeros" in left[0]
+    with open(tmp_path / "a.tar", "r+b") as file:
+        file.seek(2**41)
+        file.write(b"y")
+    with open_shard(tmp_path / "a.tar") as shard, pytest.raises(DataError, match="data follows"):
+        list(entries(shard))
