@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias, cast
 
 from deepclust.errors import DataError, DeepclustError, RecipeError
-from deepclust.evaluate.clusters import clusters
+from deepclust.evaluate.clusters import clusters, spherical_clusters
 from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, freeze
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
@@ -24,6 +24,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "knn": knn,
     "linear": linear,
     "clusters": clusters,
+    "spherical_clusters": spherical_clusters,
     "prototypes": prototypes,
 }
 

@@ -1,8 +1,12 @@
-"""NMI, ARI and best-match accuracy of k-means against the classes.
+"""NMI, ARI and best-match accuracy of k-means against the classes, by two protocols.
 
-The protocol of the deep-clustering papers: k = the number of classes, fitted on the training
-features without labels, measured on the test features. The features go through the clustering step
-of training, PCA-whitening to `dim` directions and L2 normalisation. Only k differs.
+Both are those of the deep-clustering papers: k = the number of classes, fitted on the training
+features without labels, measured on the test features. They differ in the rows that are clustered.
+
+`clusters`: the clustering step of training, PCA-whitening to `dim` directions and L2 normalisation.
+Whitening gives each direction the same weight, so a class spreads over many of them.
+`spherical_clusters`: the features as they are, unit rows, spherical k-means. So are the features of
+self-supervised methods clustered in most papers.
 
 k-means is restarted and the scores are means over the restarts. The usual choice, the restart of
 the best inertia, is close to random here. On whitened features of Fashion-MNIST ten starts have
@@ -15,12 +19,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.statistics import accuracy, ari, nmi
 from deepclust.clustering.whiten import Whitening
 from deepclust.evaluate.frozen import Frozen
+from deepclust.evaluate.knn import unit
 from deepclust.world import derive
 
 SCORES = {"nmi": nmi, "ari": ari, "accuracy": accuracy}
@@ -34,14 +40,32 @@ def clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, float]]:
 
     Raises what `kmeans` raises, as for fewer distinct rows than classes.
     """
-    train, test = frozen.train, frozen.test
-    k = len(np.unique(train.labels))
-    whiten = Whitening.fit(train.features, min(frozen.dim, train.features.shape[1]))
-    rows, points = whiten(train.features), ArrayPoints(whiten(test.features))
+    train, test = frozen.train.features, frozen.test.features
+    whiten = Whitening.fit(train, min(frozen.dim, train.shape[1]))
+    yield from _scores(frozen, whiten(train), whiten(test), restarts, spherical=False)
+
+
+def spherical_clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, float]]:
+    """Yield the scores of `clusters`, of spherical k-means on the unit rows of the features.
+
+    Nothing is centred or whitened. Raises what `kmeans` raises, as for rows of zeros.
+    """
+    train, test = unit(frozen.train.features).numpy(), unit(frozen.test.features).numpy()
+    yield from _scores(frozen, train, test, restarts, spherical=True)
+
+
+def _scores(
+    frozen: Frozen,
+    train: Float[np.ndarray, "n d"],
+    test: Float[np.ndarray, "m d"],
+    restarts: int,
+    spherical: bool,
+) -> Iterator[tuple[str, float]]:
+    k, points = len(np.unique(frozen.train.labels)), ArrayPoints(test)
     partitions = []
     for restart in range(restarts):
         seed = derive(frozen.seed, "evaluate", "clusters", restart)
-        fitted = kmeans(rows, k, seed=seed, init="k-means++")
+        fitted = kmeans(train, k, seed=seed, init="k-means++", spherical=spherical)
         partitions.append(points.assign_to(torch.as_tensor(fitted.centroids)).cluster_ids.numpy())
     for name, score in SCORES.items():
-        yield name, float(np.mean([score(one, test.labels) for one in partitions]))
+        yield name, float(np.mean([score(one, frozen.test.labels) for one in partitions]))

@@ -29,12 +29,12 @@ def knn(
     With fewer than `neighbours` training rows all of them vote. Equal votes go to the lower class.
     """
     classes, numbers = np.unique(frozen.train.labels, return_inverse=True)
-    train, targets = _unit(frozen.train.features), torch.from_numpy(numbers.astype(np.int64))
+    train, targets = unit(frozen.train.features), torch.from_numpy(numbers.astype(np.int64))
     x, y = frozen.test.features, frozen.test.labels
     hits = 0
     for start in range(0, len(x), TEST_ROWS):
         stop = start + TEST_ROWS
-        similarity, rows = nearest(_unit(x[start:stop]), train, neighbours)
+        similarity, rows = nearest(unit(x[start:stop]), train, neighbours)
         votes = torch.zeros(len(rows), len(classes), dtype=torch.float64)
         votes.scatter_add_(1, targets[rows], (similarity.double() / temperature).exp())
         hits += int((classes[votes.argmax(1).numpy()] == y[start:stop]).sum())
@@ -56,7 +56,7 @@ def nearest(
     return best, places
 
 
-def _unit(x: Float[np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
+def unit(x: Float[np.ndarray, "n d"]) -> Float[Tensor, "n d"]:
     """Return rows in fp32 of length one, whatever their length was.
 
     A zero row stays zero, equally far from all.

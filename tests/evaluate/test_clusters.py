@@ -9,7 +9,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError
-from deepclust.evaluate.clusters import clusters
+from deepclust.evaluate.clusters import clusters, spherical_clusters
 from deepclust.evaluate.frozen import Labelled, freeze
 from deepclust.world import derive
 from tests.evaluate.blobs import splits
@@ -34,9 +34,29 @@ def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
     assert values["ari"] == pytest.approx(adjusted_rand_score(y, labels), abs=1e-6)
 
 
+def test_spherical_scores_are_those_of_the_centroid_of_the_largest_cosine() -> None:
+    train, (x, y) = splits(400, noise=0.8)
+    rows = train[0] / np.linalg.norm(train[0], axis=1, keepdims=True)
+    start = derive(0, "evaluate", "clusters", 0)
+    fitted = kmeans(rows, 4, seed=start, init="k-means++", spherical=True)
+    labels = (x @ np.asarray(fitted.centroids).T).argmax(1)
+    values = dict(spherical_clusters(freeze(train, (x, y)), restarts=1))
+    expected = normalized_mutual_info_score(y, labels, average_method="geometric")
+    assert values["nmi"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_spherical_scores_do_not_depend_on_the_length_of_a_row() -> None:
+    train, (x, y) = splits(400, noise=0.8)
+    longer = x * np.random.default_rng(0).uniform(0.1, 10, (len(x), 1)).astype(np.float32)
+    a, b = (dict(spherical_clusters(freeze(train, test))) for test in ((x, y), (longer, y)))
+    assert a == pytest.approx(b, abs=1e-9)
+
+
 def test_blobs_far_apart_are_recovered_exactly() -> None:
     perfect = {"nmi": 1.0, "ari": 1.0, "accuracy": 1.0}
-    assert scores(*splits(400, noise=0.05), restarts=1) == pytest.approx(perfect, abs=1e-9)
+    frozen = freeze(*splits(400, noise=0.05))
+    for protocol in (clusters, spherical_clusters):
+        assert dict(protocol(frozen, restarts=1)) == pytest.approx(perfect, abs=1e-9)
 
 
 def test_the_whitening_keeps_dim_directions_or_all_of_fewer() -> None:

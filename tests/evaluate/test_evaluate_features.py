@@ -16,8 +16,8 @@ from tests.evaluate.blobs import splits
 def test_every_evaluator_answers_under_its_name_but_prototypes_need_seeds() -> None:
     reasons: list[str] = []
     scores = evaluate(freeze(*splits(200)), emit=reasons.append)
-    assert list(EVALUATORS) == ["knn", "linear", "clusters", "prototypes"]
-    assert list(scores) == ["knn", "linear", "clusters"]
+    assert list(EVALUATORS) == ["knn", "linear", "clusters", "spherical_clusters", "prototypes"]
+    assert list(scores) == ["knn", "linear", "clusters", "spherical_clusters"]
     assert reasons == ["prototypes is not evaluated: no labelled seeds were given"]
     assert {"top1"} <= set(scores["knn"]) & set(scores["linear"])
     assert {"nmi", "ari", "accuracy"} <= set(scores["clusters"])
@@ -36,7 +36,9 @@ def test_an_evaluator_that_is_requested_and_cannot_run_is_an_error() -> None:
 
 
 def test_an_unknown_evaluator_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="'svm'; choose from knn, linear, clusters, prototypes"):
+    with pytest.raises(
+        RecipeError, match="'svm'; choose from knn, linear, clusters, spherical_clusters"
+    ):
         evaluate_features(*splits(100), names=["svm"])
 
 

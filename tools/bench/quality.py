@@ -4,6 +4,7 @@
     python tools/bench/quality.py                      Fashion-MNIST, recipe demo-fashion, 3 seeds
     python tools/bench/quality.py --data photos --seeds 1        the photos of ../shared/data
     python tools/bench/quality.py --rows deepcluster simclr      only these, and what has no seed
+    python tools/bench/quality.py --validate --rows simclr -- train.lr=0.1     to choose settings
 
 All methods have the same backbone, which sees the same number of images. SimCLR has two crops of
 each image, so it trains for half the epochs.
@@ -12,8 +13,10 @@ Rows run one after another, each in a separate process. Finished rows are kept i
 command can be stopped and given again. The names of rows and runs end in a hash of the resolved
 recipe, so that those of a changed recipe never mix. Every row has the same evaluators
 (deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has one cluster
-for each class, on features whitened as in the recipe, and its scores are means of 10 starts.
-"shuffled" is the whole pipeline, with each round's pseudo-labels permuted between the images.
+for each class, on features whitened as in the recipe and, spherical, on unit rows of features as
+they are. Its scores are means of 10 starts. "shuffled" is the whole pipeline, with each round's
+pseudo-labels permuted between the images. With --validate test images are not touched: probes are
+fitted on five of six training images and scored on the sixth.
 """
 
 from __future__ import annotations
@@ -60,7 +63,20 @@ METHODS = {  # what differs from the recipe, by method and data
     },
 }  # fmt: skip
 KINDS = ("random", *METHODS, "shuffled")
-COLUMNS = (("knn", "top1"), ("linear", "top1"), ("clusters", "nmi"), ("clusters", "accuracy"))
+COLUMNS = {
+    "20-NN": ("knn", "top1"),
+    "linear": ("linear", "top1"),
+    "NMI, whitened": ("clusters", "nmi"),
+    "accuracy": ("clusters", "accuracy"),
+    "NMI, spherical": ("spherical_clusters", "nmi"),
+    "accuracy, spherical": ("spherical_clusters", "accuracy"),
+}
+FACTS = {  # what a run cost: name and digits
+    "s": ("train_seconds", 0),
+    "images/s": ("images_per_s", 0),
+    "not training": ("outside", 3),
+}
+HELD_OUT = 6  # with --validate every sixth training image is scored
 
 
 def main() -> None:
@@ -97,10 +113,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-quality"))
     parser.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--validate", action="store_true", help="score on held-out training images")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
     args = parser.parse_args()
-    args.out = args.out or args.work / f"{args.data}-rows"
+    kept = "validation" if args.validate else "rows"
+    args.out = args.out or args.work / f"{args.data}-{kept}"
     return args
 
 
@@ -207,10 +225,13 @@ def embed_splits(args: argparse.Namespace, embed: Any, data: Any) -> tuple[Any, 
     from deepclust import open_index
 
     folders = shards(args)
-    train, test = (
-        labelled_features(embed, open_index(folders[split]), data) for split in ("train", "test")
-    )
-    return train, test
+    names = ["train"] if args.validate else ["train", "test"]
+    splits = [labelled_features(embed, open_index(folders[split]), data) for split in names]
+    if args.validate:
+        x, y = splits[0]
+        scored = np.arange(len(x)) % HELD_OUT == 0
+        splits = [(x[~scored], y[~scored]), (x[scored], y[scored])]
+    return splits[0], splits[1]
 
 
 def cost(run: Any, batch: int) -> dict[str, Any]:
@@ -270,12 +291,13 @@ def table(args: argparse.Namespace) -> str:
     for row in rows(args):
         kind = row if row.startswith("pixels") else row.rpartition("-")[0]
         found.setdefault(kind, []).append(json.loads(row_file(args, row).read_text()))
-    names = ("20-NN", "linear", "NMI", "accuracy", "s", "images/s", "not training")
-    lines = [f"| {args.data} | " + " | ".join(names) + " |", "|---" * 8 + "|"]
+    names = [*COLUMNS, *FACTS]
+    lines = [f"| {args.data} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for kind, records in found.items():
-        cells = [spread([r[a][b] for r in records]) for a, b in COLUMNS]
-        facts = (("train_seconds", 0), ("images_per_s", 0), ("outside", 3))
-        cells += [spread([r.get(name, 0) for r in records], digits) for name, digits in facts]
+        cells = [spread([r[a][b] for r in records]) for a, b in COLUMNS.values()]
+        facts = ([r.get(name, 0) for r in records] for name, _ in FACTS.values())
+        digits = (digits for _, digits in FACTS.values())
+        cells += [spread(*fact) for fact in zip(facts, digits, strict=True)]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -97,7 +97,7 @@ def test_prototypes_are_skipped_with_a_reason_in_a_run_without_seeds(
 ) -> None:
     reasons: list[str] = []
     scores = evaluate_run(run_dir, str(shards), str(shards), emit=reasons.append)
-    assert set(scores) == {"knn", "linear", "clusters"}
+    assert set(scores) == {"knn", "linear", "clusters", "spherical_clusters"}
     assert reasons == [f"prototypes is not evaluated: {run_dir} was trained without labelled seeds"]
     with pytest.raises(DataError, match="prototypes cannot be evaluated"):
         evaluate_run(run_dir, str(shards), str(shards), ["prototypes"])
