@@ -6,8 +6,8 @@
     python tools/bench/quality.py --rows deepcluster simclr      only these, and what has no seed
     python tools/bench/quality.py --validate --rows simclr -- train.lr=0.1     to choose settings
 
-All methods have the same backbone, which sees the same number of images. SimCLR has two crops of
-each image, so it trains for half the epochs.
+All methods have their shipped recipe, the same backbone, and the same number of images through it,
+crops counted: a method with two crops of each image trains for half the epochs of one with one.
 
 Rows run one after another, each in a separate process. Finished rows are kept in --out, so the
 command can be stopped and given again. The names of rows and runs end in a hash of the resolved
@@ -36,32 +36,22 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-PHOTOS = [
-    "data.workers=1",
-    "train.epochs=16",
-    "train.warmup=1",
-    "train.lr=0.3",
-    "train.head_lr=0.1",
-]
-DATA = {
-    "fashion": ("demo-fashion", []),
-    "photos": ("small-photos", ["backbone.name=conv4", *PHOTOS]),
+BUDGET = 16  # crops of each image through the network, as many epochs as they make
+METHODS = (
+    "deepcluster", "deepercluster", "deepcluster-v2", "sela",
+    "swav", "dino",
+    "simclr", "moco-v2", "moco-v3", "byol",
+)  # fmt: skip
+DATA = {  # the shipped recipe of a method, that of DeepCluster, and what all have beside it
+    "fashion": ("{}-fashion", "demo-fashion", []),
+    "photos": (
+        "{}-small-photos",
+        "small-photos",
+        ["backbone.name=conv4", "data.workers=1", "train.warmup=1"],
+    ),
 }
-METHODS = {  # what differs from the recipe, by method and data
-    "deepcluster": {"fashion": [], "photos": []},
-    "deepercluster": {
-        "fashion": ["method={name: deepercluster}", "cluster.supers=4"],
-        "photos": ["method={name: deepercluster}", "cluster.supers=4"],
-    },
-    "simclr": {
-        "fashion": ["method={name: simclr}", "cluster=null", "data.jitter=[0.4, 0.4, 0, 0]",
-                    "train.epochs=8"],
-        "photos": [
-            "method={name: simclr}", "cluster=null", "data.jitter=[0.4, 0.4, 0.4, 0.1]",
-            "data.grey=0.2", "data.crop_scale=[0.15, 1.0]", "train.batch=256", "train.epochs=8",
-        ],
-    },
-}  # fmt: skip
+CLUSTERED = ["train.lr=0.3", "train.head_lr=0.1"]
+OWN = {"photos": {"deepcluster": CLUSTERED, "deepercluster": [*CLUSTERED, "cluster.supers=4"]}}
 KINDS = ("random", *METHODS, "shuffled")
 COLUMNS = {
     "20-NN": ("knn", "top1"),
@@ -124,7 +114,7 @@ def arguments() -> argparse.Namespace:
 
 def recipe_key(args: argparse.Namespace, row: str) -> str:
     """Return eight digits for what a row's seeds share: the resolved recipe at seed 0."""
-    text = recipe(args, row.partition("-")[0], 0).dump()
+    text = recipe(args, parts(row)[0], 0).dump()
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
@@ -139,12 +129,18 @@ def rows(args: argparse.Namespace) -> list[str]:
     return ["pixels", "pixels-pca64", *kinds]
 
 
+def parts(row: str) -> tuple[str, str]:
+    """Return the kind of a row and its seed, or what is done to pixels."""
+    kind, _, rest = row.partition("-") if row.startswith("pixels") else row.rpartition("-")
+    return kind, rest
+
+
 def one_row(args: argparse.Namespace) -> dict[str, Any]:
     """Return the scores of a row, and what it cost."""
     from deepclust.evaluate import evaluate_features
 
     started = time.monotonic()
-    kind, _, seed = args.row.partition("-")
+    kind, seed = parts(args.row)
     train, test, facts = pixels(args, seed) if kind == "pixels" else network(args, kind, int(seed))
     trained = time.monotonic() - started
     dim = recipe(args, "random", 0).cluster.dim
@@ -178,10 +174,16 @@ def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
     """Return the recipe of a kind of rows, DeepCluster's for those that train nothing."""
     from deepclust import Recipe
 
-    name, overrides = DATA[args.data]
-    own = METHODS.get(kind, METHODS["deepcluster"])[args.data]
+    by_method, plain, overrides = DATA[args.data]
+    kind = kind if kind in METHODS else "deepcluster"
+    name = plain if kind == "deepcluster" else by_method.format(kind)
+    overrides = [*overrides, *OWN.get(args.data, {}).get(kind, []), *args.overrides]
     where = f"data.shards={shards(args)['train']}"
-    return Recipe.load(name, where, *overrides, *own, *args.overrides, f"seed={seed}")
+    chosen = Recipe.load(name, where, *overrides, f"seed={seed}")
+    if any(text.startswith("train.epochs=") for text in args.overrides):
+        return chosen
+    crops = sum(one.count for one in chosen.method.crops(chosen.data))
+    return chosen.replace(f"train.epochs={max(1, BUDGET // crops)}")
 
 
 def flatten(images: Any) -> Any:
@@ -289,7 +291,7 @@ def table(args: argparse.Namespace) -> str:
     """Mean and spread by kind, as Markdown."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows(args):
-        kind = row if row.startswith("pixels") else row.rpartition("-")[0]
+        kind = row if row.startswith("pixels") else parts(row)[0]
         found.setdefault(kind, []).append(json.loads(row_file(args, row).read_text()))
     names = [*COLUMNS, *FACTS]
     lines = [f"| {args.data} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
