@@ -23,6 +23,7 @@ from deepclust.methods.base import Batch, Now, Output, Setting, Targets
 from deepclust.methods.deepcluster_v2.config import FULL, Config
 from deepclust.methods.parts.bank import Bank
 from deepclust.methods.parts.frozen_prototypes import FrozenPrototypes
+from deepclust.methods.parts.monitors import spread
 from deepclust.methods.parts.multi_crop import each_size
 from deepclust.methods.parts.projection import projection
 from deepclust.models.backbone import Backbone
@@ -51,7 +52,7 @@ class Method(base.Method):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         b = len(batch.sample_ids)
         self.bank.note(batch.sample_ids, rows[: FULL * b].reshape(FULL, b, -1))
-        return Output(loss, {}, features[:b], logits[0, :b])
+        return Output(loss, spread(rows[:b]), features[:b], logits[0, :b])
 
     def clustered(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Return projections of length 1."""
