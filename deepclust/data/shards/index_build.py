@@ -46,6 +46,10 @@ from deepclust.data.shards.url import Source, Url, common_folder, names_of
 from deepclust.errors import DataError, DiskError
 from deepclust.files import atomic_folder, file_hash, write_json
 
+ELSEWHERE = (
+    "The index need not be next to the images: set data.index=FOLDER, or run "
+    "`deepclust index SHARDS --index FOLDER`."
+)
 _SCHEMA = pa.schema([("key", pa.string())])
 _LARGEST_FETCHED = 256 << 20  # bytes of a manifest behind a URL
 _LARGEST_LABEL = int(np.iinfo(np.int32).max)
@@ -135,10 +139,7 @@ def put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
     try:
         atomic_folder(folder, fill, make_room)
     except DiskError as error:
-        raise DiskError(
-            f"{error} The index need not be next to the shards: set data.index=FOLDER, or run "
-            "`deepclust index SHARDS --index FOLDER`."
-        ) from error
+        raise DiskError(f"{error} {ELSEWHERE}") from error
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
