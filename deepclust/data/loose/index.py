@@ -6,6 +6,7 @@ files are beside its columns, and the offset of each image is 0.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -43,7 +44,7 @@ from deepclust.data.shards.manifest import (
 )
 from deepclust.data.shards.scan import Scan
 from deepclust.data.shards.url import Source
-from deepclust.errors import DataError, MissingError, RecipeError
+from deepclust.errors import DataError, DiskError, MissingError, RecipeError
 from deepclust.files import write_json
 
 _WARNING = "warning: "
@@ -174,7 +175,7 @@ def _scans(folder: Path, opened: Opened) -> Iterator[Scan]:
 def _make(places: Sequence[Place], index: str | Path | None, labels: str) -> Path:
     """Write an index, and return its folder; without labels where `none` are wanted or readable."""
     usual = _folder(places, index, labels)
-    with held(usual.with_name(f".{usual.name}.lock"), f"indexes {_shown(places)}"):
+    with _alone(usual, places):
         if (usual / MANIFEST).exists():
             return usual
         if labels != NONE:
@@ -189,6 +190,18 @@ def _make(places: Sequence[Place], index: str | Path | None, labels: str) -> Pat
             return folder
         write(usual, opened, AUTO, replace=False)
         return usual
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, places: Sequence[Place]) -> Iterator[None]:
+    """Let one process index, before which a disk that refuses is known."""
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = held(folder.with_name(f".{folder.name}.lock"), f"indexes {_shown(places)}")
+            stack.enter_context(lock)
+        except DiskError as error:
+            raise DiskError(f"{error} {index_build.ELSEWHERE}") from error
+        yield
 
 
 def _labels(asked: Fields) -> str:

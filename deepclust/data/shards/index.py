@@ -225,13 +225,11 @@ def open_index(
 
     The index is the folder `index`, if that is given, else a folder next to the shards. Its name is
     `deepclust-index` for all *.tar of one folder, and `deepclust-index-<8 hex digits>` for some, or
-    for another `image` or `labels` (`fields.py`). For URLs it is `index`, or `run_dir / "index"`.
-    One that was uploaded next to such shards is copied. Otherwise one process reads all shards
-    once. Changed labels are read again. Without `build` nothing is written: a missing index is a
-    MissingError, and changed labels are a LabelsChangedError. Image files: `loose/index.py`.
+    for another `image` or `labels` (`fields.py`). For URLs it is `index`, or `run_dir / "index"`,
+    and one that was uploaded next to them is copied. Changed labels are read again. Without `build`
+    nothing is written: a MissingError or a LabelsChangedError. Image files: `loose/index.py`.
 
-    Raises DataError if the shards' names or sizes are not those that were indexed, if the index is
-    damaged, and whatever `build_index` raises.
+    Raises DataError if names or sizes are others, or the index is damaged, and as `build_index`.
     """
     if (places := places_of(shards, index)) is not None:
         from deepclust.data.loose.index import open_files  # it imports this file
@@ -254,8 +252,8 @@ def open_index(
             raise
         if fields.labels != NONE:
             manifest = _read_labels_again(folder, shards, sources, error)
-    manifest = _with_wanted_labels(manifest, fields, sources)
-    return Index(folder, sources, manifest, [number for _, number in pairs])
+    wanted = _with_wanted_labels(manifest, fields, sources)
+    return Index(folder, sources, wanted, [number for _, number in pairs])
 
 
 def _with_wanted_labels(manifest: Manifest, fields: Fields, sources: list[Source]) -> Manifest:

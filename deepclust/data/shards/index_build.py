@@ -48,6 +48,10 @@ from deepclust.files import atomic_folder, file_hash, write_json
 from deepclust.owned_folder import FILE as OWNER
 from deepclust.owned_folder import owned, sweep
 
+ELSEWHERE = (
+    "The index need not be next to the images: set data.index=FOLDER, or run "
+    "`deepclust index SHARDS --index FOLDER`."
+)
 _SCHEMA = pa.schema([("key", pa.string())])
 _LARGEST_FETCHED = 256 << 20  # bytes of a manifest behind a URL
 _LARGEST_LABEL = int(np.iinfo(np.int32).max)
@@ -142,10 +146,7 @@ def put(folder: Path, fill: Callable[[Path], None], *, replace: bool) -> None:
         sweep(folder)  # of an `index` that was killed
         atomic_folder(folder, fill_own, make_room)
     except DiskError as error:
-        raise DiskError(
-            f"{error} The index need not be next to the shards: set data.index=FOLDER, or run "
-            "`deepclust index SHARDS --index FOLDER`."
-        ) from error
+        raise DiskError(f"{error} {ELSEWHERE}") from error
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

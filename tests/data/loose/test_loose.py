@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -23,7 +24,7 @@ from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.shards.check import LabelsChangedError
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.data.shards.remote import UnreachableError
-from deepclust.errors import DataError, MissingError, RecipeError
+from deepclust.errors import DataError, DiskError, MissingError, RecipeError
 from tests.images import draw, encode, make_shards
 
 KINDS = ("png", "jpg", "webp", "gif", "tiff")
@@ -253,3 +254,20 @@ def test_the_bytes_of_images_are_compared_where_they_were_hashed(tmp_path: Path)
     file.write_bytes(data)
     with pytest.raises(DataError, match="other bytes"):
         build_index(folder, verify=True)
+
+
+def test_a_folder_that_cannot_be_written_to_says_where_the_index_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "photos", 4)
+    real = open
+
+    def refuse(path: str | Path, *args: str, **kwargs: object) -> object:
+        if str(path).endswith(".lock") and "photos" in str(path):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DiskError, match=r"data\.index=FOLDER"):
+        open_index(folder)
+    assert len(open_index(folder, tmp_path / "elsewhere")) == 10
