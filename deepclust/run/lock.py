@@ -194,7 +194,9 @@ def _is_stale(run_dir: Path, lock: dict[str, Any]) -> bool:
     if _is_of_earlier_restart(lock):
         return True
     if _is_here(lock):
-        return bool(_start_time(int(lock["pid"])) != lock["started"])
+        began = _start_time(int(lock["pid"]))
+        # without the key the lock is damaged, and may still be that of a living process
+        return began is None if "started" not in lock else bool(began != lock["started"])
     return _age(run_dir / "lock.json") > STALE_AFTER_S
 
 
