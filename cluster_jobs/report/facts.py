@@ -11,10 +11,12 @@ from cluster_jobs.results.assignments import seeded_supers
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
 from deepclust.data.shards.find import described
-from deepclust.files import file_hash, read_record
+from deepclust.errors import DataError
+from deepclust.files import file_hash, fits, read_record
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import MethodSection, parse_cadence
 from deepclust.run.directory import ENVIRONMENT, Run, has_file
+from deepclust.run.events import Number
 from deepclust.run.round_files import read_facts, read_statistics
 
 Record = dict[str, Any]
@@ -180,10 +182,13 @@ def _environment(run: Run) -> list[tuple[str, str]]:
     path = run.path / "env.json"
     if not path.exists():
         return []
-    env = read_record(path, ENVIRONMENT)
-    started = datetime.fromtimestamp(env["time"]).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    try:
+        env = read_record(path, ENVIRONMENT)
+        started = datetime.fromtimestamp(env["time"]).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    except (DataError, ValueError, OverflowError, OSError) as error:  # no time on this earth
+        return [("Created", f"not known: {error}")]
     versions = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
-    code = env.get("git") or "not from a git checkout"
+    code = str(env.get("git") or "not from a git checkout")
     return [("Created", f"{started} on {env['host']}"), ("Code", code[:12]), ("With", versions)]
 
 
@@ -205,6 +210,10 @@ def _scores(run: Run) -> list[Score]:
         record = read_record(file, {"step": int, "train": str, "test": str, "scores": dict})
         source = f"step {record['step']:,}: {record['train']} → {record['test']}"
         for evaluator, values in record["scores"].items():
+            if not isinstance(values, dict) or not all(fits(v, Number) for v in values.values()):
+                raise DataError(
+                    f"{file} is damaged: its scores of {evaluator[:80]!r} are no numbers"
+                )
             scores += [Score(evaluator, name, value, source) for name, value in values.items()]
     return scores
 

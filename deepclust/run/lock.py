@@ -196,7 +196,9 @@ def _is_stale(run_dir: Path, lock: dict[str, Any]) -> bool:
     if _is_of_earlier_restart(lock):
         return True
     if is_here(lock):
-        return bool(start_time(int(lock["pid"])) != lock["started"])
+        began = start_time(int(lock["pid"]))
+        # without the key the lock is damaged, and may still be that of a living process
+        return began is None if "started" not in lock else bool(began != lock["started"])
     return _age(run_dir / "lock.json") > STALE_AFTER_S
 
 

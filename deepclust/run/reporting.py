@@ -203,7 +203,15 @@ class Board:
 
 
 class AppendingHandler(logging.FileHandler):
-    """A log file that is opened without following a link."""
+    """A log file that is opened without following a link, and that never ends a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out: a storage that fails is named by the files that matter."""
+
+    def close(self) -> None:
+        """Close the file, also where its last lines cannot be written."""
+        with contextlib.suppress(OSError):
+            super().close()
 
     def _open(self) -> TextIO:  # type: ignore[override]
         return io.TextIOWrapper(open_append(Path(self.baseFilename)), "utf-8", "backslashreplace")

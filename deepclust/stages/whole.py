@@ -32,6 +32,7 @@ def latest_whole(run: Run, recipe: Recipe, timeline: Timeline, warn: Warn) -> Ch
     if recipe.cluster is None:
         return latest
     state = latest.state if latest else State()
+    _tell_of_earlier(run, state.round, warn)
     broken = find_broken(run, recipe, state.round)
     if broken is None:
         return latest
@@ -46,6 +47,15 @@ def latest_whole(run: Run, recipe: Recipe, timeline: Timeline, warn: Warn) -> Ch
         f"there is kept under {run.path} as rounds/damaged-* and checkpoints/unused-*"
     )
     return earlier
+
+
+def _tell_of_earlier(run: Run, used: int, warn: Warn) -> None:
+    """Warn of each round before the one in use whose assignments are not as they were written."""
+    for number in (n for n in run.rounds() if n < used):
+        try:
+            verify(run.round(number) / "assignments", run.alive)
+        except DataError as error:
+            warn(f"{error}. Training does not need that round and goes on; tables of it do")
 
 
 def find_broken(run: Run, recipe: Recipe, used: int) -> tuple[int, DataError] | None:

@@ -41,6 +41,16 @@ def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
         check_token(tmp_path, token)
 
 
+def test_a_lock_that_lost_a_key_is_free_when_its_process_is_dead(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        written = read_json(tmp_path / "lock.json")
+        del written["started"]
+        write_json(tmp_path / "lock.json", written)
+        assert owner(tmp_path) is not None
+        process.kill()
+    assert owner(tmp_path) is None
+
+
 def test_a_process_with_a_reused_pid_does_not_own_the_lock(tmp_path: Path) -> None:
     with hold(tmp_path):
         written = read_json(tmp_path / "lock.json")

@@ -12,7 +12,7 @@ from deepclust import pretrain
 from deepclust.errors import DataError, RequeueWanted
 from deepclust.launch.start import resume
 from deepclust.run.directory import Run
-from deepclust.stages import extract, raw_chunk
+from deepclust.stages import extract, raw_chunk, whole
 from tests.tiny import assert_same_run, stop_at, tiny_recipe
 
 RECIPE = ("train.epochs=2", "train.checkpoint=4 steps", "keep.checkpoints=9")
@@ -98,6 +98,14 @@ def test_training_goes_on_without_a_file_that_it_does_not_read(
     resume(run, show=lambda record: shown.append(str(record.get("text"))))
     assert any("distances.npy has changed" in text for text in shown)
     assert_same_run(run, straight)
+
+
+def test_a_damaged_round_before_the_one_in_use_is_told(stopped: Path, tmp_path: Path) -> None:
+    run = damaged_copy(stopped, tmp_path / "run", "rounds/0000/assignments/assignments.npy", "flip")
+    shown: list[str] = []
+    whole._tell_of_earlier(Run(run), 1, shown.append)
+    assert len(shown) == 1
+    assert "assignments.npy has changed since it was written. Training does not need" in shown[0]
 
 
 @pytest.mark.parametrize("file", ["unit-00001.safetensors", "pivot.npy"])

@@ -16,7 +16,7 @@ from cluster_jobs import cli
 from cluster_jobs.report import write_report
 from cluster_jobs.report.charts import bin_edges
 from cluster_jobs.report.gallery import choose, gallery
-from deepclust.errors import RecipeError
+from deepclust.errors import DataError, RecipeError
 from deepclust.files import read_json, write_json
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run, manifest
@@ -301,3 +301,26 @@ def test_a_damaged_round_is_one_sentence_with_its_file(
     assert (ended.value.code, said.count("\n")) == (3, 1)
     assert said.startswith("error: ")
     assert name in said
+
+
+@pytest.mark.parametrize(
+    "change", [{"time": 1e300}, {"git": 5}, {"git": [1]}, {"packages": 3}, {"time": None}]
+)
+def test_an_environment_that_cannot_be_read_is_told_on_the_page(
+    run: Path, change: dict[str, object]
+) -> None:
+    file = run / "env.json"
+    written = {"time": 1.0, "host": "h", "packages": {}, "git": "abc"}
+    write_json(file, {**written, **change})
+    assert "Created" in page(run)
+
+
+@pytest.mark.parametrize("values", [3, {"top1": "x"}, {"top1": None}, {"top1": 10**400}])
+def test_scores_that_are_no_numbers_are_an_error_that_names_the_file(
+    run: Path, values: object
+) -> None:
+    record = {"step": 4, "train": "a", "test": "b", "scores": {"knn": values}}
+    (run / "evaluations").mkdir(exist_ok=True)
+    write_json(run / "evaluations" / "00000099.json", record)
+    with pytest.raises(DataError, match=r"00000099\.json is damaged: its scores of 'knn'"):
+        page(run)
