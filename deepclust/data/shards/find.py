@@ -92,8 +92,9 @@ def _texts(shards: Shards) -> list[str]:
 def _expand_one(text: str) -> list[Source]:
     if text.startswith(("pipe:", "file:", "local:")):
         raise DataError(
-            f"shards {text!r}: pipes are not supported, and a file is given by its plain path. "
-            "Give a folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL (s3://, https://)."
+            f"shards {redact(repr(text))}: pipes are not supported, and a file is given by its "
+            "plain path. Give a folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL "
+            "(s3://, https://)."
         )
     if is_url(text):
         return list(_remote_shards(text))

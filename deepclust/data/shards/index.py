@@ -41,7 +41,7 @@ from deepclust.data.shards.fields import DEFAULT, NONE, Fields, fields_from
 from deepclust.data.shards.file_lock import held
 from deepclust.data.shards.find import Shards, beside, common_folder, described, expand, is_folder
 from deepclust.data.shards.keys import Keys
-from deepclust.data.shards.left_out import Tally
+from deepclust.data.shards.left_out import Tally, shown
 from deepclust.data.shards.manifest import (
     FOLDER,
     MANIFEST,
@@ -127,7 +127,7 @@ class Index:
     def where(self, sample: int) -> str:
         """Return a sample's shard, key and offset, for messages."""
         shard, offset, _ = self.locate(np.array([sample]))
-        name = self.shards[int(shard[0])].name
+        name = shown(self.shards[int(shard[0])].name)
         return f"{name}, key {self.keys[sample]!r}, offset {int(offset[0])}"
 
     def _column(self, name: str) -> np.ndarray:
