@@ -83,7 +83,7 @@ def _texts(shards: Shards) -> list[str]:
     if isinstance(shards, str | os.PathLike):
         shards = [shards]
     if not isinstance(shards, Sequence):
-        raise RecipeError(f"shards={shards!r} is no path, pattern or URL, and no list of these")
+        raise RecipeError(f"shards={shards!r} is not a path, pattern or URL, and no list of these")
     for one in shards:
         path_of(one, "shards")
     return [os.fspath(one) for one in shards]  # a Path would make "s3:/x" of "s3://x"
