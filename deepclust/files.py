@@ -60,7 +60,7 @@ def path_of(value: object, what: str) -> Path:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(path, str) or not path or "\0" in path:
         raise RecipeError(
-            f"{what}={redact(repr(value)[:200])} is no path: give the name of a file as text"
+            f"{what}={redact(repr(value)[:200])} is not a path: give the name of a file as text"
         )
     return Path(path)
 

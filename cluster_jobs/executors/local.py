@@ -41,7 +41,7 @@ class LocalExecutor(Executor[Plan]):
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
         """Return the command for a recipe, without writing or starting anything."""
         command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume"]
-        remote = ["--remote"] * is_remote(recipe.data.shards)  # whoever asks for it has been asked
+        remote = ["--remote"] * is_remote(recipe.data.shards)  # the user has been asked already
         return Plan(recipe, run_dir, [*command, str(run_dir.absolute()), *remote])
 
     def submit(self, plan: Plan) -> None:

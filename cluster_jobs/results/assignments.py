@@ -58,7 +58,7 @@ def export_assignments(
     """Write the assignments of a round (default: the last) to `out` atomically, and return it.
 
     The run may be somebody else's, so shards behind a URL are not asked for unless `remote` says
-    so: the index that the run has kept names their samples.
+    so. The index that the run has kept names their samples.
 
     Rows are ordered by shard, then head, then sample id. What does not apply is null. Columns:
 

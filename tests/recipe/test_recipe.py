@@ -39,19 +39,19 @@ def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: Recipe.load(3), "recipe=3 is no path"),  # type: ignore[arg-type]
-        (lambda: Recipe.load({"seed": 1}), "recipe={'seed': 1} is no path"),  # type: ignore[arg-type]
-        (lambda: Recipe.load(""), "recipe='' is no path"),
-        (lambda: Recipe.load("a\0b"), "is no path"),
+        (lambda: Recipe.load(3), "recipe=3 is not a path"),  # type: ignore[arg-type]
+        (lambda: Recipe.load({"seed": 1}), "recipe={'seed': 1} is not a path"),  # type: ignore[arg-type]
+        (lambda: Recipe.load(""), "recipe='' is not a path"),
+        (lambda: Recipe.load("a\0b"), "is not a path"),
         (lambda: Recipe.load("small-photos", {"seed": 1}), "not a text such as"),  # type: ignore[arg-type]
         (lambda: Recipe.parse("seed: 1"), "is a str, not a dict"),  # type: ignore[arg-type]
         (lambda: pretrain("smal-photos", run="r"), "did you mean 'small-photos'"),
-        (lambda: pretrain(None, run="r"), "recipe=None is no path"),  # type: ignore[arg-type]
-        (lambda: pretrain("small-photos", run=""), "run='' is no path"),
-        (lambda: pretrain("small-photos", run=3), "run=3 is no path"),  # type: ignore[arg-type]
-        (lambda: open_index(None), "shards=None is no path"),  # type: ignore[arg-type]
-        (lambda: open_index(["a", 3]), "shards=3 is no path"),  # type: ignore[list-item]
-        (lambda: load_backbone(3), "path=3 is no path"),  # type: ignore[arg-type]
+        (lambda: pretrain(None, run="r"), "recipe=None is not a path"),  # type: ignore[arg-type]
+        (lambda: pretrain("small-photos", run=""), "run='' is not a path"),
+        (lambda: pretrain("small-photos", run=3), "run=3 is not a path"),  # type: ignore[arg-type]
+        (lambda: open_index(None), "shards=None is not a path"),  # type: ignore[arg-type]
+        (lambda: open_index(["a", 3]), "shards=3 is not a path"),  # type: ignore[list-item]
+        (lambda: load_backbone(3), "path=3 is not a path"),  # type: ignore[arg-type]
     ],
 )
 def test_the_python_door_names_an_argument_of_the_wrong_kind(

@@ -93,7 +93,7 @@ def texts(shards: Shards) -> list[str]:
     if isinstance(shards, str | os.PathLike):
         shards = [shards]
     if not isinstance(shards, Sequence):
-        raise RecipeError(f"shards={shards!r} is no path, pattern or URL, and no list of these")
+        raise RecipeError(f"shards={shards!r} is not a path, pattern or URL, and no list of these")
     for one in shards:
         path_of(one, "shards")
     return [os.fspath(one) for one in shards]  # a Path would make "s3:/x" of "s3://x"
@@ -102,8 +102,9 @@ def texts(shards: Shards) -> list[str]:
 def _expand_one(text: str) -> list[Source]:
     if text.startswith(("pipe:", "file:", "local:")):
         raise DataError(
-            f"shards {text!r}: pipes are not supported, and a file is given by its plain path. "
-            "Give a folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL (s3://, https://)."
+            f"shards {redact(repr(text))}: pipes are not supported, and a file is given by its "
+            "plain path. Give a folder, a pattern like 'dir/train-{000000..000009}.tar', or a URL "
+            "(s3://, https://)."
         )
     if is_url(text):
         return list(_remote_shards(text))

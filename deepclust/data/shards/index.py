@@ -51,7 +51,7 @@ from deepclust.data.shards.find import (
     numbered,
 )
 from deepclust.data.shards.keys import Keys
-from deepclust.data.shards.left_out import Tally
+from deepclust.data.shards.left_out import Tally, shown
 from deepclust.data.shards.manifest import (
     FOLDER,
     MANIFEST,
@@ -171,7 +171,7 @@ class Index:
     def where(self, sample: int) -> str:
         """Return a sample's shard, key and offset, for messages."""
         shard, offset, _ = self.locate(np.array([sample]))
-        name = self.names[int(shard[0])]
+        name = shown(self.names[int(shard[0])])
         return f"{name}, key {self.keys[sample]!r}, offset {int(offset[0])}"
 
     def _column(self, name: str) -> np.ndarray:

@@ -86,7 +86,10 @@ class Url:
 
     def _split(self) -> tuple[str, str]:
         """Return the URL up to its query, and the query with its "?"."""
-        query = urlsplit(self.text).query if self.over_http else ""
+        try:
+            query = urlsplit(self.text).query if self.over_http else ""
+        except ValueError as error:  # such as "http://[::1/x.tar"
+            raise DataError(f"{self} is not a URL: {error}. Correct it.") from error
         return (self.text.partition("?")[0], f"?{query}") if query else (self.text, "")
 
 
