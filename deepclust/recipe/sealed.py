@@ -1,9 +1,9 @@
 """The first line of a run's recipe.yaml: a digest of the keys that decide its results.
 
-A bit that flips in a learning rate gives a valid recipe, and a resume that goes on with it gives
-other weights than the run had begun to make. The digest is of the plain values as they stand in the
-file, so that a key that a later version adds does not count as a change. Keys that may change on
-resume are left out. Recipes of older versions have no such line and are taken as they are.
+A bit that flips in a learning rate gives a valid recipe. A resume with it would give other weights
+than the run had begun to make. The digest is of the plain values in the file. So a key that a later
+version adds does not count as a change. Keys that may change on resume are left out. Recipes of
+older versions have no such line and are taken as they are.
 """
 
 from __future__ import annotations

@@ -89,10 +89,10 @@ def beside(shards: Shards) -> Tally:
 
 
 def texts(shards: Shards) -> list[str]:
-    """Return what was given, as a list; raises `RecipeError` for what is no path."""
+    """Return what was given, as a list; raises `RecipeError` for anything else."""
     if isinstance(shards, str | os.PathLike):
         shards = [shards]
-    if not isinstance(shards, Sequence):
+    if not isinstance(shards, Sequence | Mapping):
         raise RecipeError(f"shards={shards!r} is not a path, pattern or URL, and no list of these")
     for one in shards:
         path_of(one, "shards")

@@ -260,14 +260,11 @@ def test_a_folder_that_cannot_be_written_to_says_where_the_index_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos(tmp_path / "photos", 4)
-    real = open
 
-    def refuse(path: str | Path, *args: str, **kwargs: object) -> object:
-        if str(path).endswith(".lock") and "photos" in str(path):
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return real(path, *args, **kwargs)  # type: ignore[call-overload]
+    def refuse(path: Path) -> object:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("deepclust.data.shards.file_lock.open_append", refuse)
     with pytest.raises(DiskError, match=r"data\.index=FOLDER"):
         open_index(folder)
     assert len(open_index(folder, tmp_path / "elsewhere")) == 10
