@@ -25,6 +25,7 @@ from deepclust.data.shards.check import LabelsChangedError
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError, DiskError, MissingError, RecipeError
+from deepclust.files import open_append
 from tests.images import draw, encode, make_shards
 
 KINDS = ("png", "jpg", "webp", "gif", "tiff")
@@ -262,7 +263,9 @@ def test_a_folder_that_cannot_be_written_to_says_where_the_index_can_be(
     folder = photos(tmp_path / "photos", 4)
 
     def refuse(path: Path) -> object:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
+        if "photos" in path.parts:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return open_append(path)
 
     monkeypatch.setattr("deepclust.data.shards.file_lock.open_append", refuse)
     with pytest.raises(DiskError, match=r"data\.index=FOLDER"):
