@@ -239,10 +239,7 @@ def open_index(
     sources = [shard for shard, _ in pairs]
     folder = _place(shards, sources, fields, index, run_dir)
     if not (folder / MANIFEST).exists():
-        if not build:
-            raise MissingError(
-                f"{described(shards)} has no index in {folder}. `deepclust index SHARDS` writes it."
-            )
+        _refuse_missing(folder, shards, build)
         _make(folder, shards, sources, fields)
     manifest = _checked(folder, sources, fields)
     try:
@@ -254,6 +251,13 @@ def open_index(
             manifest = _read_labels_again(folder, shards, sources, error)
     wanted = _with_wanted_labels(manifest, fields, sources)
     return Index(folder, sources, wanted, [number for _, number in pairs])
+
+
+def _refuse_missing(folder: Path, shards: Shards, build: bool) -> None:
+    if not build:
+        raise MissingError(
+            f"{described(shards)} has no index in {folder}. `deepclust index SHARDS` writes it."
+        )
 
 
 def _with_wanted_labels(manifest: Manifest, fields: Fields, sources: list[Source]) -> Manifest:
