@@ -29,6 +29,7 @@ def test_a_batch_is_lightly_s(iterations: int) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # POT, when it is first compiled
 @pytest.mark.parametrize("sharpness", [5, 25])
 def test_a_whole_set_is_pot_s(sharpness: int) -> None:
     import ot
