@@ -19,9 +19,9 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 
 from cluster_jobs.ray.folders import INSIDE, TEMPORARY
 from cluster_jobs.ray.spec import RaySpec, sizes
+from deepclust.data.owned_folder import make_folder
 from deepclust.errors import ResourceError
 from deepclust.files import disk_errors
-from deepclust.owned_folder import make_folder
 from deepclust.recipe import Recipe
 
 STORE_BYTES = 100 * 2**20  # nothing of size goes through Ray's object store

@@ -35,9 +35,9 @@ from deepclust.clustering.search import probe_backend
 from deepclust.clustering.statistics import describe
 from deepclust.clustering.two_level_init import given_start
 from deepclust.clustering.whiten import Whitening
+from deepclust.data.owned_folder import owned, sweep
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
-from deepclust.owned_folder import owned, sweep
 from deepclust.recipe.sections import ClusterSection
 from deepclust.run.directory import environment
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from cluster_jobs.ray.folders import INSIDE, TEMPORARY
 from cluster_jobs.slurm.allocation import Allocation
 from cluster_jobs.slurm.layout import FIRST_NODE
+from deepclust.data.owned_folder import make_folder
 from deepclust.errors import ResourceError
 from deepclust.files import open_append
 from deepclust.launch.ports import free_ports
 from deepclust.launch.role import die_with_parent
-from deepclust.owned_folder import make_folder
 
 STORE_BYTES = 200 * 2**20  # nothing of size goes through Ray's object store
 STARTED = "Ray runtime started"

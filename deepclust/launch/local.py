@@ -15,11 +15,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from deepclust.data.owned_folder import make_folder
 from deepclust.files import disk_errors, open_append
 from deepclust.launch.endings import Record
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
-from deepclust.owned_folder import make_folder
 from deepclust.run.directory import Run
 
 PROGRAM = "deepclust.launch.worker"

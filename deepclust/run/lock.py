@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from deepclust.data.process_identity import identity, is_here, start_time
 from deepclust.errors import DataError, MissingError, RunHeldError
 from deepclust.files import disk_errors, open_append, read_record, temporary, write_json
-from deepclust.process_identity import identity, is_here, start_time
 from deepclust.run.links import refuse_links_out
 
 HEARTBEAT_S = 10.0

@@ -21,11 +21,11 @@ from cluster_jobs.executors import background, executor
 from cluster_jobs.report import write_report
 from cluster_jobs.results.assignments import export_assignments
 from cluster_jobs.slurm.create import create as create_for_slurm
+from deepclust.data.process_identity import start_time
 from deepclust.data.shards.index import open_index
 from deepclust.errors import DataError, DiskError, MissingError, RecipeError, ResourceError
 from deepclust.files import read_json, write_json
 from deepclust.launch.start import prepare_run, resume
-from deepclust.process_identity import start_time
 from deepclust.run import lock
 from deepclust.run.directory import Run, create
 from deepclust.run.lock import check_token, hold

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.data.images.levels import Levels
+from deepclust.data.owned_folder import owned, sweep
 from deepclust.data.pack.blobs import Files
 from deepclust.data.pack.classes import Labels, describe
 from deepclust.data.pack.image_sources import ImageSource, SourceOptions
@@ -28,7 +29,6 @@ from deepclust.data.pack.write import Work, write_shards
 from deepclust.data.shards.index import Index, build_index, open_index
 from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.files import atomic_folder, temporary, write_json
-from deepclust.owned_folder import owned, sweep
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepclust.data.owned_folder import make_folder
 from deepclust.data.read.dataset import Request
 from deepclust.data.read.patience import LOOK_S, Patience
 from deepclust.data.shards import remote
@@ -29,7 +30,6 @@ from deepclust.data.shards.index import Index
 from deepclust.data.shards.url import Source, Url
 from deepclust.errors import DiskError
 from deepclust.files import disk_errors
-from deepclust.owned_folder import make_folder
 
 # Requests that may wait with their shards in place. With many, one rank would take all the work of
 # a queue that ranks share (extraction units) before the others have begun.

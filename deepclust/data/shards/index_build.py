@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32
 
+from deepclust.data.owned_folder import FILE as OWNER
+from deepclust.data.owned_folder import owned, sweep
 from deepclust.data.shards import remote
 from deepclust.data.shards.check import (
     DTYPES,
@@ -45,8 +47,6 @@ from deepclust.data.shards.scan import Scan, named, scan, scan_all
 from deepclust.data.shards.url import Source, Url, common_folder, names_of
 from deepclust.errors import DataError, DiskError
 from deepclust.files import atomic_folder, file_hash, write_json
-from deepclust.owned_folder import FILE as OWNER
-from deepclust.owned_folder import owned, sweep
 
 ELSEWHERE = (
     "The index need not be next to the images: set data.index=FOLDER, or run "

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust import owned_folder as owner
+from deepclust.data import owned_folder as owner
 from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.dataset import Request

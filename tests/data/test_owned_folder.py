@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cluster_jobs.results.cluster_file import Options, cluster_features
-from deepclust import owned_folder as owner
+from deepclust.data import owned_folder as owner
 from deepclust.data.pack.pack import pack
+from deepclust.data.process_identity import identity
 from deepclust.data.shards.index import build_index
-from deepclust.process_identity import identity
 from tests.images import draw, encode, make_shards
 
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepclust.process_identity import has_ended, identity
+from deepclust.data.process_identity import has_ended, identity
 
 FILE = ".owner.json"
 
