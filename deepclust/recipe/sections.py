@@ -201,6 +201,8 @@ class MethodSection(Section, ABC):
     whole_batch: ClassVar[bool] = False  # the loss compares all samples: no train.accumulate
     least: ClassVar[int] = 1  # images in a rank's part: 2 where each crop is normed alone
     trunk: ClassVar[str] = "backbone"  # the module that is clustered, exported and evaluated
+    full_crops: ClassVar[int] = 1  # of an image, at data.size
+    local_crops: ClassVar[bool] = False  # whether it takes the small ones of data.local too
 
     @property
     def round(self) -> Refresh | None:
@@ -213,8 +215,11 @@ class MethodSection(Section, ABC):
         return "exact"
 
     def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return the kinds of crops of every image: by default a single one."""
-        return (Crops(1, data.size, data.crop_scale),)
+        """Return the kinds of crops of every image, as `full_crops` and `local_crops` say."""
+        kinds = [Crops(self.full_crops, data.size, data.crop_scale)]
+        if self.local_crops and data.local is not None:
+            kinds.append(Crops(data.local.count, data.local.size, data.local.scale))
+        return tuple(kinds)
 
     @abstractmethod
     def chance_loss(self, recipe: Recipe) -> float:

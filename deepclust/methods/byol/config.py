@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Cost, Crops, Pass
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.declare import Cost, Pass
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -17,15 +17,12 @@ class Config(MethodSection):
     """BYOL (Grill et al. 2020)."""
 
     least: ClassVar[int] = 2
+    full_crops: ClassVar[int] = 2
 
     name: Literal["byol"] = "byol"
     momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at first, then up to 1")
     hidden: int = Field(4096, ge=1, description="width of both heads' hidden layer")
     out: int = Field(256, ge=1, description="dimensions of the projection")
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two crops of every image."""
-        return (Crops(2, data.size, data.crop_scale),)
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the distance of two pairs of orthogonal unit rows."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Cost, Crops, Refresh
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.declare import Cost, Refresh
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -18,6 +18,9 @@ FULL = 2  # full-size crops, each of which has its own row in the bank
 
 class Config(MethodSection):
     """DeepCluster-v2 (Caron et al. 2020)."""
+
+    full_crops: ClassVar[int] = FULL
+    local_crops: ClassVar[bool] = True
 
     name: Literal["deepcluster-v2"] = "deepcluster-v2"
     heads: int = Field(3, ge=1, description="clusterings of the samples, from different starts")
@@ -38,13 +41,6 @@ class Config(MethodSection):
     def mode(self) -> str:
         """The draw that the recipe chooses."""
         return self.sampling
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two full-size crops of every image, and the small ones of `data.local`."""
-        full = Crops(FULL, data.size, data.crop_scale)
-        if data.local is None:
-            return (full,)
-        return full, Crops(data.local.count, data.local.size, data.local.scale)
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return ln k."""

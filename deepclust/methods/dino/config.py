@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Cost, Crops, Pass
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.declare import Cost, Pass
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -18,6 +18,8 @@ class Config(MethodSection):
     """DINO (Caron et al. 2021): a student predicts what its teacher says of another crop."""
 
     trunk: ClassVar[str] = "teacher.backbone"
+    full_crops: ClassVar[int] = 2
+    local_crops: ClassVar[bool] = True
 
     name: Literal["dino"] = "dino"
     prototypes: int = Field(65536, ge=2, description="width of the last layer")
@@ -35,12 +37,6 @@ class Config(MethodSection):
     teacher_warmup: float = Field(
         0.0, ge=0, description="epochs in which the teacher's temperature goes from its start"
     )
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two full-size crops of every image, and the small ones if there are any."""
-        full = Crops(2, data.size, data.crop_scale)
-        local = data.local
-        return (full,) if local is None else (full, Crops(local.count, local.size, local.scale))
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the width of the last layer."""

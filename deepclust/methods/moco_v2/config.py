@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Cost, Crops, Pass
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.declare import Cost, Pass
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -18,6 +18,7 @@ class Config(MethodSection):
     """MoCo v2 (Chen et al. 2020)."""
 
     least: ClassVar[int] = 2
+    full_crops: ClassVar[int] = 2
 
     name: Literal["moco-v2"] = "moco-v2"
     temperature: float = Field(0.2, gt=0)
@@ -30,10 +31,6 @@ class Config(MethodSection):
         ge=1,
         description="least number of parts, over all ranks, in which shuffled keys are normed",
     )
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two crops of every image: the query's and the key's."""
-        return (Crops(2, data.size, data.crop_scale),)
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the number of keys that a query is compared with."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Cost, Crops, Pass
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.declare import Cost, Pass
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -19,6 +19,7 @@ class Config(MethodSection):
 
     whole_batch: ClassVar[bool] = True
     least: ClassVar[int] = 2
+    full_crops: ClassVar[int] = 2
 
     name: Literal["moco-v3"] = "moco-v3"
     temperature: float = Field(1.0, gt=0, description="the reference: 1 for ResNets, 0.2 for ViTs")
@@ -34,10 +35,6 @@ class Config(MethodSection):
     freeze_patches: bool = Field(
         False, description="keep a ViT's patch projection as it was drawn, for stability"
     )
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two crops of every image."""
-        return (Crops(2, data.size, data.crop_scale),)
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return 2 T ln G for either crop, of a batch of G images."""

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Crops
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -18,16 +17,13 @@ class Config(MethodSection):
     """SimCLR (Chen et al. 2020)."""
 
     whole_batch: ClassVar[bool] = True
+    full_crops: ClassVar[int] = 2
 
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.5, gt=0)
     hidden: int = Field(2048, ge=1, description="width of the projection head's hidden layers")
     out: int = Field(128, ge=1, description="dimensions of the projection")
     layers: int = Field(2, ge=1, le=4, description="linear layers of the projection head")
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two crops of every image."""
-        return (Crops(2, data.size, data.crop_scale),)
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the number of other crops in the batch."""

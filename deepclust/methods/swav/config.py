@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from deepclust.recipe.declare import Cost, Crops
-from deepclust.recipe.sections import Data, MethodSection
+from deepclust.recipe.declare import Cost
+from deepclust.recipe.sections import MethodSection
 
 if TYPE_CHECKING:
     from deepclust.recipe import Recipe
@@ -18,6 +18,8 @@ class Config(MethodSection):
     """SwAV (Caron et al. 2020): swapped assignments between crops."""
 
     whole_batch: ClassVar[bool] = True
+    full_crops: ClassVar[int] = 2
+    local_crops: ClassVar[bool] = True
 
     name: Literal["swav"] = "swav"
     prototypes: int = Field(3000, ge=2, description="clusters, learned by gradient")
@@ -33,12 +35,6 @@ class Config(MethodSection):
     )
     queue_from: float = Field(15.0, ge=0, description="the epoch from which on the queue is used")
     freeze: float = Field(1.0, ge=0, description="epochs in which the prototypes keep still")
-
-    def crops(self, data: Data) -> tuple[Crops, ...]:
-        """Return two full-size crops of every image, and the small ones if there are any."""
-        full = Crops(2, data.size, data.crop_scale)
-        local = data.local
-        return (full,) if local is None else (full, Crops(local.count, local.size, local.scale))
 
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the logarithm of the number of prototypes."""
