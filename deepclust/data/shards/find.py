@@ -250,7 +250,7 @@ def _missing(name: str, pattern: str) -> DataError:
             "data that it stands for (for example with `git annex get`), or remove the link."
         )
     return DataError(
-        f"no shard {name}{of}. Give a folder of *.tar, or a pattern like "
+        f"no shard {name}{of}. Give a folder of *.tar or of images, or a pattern like "
         "'dir/train-{000000..000009}.tar'."
     )
 
