@@ -39,6 +39,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
 from deepclust.run.checkpoint import Checkpoint, load_latest, put_weights
 from deepclust.run.directory import Run, open_run
+from deepclust.run.labels import class_names as class_names_of
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.build import build_method
@@ -89,7 +90,7 @@ def evaluate_run(
 def _freeze(run: Run, checkpoint: Checkpoint, train: str, test: str) -> Frozen:
     """Return the frozen features of both sets of shards, with the run's seeds where it has any."""
     dim = run.recipe.cluster.dim if run.recipe.cluster else DIM
-    embedder = _embedder(run.recipe, checkpoint.parts["model"])
+    embedder = _embedder(run, checkpoint)
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
         frozen = freeze_shards(embedder, index, test_index, run.recipe.data, dim=dim)
         return _with_seeds(frozen, run, index)
@@ -113,13 +114,14 @@ def export_run(
 
 def load_embedder(run: Run, emit: Callable[[str], None] = log.warning) -> Embedder:
     """Return the map from images to features of a run's newest readable checkpoint."""
-    return _embedder(run.recipe, newest_checkpoint(run, emit).parts["model"])
+    return _embedder(run, newest_checkpoint(run, emit))
 
 
-def fresh_embedder(recipe: Recipe) -> Embedder:
+def fresh_embedder(recipe: Recipe, classes: tuple[str, ...] = ()) -> Embedder:
     """Return the map from images to features of a recipe's random initial weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = build_method(recipe, World(device=device), new=False).to(device).eval()
+    method = build_method(recipe, World(device=device), new=False, classes=classes)
+    method = method.to(device).eval()
     method = method.to(memory_format=torch.channels_last)
     return Embedder(method, recipe.data, recipe.train.precision, device)
 
@@ -158,14 +160,14 @@ def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
     return checkpoint
 
 
-def _embedder(recipe: Recipe, weights: dict[str, Any]) -> Embedder:
-    """Return the embedder of saved weights.
+def _embedder(run: Run, saved: Checkpoint) -> Embedder:
+    """Return the embedder of a run's saved weights.
 
     What ranks own slices of (`Method.owned`) is not among the weights: those are heads, which
     embedding does not use.
     """
-    embedder = fresh_embedder(recipe)
-    put_weights(embedder.method, weights, "the checkpoint", embedder.method.owned())
+    embedder = fresh_embedder(run.recipe, class_names_of(run))
+    put_weights(embedder.method, saved.parts["model"], "the checkpoint", embedder.method.owned())
     return embedder
 
 

@@ -35,6 +35,7 @@ class Setting:
     """What a method is built from: its section, the clustering that it will get, its rank.
 
     `samples` are those of the index, for what has a row for each, and 0 where none is trained on.
+    `classes` are the names of the seeds' classes, by their numbers.
     """
 
     config: MethodSection
@@ -43,6 +44,7 @@ class Setting:
     world: World
     terms: Mapping[str, TermSection] = field(default_factory=dict)
     samples: int = 0
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Method(nn.Module, ABC):
         self.backbone = backbone
         self.world = setting.world
         self.trunk_name = setting.config.trunk
-        self.terms = build_terms(setting.terms, backbone.dim, setting.seed)
+        self.terms = build_terms(backbone.dim, setting)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Output:

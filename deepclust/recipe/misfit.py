@@ -24,6 +24,7 @@ def misfit(recipe: Recipe) -> str | None:
         or _misfit_of_round(recipe)
         or _misfit_of_crops(recipe)
         or _misfit_of_seeds(recipe)
+        or _misfit_of_terms(recipe)
     )  # fmt: skip
 
 
@@ -91,4 +92,16 @@ def _misfit_of_seeds(recipe: Recipe) -> str | None:
         return "seeds.share: batches of labelled samples alone leave nothing to cluster"
     if recipe.cluster is not None and recipe.cluster.init == "two-level":
         return "seeds: a pinned clustering starts at random or by k-means++, not two-level"
+    return None
+
+
+def _misfit_of_terms(recipe: Recipe) -> str | None:
+    if recipe.method.answers != "nothing":
+        return None
+    for name, term in recipe.terms.items():
+        if term.works_on == "logits":
+            return (
+                f"terms.{name} works on the answers of a classifier, and {recipe.method.name} has "
+                "none: leave the term out (null), or choose another method"
+            )
     return None

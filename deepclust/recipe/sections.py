@@ -198,6 +198,7 @@ class MethodSection(Section, ABC):
     name: str = Field(description="a method of the table, or an importable module: a.b.c")
 
     labels: ClassVar[Literal["unused", "optional", "required"]] = "unused"
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "nothing"  # of `classify`
     whole_batch: ClassVar[bool] = False  # the loss compares all samples: no train.accumulate
     least: ClassVar[int] = 1  # images in a rank's part: 2 where each crop is normed alone
     trunk: ClassVar[str] = "backbone"  # the module that is clustered, exported and evaluated
@@ -241,6 +242,8 @@ class MethodSection(Section, ABC):
 class ClusteringMethodSection(MethodSection):
     """What methods share that train on a clustering."""
 
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
+
     sampling: Literal["exact", "paper"] = Field("exact", description="uniform cluster sampling")
 
     @property
@@ -266,6 +269,7 @@ class TermSection(Section):
     """
 
     uses_labels: ClassVar[bool] = False
+    works_on: ClassVar[Literal["features", "logits"]] = "features"  # logits: what `classify` gives
 
     weight: float = Field(description="factor of the term in the loss")
     ramp: float = Field(0.0, ge=0, description="epochs in which the weight grows from 0, linearly")

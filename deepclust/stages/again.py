@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepclust.errors import DataError
-from deepclust.run import checkpoint
+from deepclust.run import checkpoint, labels
 from deepclust.run.directory import Run
 from deepclust.stages.build import build_method
 from deepclust.stages.export import Exported, export_backbone
@@ -21,7 +21,7 @@ def export_again(run: Run, file: Path) -> Exported:
     saved = [e["step"] for e in run.events() if e["event"] == "checkpoint"]
     folder = run.path / "checkpoints" / f"{max(saved, default=0):08d}"
     state, parts = checkpoint.load(folder, alive=run.alive)
-    method = build_method(run.recipe, ALONE, new=False)
+    method = build_method(run.recipe, ALONE, new=False, classes=labels.class_names(run))
     trunk = method.trunk
     try:
         trunk.load_state_dict(backbone_part(parts["model"], run.recipe.method.trunk))

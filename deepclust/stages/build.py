@@ -18,14 +18,13 @@ from deepclust.data.read.patience import Patience
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import never
 from deepclust.errors import RecipeError, RunDiffersError
-from deepclust.files import read_record, write_json
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
 from deepclust.models import build_backbone, check_norms, check_sizes
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
 from deepclust.recipe.named import part_of
-from deepclust.run import checkpoint
+from deepclust.run import checkpoint, labels
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
@@ -74,7 +73,9 @@ def build_trainer(context: Context) -> Trainer:
     Weights depend on the seed.
     """
     recipe, world, run = context.recipe, context.world, context.run
-    method = build_method(recipe, world, new=not run.checkpoints(), samples=len(context.index))
+    table = read_labels(context)
+    classes = () if table is None else tuple(table.names)
+    method = build_method(recipe, world, not run.checkpoints(), len(context.index), classes)
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
     check_batch(method, recipe)
@@ -85,7 +86,7 @@ def build_trainer(context: Context) -> Trainer:
         world=world,
         timeline=Timeline.of(recipe, len(context.index)),
         loader=build_loader(context),
-        feed=Feed(recipe, context.index, context.read, world, read_labels(context)),
+        feed=Feed(recipe, context.index, context.read, world, table),
         method=method,
         model=wrap_ddp(method, world, compiled=recipe.train.compile),
         optimizers=Optimizers(parameter_groups(method), recipe.train, method.owned(), world),
@@ -95,10 +96,13 @@ def build_trainer(context: Context) -> Trainer:
     )
 
 
-def build_method(recipe: Recipe, world: World, new: bool, samples: int = 0) -> Method:
+def build_method(
+    recipe: Recipe, world: World, new: bool, samples: int = 0, classes: tuple[str, ...] = ()
+) -> Method:
     """Return the recipe's method around the recipe's backbone.
 
     A new run may inherit weights. `samples` is for what has a row for each, 0 without training.
+    `classes` are those of the seeds.
     """
     sizes = [kind.size for kind in recipe.method.crops(recipe.data)]
     backbone = build_backbone(
@@ -111,7 +115,9 @@ def build_method(recipe: Recipe, world: World, new: bool, samples: int = 0) -> M
     check_sizes(backbone, sizes)
     if recipe.init.weights and new:
         warm_start.load_weights(backbone, recipe.init.weights)
-    setting = Setting(recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples)
+    setting = Setting(
+        recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples, classes
+    )
     method: Method = part_of(recipe.method.name, METHODS, "method")(backbone, setting)
     return method
 
@@ -161,20 +167,21 @@ def read_labels(context: Context) -> SeedTable | None:
     Raises `RunDiffersError` when they are not those that the run began with, and `DataError` as
     `seeds.table.load` does.
     """
-    recipe, file = context.recipe, context.run.path / "labels.json"
+    recipe, run = context.recipe, context.run
     if recipe.seeds is None or not (recipe.seeds.share or recipe.uses_labels):
         return None
     seeds = load(context.index, recipe.seeds, recipe.seed)
     if recipe.cluster is None:  # else the clustering reports them
         for note in seeds.notes:
             context.emit("warning", text=note)
-    if file.exists() and read_record(file, {"digest": str})["digest"] != seeds.table.digest:
+    began = labels.read(run)
+    if began is not None and began.digest != seeds.table.digest:
         raise RunDiffersError(
             f"the labels of {recipe.seeds.labels} are not those that {context.run.path} began "
             "with. Restore them, or start a new run."
         )
-    if context.world.is_first and not file.exists():
-        write_json(file, {"digest": seeds.table.digest, "count": len(seeds.table)})
+    if context.world.is_first and (began is None or not began.classes):
+        labels.write(run, seeds.table.digest, len(seeds.table), seeds.table.names)
     return seeds.table
 
 

@@ -17,6 +17,7 @@ from deepclust.recipe.named import part_of
 from deepclust.world import ALONE, World
 
 K, SIZE, CLASSES, SAMPLES = 6, 16, 4, 24
+NAMES_OF = ("ant", "bee", "cat", "dog")  # the seeds' classes
 TOY = "tests.toys.method"
 CASES: dict[str, list[str]] = {
     "deepcluster": [],
@@ -56,7 +57,7 @@ def recipe(name: str, *overrides: str) -> Recipe:
 
 def method(of: Recipe, world: World = ALONE) -> Method:
     """The recipe's method with random weights."""
-    setting = Setting(of.method, of.cluster, 0, world, of.terms, samples=SAMPLES)
+    setting = Setting(of.method, of.cluster, 0, world, of.terms, SAMPLES, NAMES_OF)
     backbone = build_backbone(of.backbone.name, image_size=of.data.size)
     built: Method = part_of(of.method.name, METHODS, "method")(backbone, setting)
     return built

@@ -90,9 +90,9 @@ def test_mean_entropy_is_that_of_the_global_batch(ranks: int) -> None:
     torch.testing.assert_close(mean, gradient)
 
 
-def test_mean_entropy_without_logits_says_so() -> None:
-    with pytest.raises(RecipeError, match="no logits"):
-        method(recipe("simclr", ENTROPY))(batch(recipe("simclr")))
+def test_a_term_on_answers_is_refused_where_a_method_has_none() -> None:
+    with pytest.raises(RecipeError, match=r"terms\.mean_entropy works on the answers"):
+        recipe("simclr", ENTROPY)
 
 
 def test_an_unknown_term_is_named_with_the_nearest() -> None:

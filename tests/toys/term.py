@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.methods.base import Batch, Method, Output
+from deepclust.methods.base import Batch, Method, Output, Setting
 from deepclust.methods.parts.heads import LinearHead
 from deepclust.methods.terms import term
 from deepclust.recipe.sections import TermSection
@@ -20,10 +20,10 @@ class Config(TermSection):
 
 
 class Term(term.Term):
-    def __init__(self, config: TermSection, width: int, seed: int) -> None:
-        super().__init__(config, width, seed)
+    def __init__(self, config: TermSection, width: int, setting: Setting) -> None:
+        super().__init__(config, width, setting)
         assert isinstance(config, Config)
-        self.classifier = LinearHead(width, config.classes, seed=seed)
+        self.classifier = LinearHead(width, config.classes, seed=setting.seed)
 
     def forward(self, method: Method, batch: Batch, output: Output) -> Tensor:
         assert output.features is not None

@@ -19,6 +19,7 @@ FULL = 2  # full-size crops, each of which has its own row in the bank
 class Config(MethodSection):
     """DeepCluster-v2 (Caron et al. 2020)."""
 
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
     full_crops: ClassVar[int] = FULL
     local_crops: ClassVar[bool] = True
 

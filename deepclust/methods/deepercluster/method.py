@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from deepclust.methods import base
@@ -60,6 +60,11 @@ class Method(base.Method):
         inner = self.sub_head(active, s, z)
         scalars = {"super": outer.detach(), "sub": inner.detach()}
         return Output(outer + inner, scalars, features, logits)
+
+    def classify(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b s"]:
+        """Return logits over super-classes, which are those of `loss`."""
+        logits: Tensor = self.super_head(self.backbone.activation(features)).float()
+        return logits
 
     @torch.no_grad()
     def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:

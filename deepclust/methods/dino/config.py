@@ -18,6 +18,7 @@ class Config(MethodSection):
     """DINO (Caron et al. 2021): a student predicts what its teacher says of another crop."""
 
     trunk: ClassVar[str] = "teacher.backbone"
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
     full_crops: ClassVar[int] = 2
     local_crops: ClassVar[bool] = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class Config(MethodSection):
 
     Its schedule is cluster.every="n rounds".
     """
+
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
 
     name: Literal["sela"] = "sela"
     heads: int = Field(10, ge=1, description="classifiers, each with its own labels")

@@ -18,6 +18,7 @@ class Config(MethodSection):
     """SwAV (Caron et al. 2020): swapped assignments between crops."""
 
     whole_batch: ClassVar[bool] = True
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
     full_crops: ClassVar[int] = 2
     local_crops: ClassVar[bool] = True
 

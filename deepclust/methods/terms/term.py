@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -14,7 +13,7 @@ from deepclust.recipe.named import part_of
 from deepclust.recipe.sections import TermSection
 
 if TYPE_CHECKING:
-    from deepclust.methods.base import Batch, Method, Now, Output
+    from deepclust.methods.base import Batch, Method, Now, Output, Setting
 
 
 class Term(nn.Module, ABC):
@@ -24,10 +23,10 @@ class Term(nn.Module, ABC):
     method computed in this step, or calls the method for more.
     """
 
-    def __init__(self, config: TermSection, width: int, seed: int) -> None:
+    def __init__(self, config: TermSection, width: int, setting: Setting) -> None:
         """Build the term for features of this width.
 
-        Weights depend on the seed alone.
+        Weights depend on `setting.seed` alone.
         """
         super().__init__()
         self.weight, self.ramp = config.weight, config.ramp
@@ -41,14 +40,14 @@ class Term(nn.Module, ABC):
         return self.weight * (min(1.0, now.epochs / self.ramp) if self.ramp else 1.0)
 
 
-def build_terms(sections: Mapping[str, TermSection], width: int, seed: int) -> nn.ModuleDict:
-    """Return the terms of a recipe by name, in its order.
+def build_terms(width: int, setting: Setting) -> nn.ModuleDict:
+    """Return the terms of a recipe by name, in its order, for features of this width.
 
     A dot in a name becomes an underscore.
     """
     return nn.ModuleDict(
         {
-            name.replace(".", "_"): part_of(name, TERMS, "term")(section, width, seed)
-            for name, section in sections.items()
+            name.replace(".", "_"): part_of(name, TERMS, "term")(section, width, setting)
+            for name, section in setting.terms.items()
         }
     )

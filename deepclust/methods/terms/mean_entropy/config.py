@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from deepclust.recipe.sections import TermSection
 
 
 class Config(TermSection):
     """Entropy of the mean prediction."""
+
+    works_on: ClassVar[Literal["features", "logits"]] = "logits"

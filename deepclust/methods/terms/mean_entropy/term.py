@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deepclust.errors import RecipeError
 from deepclust.methods.terms.term import Term as Contract
 
 if TYPE_CHECKING:
@@ -24,12 +23,8 @@ class Term(Contract):
     """Minus the entropy of the mean prediction of the global batch."""
 
     def forward(self, method: Method, batch: Batch, output: Output) -> Float[Tensor, ""]:
-        """Return sum p ln p of the mean softmax of `output.logits`.
-
-        Raises `RecipeError` for a method that has no logits.
-        """
-        if output.logits is None:
-            raise RecipeError("terms.mean_entropy: the method has no logits; leave the term out")
+        """Return sum p ln p of the mean softmax of `output.logits`."""
+        assert output.logits is not None
         probabilities = output.logits.float().softmax(1)
         mean = method.world.all_gather_rows(probabilities).mean(0)
         minus_entropy: Tensor = torch.special.xlogy(mean, mean).sum()
