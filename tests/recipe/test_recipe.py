@@ -164,7 +164,7 @@ def test_reading_a_recipe_imports_no_torch() -> None:
     code = (
         "import sys; from deepclust import Recipe; Recipe.load('demo-fashion'); "
         "Recipe.load('demo-fashion', 'method.name=deepercluster'); "
-        "Recipe.load('simclr-small-photos', 'terms.mean_entropy.weight=1'); "
+        "Recipe.load('swav-small-photos', 'terms.mean_entropy.weight=1'); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
