@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from deepclust.launch import local
+from tests.forks import fork_rank
 from tests.tiny import tiny_shards
 
 NOT_FOR_ALL = ("gpu", "mount")  # what no package gives: a device, the right to mount
@@ -28,6 +31,13 @@ torch.set_num_threads(1)
 def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what tests name out of what the user has named (`cluster_jobs/known.py`)."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks of runs that a test starts in this process be forks."""
+    if request.node.get_closest_marker("new_interpreters") is None:
+        monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=fork_rank))
 
 
 @pytest.fixture(scope="session")

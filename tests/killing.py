@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from deepclust.files import read_jsonl
 from deepclust.launch.role import CLUSTER_WORKER
 from deepclust.run.directory import Run, is_done
-from tests.tiny import command
+from tests.forks import Fork
 
 Moment = Callable[[Path], bool]
 PATIENCE_S = 300.0
@@ -70,13 +69,12 @@ MOMENTS: dict[str, Moment] = {
 }
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
+def start(*arguments: object) -> Fork:
     """A `deepclust` command in the background, in a new session."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(
-        command(*arguments), stdout=quiet, stderr=quiet, env=environment, start_new_session=True
-    )
+    words = [str(word) for word in arguments]
+    with open(os.devnull, "wb") as quiet:
+        return Fork({"words": words, "variables": environment}, quiet, quiet)
 
 
 def family(pid: int) -> list[int]:
@@ -94,7 +92,7 @@ def _children(pid: int) -> list[int]:
 
 
 def kill_when(
-    process: subprocess.Popen[bytes],
+    process: Fork,
     run: Path,
     moment: Moment,
     delay: float,
@@ -120,7 +118,7 @@ def kill_when(
     return still and bool(chosen) and process.returncode == code_after(victim)
 
 
-def pause_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, victim: str) -> None:
+def pause_when(process: Fork, run: Path, moment: Moment, victim: str) -> None:
     """Stop a process of the run when the moment has come, for good: it dies with its parent."""
     while not moment(run):
         assert process.poll() is None, "the run ended before the moment came"
@@ -130,9 +128,7 @@ def pause_when(process: subprocess.Popen[bytes], run: Path, moment: Moment, vict
             os.kill(pid, signal.SIGSTOP)
 
 
-def strike(
-    process: subprocess.Popen[bytes], run: Path, moment: Moment, victim: str, number: int
-) -> list[int]:
+def strike(process: Fork, run: Path, moment: Moment, victim: str, number: int) -> list[int]:
     """Send a signal when the moment has come; returns all processes that the run had then.
 
     The victim is "rank N", "cluster worker", or "reader" for the readers of rank 1.
@@ -161,11 +157,20 @@ def role(pid: int, controller: int) -> str:
     """What a process of a run is: "controller", "rank N", "cluster worker", or "" for others."""
     if pid == controller:
         return "controller"
+    if (name := _name(pid)).startswith(("rank ", "cluster worker")):
+        return name
     words = _words(pid)
     if b"deepclust.launch.worker" not in words:
         return ""
     number = int(words[words.index(b"--rank") + 1])
     return "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _words(pid: int) -> list[bytes]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from deepclust import Recipe, pretrain
 from deepclust.errors import RequeueWanted
 from deepclust.launch.start import resume
 from deepclust.run.directory import Run
+from tests.forks import in_fork, run_command
 from tests.images import make_shards
 
 TREE = {
@@ -48,9 +50,7 @@ def command(*arguments: object) -> list[str]:
 def deepclust(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command and check its exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment, check=False
-    )
+    done = run_command([str(word) for word in arguments], environment)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -67,11 +67,17 @@ def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
 
 def assert_resumes_undisturbed(recipe: Recipe, folder: Path, step: int) -> None:
     """A run stopped at a step and resumed ends as one that nobody disturbed."""
-    pretrain(recipe, folder / "straight")
-    with pytest.raises(RequeueWanted):
-        pretrain(recipe, folder / "stopped", stop_at(step))
-    resume(folder / "stopped")
+    in_fork(run_disturbed, recipe.dump(), folder, step)
     assert_same_run(folder / "stopped", folder / "straight")
+
+
+def run_disturbed(recipe: str, folder: Path, step: int) -> None:
+    """Run a recipe twice: straight on, and stopped at a step and resumed."""
+    given = Recipe.parse(yaml.safe_load(recipe))
+    pretrain(given, folder / "straight")
+    with pytest.raises(RequeueWanted):
+        pretrain(given, folder / "stopped", stop_at(step))
+    resume(folder / "stopped")
 
 
 def final_weights(run: Path) -> dict[str, np.ndarray]:

@@ -115,6 +115,7 @@ def test_a_run_whose_faults_exceed_the_budget_ends_and_names_the_last(
     assert "rank 1, death: was killed by signal 9" in stopped["text"]
 
 
+@pytest.mark.new_interpreters
 def test_a_rank_that_does_not_stop_when_asked_is_killed_and_the_run_resumes(
     many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

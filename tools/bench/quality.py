@@ -181,9 +181,11 @@ def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
     from deepclust import Recipe
 
     by_method, plain, overrides = DATA[args.data]
-    kind = kind if kind in METHODS else "deepcluster"
+    given = args.overrides
+    if kind not in METHODS:  # pixels, and random weights
+        kind, given = "deepcluster", [text for text in given if not text.startswith("method.")]
     name = plain if kind == "deepcluster" else by_method.format(kind)
-    overrides = [*overrides, *OWN.get(args.data, {}).get(kind, []), *args.overrides]
+    overrides = [*overrides, *OWN.get(args.data, {}).get(kind, []), *given]
     where = f"data.shards={shards(args)['train']}"
     chosen = Recipe.load(name, where, *overrides, f"seed={seed}")
     if any(text.startswith("train.epochs=") for text in args.overrides):
