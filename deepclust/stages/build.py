@@ -20,6 +20,7 @@ from deepclust.data.shards.remote import never
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
+from deepclust.methods.terms.term import attach_terms
 from deepclust.models import build_backbone, check_norms, check_sizes
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
@@ -79,6 +80,7 @@ def build_trainer(context: Context) -> Trainer:
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
     check_batch(method, recipe)
+    attach_terms(method)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
     return Trainer(
         recipe=recipe,

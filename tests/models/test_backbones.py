@@ -16,7 +16,8 @@ from deepclust.models import BACKBONES, build_backbone, libraries
 WIDTHS = {
     "alexnet_bn": 4096, "vgg16_bn": 4096, "conv4": 384, "resnet10_small": 512,
     "resnet50_small": 2048, "resnet18": 512, "resnet50": 2048, "wide_resnet50_2": 2048,
-    "wrn16_1": 64, "wrn28_2": 128, "densenet121": 1024, "densenet161": 2208, "vit_b_16": 768, "vit_l_16": 1024,
+    "wrn16_1": 64, "wrn28_2": 128, "densenet121": 1024, "densenet161": 2208, "vit_b_16": 768,
+    "vit_l_16": 1024,
 }  # fmt: skip
 CLASSIFIERS = ("fc.", "classifier.", "heads.")
 
