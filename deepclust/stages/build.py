@@ -32,6 +32,7 @@ from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
 from deepclust.seeds.table import SeedTable, load
 from deepclust.stages import cluster, warm_start, whole
+from deepclust.stages.average import Average
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
@@ -121,6 +122,8 @@ def build_method(
         recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples, classes
     )
     method: Method = part_of(recipe.method.name, METHODS, "method")(backbone, setting)
+    if recipe.train.average_from is not None:
+        method.average = Average(method)
     return method
 
 
