@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepclust.models.backbone import Backbone
 
-PROBES = 4  # images by which the map is told from others
+PROBES = 4  # images by which the map is recognised
 CLOSE = 1e-3  # relative difference that rounding explains
 
 

@@ -1,10 +1,10 @@
 """Wide residual networks for small images, as the semi-supervised literature compares them.
 
-Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, with the choices of Oliver et al.,
-"Realistic Evaluation of Deep Semi-Supervised Learning Algorithms", NeurIPS 2018: leaky ReLU of
-slope 0.1, and the first block activates before its shortcut. Their batch norms keep 0.999 of the
-running statistics in a step. That needs thousands of steps, so here they keep torch's 0.9, and
-`train.average_from` measures the statistics anew at the end.
+Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016. The choices are those of Oliver et
+al., "Realistic Evaluation of Deep Semi-Supervised Learning Algorithms", NeurIPS 2018. ReLUs are
+leaky with a slope of 0.1, and the first block activates before its shortcut. Their batch norms keep
+0.999 of the running statistics in a step, which needs thousands of steps. Here they keep torch's
+0.9, and `train.average_from` measures the statistics again at the end.
 """
 
 from __future__ import annotations

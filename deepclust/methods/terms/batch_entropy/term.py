@@ -9,8 +9,8 @@ term, `mean_entropy`. Let p be the mean softmax over the samples of all ranks. T
 Its least value is -ln k, at p = prior. A uniform prior, the default, gives -H(p).
 
 A mean over few samples is noisy, and its entropy too small. With a queue, p is the mean over the
-present batch and past ones. The past has no gradient. The present has that of a batch as large as
-all of them together, in expectation, so that the weight means the same with and without a queue.
+present batch and past ones. The past has no gradient. The present has, in expectation, that of a
+batch as large as all of them. So the weight means the same with and without a queue.
 """
 
 from __future__ import annotations

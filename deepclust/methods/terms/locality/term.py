@@ -1,15 +1,15 @@
 """Locality: what a network sees of the class that it answers lies in one place of the image.
 
-After a note on clustering and locality penalties by Bansal and Zepeda. The class activation map of
-a sample is C = sum over channels c of w[top, c] A_c, with the last maps A [h, w] and the weights w
-of the predicted class `top`. Its cost is a sum of group norms over four families of nested
+After a note on clustering and locality penalties by Bansal and Zepeda. A [h, w] are a sample's last
+maps, and w[top] the classifier's weights of the class `top` that it is given. The class activation
+map is C = sum over channels c of w[top, c] A_c. Its cost is a sum of group norms over four families of nested
 half-planes: the first 1, 2, ... columns from the left, those from the right, and rows from the top
 and from the bottom. Of maps of equal energy the compact one is the cheapest, wherever it is.
 
 The note leaves open what follows. The choice of `top` has no gradient. C keeps its sign and is
 scaled to length 1, or the network could pay less by smaller maps. One point of length 1 costs
-h + w + 2. The term is the cost as a share of that, minus 1: 0 for a point, and less than
-sqrt(2) - 1 for any map, so the weight does not depend on sizes.
+h + w + 2. The term is the cost as a share of that, minus 1. It is 0 for a point, and less than
+sqrt(2) - 1 for any map. So the weight does not depend on sizes.
 """
 
 from __future__ import annotations
