@@ -4,8 +4,8 @@ Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalizat
 algorithm 1. From the epoch `train.average_from` on it is the mean, with equal weights, of the
 parameters after every optimizer step. The paper takes one of each epoch. Steps need no whole epoch,
 and a few hundred of them are enough for a small run. A teacher's parameters are averaged too, so
-the average has whatever backbone counts. Two things stay as they were last: what a round renews,
-as its rows mean other clusters in every round, and that of which ranks own slices.
+the average has whatever backbone counts. What a round renews stays as it was last, since its rows
+mean other clusters in every round. So does what ranks own slices of.
 
 Batch norms have no statistics for weights that were never trained with. So at the end they are
 measured over some batches of a plan, in training mode, each batch alike. On a CPU every rank

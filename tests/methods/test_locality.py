@@ -166,6 +166,17 @@ def test_it_teaches_the_backbone_and_the_classifier_and_is_lowered_by_training()
     assert values[-1] < values[0]
 
 
+@pytest.mark.parametrize("backbone", ["conv4", "resnet10_small"])
+def test_mixed_precision_changes_it_by_rounding_alone(backbone: str) -> None:
+    of = recipe("deepcluster", TERM, f"backbone.name={backbone}", "data.size=32", "data.resize=32")
+    one, given = method(of).train(), batch(of)
+    full = one(given)["term_locality"]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = one(given)["term_locality"]
+    assert mixed.dtype == torch.float32
+    assert abs(float(mixed - full)) < 0.02
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_it_compiles_once() -> None:
     of, graphs = recipe("deepcluster", TERM), []

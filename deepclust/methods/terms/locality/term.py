@@ -2,9 +2,10 @@
 
 After a note on clustering and locality penalties by Bansal and Zepeda. A [h, w] are a sample's last
 maps, and w[top] the classifier's weights of the class `top` that it is given. The class activation
-map is C = sum over channels c of w[top, c] A_c. Its cost is a sum of group norms over four families of nested
-half-planes: the first 1, 2, ... columns from the left, those from the right, and rows from the top
-and from the bottom. Of maps of equal energy the compact one is the cheapest, wherever it is.
+map is C = sum over channels c of w[top, c] A_c. Its cost is a sum of group norms over four families
+of nested half-planes: the first 1, 2, ... columns from the left, those from the right, and rows
+from the top and from the bottom. Of maps of equal energy the compact one is the cheapest, wherever
+it is.
 
 The note leaves open what follows. The choice of `top` has no gradient. C keeps its sign and is
 scaled to length 1, or the network could pay less by smaller maps. One point of length 1 costs
