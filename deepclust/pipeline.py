@@ -26,7 +26,7 @@ from deepclust.methods.base import Method, Targets
 from deepclust.methods.parts.bank import find_bank
 from deepclust.run.directory import is_done, prune
 from deepclust.run.round_files import find_whitening, read_statistics
-from deepclust.stages import cluster, warm_start
+from deepclust.stages import average, cluster, warm_start
 from deepclust.stages.bank import fill_bank, write_bank
 from deepclust.stages.build import Context, build_trainer, restore
 from deepclust.stages.export import export_backbone
@@ -61,6 +61,7 @@ def run(context: Context) -> None:
             if timeline.save_due(state):
                 trainer.save(state)
         trainer.save(state)
+        average.settle(trainer, targets, state)
         finish(context, trainer)
     finally:
         trainer.loader.close()

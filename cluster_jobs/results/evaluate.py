@@ -37,7 +37,7 @@ from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
-from deepclust.run.checkpoint import Checkpoint, load_latest, put_weights
+from deepclust.run.checkpoint import Checkpoint, counting_weights, load_latest, put_weights
 from deepclust.run.directory import Run, open_run
 from deepclust.run.labels import class_names as class_names_of
 from deepclust.run.links import refuse_links_out
@@ -167,7 +167,8 @@ def _embedder(run: Run, saved: Checkpoint) -> Embedder:
     embedding does not use.
     """
     embedder = fresh_embedder(run.recipe, class_names_of(run))
-    put_weights(embedder.method, saved.parts["model"], "the checkpoint", embedder.method.owned())
+    weights = counting_weights(run, saved)
+    put_weights(embedder.method, weights, "the checkpoint", embedder.method.owned())
     return embedder
 
 

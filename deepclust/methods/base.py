@@ -128,6 +128,9 @@ class Method(nn.Module, ABC):
 
         This is what is called, so that the hooks of DistributedDataParallel fire.
         """
+        for term in self.terms.values():
+            assert isinstance(term, Term)
+            term.before_loss()
         output = self.loss(batch)
         total, named = output.loss, dict(output.told)
         for name, term in self.terms.items():

@@ -20,6 +20,7 @@ from deepclust.models.alexnet import alexnet_bn
 from deepclust.models.backbone import Backbone
 from deepclust.models.small import conv4, small_resnet
 from deepclust.models.sobel import Sobel
+from deepclust.models.wide_resnet import wide_resnet
 from deepclust.world import derive
 
 LARGEST_PROBE = 512  # pixels; no backbone here needs more
@@ -57,6 +58,11 @@ BACKBONES: dict[str, Builder] = {
     "resnet18_small": Builder(partial(small_resnet, BasicBlock, (2, 2, 2, 2))),
     "resnet34_small": Builder(partial(small_resnet, BasicBlock, (3, 4, 6, 3))),
     "resnet50_small": Builder(partial(small_resnet, Bottleneck, (3, 4, 6, 3))),
+    # small images, depth_width
+    "wrn16_1": Builder(partial(wide_resnet, 16, 1)),
+    "wrn16_2": Builder(partial(wide_resnet, 16, 2)),
+    "wrn28_1": Builder(partial(wide_resnet, 28, 1)),
+    "wrn28_2": Builder(partial(wide_resnet, 28, 2)),
     # torchvision's, under their own names
     "resnet18": _torchvision("resnet18"),
     "resnet34": _torchvision("resnet34"),

@@ -388,6 +388,12 @@ class TrainSection(Section):
     steps_at: tuple[float, ...] = Field((), description="epochs at which `step` lowers the rate")
     step_factor: float = Field(0.1, gt=0, le=1)
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    average_from: float | None = Field(
+        None,
+        ge=0,
+        description="epoch from which on weights are averaged, those of every step alike (SWA); "
+        "the average is exported and evaluated; default: the last weights are",
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     sync_bn: Literal["auto", "on", "off"] = Field(
@@ -416,6 +422,10 @@ class TrainSection(Section):
             raise ValueError(f"betas are two numbers from 0, less than 1; got {self.betas}")
         if self.lr_end and self.schedule != "cosine":
             raise ValueError(f"lr_end belongs to schedule=cosine, not to {self.schedule}")
+        if self.average_from is not None and self.average_from >= self.epochs:
+            raise ValueError(
+                f"average_from {self.average_from} is not before the end, epochs={self.epochs}"
+            )
         parts = self.ranks * self.accumulate
         if self.batch % parts:
             raise ValueError(

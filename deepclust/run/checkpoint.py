@@ -315,6 +315,29 @@ class Checkpoint:
     parts: dict[str, Tensors]
 
 
+def average_dir(run: Run, step: int) -> Path:
+    """Return the folder of the average of weights that a run ended with (`train.average_from`)."""
+    return run.path / "averages" / f"{step:08d}"
+
+
+def load_average(folder: Path, alive: Callable[[], None] = unwatched) -> Tensors:
+    """Return the weights of an average, or raise `DataError` when it is damaged."""
+    verify(folder, alive)
+    with reading(folder):
+        return load_file(folder / "model.safetensors")
+
+
+def counting_weights(run: Run, saved: Checkpoint) -> Tensors:
+    """Return the weights of a checkpoint that are evaluated and exported.
+
+    They are the average of a run that ended there and wants one, else those that were trained.
+    """
+    folder = average_dir(run, saved.state.step)
+    if run.recipe.train.average_from is None or not is_done(folder):
+        return saved.parts["model"]
+    return load_average(folder, run.alive)
+
+
 def load_latest(run: Run, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that can be read, or None when there is none.
 

@@ -18,14 +18,15 @@ def export_again(run: Run, file: Path) -> Exported:
 
     Raises `DataError` when that checkpoint is missing or damaged: an older one is not taken for it.
     """
-    saved = [e["step"] for e in run.events() if e["event"] == "checkpoint"]
-    folder = run.path / "checkpoints" / f"{max(saved, default=0):08d}"
-    state, parts = checkpoint.load(folder, alive=run.alive)
+    steps = [e["step"] for e in run.events() if e["event"] == "checkpoint"]
+    folder = run.path / "checkpoints" / f"{max(steps, default=0):08d}"
+    saved = checkpoint.Checkpoint(folder, *checkpoint.load(folder, alive=run.alive))
+    weights = checkpoint.counting_weights(run, saved)
     method = build_method(run.recipe, ALONE, new=False, classes=labels.class_names(run))
     trunk = method.trunk
     try:
-        trunk.load_state_dict(backbone_part(parts["model"], run.recipe.method.trunk))
+        trunk.load_state_dict(backbone_part(weights, run.recipe.method.trunk))
     except (KeyError, RuntimeError) as error:
-        text = f"{file} cannot be written again from step {state.step}: {error}"
+        text = f"{file} cannot be written again from step {saved.state.step}: {error}"
         raise DataError(text) from error
     return export_backbone(trunk, file, "safetensors", meta=export_meta(run))

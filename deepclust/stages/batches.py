@@ -40,8 +40,10 @@ class Feed:
     world: World
     table: SeedTable | None = None  # labels by sample id
 
-    def plan(self, timeline: Timeline, state: State, targets: Targets | None) -> EpochPlan:
-        """Plan a segment, uniform over the round's clusters, or over samples.
+    def plan(
+        self, timeline: Timeline, state: State, targets: Targets | None, steps: int | None = None
+    ) -> EpochPlan:
+        """Plan a segment, or `steps` of one, uniform over the round's clusters, or over samples.
 
         It is over samples without a clustering, and where the method's mode is `all`. Then sources
         with weights (`data.shards: {a: 2, b: 1}`) have these shares of it. With `seeds.share` every
@@ -58,7 +60,7 @@ class Feed:
             lanes=lanes,
             blocks=self.index.bases,
         )
-        batch, steps = self.recipe.train.batch, timeline.steps(state)
+        batch, steps = self.recipe.train.batch, steps or timeline.steps(state)
         part = self._labelled_share(lanes or 1, targets)
         if part == 0:
             return build(drawn_from, global_batch=batch, steps=steps, weights=weights)

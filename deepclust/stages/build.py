@@ -20,6 +20,7 @@ from deepclust.data.shards.remote import never
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
+from deepclust.methods.terms.term import attach_terms
 from deepclust.models import build_backbone, check_norms, check_sizes
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe import Recipe
@@ -31,6 +32,7 @@ from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
 from deepclust.seeds.table import SeedTable, load
 from deepclust.stages import cluster, warm_start, whole
+from deepclust.stages.average import Average
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
@@ -79,6 +81,7 @@ def build_trainer(context: Context) -> Trainer:
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
     check_batch(method, recipe)
+    attach_terms(method)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
     return Trainer(
         recipe=recipe,
@@ -119,6 +122,8 @@ def build_method(
         recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples, classes
     )
     method: Method = part_of(recipe.method.name, METHODS, "method")(backbone, setting)
+    if recipe.train.average_from is not None:
+        method.average = Average(method)
     return method
 
 

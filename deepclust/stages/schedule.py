@@ -45,6 +45,7 @@ class Timeline:
     batch: int
     checkpoint: Cadence
     clusters: bool = True  # False: an online method, whose segments are epochs without rounds
+    average_from: float | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
@@ -72,12 +73,20 @@ class Timeline:
             batch=train.batch,
             checkpoint=parse_cadence(train.checkpoint),
             clusters=config is not None,
+            average_from=train.average_from,
         )
 
     def now(self, state: State) -> Now:
         """Return the time of a state, counted in samples."""
         epochs = state.samples / (self.epoch_steps * self.batch)
         return Now(state.step, epochs, min(1.0, epochs / self.epochs))
+
+    def averaged(self, steps: int) -> int:
+        """Return of how many weights the average is after so many steps."""
+        if self.average_from is None:
+            return 0
+        first = math.ceil(self.average_from * self.epoch_steps - 1e-6)  # the last is not averaged
+        return max(0, steps - first)
 
     def save_due(self, state: State) -> bool:
         """Return whether a state is one to save, by `train.checkpoint`."""

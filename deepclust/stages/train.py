@@ -29,6 +29,7 @@ from deepclust.run.checkpoint import State
 from deepclust.run.collapse import Watch
 from deepclust.run.directory import Run
 from deepclust.run.reporting import Metrics, Report
+from deepclust.stages.average import average_of
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train_state import save
@@ -166,6 +167,9 @@ def train_step(
     drop_gradients(method, method.frozen(now))
     meter.norms.append(trainer.optimizers.step())
     method.after_step(now)
+    average = average_of(method)
+    if average is not None and (count := trainer.timeline.averaged(state.step + 1)):
+        average.follow(method, count)
     return rate
 
 

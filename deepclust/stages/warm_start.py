@@ -16,7 +16,7 @@ from deepclust.errors import DataError, RecipeError
 from deepclust.files import write_json
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
-from deepclust.run.checkpoint import load, load_latest
+from deepclust.run.checkpoint import Checkpoint, counting_weights, load, load_latest
 from deepclust.run.directory import Run, exists, has_file, is_done, manifest
 from deepclust.run.round_files import read_array, read_facts, read_whitening
 from deepclust.stages.data_index import open_data_index, open_kept_index
@@ -30,11 +30,14 @@ def load_weights(backbone: Backbone, source: str) -> None:
         latest = load_latest(Run(path), _refuse_older)
         if latest is None:
             raise DataError(f"init.weights: {path} has no checkpoint yet")
-        state = backbone_part(latest.parts["model"], Run(path).recipe.method.trunk)
+        state = backbone_part(counting_weights(Run(path), latest), Run(path).recipe.method.trunk)
     elif (path / "state.json").exists():
-        run = path.parent.parent
-        trunk = Run(run).recipe.method.trunk if exists(run) else "backbone"
-        state = backbone_part(load(path)[1]["model"], trunk)
+        run, saved = path.parent.parent, Checkpoint(path, *load(path))
+        if exists(run):
+            weights, trunk = counting_weights(Run(run), saved), Run(run).recipe.method.trunk
+        else:
+            weights, trunk = saved.parts["model"], "backbone"
+        state = backbone_part(weights, trunk)
     elif path.is_file():
         state = dict(load_backbone(path).state_dict())
     else:

@@ -12,6 +12,7 @@ import torch
 from deepclust import Recipe
 from deepclust.methods import METHODS
 from deepclust.methods.base import Batch, Method, Setting
+from deepclust.methods.terms.term import attach_terms
 from deepclust.models import build_backbone
 from deepclust.recipe.named import part_of
 from deepclust.world import ALONE, World
@@ -60,6 +61,7 @@ def method(of: Recipe, world: World = ALONE) -> Method:
     setting = Setting(of.method, of.cluster, 0, world, of.terms, SAMPLES, NAMES_OF)
     backbone = build_backbone(of.backbone.name, image_size=of.data.size)
     built: Method = part_of(of.method.name, METHODS, "method")(backbone, setting)
+    attach_terms(built)
     return built
 
 

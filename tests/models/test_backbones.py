@@ -16,7 +16,8 @@ from deepclust.models import BACKBONES, build_backbone, libraries
 WIDTHS = {
     "alexnet_bn": 4096, "vgg16_bn": 4096, "conv4": 384, "resnet10_small": 512,
     "resnet50_small": 2048, "resnet18": 512, "resnet50": 2048, "wide_resnet50_2": 2048,
-    "densenet121": 1024, "densenet161": 2208, "vit_b_16": 768, "vit_l_16": 1024,
+    "wrn16_1": 64, "wrn28_2": 128, "densenet121": 1024, "densenet161": 2208, "vit_b_16": 768,
+    "vit_l_16": 1024,
 }  # fmt: skip
 CLASSIFIERS = ("fc.", "classifier.", "heads.")
 
@@ -39,7 +40,9 @@ def test_weights_have_torchvisions_names_and_shapes_save_the_classifiers(name: s
     assert all(key.startswith(CLASSIFIERS) for key in left)
 
 
-@pytest.mark.parametrize("name", ["conv4", "resnet10_small", "resnet18", "vit_b_32"])
+@pytest.mark.parametrize(
+    "name", ["conv4", "resnet10_small", "wrn16_1", "resnet18", "densenet121", "vit_b_32"]
+)
 @pytest.mark.parametrize("sobel", [False, True])
 def test_features_of_real_images_are_finite_and_as_wide_as_dim(name: str, sobel: bool) -> None:
     backbone = build_backbone(name, sobel=sobel, image_size=32)
@@ -61,6 +64,29 @@ def test_alexnet_has_the_papers_weights_and_maps_at_224_pixels() -> None:
     assert torch.equal(
         net.get_submodule("avgpool")(torch.ones(1, 256, 6, 6)), torch.ones(maps.shape)
     )
+
+
+def test_a_wide_resnet_has_the_size_and_the_maps_of_the_paper() -> None:
+    with torch.device("meta"):
+        net = BACKBONES["wrn28_2"].build(3, 32)
+        maps = net[:5](torch.empty(1, 3, 32, 32))
+    assert maps.shape == (1, 128, 8, 8)
+    convs = 3 * 16 * 9  # the stem
+    norms = 2 * 128  # the last one
+    for before, after, shortcut in ((16, 32, 16 * 32), (32, 64, 32 * 64), (64, 128, 64 * 128)):
+        convs += shortcut + (before + 7 * after) * after * 9
+        norms += 2 * (before + 7 * after)
+    assert sum(weight.numel() for weight in net.parameters()) == convs + norms
+    classifier = (128 + 1) * 10
+    assert round((convs + norms + classifier) / 1e6, 2) == 1.47  # WRN-28-2
+
+
+@pytest.mark.parametrize("size", [28, 32, 8])
+def test_a_wide_resnet_takes_small_images_of_any_size(size: int) -> None:
+    backbone = build_backbone("wrn16_1", image_size=size, seed=3)
+    assert backbone(torch.randn(2, 3, size, size)).shape == (2, 64)
+    slopes = {m.negative_slope for m in backbone.modules() if isinstance(m, nn.LeakyReLU)}
+    assert slopes == {0.1}
 
 
 def test_deepclusters_features_are_cut_before_the_relu_that_training_puts_back() -> None:

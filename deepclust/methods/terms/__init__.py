@@ -5,4 +5,10 @@ A term is a weighted regulariser that any method can carry. Nothing here imports
 
 from __future__ import annotations
 
-TERMS = {"mean_entropy": "deepclust.methods.terms.mean_entropy"}
+_FOLDER = "deepclust.methods.terms"
+TERMS = {
+    "mean_entropy": f"{_FOLDER}.batch_entropy",  # its first name: the entropy of the mean
+    "batch_entropy": f"{_FOLDER}.batch_entropy",
+    "sample_entropy": f"{_FOLDER}.sample_entropy",
+    "locality": f"{_FOLDER}.locality",
+}

@@ -31,6 +31,15 @@ class Term(nn.Module, ABC):
         super().__init__()
         self.weight, self.ramp = config.weight, config.ramp
 
+    def attach(self, method: Method) -> None:
+        """Look at the whole method once, before it is trained.
+
+        Raises RecipeError where the term cannot be computed for it.
+        """
+
+    def before_loss(self) -> None:
+        """Prepare for the method's loss, in every step."""
+
     @abstractmethod
     def forward(self, method: Method, batch: Batch, output: Output) -> Float[Tensor, ""]:
         """Return the term, without its weight: a mean over this rank's samples."""
@@ -51,3 +60,10 @@ def build_terms(width: int, setting: Setting) -> nn.ModuleDict:
             for name, section in setting.terms.items()
         }
     )
+
+
+def attach_terms(method: Method) -> None:
+    """Let every term of a method see the whole of it."""
+    for term in method.terms.values():
+        assert isinstance(term, Term)
+        term.attach(method)

@@ -1,4 +1,4 @@
-"""What the entropy of the mean prediction declares: no keys beside weight and ramp."""
+"""What the locality of class activation maps declares: no keys beside weight and ramp."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from deepclust.recipe.sections import TermSection
 
 
 class Config(TermSection):
-    """Entropy of the mean prediction."""
+    """Compact class activation maps; needs pooled maps and a linear classifier."""
 
     works_on: ClassVar[Literal["features", "logits"]] = "logits"

@@ -1,0 +1,1 @@
+"""Compact class activation maps, by the norms of nested half-planes."""

@@ -1,0 +1,1 @@
+"""Mean entropy of single predictions (Grandvalet and Bengio, NeurIPS 2004)."""
