@@ -436,16 +436,17 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score the run's frozen network: kNN, linear probe, clusters, prototypes of its seeds."""
+    """Score the run's frozen network: kNN, linear probe, clusters, prototypes, own classifier."""
     from cluster_jobs.results.evaluate import evaluate_run
 
     def show(scores: Scores) -> None:
         if as_json:
             typer.echo(json.dumps(scores))
             return
+        from cluster_jobs.display import scores_line
+
         for name, values in scores.items():
-            numbers = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
-            typer.echo(f"{name}: {numbers}")
+            typer.echo(scores_line(name, values))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
     evaluate_run(run_dir, train_shards, test_shards, names, emit=_log, show=show)

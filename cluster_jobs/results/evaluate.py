@@ -22,6 +22,7 @@ from deepclust.errors import DataError, DeepclustError, redact
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import (
     DIM,
+    Answers,
     Embed,
     Frozen,
     Labelled,
@@ -42,6 +43,7 @@ from deepclust.run.directory import Run, open_run
 from deepclust.run.labels import class_names as class_names_of
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
+from deepclust.stages.answers import columns_of
 from deepclust.stages.build import build_method
 from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
@@ -93,7 +95,7 @@ def _freeze(run: Run, checkpoint: Checkpoint, train: str, test: str) -> Frozen:
     embedder = _embedder(run, checkpoint)
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
         frozen = freeze_shards(embedder, index, test_index, run.recipe.data, dim=dim)
-        return _with_seeds(frozen, run, index)
+        return _with_seeds(_with_answers(frozen, run, embedder), run, index)
 
 
 def export_run(
@@ -169,6 +171,15 @@ def _embedder(run: Run, saved: Checkpoint) -> Embedder:
     embedder = fresh_embedder(run.recipe, class_names_of(run))
     put_weights(embedder.method, saved.parts["model"], "the checkpoint", embedder.method.owned())
     return embedder
+
+
+def _with_answers(frozen: Frozen, run: Run, embedder: Embedder) -> Frozen:
+    """Return `frozen` with the run's own answers, or why there are none."""
+    columns = columns_of(run, run.recipe, embedder.method)
+    if isinstance(columns, str):
+        return replace(frozen, answers_missing=columns)
+    answers = Answers(embedder.answer, columns.classes, columns.class_of, columns.labels)
+    return replace(frozen, answers=answers)
 
 
 def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:

@@ -181,7 +181,7 @@ def read_labels(context: Context) -> SeedTable | None:
             "with. Restore them, or start a new run."
         )
     if context.world.is_first and (began is None or not began.classes):
-        labels.write(run, seeds.table.digest, len(seeds.table), seeds.table.names)
+        labels.write(run, seeds.table.digest, seeds.table.counts.tolist(), seeds.table.names)
     return seeds.table
 
 

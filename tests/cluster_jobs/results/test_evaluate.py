@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster_jobs.display import scores_line
 from cluster_jobs.results.evaluate import (
     evaluate_run,
     export_run,
@@ -26,6 +27,8 @@ from deepclust.errors import DataError, DiskError, RecipeError
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_whitening
+from tests.methods.cases import CASES
+from tests.methods.cases import TOY as TOY_METHOD
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
 TOY = "tests.toys.evaluator"
@@ -92,13 +95,14 @@ def test_the_exported_backbone_is_that_of_the_embedder(run_dir: Path, tmp_path: 
     assert all(torch.equal(state[key], value) for key, value in ours.items())
 
 
-def test_prototypes_are_skipped_with_a_reason_in_a_run_without_seeds(
+def test_what_needs_seeds_is_skipped_with_a_reason_in_a_run_without_them(
     run_dir: Path, shards: Path
 ) -> None:
     reasons: list[str] = []
     scores = evaluate_run(run_dir, str(shards), str(shards), emit=reasons.append)
     assert set(scores) == {"knn", "linear", "clusters", "spherical_clusters"}
-    assert reasons == [f"prototypes is not evaluated: {run_dir} was trained without labelled seeds"]
+    why = f"is not evaluated: {run_dir} was trained without labelled seeds"
+    assert reasons == [f"{name} {why}" for name in ("prototypes", "classifier")]
     with pytest.raises(DataError, match="prototypes cannot be evaluated"):
         evaluate_run(run_dir, str(shards), str(shards), ["prototypes"])
 
@@ -176,3 +180,48 @@ def test_the_suffix_says_the_format_of_an_export(run_dir: Path, tmp_path: Path) 
     assert export_run(run_dir, tmp_path / "a.bin").format == "safetensors"
     with pytest.raises(RecipeError, match="--format torchvision: torchvision has no"):
         export_run(run_dir, tmp_path / "a.pth")
+
+
+@pytest.fixture(scope="module")
+def toy_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch whose method answers classes, three of four with labels."""
+    path = tmp_path_factory.mktemp("runs") / "toy"
+    index, table = open_index(shards), path.parent / "labels.csv"
+    assert index.labels is not None
+    assert index.class_names is not None
+    pairs = zip(index.keys, index.labels, strict=True)
+    rows = [f"{key},{index.class_names[c]}" for key, c in pairs if c < 3]
+    table.write_text("\n".join(["key,class", *rows[:60]]))
+    seeds = f"seeds={{labels: {table}, share: 0.5}}"
+    recipe = tiny_recipe(shards, f"method.name={TOY_METHOD}", *CASES[TOY_METHOD], seeds)
+    pretrain(recipe.replace("train.epochs=1", "train.lr=0.05"), path)
+    return path
+
+
+def test_a_method_that_answers_classes_is_judged_by_its_own_answers(
+    toy_run: Path, shards: Path
+) -> None:
+    scores = evaluate_run(toy_run, str(shards), str(shards), ["classifier"])["classifier"]
+    embed, index = load_embedder(Run(toy_run)), open_index(shards)
+    rows, labels = labelled_features(embed, index, Run(toy_run).recipe.data)
+    answers = embed.answer(rows)[:, :3].argmax(1).cpu().numpy()
+    assert scores["top1"] == pytest.approx((answers == labels).mean())
+    assert scores["top1_open"] >= scores["recall_unlabelled"] == 0 or scores["free"] > 0
+    classes = scores["classes"]
+    assert classes["rows"] == index.class_names
+    assert sum(row[0] for row in classes["values"]) == 60
+    assert sum(map(sum, scores["confusion"]["values"])) == 120
+    (file,) = (toy_run / "evaluations").iterdir()
+    assert json.loads(file.read_text())["scores"]["classifier"] == scores
+    line = scores_line("classifier", scores)
+    assert "top1" in line
+    assert "confusion" not in line
+
+
+def test_clusters_that_seeds_pin_answer_classes(shards: Path, tmp_path: Path) -> None:
+    seeds = "seeds={labels: shards, per_class: 5, share: 0.5}"
+    pretrain(tiny_recipe(shards, seeds, "train.epochs=1"), tmp_path / "run")
+    scores = evaluate_run(tmp_path / "run", str(shards), str(shards), ["classifier"])["classifier"]
+    assert scores["top1"] > 0.25
+    assert 0 <= scores["free"] < 1
+    assert [row[0] for row in scores["classes"]["values"]] == [5] * 4
