@@ -26,6 +26,7 @@ STATISTICS = (  # of a round or of a head that the page shows; None where a run 
     *("k", "n", "excluded", "sizes", "entropy_ratio", "largest_share", "inertia", "forced"),
     *("reassigned", "nmi_previous", "nmi_labels", "ari_labels", "accuracy_labels"),
 )
+MOST_CELLS, MOST_CONFUSED = 41, 10  # columns of a confusion matrix, and pairs that are listed
 SIZES = {"min": None, "median": None, "max": None}
 
 
@@ -54,7 +55,8 @@ class Answered:
     source: str
     classes: Record
     calibration: Record
-    confusion: Record | None  # None where there are too many classes
+    confusion: Record | None  # with the `shares` of each row, None where there are many classes
+    confused: list[tuple[str, str, int]]  # the most frequent wrong answers: class, answer, images
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,29 @@ def _answered(tables: dict[tuple[str, str], Record]) -> Answered | None:
     own = {name: table for (evaluator, name), table in tables.items() if evaluator == "classifier"}
     if not {"classes", "calibration"} <= own.keys():
         return None
-    source = own["classes"]["source"]
-    return Answered(source, own["classes"], own["calibration"], own.get("confusion"))
+    confusion = own.get("confusion")
+    if confusion is not None:
+        sums = [sum(v or 0 for v in row) or 1 for row in confusion["values"]]
+        pairs = zip(confusion["values"], sums, strict=True)
+        shares = [[(v or 0) / total for v in row] for row, total in pairs]
+        confusion = {**confusion, "shares": shares}
+    few = None if confusion is None or len(confusion["columns"]) > MOST_CELLS else confusion
+    return Answered(
+        own["classes"]["source"], own["classes"], own["calibration"], few, _confused(confusion)
+    )
+
+
+def _confused(confusion: Record | None) -> list[tuple[str, str, int]]:
+    """Return the most frequent wrong answers."""
+    if confusion is None:
+        return []
+    wrong = [
+        (row, column, int(count))
+        for row, counts in zip(confusion["rows"], confusion["values"], strict=True)
+        for column, count in zip(confusion["columns"], counts, strict=True)
+        if row != column and count
+    ]
+    return sorted(wrong, key=lambda one: -one[2])[:MOST_CONFUSED]
 
 
 def _scores(run: Run) -> tuple[list[Score], dict[tuple[str, str], Record]]:
