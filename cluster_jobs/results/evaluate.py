@@ -45,6 +45,7 @@ from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.answers import columns_of
 from deepclust.stages.build import build_method
+from deepclust.stages.classifier import head_of
 from deepclust.stages.export import Exported, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
@@ -106,11 +107,19 @@ def export_run(
 ) -> Exported:
     """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
 
+    In safetensors its classifier is beside it, where it answers classes.
+
     `emit` is given what to know about it, such as that a newer one cannot be read.
     """
     format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
     file, run = target_of(out), open_run(run_dir)
-    exported = export_backbone(load_trunk(run, emit), file, format_, meta=export_meta(run))
+    method = load_embedder(run, emit).method
+    head = head_of(run, run.recipe, method)
+    if isinstance(head, str):
+        if run.recipe.seeds is not None and format_ == "safetensors":
+            emit(f"note: the file has no classifier: {head}")
+        head = None
+    exported = export_backbone(method.trunk, file, format_, meta=export_meta(run), head=head)
     return replace(exported, path=out)
 
 

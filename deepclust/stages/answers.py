@@ -127,8 +127,8 @@ def parts_of(method: Method) -> list[str]:
 def try_answer(method: Method) -> Float[Tensor, "2 k"]:
     """Return the logits of two fixed rows of features, in evaluation mode."""
     random = torch.Generator().manual_seed(0)
-    device, training = next(method.trunk.parameters()).device, method.training
-    rows = torch.randn(2, method.trunk.dim, generator=random).to(device)
+    device, training = next(method.backbone.parameters()).device, method.training
+    rows = torch.randn(2, method.backbone.dim, generator=random).to(device)
     logits = method.eval().answer(rows)
     method.train(training)
     return logits

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster_jobs.display import scores_line
 from cluster_jobs.results.evaluate import (
@@ -21,9 +22,10 @@ from cluster_jobs.results.evaluate import (
     labelled_features,
     load_embedder,
 )
-from deepclust import load_backbone, open_index, pretrain
+from deepclust import load_backbone, load_classifier, open_index, pretrain
 from deepclust.data.shards import index_build
 from deepclust.errors import DataError, DiskError, RecipeError
+from deepclust.files import file_hash
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_whitening
@@ -225,3 +227,45 @@ def test_clusters_that_seeds_pin_answer_classes(shards: Path, tmp_path: Path) ->
     assert scores["top1"] > 0.25
     assert 0 <= scores["free"] < 1
     assert [row[0] for row in scores["classes"]["values"]] == [5] * 4
+    net = load_classifier(tmp_path / "run/export/backbone.safetensors")
+    assert [net.id2label[i] for i in range(6)] == [*net.classes, "cluster 4", "cluster 5"]
+
+
+def test_the_classifier_travels_with_the_weights(toy_run: Path, shards: Path) -> None:
+    """The export at the end of the run, and one written afterwards, give the run's own logits."""
+    embed, index = load_embedder(Run(toy_run)), open_index(shards)
+    rows, _ = labelled_features(embed, index, Run(toy_run).recipe.data)
+    out = toy_run.parent / "net.safetensors"
+    exported = export_run(toy_run, out)
+    assert exported.hash == file_hash(toy_run / "export/backbone.safetensors")
+    net = load_classifier(out)
+    assert index.class_names is not None
+    assert net.classes == index.class_names[:3]
+    assert net.id2label == {**dict(enumerate(net.classes)), 3: "cluster 3"}
+    torch.testing.assert_close(net.method.answer(torch.from_numpy(rows)), embed.answer(rows))
+    images = torch.randn(5, 3, 16, 16)
+    assert net.classify(images) == [net.id2label[i] for i in net(images).argmax(1).tolist()]
+    assert torch.equal(load_backbone(out)(images), net.backbone(images))
+    assert "load_classifier" in exported.usage
+
+
+def test_a_forged_or_changed_classifier_is_refused_by_name(toy_run: Path, tmp_path: Path) -> None:
+    good = toy_run / "export/backbone.safetensors"
+    tensors, header = load_file(good), load_backbone(good).meta
+    about = header["classifier"]
+    changes = {
+        "import no.such first": {"method": {**about["method"], "name": "no.such"}},
+        "not 3 columns": {"names": ["a", "b", "c"]},
+        "weights are not those": {"weights": "0"},
+        "too many columns": {"cluster": [2**30, 8]},
+    }
+    for reason, change in changes.items():
+        forged = {"deepclust": json.dumps({**header, "classifier": {**about, **change}})}
+        save_file(tensors, tmp_path / "forged", metadata=forged)
+        with pytest.raises(DataError, match=f"forged: its classifier cannot be built: .*{reason}"):
+            load_classifier(tmp_path / "forged")
+
+
+def test_an_export_without_a_classifier_says_so(run_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"has no classifier\. Export a run that has labelled seeds"):
+        load_classifier(run_dir / "export/backbone.safetensors")
