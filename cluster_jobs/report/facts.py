@@ -284,10 +284,9 @@ def _is_value(value: Any) -> bool:
     """Return whether a value is a number, or a whole table (`deepclust.evaluate.frozen.Table`)."""
     if not isinstance(value, dict):
         return fits(value, Number)
-    lists = [value.get(key) for key in ("rows", "columns", "values")]
-    if not all(isinstance(one, list) for one in lists):
+    rows, columns, values = (value.get(key) for key in ("rows", "columns", "values"))
+    if not (isinstance(rows, list) and isinstance(columns, list) and isinstance(values, list)):
         return False
-    rows, columns, values = lists
     return len(values) == len(rows) and all(
         isinstance(row, list) and len(row) == len(columns)
         and all(one is None or fits(one, Number) for one in row) for row in values

@@ -46,7 +46,7 @@ from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.answers import columns_of
 from deepclust.stages.build import build_method
 from deepclust.stages.classifier import head_of
-from deepclust.stages.export import Exported, export_backbone
+from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
 
@@ -115,11 +115,10 @@ def export_run(
     file, run = target_of(out), open_run(run_dir)
     method = load_embedder(run, emit).method
     head = head_of(run, run.recipe, method)
-    if isinstance(head, str):
-        if run.recipe.seeds is not None and format_ == "safetensors":
-            emit(f"note: the file has no classifier: {head}")
-        head = None
-    exported = export_backbone(method.trunk, file, format_, meta=export_meta(run), head=head)
+    if isinstance(head, str) and run.recipe.seeds is not None and format_ == "safetensors":
+        emit(f"note: the file has no classifier: {head}")
+    own = head if isinstance(head, Head) else None
+    exported = export_backbone(method.trunk, file, format_, meta=export_meta(run), head=own)
     return replace(exported, path=out)
 
 

@@ -9,7 +9,7 @@ from deepclust.run import checkpoint, labels
 from deepclust.run.directory import Run
 from deepclust.stages.build import build_method
 from deepclust.stages.classifier import head_of
-from deepclust.stages.export import Exported, export_backbone
+from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.warm_start import backbone_part, export_meta
 from deepclust.world import ALONE
 
@@ -32,5 +32,5 @@ def export_again(run: Run, file: Path) -> Exported:
     if run.recipe.seeds is not None:
         checkpoint.put_weights(method, parts["model"], folder, method.owned())
     head = head_of(run, run.recipe, method)
-    head = None if isinstance(head, str) else head
-    return export_backbone(trunk, file, "safetensors", meta=export_meta(run), head=head)
+    own = head if isinstance(head, Head) else None
+    return export_backbone(trunk, file, "safetensors", meta=export_meta(run), head=own)
