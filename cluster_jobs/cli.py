@@ -505,6 +505,28 @@ def report(
     _log(f"wrote {out or file}")
 
 
+@app.command("list", epilog=_examples("list recipes", "list keys share", "list methods --json"))
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="recipes, methods, terms, backbones or keys of a recipe.")
+    ],
+    pattern: Annotated[
+        str, typer.Argument(help="Letters in the name or the description; default: all.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """List what a recipe can name: a line for each, with its paper."""
+    from dataclasses import asdict
+
+    from cluster_jobs import listing
+
+    chosen = listing.items(kind, pattern)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in chosen]))
+        return
+    typer.echo("\n".join(listing.lines(chosen)))
+
+
 @app.command(epilog=_examples("guide", "guide imagenet-on-slurm"))
 def guide(
     name: Annotated[
