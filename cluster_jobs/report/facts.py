@@ -56,7 +56,7 @@ class Answered:
     classes: Record
     calibration: Record
     confusion: Record | None  # with the `shares` of each row, None where there are many classes
-    confused: list[tuple[str, str, int]]  # the most frequent wrong answers: class, answer, images
+    confused: list[tuple[str, str, float]]  # the most frequent wrong answers: class, answer, images
 
 
 @dataclass(frozen=True)
@@ -244,12 +244,12 @@ def _answered(tables: dict[tuple[str, str], Record]) -> Answered | None:
     )
 
 
-def _confused(confusion: Record | None) -> list[tuple[str, str, int]]:
+def _confused(confusion: Record | None) -> list[tuple[str, str, float]]:
     """Return the most frequent wrong answers."""
     if confusion is None:
         return []
     wrong = [
-        (row, column, int(count))
+        (row, column, count)
         for row, counts in zip(confusion["rows"], confusion["values"], strict=True)
         for column, count in zip(confusion["columns"], counts, strict=True)
         if row != column and count
@@ -286,6 +286,8 @@ def _is_value(value: Any) -> bool:
         return fits(value, Number)
     rows, columns, values = (value.get(key) for key in ("rows", "columns", "values"))
     if not (isinstance(rows, list) and isinstance(columns, list) and isinstance(values, list)):
+        return False
+    if not all(isinstance(name, str) for name in [*rows, *columns]):
         return False
     return len(values) == len(rows) and all(
         isinstance(row, list) and len(row) == len(columns)

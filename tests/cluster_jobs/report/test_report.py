@@ -374,7 +374,9 @@ def test_a_damaged_table_of_an_evaluation_is_named(run: Path) -> None:
     answered(run, ["a", "b"], [[1, 2], [3, 4]])
     (file,) = (run / "evaluations").glob("*.json")
     record = read_json(file)
-    record["scores"]["classifier"]["confusion"]["values"][0].pop()
-    write_json(file, record)
-    with pytest.raises(DataError, match="scores of 'classifier' are no numbers"):
-        page(run)
+    whole = record["scores"]["classifier"]["confusion"]
+    for damage in ({"values": [[1], [3, 4]]}, {"columns": [["a"], "b"]}, {"rows": 2}):
+        record["scores"]["classifier"]["confusion"] = {**whole, **damage}
+        write_json(file, record)
+        with pytest.raises(DataError, match="scores of 'classifier' are no numbers"):
+            page(run)
