@@ -90,8 +90,10 @@ def _misfit_of_crops(recipe: Recipe) -> str | None:
 
 def _misfit_of_seeds(recipe: Recipe) -> str | None:
     if recipe.seeds is None:
-        needed = recipe.method.labels == "required"
-        return f"seeds: are required by method {recipe.method.name}" if needed else None
+        users = [f"terms.{name}" for name, term in recipe.terms.items() if term.uses_labels]
+        if recipe.method.labels == "required":
+            users.insert(0, f"method {recipe.method.name}")
+        return f"seeds: are required by {users[0]}: set seeds.labels" if users else None
     if recipe.cluster is None and (key := _idle_seeds(recipe.seeds)):
         why = f"means nothing for {recipe.method.name}, which pins no clusters"
         return f"seeds.{key} {why}: leave it out"
@@ -114,9 +116,6 @@ def _idle_seeds(seeds: SeedsSection) -> str | None:
 
 
 def _misfit_of_terms(recipe: Recipe) -> str | None:
-    for name, term in recipe.terms.items():
-        if term.uses_labels and recipe.seeds is None:
-            return f"terms.{name} works on labels: set seeds.labels, or leave the term out (null)"
     if recipe.method.answers != "nothing":
         return None
     for name, term in recipe.terms.items():

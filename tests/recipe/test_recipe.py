@@ -152,7 +152,7 @@ TERM = "terms={tests.toys.term: {weight: 1}}"
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ([TERM], r"terms\.tests\.toys\.term works on labels: set seeds\.labels"),
+        ([TERM], r"required by terms\.tests\.toys\.term: set seeds\.labels"),
         ([TERM, "seeds={labels: shards, force: true}"], r"seeds\.force means nothing for simclr"),
         ([TERM, "seeds={labels: shards, prototypes: 2}"], r"seeds\.prototypes means nothing for"),
     ],
