@@ -1,7 +1,7 @@
 """`deepclust list`: what a recipe can name, read from the texts that say it, without torch.
 
-Methods and terms are described by the first lines of their modules, recipes by their headers,
-backbones by the comments of their table, keys by the sections of the recipe.
+Methods and terms are described by the first lines of their modules, and recipes by their headers.
+Backbones have the comments of their table, and keys the sections of the recipe.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Judged:
 def classifier(frozen: Frozen) -> Iterator[tuple[str, Value]]:
     """Yield scores of the closed answer and, where something is free or without a label, the open.
 
-    "top1" and "recall" (the mean over the test rows' classes) are of the closed answer, and a row
+    "top1" and "recall" (the mean over the test rows' classes) are of the closed answer. A row
     of a class without a label counts as wrong. "ece" and "nll" (nats) are of the rows of labelled
     classes. "top1_open" and "recall_unlabelled" are of the open answer, and "free" is the share of
     answers that are free. The tables are "classes" (labels, test rows and recall of each),

@@ -54,7 +54,7 @@ class SeedRows:
 
 
 class Table(TypedDict):
-    """What is no single number: values by the names of rows and columns, None where there is none.
+    """Values by the names of rows and columns, None where there is none.
 
     JSON and the report show it as it is.
     """

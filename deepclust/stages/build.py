@@ -190,7 +190,7 @@ def read_labels(context: Context) -> SeedTable | None:
 def check_labels(recipe: Recipe, table: SeedTable, samples: int) -> list[str]:
     """Return what the user should know of labels that batches hold.
 
-    Raises `DataError` for a single class, which is no choice to learn.
+    Raises `DataError` for a single class: there must be two to tell apart.
     """
     seeds = recipe.seeds
     assert seeds is not None
