@@ -47,8 +47,8 @@ class Feed:
         It is over samples without a clustering, and where the method's mode is `all`. Then sources
         with weights (`data.shards: {a: 2, b: 1}`) have these shares of it. With `seeds.share` every
         batch has that share of labelled samples, uniform over their clusters. They are uniform over
-        classes where nothing is clustered, and where a method or a term uses labels. For these the rest of a
-        batch is unlabelled, so that the share is exact. Head 0 samples.
+        classes where nothing is clustered, and where a method or a term uses labels. For these the
+        rest of a batch is unlabelled, so that the share is exact. Head 0 samples.
         """
         drawn_from, weights = self._drawn_from(targets)
         part, mode = self._labelled_count(targets), self.recipe.method.mode
