@@ -436,16 +436,17 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score the run's frozen network: kNN, linear probe, clusters, prototypes of its seeds."""
+    """Score the run's frozen network: kNN, linear probe, clusters, prototypes, own classifier."""
     from cluster_jobs.results.evaluate import evaluate_run
 
     def show(scores: Scores) -> None:
         if as_json:
             typer.echo(json.dumps(scores))
             return
+        from cluster_jobs.display import scores_line
+
         for name, values in scores.items():
-            numbers = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
-            typer.echo(f"{name}: {numbers}")
+            typer.echo(scores_line(name, values))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
     evaluate_run(run_dir, train_shards, test_shards, names, emit=_log, show=show)
@@ -502,6 +503,28 @@ def report(
     file = target_of(out) if out else run_dir / "report.html"
     write_report(run_dir, file, remote=remote)
     _log(f"wrote {out or file}")
+
+
+@app.command("list", epilog=_examples("list recipes", "list keys share", "list methods --json"))
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="recipes, methods, terms, backbones or keys of a recipe.")
+    ],
+    pattern: Annotated[
+        str, typer.Argument(help="Letters in the name or the description; default: all.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """List what a recipe can name: a line for each, with its paper."""
+    from dataclasses import asdict
+
+    from cluster_jobs import listing
+
+    chosen = listing.items(kind, pattern)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in chosen]))
+        return
+    typer.echo("\n".join(listing.lines(chosen)))
 
 
 @app.command(epilog=_examples("guide", "guide imagenet-on-slurm"))

@@ -147,6 +147,12 @@ def round_table(statistics: list[dict[str, Any]]) -> Table:
     return table
 
 
+def scores_line(evaluator: str, values: dict[str, Any]) -> str:
+    """Return an evaluator's numbers as a line; tables are in the report and in --json."""
+    numbers = [f"{k} {v:.4f}" for k, v in values.items() if not isinstance(v, dict)]
+    return f"{evaluator}: {', '.join(numbers)}"
+
+
 def status_table(states: list[Status]) -> Table:
     """Return a table with a line for each run."""
     columns = ("run", "state", "phase", "round", "epoch", "loss", "images/s", "clusters", "moved")

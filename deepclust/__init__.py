@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepclust.data.shards.index import open_index
     from deepclust.launch.start import pretrain
     from deepclust.recipe import Recipe
+    from deepclust.stages.classifier import load_classifier
     from deepclust.stages.export import load_backbone
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "Whitening": "deepclust.clustering.whiten",
     "kmeans": "deepclust.clustering.kmeans",
     "load_backbone": "deepclust.stages.export",
+    "load_classifier": "deepclust.stages.classifier",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the pipeline
@@ -38,6 +40,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "Whitening",
     "kmeans",
     "load_backbone",
+    "load_classifier",
 ]
 
 

@@ -29,7 +29,8 @@ from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import average, cluster, warm_start
 from deepclust.stages.bank import fill_bank, write_bank
 from deepclust.stages.build import Context, build_trainer, restore
-from deepclust.stages.export import export_backbone
+from deepclust.stages.classifier import head_of
+from deepclust.stages.export import Head, export_backbone
 from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project, write_no_rows
 from deepclust.stages.train import Trainer, train_segment
@@ -204,8 +205,9 @@ def finish(context: Context, trainer: Trainer) -> None:
     """Export the backbone and say that the run is done."""
     if context.world.is_first:
         out = context.run.path / "export" / "backbone.safetensors"
-        written = export_backbone(
-            trainer.method.trunk, out, "safetensors", meta=warm_start.export_meta(context.run)
-        )
+        head = head_of(context.run, context.recipe, trainer.method)
+        own = head if isinstance(head, Head) else None
+        meta = warm_start.export_meta(context.run)
+        written = export_backbone(trainer.method.trunk, out, "safetensors", meta=meta, head=own)
         context.report.event("exported", file=str(out), hash=written.hash)
     context.world.barrier()

@@ -47,7 +47,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         photo = tmp_path / "my_photos" / f"class{i % 4}" / f"{i:03}.jpg"
         photo.parent.mkdir(parents=True, exist_ok=True)
         photo.write_bytes(encode(draw(i, 24, 32, label=i % 4), "jpg"))
-        rows += [f"class{i % 4}/{i:03},c{i % 4}"] * (i < 24)
+        rows += [f"class{i % 4}/{i:03},class{i % 4}"] * (i < 24)
     (tmp_path / "labels.csv").write_text("\n".join(rows))
     pack(tmp_path / "my_photos", tmp_path / "test_shards", seed=1)
     make_shards(tmp_path / "served", n=60, shards=3, size=16)

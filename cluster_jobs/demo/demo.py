@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cluster_jobs.demo.fashion_mnist import fetch
-from cluster_jobs.display import Display, command_line, round_table
+from cluster_jobs.display import Display, command_line, round_table, scores_line
 from deepclust.data.pack.pack import pack
 from deepclust.launch.start import pretrain, resume
 from deepclust.recipe import Recipe
@@ -48,7 +48,7 @@ def _conclude(run_dir: Path, shards: dict[str, Path]) -> None:
     console = Console()
     console.print(round_table(directory.Run(run_dir).metrics("round")))
     for name, values in scores.items():
-        console.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        console.print(scores_line(name, values))
     commands = (
         command_line("status", run_dir),
         command_line("assignments", run_dir, "--out", "clusters.parquet"),

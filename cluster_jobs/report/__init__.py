@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jinja2
 
-from cluster_jobs.report.charts import charts
+from cluster_jobs.report.charts import charts, reliability
 from cluster_jobs.report.checks import checks
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import gallery
@@ -37,6 +37,7 @@ def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
         facts=facts,
         checks=checks(facts),
         charts=charts(run, facts),
+        reliability=reliability(facts.answered),
         gallery=gallery(run, remote=remote),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cluster_jobs.report.facts import Facts, Record
+from cluster_jobs.report.facts import Answered, Facts, Record
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_assignments
 
@@ -25,6 +25,7 @@ STYLE: Any = {  # Any: matplotlib types the keys one by one, in new versions onl
     "font.size": 10.5,
     "axes.edgecolor": "#c9d0d9",
     "axes.labelcolor": "#4a5565",
+    "text.color": "#6b7686",  # of legends, on light and on dark paper
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -96,6 +97,28 @@ def _answers(facts: Facts) -> Chart | None:
     reading = "A collapse is a spread near 0, or an entropy of the mean target near 0"
     reading += ", or a mean entropy that stays at 1. Entropies are shares of ln k."
     return Chart("Signs of collapse", reading, _svg(draw))
+
+
+def reliability(answered: Answered | None) -> Chart | None:
+    """Return the panel of how often answers are right that are so confident."""
+    if answered is None or not {"confidence", "accuracy"} <= {*answered.calibration["columns"]}:
+        return None
+    table = answered.calibration
+    sure, right = (
+        np.array([row[table["columns"].index(name)] for row in table["values"]], np.float64)
+        for name in ("confidence", "accuracy")
+    )
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated")
+        axes.plot(sure, right, marker="o", color=BLUE, label="right")
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("confidence")
+        _legend(axes)
+
+    reading = "Share of right answers by confidence: below the dashed line they are too sure."
+    return Chart("Calibration", reading, _svg(draw))
 
 
 def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:

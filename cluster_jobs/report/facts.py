@@ -15,6 +15,7 @@ from deepclust.errors import DataError
 from deepclust.files import file_hash, fits, read_record
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import MethodSection, parse_cadence
+from deepclust.run import labels
 from deepclust.run.directory import ENVIRONMENT, Run, has_file
 from deepclust.run.events import Number
 from deepclust.run.round_files import read_facts, read_statistics
@@ -25,6 +26,7 @@ STATISTICS = (  # of a round or of a head that the page shows; None where a run 
     *("k", "n", "excluded", "sizes", "entropy_ratio", "largest_share", "inertia", "forced"),
     *("reassigned", "nmi_previous", "nmi_labels", "ari_labels", "accuracy_labels"),
 )
+MOST_CELLS, MOST_CONFUSED = 41, 10  # columns of a confusion matrix, and pairs that are listed
 SIZES = {"min": None, "median": None, "max": None}
 
 
@@ -44,6 +46,17 @@ class Score:
     measure: str
     value: float
     source: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The tables of a run's own answers, of the newest evaluation that has them."""
+
+    source: str
+    classes: Record
+    calibration: Record
+    confusion: Record | None  # with the `shares` of each row, None where there are many classes
+    confused: list[tuple[str, str, float]]  # the most frequent wrong answers: class, answer, images
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,8 @@ class Facts:
     seeds: Record | None  # the seeded clusters of the last round
     train: list[Record]
     scores: list[Score]
+    answered: Answered | None  # how the run's own classifier was judged
+    labels: list[tuple[str, int]]  # the seeds' classes and their labels, where batches hold them
     exports: list[Export]
     commands: list[tuple[str, str]]
 
@@ -79,7 +94,7 @@ def gather(run: Run) -> Facts:
     """Return everything but the images."""
     recipe, train = run.recipe, run.metrics("train")
     status = status_of(run)
-    scores = _scores(run)
+    scores, tables = _scores(run)
     rounds = [_round(run, number, train) for number in run.rounds()]
     return Facts(
         name=run.path.resolve().name,
@@ -93,6 +108,8 @@ def gather(run: Run) -> Facts:
         seeds=_seeds(run, rounds),
         train=train,
         scores=scores,
+        answered=_answered(tables),
+        labels=_labels(run),
         exports=[
             Export(str(file), file.stat().st_size, file_hash(file))
             for file in sorted((run.path / "export").glob("[!.]*"))
@@ -203,19 +220,79 @@ def _data(run: Run) -> list[tuple[str, str]]:
     return [("Samples", samples), ("Fingerprint", fingerprint)]
 
 
-def _scores(run: Run) -> list[Score]:
-    """Return the numbers of evaluations/*.json, the newest evaluation first."""
-    scores = []
+def _labels(run: Run) -> list[tuple[str, int]]:
+    kept = labels.read(run)
+    if kept is None or kept.counts is None:
+        return []
+    return list(zip(kept.classes, kept.counts, strict=False))
+
+
+def _answered(tables: dict[tuple[str, str], Record]) -> Answered | None:
+    """Return the tables of the evaluator `classifier`, if it was evaluated."""
+    own = {name: table for (evaluator, name), table in tables.items() if evaluator == "classifier"}
+    if not {"classes", "calibration"} <= own.keys():
+        return None
+    confusion = own.get("confusion")
+    if confusion is not None:
+        sums = [sum(v or 0 for v in row) or 1 for row in confusion["values"]]
+        pairs = zip(confusion["values"], sums, strict=True)
+        shares = [[(v or 0) / total for v in row] for row, total in pairs]
+        confusion = {**confusion, "shares": shares}
+    few = None if confusion is None or len(confusion["columns"]) > MOST_CELLS else confusion
+    return Answered(
+        own["classes"]["source"], own["classes"], own["calibration"], few, _confused(confusion)
+    )
+
+
+def _confused(confusion: Record | None) -> list[tuple[str, str, float]]:
+    """Return the most frequent wrong answers."""
+    if confusion is None:
+        return []
+    wrong = [
+        (row, column, count)
+        for row, counts in zip(confusion["rows"], confusion["values"], strict=True)
+        for column, count in zip(confusion["columns"], counts, strict=True)
+        if row != column and count
+    ]
+    return sorted(wrong, key=lambda one: -one[2])[:MOST_CONFUSED]
+
+
+def _scores(run: Run) -> tuple[list[Score], dict[tuple[str, str], Record]]:
+    """Return the numbers of evaluations/*.json, the newest evaluation first, and its tables.
+
+    Of the tables of one evaluator and name only the newest is returned.
+    """
+    scores: list[Score] = []
+    tables: dict[tuple[str, str], Record] = {}
     for file in sorted((run.path / "evaluations").glob("*.json"), reverse=True):
         record = read_record(file, {"step": int, "train": str, "test": str, "scores": dict})
         source = f"step {record['step']:,}: {record['train']} → {record['test']}"
         for evaluator, values in record["scores"].items():
-            if not isinstance(values, dict) or not all(fits(v, Number) for v in values.values()):
+            if not isinstance(values, dict) or not all(map(_is_value, values.values())):
                 raise DataError(
                     f"{file} is damaged: its scores of {evaluator[:80]!r} are no numbers"
                 )
-            scores += [Score(evaluator, name, value, source) for name, value in values.items()]
-    return scores
+            for name, value in values.items():
+                if isinstance(value, dict):
+                    tables.setdefault((evaluator, name), {**value, "source": source})
+                else:
+                    scores.append(Score(evaluator, name, value, source))
+    return scores, tables
+
+
+def _is_value(value: Any) -> bool:
+    """Return whether a value is a number, or a whole table (`deepclust.evaluate.frozen.Table`)."""
+    if not isinstance(value, dict):
+        return fits(value, Number)
+    rows, columns, values = (value.get(key) for key in ("rows", "columns", "values"))
+    if not (isinstance(rows, list) and isinstance(columns, list) and isinstance(values, list)):
+        return False
+    if not all(isinstance(name, str) for name in [*rows, *columns]):
+        return False
+    return len(values) == len(rows) and all(
+        isinstance(row, list) and len(row) == len(columns)
+        and all(one is None or fits(one, Number) for one in row) for row in values
+    )  # fmt: skip
 
 
 def _commands(run: Run, recipe: Recipe, state: str) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from deepclust.errors import DataError, DeepclustError, redact
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import (
     DIM,
+    Answers,
     Embed,
     Frozen,
     Labelled,
@@ -42,8 +43,10 @@ from deepclust.run.directory import Run, open_run
 from deepclust.run.labels import class_names as class_names_of
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
+from deepclust.stages.answers import columns_of
 from deepclust.stages.build import build_method
-from deepclust.stages.export import Exported, export_backbone
+from deepclust.stages.classifier import head_of
+from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
 
@@ -93,7 +96,7 @@ def _freeze(run: Run, checkpoint: Checkpoint, train: str, test: str) -> Frozen:
     embedder = _embedder(run, checkpoint)
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
         frozen = freeze_shards(embedder, index, test_index, run.recipe.data, dim=dim)
-        return _with_seeds(frozen, run, index)
+        return _with_seeds(_with_answers(frozen, run, embedder), run, index)
 
 
 def export_run(
@@ -104,11 +107,18 @@ def export_run(
 ) -> Exported:
     """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
 
+    In safetensors its classifier is beside it, where it answers classes.
+
     `emit` is given what to know about it, such as that a newer one cannot be read.
     """
     format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
     file, run = target_of(out), open_run(run_dir)
-    exported = export_backbone(load_trunk(run, emit), file, format_, meta=export_meta(run))
+    method = load_embedder(run, emit).method
+    head = head_of(run, run.recipe, method)
+    if isinstance(head, str) and run.recipe.seeds is not None and format_ == "safetensors":
+        emit(f"note: the file has no classifier: {head}")
+    own = head if isinstance(head, Head) else None
+    exported = export_backbone(method.trunk, file, format_, meta=export_meta(run), head=own)
     return replace(exported, path=out)
 
 
@@ -170,6 +180,15 @@ def _embedder(run: Run, saved: Checkpoint) -> Embedder:
     weights = counting_weights(run, saved)
     put_weights(embedder.method, weights, "the checkpoint", embedder.method.owned())
     return embedder
+
+
+def _with_answers(frozen: Frozen, run: Run, embedder: Embedder) -> Frozen:
+    """Return `frozen` with the run's own answers, or why there are none."""
+    columns = columns_of(run, run.recipe, embedder.method)
+    if isinstance(columns, str):
+        return replace(frozen, answers_missing=columns)
+    answers = Answers(embedder.answer, columns.classes, columns.class_of, columns.labels)
+    return replace(frozen, answers=answers)
 
 
 def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:

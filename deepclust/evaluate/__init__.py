@@ -1,24 +1,26 @@
 """What frozen features are worth, measured on labels that pretraining never used.
 
-An evaluator is a generator `f(frozen)` of (name, value). `EVALUATORS` is the table of ours, and a
-name with a dot is a module that holds one in its function `evaluate`.
+An evaluator is a generator `f(frozen)` of (name, value), where a value is a number or a `Table`.
+`EVALUATORS` is the table of ours, and a name with a dot is a module that holds one in its function
+`evaluate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from deepclust.errors import DataError, DeepclustError, RecipeError
+from deepclust.evaluate.classifier import classifier
 from deepclust.evaluate.clusters import clusters, spherical_clusters
-from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, freeze
+from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, Value, freeze
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
 from deepclust.evaluate.nearest_prototype import prototypes
 from deepclust.files import import_named
 
-Evaluator: TypeAlias = Callable[[Frozen], Iterator[tuple[str, float]]]
-Scores: TypeAlias = dict[str, dict[str, float]]
+Evaluator: TypeAlias = Callable[[Frozen], Iterator[tuple[str, Value]]]
+Scores: TypeAlias = dict[str, dict[str, Any]]  # values by evaluator and name, as JSON has them
 
 EVALUATORS: dict[str, Evaluator] = {
     "knn": knn,
@@ -26,6 +28,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "clusters": clusters,
     "spherical_clusters": spherical_clusters,
     "prototypes": prototypes,
+    "classifier": classifier,
 }
 
 

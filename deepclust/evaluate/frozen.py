@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int64, UInt8
@@ -22,6 +22,7 @@ from deepclust.recipe.sections import Data
 
 Embed: TypeAlias = Callable[[UInt8[Tensor, "b 3 s s"]], Float32[Tensor, "b d"]]
 Labelled: TypeAlias = tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"] | None]
+Classify: TypeAlias = Callable[[Float[np.ndarray, "b d"]], Float[Tensor, "b k"]]
 
 LABEL = "Pack them from class folders, add a KEY.cls to each sample, or name other shards."
 DIM = 64  # directions that the whitening keeps where no recipe says how many
@@ -52,6 +53,34 @@ class SeedRows:
     refine: float = 0.0  # of the recipe, seeds.refine
 
 
+class Table(TypedDict):
+    """Values by the names of rows and columns, None where there is none.
+
+    JSON and the report show it as it is.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float | None]]
+
+
+Value: TypeAlias = float | Table  # what an evaluator yields under a name
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a run itself answers: logits over columns, some of which are classes of its seeds.
+
+    `class_of` has the position in `classes` of every column, and -1 for a free one, a cluster or a
+    prototype that stands for no class. `labels` counts the labels that each class had in training.
+    """
+
+    classify: Classify  # of features, on the device of the network
+    classes: tuple[str, ...]
+    class_of: Int64[np.ndarray, " k"]
+    labels: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Features and labels of both splits, and the facts of the recipe that evaluators use."""
@@ -65,6 +94,8 @@ class Frozen:
     seeds_missing: str = "no labelled seeds were given"  # why there are no seeds
     notes: tuple[str, ...] = ()  # what is odd about the labels
     embed: Embed | None = None  # the network, where the features come from one
+    answers: Answers | None = None
+    answers_missing: str = "no classifier was given"  # why there are no answers
 
 
 def freeze(

@@ -167,6 +167,13 @@ class Method(nn.Module, ABC):
         """Return logits over the method's own classes, from features of its backbone."""
         raise NotImplementedError(f"{type(self).__name__} has no classes")
 
+    def answer(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
+        """Return what the run is evaluated and exported by: logits, from features of the trunk.
+
+        By default those of `classify`. A method with a teacher may ask the teacher's head.
+        """
+        return self.classify(features)
+
     def adopt(self, targets: Targets, seed: int) -> dict[str, Bool[Tensor, " rows"]]:
         """Take a round in.
 

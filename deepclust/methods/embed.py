@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from deepclust.data.images.crops import to_float
@@ -36,6 +37,13 @@ class Embedder:
     def clustered(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b d"]:
         """Return the rows that a round is made of, computed likewise."""
         return self._apply(self.method.clustered, images)
+
+    @torch.inference_mode()
+    def answer(self, features: Float[np.ndarray, "b D"]) -> Float32[Tensor, "b k"]:
+        """Return the method's logits of features that were embedded, in float32."""
+        self.method.eval()
+        rows = torch.from_numpy(np.asarray(features, np.float32)).to(self.device)
+        return self.method.answer(rows).float()
 
     def _apply(self, work: Callable[[Tensor], Tensor], images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
         self.method.eval()

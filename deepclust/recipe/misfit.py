@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deepclust.recipe.recipe import Recipe
+    from deepclust.recipe.sections import SeedsSection
 
 
 def misfit(recipe: Recipe) -> str | None:
     """Return the first thing that does not fit together, None if all does."""
     method, cluster = recipe.method, recipe.cluster
     if method.round is None and (unused := _unused(recipe)):
-        return f"{method.name} does not cluster: leave {unused} out (null)"
+        why = "does not cluster"
+        if unused == "seeds":
+            why = "neither clusters nor uses labels, and no term does"
+        return f"{method.name} {why}: leave {unused} out (null)"
     if method.round is not None and cluster is None:
         return f"cluster: is required by method {method.name}"
     if method.whole_batch and recipe.train.accumulate > 1:
@@ -86,12 +90,28 @@ def _misfit_of_crops(recipe: Recipe) -> str | None:
 
 def _misfit_of_seeds(recipe: Recipe) -> str | None:
     if recipe.seeds is None:
-        needed = recipe.method.labels == "required"
-        return f"seeds: are required by method {recipe.method.name}" if needed else None
+        users = [f"terms.{name}" for name, term in recipe.terms.items() if term.uses_labels]
+        if recipe.method.labels == "required":
+            users.insert(0, f"method {recipe.method.name}")
+        return f"seeds: are required by {users[0]}: set seeds.labels" if users else None
+    if recipe.cluster is None and (key := _idle_seeds(recipe.seeds)):
+        why = f"means nothing for {recipe.method.name}, which pins no clusters"
+        return f"seeds.{key} {why}: leave it out"
     if recipe.cluster is not None and recipe.seeds.share == 1:
         return "seeds.share: batches of labelled samples alone leave nothing to cluster"
     if recipe.cluster is not None and recipe.cluster.init == "two-level":
         return "seeds: a pinned clustering starts at random or by k-means++, not two-level"
+    return None
+
+
+def _idle_seeds(seeds: SeedsSection) -> str | None:
+    """Return the first key that is set and is for pinned clusters only.
+
+    `seeds.refine` is not among them, since the evaluation of prototypes uses it too.
+    """
+    for key in ("prototypes", "momentum", "pin_from", "release_after", "force"):
+        if getattr(seeds, key) != type(seeds).model_fields[key].default:
+            return key
     return None
 
 

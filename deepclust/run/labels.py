@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepclust.files import read_record, write_json
+from deepclust.files import fits, read_record, write_json
 from deepclust.run.directory import Run
 
 FILE = "labels.json"
@@ -12,18 +13,24 @@ FILE = "labels.json"
 
 @dataclass(frozen=True)
 class Labels:
-    """The digest of a run's labels, and the names of the classes by their numbers.
+    """The digest of a run's labels, the names of the classes by their numbers, and their labels.
 
-    Runs of older versions did not keep the names.
+    Runs of older versions did not keep the names, or how many labels each class has.
     """
 
     digest: str
     classes: tuple[str, ...]
+    counts: tuple[int, ...] | None = None
 
 
-def write(run: Run, digest: str, count: int, classes: list[str]) -> None:
-    """Keep what a later process of the run compares its labels with."""
-    write_json(run.path / FILE, {"digest": digest, "count": count, "classes": classes})
+def write(run: Run, digest: str, counts: Sequence[int], classes: Sequence[str]) -> None:
+    """Keep what a later process of the run compares its labels with.
+
+    `counts` are the labels of each class.
+    """
+    each = [int(count) for count in counts]
+    record = {"digest": digest, "count": sum(each), "classes": [*classes], "counts": each}
+    write_json(run.path / FILE, record)
 
 
 def read(run: Run) -> Labels | None:
@@ -32,7 +39,10 @@ def read(run: Run) -> Labels | None:
     if not file.exists():
         return None
     record = read_record(file, {"digest": str})
-    return Labels(record["digest"], tuple(map(str, record.get("classes", ()))))
+    classes, counts = tuple(map(str, record.get("classes", ()))), record.get("counts")
+    if not isinstance(counts, list) or not all(fits(count, int) for count in counts):
+        counts = []
+    return Labels(record["digest"], classes, tuple(counts) if counts else None)
 
 
 def class_names(run: Run) -> tuple[str, ...]:

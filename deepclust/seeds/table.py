@@ -97,6 +97,7 @@ def load(index: Index, config: SeedsSection, seed: int) -> Seeds:
     everything = _read(index, config.labels, "seeds.labels", notes)
     usable = _usable(everything, np.array(list(index.excluded), np.int64), notes)
     chosen = _draw(usable, config.per_class, seed)
+    _note_few(usable, config.per_class, notes)
     table, rest = usable.where(chosen), usable.where(~chosen)
     return Seeds(table, _held_out(index, config, table, rest, notes), notes)
 
@@ -189,6 +190,7 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
         key = _in_shard(table["shard"], key)
     keys, key_of = _codes(key)
     names, class_of = _codes(table["class"])
+    _check_spelling(names.to_pylist(), path)
     classes = _one_class_each(keys, key_of, names, class_of, path)
     ids = _sample_ids(index, keys, by_shard, path)
     known = ids >= 0
@@ -196,6 +198,15 @@ def _joined(index: Index, table: pa.Table, path: Path, notes: list[str]) -> Seed
     joined = _numbered(ids[known], classes[known], names.to_pylist())
     _check_classes(joined, f"{path} names")
     return joined
+
+
+def _check_spelling(names: list[str], path: Path) -> None:
+    """Raise `DataError` for two classes whose names differ in spaces at their ends alone."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(name.strip(), name)
+        if other != name:
+            raise DataError(f"{path} has the classes {other!r} and {name!r}: write both alike")
 
 
 def _in_shard(shards: Any, keys: Any) -> Any:
@@ -330,6 +341,18 @@ def _draw(table: SeedTable, per_class: int | None, seed: int) -> Bool[np.ndarray
         count = min(per_class, len(own))
         chosen[generator(seed, "seeds", name).choice(own, count, replace=False)] = True
     return chosen
+
+
+def _note_few(table: SeedTable, per_class: int | None, notes: list[str]) -> None:
+    """Note the classes that have fewer labels than are asked for: all of theirs are used."""
+    few = [] if per_class is None else np.flatnonzero(table.counts < per_class).tolist()
+    if few:
+        listed = ", ".join(f"{table.names[i]!r} has {table.counts[i]}" for i in few[:SHOWN])
+        more = ", ..." if len(few) > SHOWN else ""
+        notes.append(
+            f"seeds.per_class={per_class}: {len(few)} of {len(table.names)} classes have fewer "
+            f"labels, and all of theirs are used ({listed}{more})"
+        )
 
 
 def _held_out(

@@ -8,7 +8,8 @@ from deepclust.errors import DataError
 from deepclust.run import checkpoint, labels
 from deepclust.run.directory import Run
 from deepclust.stages.build import build_method
-from deepclust.stages.export import Exported, export_backbone
+from deepclust.stages.classifier import head_of
+from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.warm_start import backbone_part, export_meta
 from deepclust.world import ALONE
 
@@ -29,4 +30,8 @@ def export_again(run: Run, file: Path) -> Exported:
     except (KeyError, RuntimeError) as error:
         text = f"{file} cannot be written again from step {saved.state.step}: {error}"
         raise DataError(text) from error
-    return export_backbone(trunk, file, "safetensors", meta=export_meta(run))
+    if run.recipe.seeds is not None:
+        checkpoint.put_weights(method, weights, folder, method.owned())
+    head = head_of(run, run.recipe, method)
+    own = head if isinstance(head, Head) else None
+    return export_backbone(trunk, file, "safetensors", meta=export_meta(run), head=own)

@@ -6,6 +6,7 @@ else. So ranks, reader processes, restarts, and where colours are computed make 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -47,11 +48,13 @@ class Feed:
 
         It is over samples without a clustering, and where the method's mode is `all`. Then sources
         with weights (`data.shards: {a: 2, b: 1}`) have these shares of it. With `seeds.share` every
-        batch has that share of labelled samples, uniform over their clusters, or over their classes
-        where nothing is clustered. Head 0 samples.
+        batch has that share of labelled samples, uniform over their clusters. They are uniform over
+        classes where nothing is clustered, and where a method or a term uses labels. For these the
+        rest of a batch is unlabelled, so that the share is exact. Head 0 samples.
         """
         drawn_from, weights = self._drawn_from(targets)
-        lanes, mode = timeline.lanes if self.read == "block" else None, self.recipe.method.mode
+        part, mode = self._labelled_count(targets), self.recipe.method.mode
+        lanes = math.gcd(timeline.lanes, part) if self.read == "block" else None
         build = partial(
             EpochPlan.build,
             seed=self.recipe.seed,
@@ -61,15 +64,17 @@ class Feed:
             blocks=self.index.bases,
         )
         batch, steps = self.recipe.train.batch, steps or timeline.steps(state)
-        part = self._labelled_share(lanes or 1, targets)
         if part == 0:
             return build(drawn_from, global_batch=batch, steps=steps, weights=weights)
         steps = steps or int((drawn_from >= 0).sum()) // batch
         groups = self._labelled_groups(len(drawn_from), targets)
-        labelled = build(groups, global_batch=part, steps=steps, purpose="labelled")
+        few = partial(build, groups, global_batch=part, steps=steps, purpose="labelled")
+        labelled = few(mode="exact")  # few labels repeat evenly, however clusters are drawn
         if part == batch:
             return labelled
-        rest = build(drawn_from, global_batch=batch - part, steps=steps, weights=weights)
+        rest = build(
+            self._rest(drawn_from), global_batch=batch - part, steps=steps, weights=weights
+        )
         return rest.mixed(labelled, lanes)
 
     def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
@@ -134,10 +139,10 @@ class Feed:
         floats = to_float(images, data.mean, data.std)
         return floats.contiguous(memory_format=torch.channels_last)
 
-    def _labelled_share(self, lanes: int, targets: Targets | None) -> int:
-        """Return how many samples of a batch are labelled.
+    def _labelled_count(self, targets: Targets | None) -> int:
+        """Return how many samples of a batch are labelled, 0 without `seeds.share`.
 
-        Every lane has equally many of them. With `seeds.share=1` all samples are labelled.
+        With a share of 1 all are, with a smaller one at least one is, and one is not.
         """
         seeds, batch = self.recipe.seeds, self.recipe.train.batch
         if seeds is None or self.table is None or seeds.share == 0:
@@ -146,7 +151,7 @@ class Feed:
             return 0
         if seeds.share == 1:
             return batch
-        return min(max(round(seeds.share * batch / lanes), 1) * lanes, batch - lanes)
+        return min(max(round(seeds.share * batch), 1), batch - 1)
 
     def _drawn_from(
         self, targets: Targets | None
@@ -164,8 +169,25 @@ class Feed:
         """Return the groups that labelled samples are drawn from, or -1 for all other samples."""
         assert self.table is not None
         groups, ids = np.full(n, -1, np.int32), self.table.sample_ids
-        groups[ids] = self.table.classes if targets is None else targets.assignments[0][ids]
+        clusters = None if targets is None else targets.assignments[0][ids]
+        if clusters is None or self.recipe.uses_labels:
+            groups[ids] = self.table.classes
+            if clusters is not None:
+                groups[ids[clusters < 0]] = -1  # they cannot be read
+        else:
+            groups[ids] = clusters
         return groups
+
+    def _rest(self, drawn_from: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
+        """Return the groups without the labelled samples, where these count by their labels.
+
+        Where all samples are labelled there are no others to draw from.
+        """
+        if self.table is None or not self.recipe.uses_labels:
+            return drawn_from
+        rest = np.array(drawn_from)
+        rest[self.table.sample_ids] = -1
+        return rest if (rest >= 0).any() else drawn_from
 
     def _key(self, segment: int) -> int:
         return derive(self.recipe.seed, "view", segment)

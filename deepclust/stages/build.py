@@ -17,7 +17,7 @@ from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.read.patience import Patience
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import never
-from deepclust.errors import RecipeError, RunDiffersError
+from deepclust.errors import DataError, RecipeError, RunDiffersError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
 from deepclust.methods.terms.term import attach_terms
@@ -179,6 +179,8 @@ def read_labels(context: Context) -> SeedTable | None:
     if recipe.cluster is None:  # else the clustering reports them
         for note in seeds.notes:
             context.emit("warning", text=note)
+    for note in check_labels(recipe, seeds.table, len(context.index)):
+        context.emit("warning", text=note)
     began = labels.read(run)
     if began is not None and began.digest != seeds.table.digest:
         raise RunDiffersError(
@@ -186,8 +188,36 @@ def read_labels(context: Context) -> SeedTable | None:
             "with. Restore them, or start a new run."
         )
     if context.world.is_first and (began is None or not began.classes):
-        labels.write(run, seeds.table.digest, len(seeds.table), seeds.table.names)
+        labels.write(run, seeds.table.digest, seeds.table.counts.tolist(), seeds.table.names)
     return seeds.table
+
+
+def check_labels(recipe: Recipe, table: SeedTable, samples: int) -> list[str]:
+    """Return what the user should know of labels that batches hold.
+
+    Raises `DataError` for a single class: there must be two to tell apart.
+    """
+    seeds = recipe.seeds
+    assert seeds is not None
+    if not recipe.uses_labels:
+        return []
+    if len(table.names) < 2:
+        raise DataError(
+            f"seeds.labels: {seeds.labels} has one class only, {table.names[0]!r}, and "
+            f"{recipe.method.name} learns to tell classes apart. Label samples of a second class."
+        )
+    usual = recipe.train.batch * len(table) / samples
+    if seeds.share == 0 and usual < 1:
+        return [
+            f"seeds.share=0: a batch of {recipe.train.batch} holds {usual:.2g} labelled samples on "
+            "average. Set seeds.share, for example to 0.25"
+        ]
+    if 0 < seeds.share < 1 and len(table) == samples:
+        return [
+            f"all {samples} samples are labelled, so every batch is, whatever seeds.share says. "
+            "Set seeds.share=1, or seeds.per_class to use fewer labels"
+        ]
+    return []
 
 
 def parameter_groups(method: Method) -> list[Group]:

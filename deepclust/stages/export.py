@@ -1,12 +1,12 @@
 """Export a trained backbone for torchvision or as safetensors, and load it again.
 
-Both formats hold the backbone's weights under the network's own names, without a classifier.
+Both formats hold the backbone's weights under the network's own names.
 
 - `torchvision`: a `.pth` state dict of plain tensors (loads with `weights_only=True`) for
   `torchvision.models.NAME()`. It loads with `strict=False`: nothing in it is unexpected, and what
   is missing is the classifier alone (`fc.*`, `classifier.*` or `heads.*`).
 - `safetensors`: any backbone. The header says how to build the network, so `load_backbone(path)`
-  needs nothing else.
+  needs nothing else. The classifier of a run that answers classes lies beside it (`classifier.py`).
 
 A file counts as written once it was read back and gave the same features, bit for bit.
 """
@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from deepclust.models import Backbone, build_backbone, libraries
 
 FORMATS = ("torchvision", "safetensors")
 HEADER = "deepclust"  # the key of our JSON in a safetensors header
+CLASSIFIER = "classifier"  # the key of what says how to build one, and with a slash its tensors
 KEYS = {  # what we put in it
     **dict.fromkeys(("name", "version", "weights"), str),
     **dict.fromkeys(("dim", "image_size"), int),
@@ -41,6 +43,18 @@ KEYS = {  # what we put in it
 }
 LARGEST = 2**14  # pixels of an image's side
 REMEDY = "Write one with `deepclust export RUN --format safetensors --out FILE`."
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier that travels with a backbone: what the header says of it, and its tensors.
+
+    `check` raises for a file of which it does not read the same classifier.
+    """
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    check: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -58,12 +72,17 @@ class Exported:
 
 
 def export_backbone(
-    backbone: Backbone, path: str | Path, format: str, *, meta: dict[str, Any]
+    backbone: Backbone,
+    path: str | Path,
+    format: str,
+    *,
+    meta: dict[str, Any],
+    head: Head | None = None,
 ) -> Exported:
     """Write the backbone to `path` atomically, after it was read back and compared.
 
     `meta` are JSON values for the safetensors header beside ours (KEYS), such as `mean` and `std`
-    of the images. A torchvision file has no place for them.
+    of the images. A torchvision file has no place for them, nor for the classifier in `head`.
 
     Raises `RecipeError` for a format that cannot hold this backbone, `NumericalError` for weights
     that are not finite, `DiskError` for a full disk.
@@ -78,11 +97,13 @@ def export_backbone(
             partial.write_bytes(_pth(state))
             reloaded = _load_torchvision(backbone, partial)
         else:
-            header = json.dumps(_header(backbone, weights, meta))
-            partial.write_bytes(safetensors.torch.save(state, metadata={HEADER: header}))
+            partial.write_bytes(_with_header(backbone, state, weights, meta, head))
             reloaded = load_backbone(partial)
+            if head is not None:
+                head.check(partial)
         _check_same(backbone, reloaded)
-    return Exported(path, format, files.file_hash(path), weights, _usage(backbone, path, format))
+    usage = _usage(backbone, path, format, head)
+    return Exported(path, format, files.file_hash(path), weights, usage)
 
 
 def load_backbone(path: str | Path) -> Backbone:
@@ -94,10 +115,18 @@ def load_backbone(path: str | Path) -> Backbone:
 
     Raises `DataError` for a file that is broken or not such an export.
     """
+    return read_export(path)[0]
+
+
+def read_export(path: str | Path) -> tuple[Backbone, dict[str, Tensor]]:
+    """Return the backbone of an export as `load_backbone`, and the tensors of its classifier."""
     path = files.path_of(path, "path")
     meta = _read_header(path)
     with files.reading(path, REMEDY):
-        state = safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
+    own = f"{CLASSIFIER}/"
+    head = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
+    state = {k: v for k, v in tensors.items() if not k.startswith(own)}
     if weights_hash(state) != meta["weights"]:
         raise DataError(f"{path}: the weights are not those that were exported. Export it again.")
     name, size = meta["name"], meta["image_size"]
@@ -111,7 +140,7 @@ def load_backbone(path: str | Path) -> Backbone:
             f"{deepclust.__version__}, which cannot build it: {why}"
         ) from error
     backbone.meta = meta
-    return backbone.eval()
+    return backbone.eval(), head
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
@@ -142,13 +171,29 @@ def _check_format(backbone: Backbone, format: str) -> None:
         )
 
 
-def _check_finite(state: dict[str, Tensor]) -> None:
+def _check_finite(state: dict[str, Tensor], whose: str = "backbone") -> None:
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise NumericalError(
-            f"the backbone's {broken[0]} (and {len(broken) - 1} more tensors) hold NaN or "
+            f"the {whose}'s {broken[0]} (and {len(broken) - 1} more tensors) hold NaN or "
             f"infinity; nothing was written. Export an earlier checkpoint."
         )
+
+
+def _with_header(
+    backbone: Backbone,
+    state: dict[str, Tensor],
+    weights: str,
+    meta: dict[str, Any],
+    head: Head | None,
+) -> bytes:
+    """Return the bytes of a safetensors file, with the classifier if there is one."""
+    header = _header(backbone, weights, meta)
+    if head is not None:
+        _check_finite(head.tensors, "classifier")
+        header[CLASSIFIER] = head.about
+        state = {**state, **{f"{CLASSIFIER}/{name}": t for name, t in head.tensors.items()}}
+    return safetensors.torch.save(state, metadata={HEADER: json.dumps(header)})
 
 
 def _header(backbone: Backbone, weights: str, meta: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +260,13 @@ def _check_same(backbone: Backbone, reloaded: nn.Module) -> None:
         )
 
 
-def _usage(backbone: Backbone, path: Path, format: str) -> str:
+def _usage(backbone: Backbone, path: Path, format: str, head: Head | None) -> str:
+    if format == "safetensors" and head is not None:
+        return (
+            "from deepclust import load_backbone, load_classifier\n"
+            f"net = load_backbone({str(path)!r})  # features\n"
+            f"net = load_classifier({str(path)!r})  # logits, names in net.id2label"
+        )
     if format == "safetensors":
         return f"from deepclust import load_backbone\nnet = load_backbone({str(path)!r})"
     size = f"image_size={backbone.image_size}" if backbone.name.startswith("vit_") else ""

@@ -16,6 +16,7 @@ from deepclust.errors import DataError, RecipeError
 from deepclust.files import write_json
 from deepclust.models import Backbone
 from deepclust.recipe import Recipe
+from deepclust.run import labels
 from deepclust.run.checkpoint import Checkpoint, counting_weights, load, load_latest
 from deepclust.run.directory import Run, exists, has_file, is_done, manifest
 from deepclust.run.round_files import read_array, read_facts, read_whitening
@@ -111,6 +112,8 @@ def export_meta(run: Run) -> dict[str, Any]:
         stage = run.round(number) / "centroids"
         if has_file(stage, "prototypes.json"):
             meta["classes"] = read_facts(stage, "prototypes.json")["classes"]
+    if "classes" not in meta and (names := labels.class_names(run)):
+        meta["classes"] = list(names)
     return meta
 
 

@@ -16,7 +16,7 @@ from deepclust.run.directory import Run
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
 VERBS = "demo pack index pretrain submit status logs cancel resume extract cluster train"
-VERBS += " evaluate assignments export report"
+VERBS += " evaluate assignments export report list"
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@ from deepclust.evaluate.frozen import freeze
 from tests.evaluate.blobs import splits
 
 
-def test_every_evaluator_answers_under_its_name_but_prototypes_need_seeds() -> None:
+def test_every_evaluator_answers_under_its_name_but_two_need_more_than_features() -> None:
     reasons: list[str] = []
     scores = evaluate(freeze(*splits(200)), emit=reasons.append)
-    assert list(EVALUATORS) == ["knn", "linear", "clusters", "spherical_clusters", "prototypes"]
+    assert list(EVALUATORS) == [*scores, "prototypes", "classifier"]
     assert list(scores) == ["knn", "linear", "clusters", "spherical_clusters"]
-    assert reasons == ["prototypes is not evaluated: no labelled seeds were given"]
+    assert reasons == [
+        "prototypes is not evaluated: no labelled seeds were given",
+        "classifier is not evaluated: no classifier was given",
+    ]
     assert {"top1"} <= set(scores["knn"]) & set(scores["linear"])
     assert {"nmi", "ari", "accuracy"} <= set(scores["clusters"])
     assert all(

@@ -142,8 +142,27 @@ def test_a_method_that_requires_labels_asks_for_seeds() -> None:
 
 
 def test_seeds_are_refused_where_no_method_and_no_term_uses_them(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="simclr does not cluster: leave seeds out"):
+    with pytest.raises(RecipeError, match=r"simclr neither clusters nor uses labels.*leave seeds"):
         tiny_recipe(tmp_path, "method.name=simclr", "cluster=null", "seeds={labels: shards}")
+
+
+TERM = "terms={tests.toys.term: {weight: 1}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([TERM], r"required by terms\.tests\.toys\.term: set seeds\.labels"),
+        ([TERM, "seeds={labels: shards, force: true}"], r"seeds\.force means nothing for simclr"),
+        ([TERM, "seeds={labels: shards, prototypes: 2}"], r"seeds\.prototypes means nothing for"),
+    ],
+)
+def test_labels_that_nothing_can_use_or_that_are_missing_are_named(
+    overrides: list[str], problem: str
+) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        small_case("simclr", *overrides)
+    assert small_case("simclr", TERM, "seeds={labels: shards, refine: 4}").uses_labels
 
 
 def test_gang_is_read_as_ranks(tmp_path: Path) -> None:

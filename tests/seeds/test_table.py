@@ -226,3 +226,20 @@ def test_stretches_of_shards_change_nothing(
     whole = seeds(index, path).table.digest
     monkeypatch.setattr("deepclust.seeds.table.STRETCH", 20)
     assert seeds(index, path).table.digest == whole
+
+
+def test_a_class_with_fewer_labels_than_asked_for_gives_all_and_is_noted(
+    index: Index, tmp_path: Path
+) -> None:
+    assert index.labels is not None
+    few = SeedsSection(labels="shards", per_class=len(index))
+    seeds = load(index, few, 0)
+    assert len(seeds.table) == (np.asarray(index.labels) >= 0).sum()
+    assert any("classes have fewer labels, and all of theirs are used" in n for n in seeds.notes)
+
+
+def test_classes_that_differ_in_spaces_alone_are_a_conflict(index: Index, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"key,class\n{index.keys[0]},cat\n{index.keys[1]},cat \n")
+    with pytest.raises(DataError, match="'cat' and 'cat ': write both alike"):
+        load(index, SeedsSection(labels=str(table)), 0)

@@ -14,11 +14,13 @@ from deepclust import Recipe, open_index
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Loader, Request
 from deepclust.data.shards.index import Index
+from deepclust.errors import DataError
 from deepclust.methods.base import Now, Targets
 from deepclust.recipe.declare import Crops
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
 from deepclust.stages.batches import Feed, crops_of, labels_of
+from deepclust.stages.build import check_labels
 from deepclust.stages.data_index import idle_weights
 from deepclust.stages.schedule import Timeline
 from deepclust.world import World
@@ -114,27 +116,93 @@ def plan_of(
 
 
 def online(share: float, ranks: int) -> Recipe:
-    of = recipe("simclr", f"train.ranks={ranks}", "train.batch=24")
-    seeds = recipe(TOY, f"seeds={{labels: shards, share: {min(share, 0.9)}}}").seeds
-    assert seeds is not None
-    return of.model_copy(update={"seeds": seeds.model_copy(update={"share": share})})
+    term, seeds = "terms={tests.toys.term: {weight: 1}}", f"seeds={{labels: s, share: {share}}}"
+    return recipe("simclr", term, seeds, f"train.ranks={ranks}")
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.25, 6), (1 / 3, 8), (0.1, 2), (0.001, 1), (1, 24)])
 @pytest.mark.parametrize("read", ["offset", "block"])
-def test_batches_without_a_clustering_have_their_share_of_labels(
-    labelled: tuple[Index, SeedTable], read: str
+def test_every_batch_has_exactly_its_share_of_labels_however_it_is_read(
+    labelled: tuple[Index, SeedTable], read: str, share: float, count: int
 ) -> None:
-    plan = plan_of(labelled, 0.25 if read == "offset" else 1 / 3, read=read)
+    plan = plan_of(labelled, share, read=read)
     known = np.isin(plan.ids, labelled[1].sample_ids).reshape(plan.steps, -1)
     assert plan.steps == 12
-    assert (known.sum(1) >= (6 if read == "offset" else 8)).all()
+    assert known.sum(1).tolist() == [count] * 12
 
 
-def test_every_rank_has_its_share_of_labels(labelled: tuple[Index, SeedTable]) -> None:
-    plan = plan_of(labelled, 0.25, ranks=2)
-    for rank in range(2):
-        known = np.isin(plan.for_rank(rank, 2), labelled[1].sample_ids)
-        assert (known.sum(1) >= 3).all()
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_the_labelled_rows_of_a_batch_are_the_same_for_any_number_of_ranks(
+    labelled: tuple[Index, SeedTable], share: float
+) -> None:
+    whole = plan_of(labelled, share)
+    for ranks in (2, 3):
+        plan = plan_of(labelled, share, ranks)
+        parts = [plan.for_rank(rank, ranks) for rank in range(ranks)]
+        np.testing.assert_array_equal(np.concatenate(parts, 1), whole.ids.reshape(12, 24))
+        counts = [np.isin(part, labelled[1].sample_ids).sum(1) for part in parts]
+        assert np.ptp(counts, axis=0).max() <= 1
+
+
+def test_few_labels_repeat_evenly_by_class_and_within_a_class(
+    labelled: tuple[Index, SeedTable],
+) -> None:
+    index, table = labelled
+    uneven = SeedTable(table.sample_ids[:7], np.array([0, 0, 0, 0, 1, 1, 2], np.int32), [*"abc"])
+    plan = plan_of((index, uneven), 0.25)
+    counts = np.bincount(plan.ids, minlength=300)[uneven.sample_ids]
+    assert counts.sum() == 72
+    classes = np.bincount(uneven.classes, weights=counts)
+    assert np.ptp(classes) <= 1
+    assert all(np.ptp(counts[uneven.classes == c]) <= 1 for c in range(3))
+
+
+def test_a_segment_that_is_resumed_reads_the_rest_of_the_same_labelled_batches(
+    labelled: tuple[Index, SeedTable],
+) -> None:
+    of = online(0.25, 2)
+    feed = Feed(of, labelled[0], "offset", World(1, 2), labelled[1])
+    begun, resumed = State(segment=1), State(step=17, segment=1, offset=5)
+    ids = [
+        np.stack([r.sample_ids for r in feed.requests(feed.plan(timeline, at, None), None, at)])
+        for at in (begun, resumed)
+        for timeline in [Timeline.of(of, 300)]
+    ]
+    np.testing.assert_array_equal(ids[0][5:], ids[1])
+
+
+def test_classes_are_even_where_labels_are_used_though_clusters_are_not(
+    labelled: tuple[Index, SeedTable],
+) -> None:
+    """A toy that clusters and uses labels: its labelled samples may all be in one cluster."""
+    index, table = labelled
+    assignments = np.zeros((1, 300), np.int32)
+    assignments[0, 100:] = 1
+    assignments[0, table.sample_ids[0]] = -1  # it cannot be read
+    targets = Targets(0, Path(), assignments, np.zeros((1, 2, 2)), None, None)
+    of = recipe(TOY, "seeds={labels: shards, share: 0.5}")
+    plan = Feed(of, index, "offset", World(), table).plan(Timeline.of(of, 300), State(), targets)
+    labels = labels_of(table, plan.ids)
+    assert np.bincount(labels + 1).tolist() == [144, 36, 36, 36, 36]
+    assert table.sample_ids[0] not in plan.ids
+
+
+def test_where_all_samples_are_labelled_batches_are_too(
+    labelled: tuple[Index, SeedTable],
+) -> None:
+    every = SeedTable(np.arange(300), (np.arange(300) % 2).astype(np.int32), ["a", "b"])
+    plan = plan_of((labelled[0], every), 0.25)
+    assert (labels_of(every, plan.ids) >= 0).all()
+    assert "Set seeds.share=1" in check_labels(online(0.25, 1), every, 300)[0]
+
+
+def test_labels_of_one_class_are_refused_and_batches_without_labels_are_noted(
+    labelled: tuple[Index, SeedTable],
+) -> None:
+    with pytest.raises(DataError, match=r"one class only, 'a'.*Label samples of a second class"):
+        check_labels(online(0.25, 1), SeedTable(TABLE.sample_ids, np.zeros(4, np.int32), ["a"]), 9)
+    assert "holds 0.32 labelled samples" in check_labels(online(0, 1), TABLE, 300)[0]
+    assert check_labels(online(0.25, 1), labelled[1], 300) == []
 
 
 def test_a_share_of_one_reads_labelled_samples_alone_uniform_over_classes(

@@ -27,6 +27,7 @@ from deepclust.world import derive
 class Config(ClusteringMethodSection):
     name: Literal["tests.toys.method"] = "tests.toys.method"
     labels: ClassVar = "required"
+    answers: ClassVar = "classes"
     trunk: ClassVar = "teacher.backbone"
 
     momentum: float = 0.9
@@ -81,15 +82,15 @@ class Method(base.Method):
             for row, ids in zip(logits, batch.pseudo_labels, strict=True)
         )
         first = features[: len(batch.sample_ids)]
-        classes = F.cross_entropy(
-            self.classify(first), batch.labels, ignore_index=-1, reduction="sum"
-        ) / len(first)
+        answers = self.classify(first)
+        known = F.cross_entropy(answers, batch.labels, ignore_index=-1, reduction="sum")
+        classes = known / len(first)
         with torch.no_grad():
             taught = self.teacher.backbone(full[0])
         followed = F.mse_loss(self.backbone(torch.cat(small)), taught.repeat(len(small), 1))
         metrics = {"classes": classes.detach(), "followed": followed.detach()}
         loss = clusters + classes + followed
-        return Output(loss, metrics, first, logits[0][: len(first)])
+        return Output(loss, metrics, first, answers)
 
     def classify(self, features: Tensor) -> Tensor:
         return self.classifier(features)

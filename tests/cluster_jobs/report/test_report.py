@@ -19,6 +19,7 @@ from cluster_jobs.report.gallery import choose, gallery
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import read_json, write_json
 from deepclust.recipe import Recipe
+from deepclust.run import labels
 from deepclust.run.directory import Run, manifest
 from tests.cluster_jobs.synthetic import (
     EXCLUDED,
@@ -324,3 +325,58 @@ def test_scores_that_are_no_numbers_are_an_error_that_names_the_file(
     write_json(run / "evaluations" / "00000099.json", record)
     with pytest.raises(DataError, match=r"00000099\.json is damaged: its scores of 'knn'"):
         page(run)
+
+
+def answered(run: Path, names: list[str], rows: list[list[int]]) -> None:
+    """Add the tables of the evaluator `classifier` to the record of an evaluation."""
+    evaluate(run)
+    (file,) = (run / "evaluations").glob("*.json")
+    record = read_json(file)
+    counts = [[4, sum(row), row[i] / sum(row)] for i, row in enumerate(rows)]
+    record["scores"]["classifier"] = {
+        "top1": 0.75,
+        "classes": {"rows": names, "columns": ["labels", "images", "recall"], "values": counts},
+        "calibration": {
+            "rows": ["0.4 to 0.5", "0.9 to 1.0"],
+            "columns": ["images", "confidence", "accuracy"],
+            "values": [[10, 0.45, 0.3], [30, 0.97, 0.9]],
+        },
+        "confusion": {"rows": names, "columns": names, "values": rows},
+    }
+    write_json(file, record)
+
+
+def test_the_own_answers_of_a_run_without_clusters_are_shown_with_labels_and_calibration(
+    tmp_path: Path, shards: Path
+) -> None:
+    run = make_simclr(tmp_path / "online", shards)
+    labels.write(Run(run), "abc", [3, 4], ["ant", "<bee>"])
+    assert '<th scope="row">&lt;bee&gt;</th><td>4</td>' in page(run)
+    answered(run, ["ant", "<bee>"], [[8, 2], [1, 29]])
+    text = page(run)
+    Outline(text)
+    for words in ("Its own answers", 'class="heat"', "--share:96.7%", "Calibration", "0.967"):
+        assert words in text
+    assert "ant as &lt;bee&gt; (2), &lt;bee&gt; as ant (1)" in text
+
+
+def test_a_confusion_of_many_classes_is_its_most_frequent_pairs(run: Path) -> None:
+    names = [f"c{i}" for i in range(60)]
+    rows = np.eye(60, dtype=int) * 5
+    rows[3, 7] = 4
+    answered(run, names, rows.tolist())
+    text = page(run)
+    assert 'class="heat"' not in text
+    assert "c3 as c7 (4)" in text
+
+
+def test_a_damaged_table_of_an_evaluation_is_named(run: Path) -> None:
+    answered(run, ["a", "b"], [[1, 2], [3, 4]])
+    (file,) = (run / "evaluations").glob("*.json")
+    record = read_json(file)
+    whole = record["scores"]["classifier"]["confusion"]
+    for damage in ({"values": [[1], [3, 4]]}, {"columns": [["a"], "b"]}, {"rows": 2}):
+        record["scores"]["classifier"]["confusion"] = {**whole, **damage}
+        write_json(file, record)
+        with pytest.raises(DataError, match="scores of 'classifier' are no numbers"):
+            page(run)

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from cluster_jobs.display import scores_line
 from cluster_jobs.results.evaluate import (
     evaluate_run,
     export_run,
@@ -20,12 +22,15 @@ from cluster_jobs.results.evaluate import (
     labelled_features,
     load_embedder,
 )
-from deepclust import load_backbone, open_index, pretrain
+from deepclust import load_backbone, load_classifier, open_index, pretrain
 from deepclust.data.shards import index_build
 from deepclust.errors import DataError, DiskError, RecipeError
+from deepclust.files import file_hash
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_whitening
+from tests.methods.cases import CASES
+from tests.methods.cases import TOY as TOY_METHOD
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
 TOY = "tests.toys.evaluator"
@@ -92,13 +97,14 @@ def test_the_exported_backbone_is_that_of_the_embedder(run_dir: Path, tmp_path: 
     assert all(torch.equal(state[key], value) for key, value in ours.items())
 
 
-def test_prototypes_are_skipped_with_a_reason_in_a_run_without_seeds(
+def test_what_needs_seeds_is_skipped_with_a_reason_in_a_run_without_them(
     run_dir: Path, shards: Path
 ) -> None:
     reasons: list[str] = []
     scores = evaluate_run(run_dir, str(shards), str(shards), emit=reasons.append)
     assert set(scores) == {"knn", "linear", "clusters", "spherical_clusters"}
-    assert reasons == [f"prototypes is not evaluated: {run_dir} was trained without labelled seeds"]
+    why = f"is not evaluated: {run_dir} was trained without labelled seeds"
+    assert reasons == [f"{name} {why}" for name in ("prototypes", "classifier")]
     with pytest.raises(DataError, match="prototypes cannot be evaluated"):
         evaluate_run(run_dir, str(shards), str(shards), ["prototypes"])
 
@@ -176,3 +182,90 @@ def test_the_suffix_says_the_format_of_an_export(run_dir: Path, tmp_path: Path) 
     assert export_run(run_dir, tmp_path / "a.bin").format == "safetensors"
     with pytest.raises(RecipeError, match="--format torchvision: torchvision has no"):
         export_run(run_dir, tmp_path / "a.pth")
+
+
+@pytest.fixture(scope="module")
+def toy_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch whose method answers classes, three of four with labels."""
+    path = tmp_path_factory.mktemp("runs") / "toy"
+    index, table = open_index(shards), path.parent / "labels.csv"
+    assert index.labels is not None
+    assert index.class_names is not None
+    pairs = zip(index.keys, index.labels, strict=True)
+    rows = [f"{key},{index.class_names[c]}" for key, c in pairs if c < 3]
+    table.write_text("\n".join(["key,class", *rows[:60]]))
+    seeds = f"seeds={{labels: {table}, share: 0.5}}"
+    recipe = tiny_recipe(shards, f"method.name={TOY_METHOD}", *CASES[TOY_METHOD], seeds)
+    pretrain(recipe.replace("train.epochs=1", "train.lr=0.05"), path)
+    return path
+
+
+def test_a_method_that_answers_classes_is_judged_by_its_own_answers(
+    toy_run: Path, shards: Path
+) -> None:
+    scores = evaluate_run(toy_run, str(shards), str(shards), ["classifier"])["classifier"]
+    embed, index = load_embedder(Run(toy_run)), open_index(shards)
+    rows, labels = labelled_features(embed, index, Run(toy_run).recipe.data)
+    answers = embed.answer(rows)[:, :3].argmax(1).cpu().numpy()
+    assert scores["top1"] == pytest.approx((answers == labels).mean())
+    assert scores["top1_open"] >= scores["recall_unlabelled"] == 0 or scores["free"] > 0
+    classes = scores["classes"]
+    assert classes["rows"] == index.class_names
+    assert sum(row[0] for row in classes["values"]) == 60
+    assert sum(map(sum, scores["confusion"]["values"])) == 120
+    (file,) = (toy_run / "evaluations").iterdir()
+    assert json.loads(file.read_text())["scores"]["classifier"] == scores
+    line = scores_line("classifier", scores)
+    assert "top1" in line
+    assert "confusion" not in line
+
+
+def test_clusters_that_seeds_pin_answer_classes(shards: Path, tmp_path: Path) -> None:
+    seeds = "seeds={labels: shards, per_class: 5, share: 0.5}"
+    pretrain(tiny_recipe(shards, seeds, "train.epochs=1"), tmp_path / "run")
+    scores = evaluate_run(tmp_path / "run", str(shards), str(shards), ["classifier"])["classifier"]
+    assert scores["top1"] > 0.25
+    assert 0 <= scores["free"] < 1
+    assert [row[0] for row in scores["classes"]["values"]] == [5] * 4
+    net = load_classifier(tmp_path / "run/export/backbone.safetensors")
+    assert [net.id2label[i] for i in range(6)] == [*net.classes, "cluster 4", "cluster 5"]
+
+
+def test_the_classifier_travels_with_the_weights(toy_run: Path, shards: Path) -> None:
+    """The export at the end of the run, and one written afterwards, give the run's own logits."""
+    embed, index = load_embedder(Run(toy_run)), open_index(shards)
+    rows, _ = labelled_features(embed, index, Run(toy_run).recipe.data)
+    out = toy_run.parent / "net.safetensors"
+    exported = export_run(toy_run, out)
+    assert exported.hash == file_hash(toy_run / "export/backbone.safetensors")
+    net = load_classifier(out)
+    assert index.class_names is not None
+    assert net.classes == index.class_names[:3]
+    assert net.id2label == {**dict(enumerate(net.classes)), 3: "cluster 3"}
+    torch.testing.assert_close(net.method.answer(torch.from_numpy(rows)), embed.answer(rows))
+    images = torch.randn(5, 3, 16, 16)
+    assert net.classify(images) == [net.id2label[i] for i in net(images).argmax(1).tolist()]
+    assert torch.equal(load_backbone(out)(images), net.backbone(images))
+    assert "load_classifier" in exported.usage
+
+
+def test_a_forged_or_changed_classifier_is_refused_by_name(toy_run: Path, tmp_path: Path) -> None:
+    good = toy_run / "export/backbone.safetensors"
+    tensors, header = load_file(good), load_backbone(good).meta
+    about = header["classifier"]
+    changes = {
+        "import no.such first": {"method": {**about["method"], "name": "no.such"}},
+        "not 3 columns": {"names": ["a", "b", "c"]},
+        "weights are not those": {"weights": "0"},
+        "too many columns": {"cluster": [2**30, 8]},
+    }
+    for reason, change in changes.items():
+        forged = {"deepclust": json.dumps({**header, "classifier": {**about, **change}})}
+        save_file(tensors, tmp_path / "forged", metadata=forged)
+        with pytest.raises(DataError, match=f"forged: its classifier cannot be built: .*{reason}"):
+            load_classifier(tmp_path / "forged")
+
+
+def test_an_export_without_a_classifier_says_so(run_dir: Path) -> None:
+    with pytest.raises(DataError, match="has no classifier"):
+        load_classifier(run_dir / "export/backbone.safetensors")
