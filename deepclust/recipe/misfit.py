@@ -86,8 +86,10 @@ def _misfit_of_crops(recipe: Recipe) -> str | None:
 
 def _misfit_of_seeds(recipe: Recipe) -> str | None:
     if recipe.seeds is None:
-        needed = recipe.method.labels == "required"
-        return f"seeds: are required by method {recipe.method.name}" if needed else None
+        users = [f"terms.{name}" for name, term in recipe.terms.items() if term.uses_labels]
+        if recipe.method.labels == "required":
+            users.insert(0, f"method {recipe.method.name}")
+        return f"seeds: are required by {users[0]}: set seeds.labels" if users else None
     if recipe.cluster is not None and recipe.seeds.share == 1:
         return "seeds.share: batches of labelled samples alone leave nothing to cluster"
     if recipe.cluster is not None and recipe.cluster.init == "two-level":

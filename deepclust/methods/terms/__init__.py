@@ -5,4 +5,10 @@ A term is a weighted regulariser that any method can carry. Nothing here imports
 
 from __future__ import annotations
 
-TERMS = {"mean_entropy": "deepclust.methods.terms.mean_entropy"}
+TERMS = {
+    name: f"deepclust.methods.terms.{name}"
+    for name in (
+        "mean_entropy",
+        "cm", "pseudo_label", "vat",
+    )
+}  # fmt: skip
