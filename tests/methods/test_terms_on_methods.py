@@ -15,7 +15,7 @@ from deepclust.stages.build import parameter_groups
 from tests.methods.cases import NAMES, batch, method, recipe
 
 SEEDS = "seeds={labels: shards, per_class: 20, share: 0.25}"
-SETTINGS = {name: "weight: 0.1" for name in TERMS}  # a term that needs more keys has a line here
+SETTINGS = dict.fromkeys(TERMS, "weight: 0.1")  # a term that needs more keys has a line here
 SETTINGS["vat"] = "weight: 0.1, eps: 1"
 SETTINGS["pseudo_label"] = "weight: 0.1, threshold: 0.1"
 

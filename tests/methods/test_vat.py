@@ -44,7 +44,7 @@ def test_the_direction_of_a_linear_classifier_is_the_difference_of_its_rows() ->
     start = 1e-2 * unit(normal(1, torch.arange(50), 20))
     steep = steepest(layer, images, layer(images).detach().log_softmax(1), start)
     away = F.normalize(layer.weight[0] - layer.weight[1], dim=0).detach()
-    assert float((steep @ away).abs().min()) > 0.999
+    assert (steep @ away).abs().min().item() > 0.999
     assert torch.allclose(steep.norm(dim=1), torch.ones(50))
 
 
@@ -52,7 +52,7 @@ def test_the_divergence_of_twice_the_change_is_four_times_as_large() -> None:
     layer, images = linear(0.3, classes=5), torch.randn(50, 20)
     wanted = layer(images).detach().log_softmax(1)
     away = steepest(layer, images, wanted, 1e-2 * unit(torch.randn(50, 20)))
-    once, twice = (float(divergence(wanted, layer(images + e * away))) for e in (0.05, 0.1))
+    once, twice = (divergence(wanted, layer(images + e * away)).item() for e in (0.05, 0.1))
     assert twice / once == pytest.approx(4, rel=0.05)
 
 
@@ -115,7 +115,7 @@ def test_every_pass_has_the_same_dropout() -> None:
         update={"eps": 1e-6}
     )
     state = torch.get_rng_state()
-    assert float(value(one, given)) == pytest.approx(0, abs=1e-6)
+    assert value(one, given).item() == pytest.approx(0, abs=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -130,7 +130,7 @@ def of_ranks(world: World) -> tuple[float, dict[str, Tensor]]:
     one = carrier(world).eval()
     result = value(one, share(batch(recipe("supervised")), world))
     result.backward()
-    return float(result), {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+    return result.item(), {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
 def test_value_and_gradient_are_those_of_the_global_batch() -> None:
