@@ -17,6 +17,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.sections import MethodSection, parse_cadence
 from deepclust.run.directory import ENVIRONMENT, Run, has_file
 from deepclust.run.events import Number
+from deepclust.run.labels import class_names
 from deepclust.run.round_files import read_facts, read_statistics
 
 Record = dict[str, Any]
@@ -73,6 +74,12 @@ class Facts:
     scores: list[Score]
     exports: list[Export]
     commands: list[tuple[str, str]]
+    classes: int = 0  # of the labels in its batches
+
+    @property
+    def guess(self) -> float:
+        """The loss of a network that has learnt nothing."""
+        return self.recipe.method.guess(self.recipe, self.classes)
 
 
 def gather(run: Run) -> Facts:
@@ -98,6 +105,7 @@ def gather(run: Run) -> Facts:
             for file in sorted((run.path / "export").glob("[!.]*"))
         ],
         commands=_commands(run, recipe, status.state),
+        classes=len(class_names(run)),
     )
 
 

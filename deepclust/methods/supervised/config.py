@@ -27,8 +27,12 @@ class Config(MethodSection):
     )
 
     def chance_loss(self, recipe: Recipe) -> float:
-        """Return the logarithm of two classes, the fewest: a run's labels say how many it has."""
+        """Return the logarithm of two classes, the fewest; `guess` is told how many."""
         return math.log(2)
+
+    def guess(self, recipe: Recipe, classes: int) -> float:
+        """Return the logarithm of the number of classes."""
+        return math.log(max(2, classes))
 
     def cost(self, recipe: Recipe, width: int) -> Cost:
         """Return one crop, and a linear classifier: float32, with its bias."""
