@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Two moons with eight labels: what the terms of SuperCM do to a boundary, in numbers and a picture.
+"""Two moons with eight labels: what the terms of SuperCM do to a boundary.
 
     python tools/bench/two_moons.py                    8 seeds: a line for each row of the table
     python tools/bench/two_moons.py --picture two-moons.png
@@ -32,7 +32,7 @@ from deepclust.recipe.named import section_of
 from deepclust.recipe.sections import TermSection
 from deepclust.world import ALONE
 
-POINTS, LABELS, NOISE, STEPS, RATE = 300, 4, 0.1, 600, 0.01
+POINTS, LABELS, NOISE, STEPS, RATE = 200, 4, 0.1, 400, 0.01
 CM, VAT = {"cm": {"weight": 1.0}}, {"vat": {"weight": 1.0, "eps": 0.3}}
 ROWS: dict[str, tuple[dict[str, dict[str, float]], bool]] = {  # terms; whether features are normed
     "labels alone": ({}, False),
