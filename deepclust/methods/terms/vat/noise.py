@@ -23,7 +23,8 @@ def normal(key: int, samples: Int64[Tensor, " b"], count: int) -> Float[Tensor, 
     steps = torch.arange(1, count + 1, device=device) * _GOLDEN
     bits = _shifted(hashed(streams[:, None] + steps), 41)
     centred = (2 * bits + 1 - 2**23).float() * 2.0**-23
-    return torch.erfinv(centred) * 2**0.5
+    drawn: Tensor = torch.erfinv(centred) * 2**0.5
+    return drawn
 
 
 def hashed(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
