@@ -66,7 +66,7 @@ def _loss(facts: Facts) -> Chart | None:
     if not facts.train:
         return None
     steps, losses = (_column(facts.train, name) for name in ("step", "loss"))
-    guess = facts.recipe.chance_loss
+    guess = facts.guess
 
     def draw(axes: Axes) -> None:
         axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")

@@ -38,7 +38,7 @@ def learns(facts: Facts) -> Check | None:
     trained = [one["loss"] for one in facts.rounds or facts.train if one["loss"] is not None]
     if not trained:
         return None
-    loss, guess = trained[-1], facts.recipe.chance_loss
+    loss, guess = trained[-1], facts.guess
     if loss > STUCK * guess:
         smaller = "" if facts.recipe.cluster is None else ", or a smaller cluster.k"
         return Check(

@@ -18,6 +18,7 @@ from deepclust.recipe.sections import MethodSection, parse_cadence
 from deepclust.run import labels
 from deepclust.run.directory import ENVIRONMENT, Run, has_file
 from deepclust.run.events import Number
+from deepclust.run.labels import class_names
 from deepclust.run.round_files import read_facts, read_statistics
 
 Record = dict[str, Any]
@@ -88,6 +89,12 @@ class Facts:
     labels: list[tuple[str, int]]  # the seeds' classes and their labels, where batches hold them
     exports: list[Export]
     commands: list[tuple[str, str]]
+    classes: int = 0  # of the labels in its batches
+
+    @property
+    def guess(self) -> float:
+        """The loss of a network that has learnt nothing."""
+        return self.recipe.method.guess(self.recipe, self.classes)
 
 
 def gather(run: Run) -> Facts:
@@ -115,6 +122,7 @@ def gather(run: Run) -> Facts:
             for file in sorted((run.path / "export").glob("[!.]*"))
         ],
         commands=_commands(run, recipe, status.state),
+        classes=len(class_names(run)),
     )
 
 

@@ -58,13 +58,14 @@ class Cost:
     """What a step computes for each image, and what a method keeps beside its networks.
 
     State is in bytes, as it is saved: parameters and buffers, without gradients and optimizer
-    state. `per_sample` is for each image of the data, `per_cluster` for each of `cluster.k`, and
-    `fixed` the rest. Projections are networks. If `sharded`, ranks share what grows, else each has
-    all of it.
+    state. `per_sample` is for each image of the data, `per_cluster` for each of `cluster.k`,
+    `per_class` for each class of the seeds, and `fixed` the rest. Projections are networks. If
+    `sharded`, ranks share what grows, else each has all of it.
     """
 
     passes: tuple[Pass, ...]
     per_sample: int = 0
     per_cluster: int = 0
+    per_class: int = 0
     fixed: int = 0
     sharded: bool = False

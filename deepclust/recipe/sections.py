@@ -226,6 +226,10 @@ class MethodSection(Section, ABC):
     def chance_loss(self, recipe: Recipe) -> float:
         """Return the loss of a network that has learnt nothing."""
 
+    def guess(self, recipe: Recipe, classes: int) -> float:
+        """Return the loss of a guess in a run, whose labels have so many classes."""
+        return self.chance_loss(recipe)
+
     def cost(self, recipe: Recipe, width: int) -> Cost:
         """Return what a step and the state take, for features of this width.
 

@@ -91,7 +91,7 @@ def make_context(
         raise ResourceError(f"cluster.where=ranks needs every rank's device: {'; '.join(notes)}")
     notes = [f"{note}; {backend} on {usable} is used instead" for note in notes]
     seeds = None
-    if recipe.seeds is not None:
+    if recipe.seeds is not None and refresh.kind == "k-means":  # else there is nothing to pin
         seeds = recipe.seeds, load(index, recipe.seeds, recipe.seed)
         seeded_round.check(run, recipe, seeds[1])
         notes += seeds[1].notes

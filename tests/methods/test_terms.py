@@ -13,13 +13,13 @@ from torch import Tensor
 from cluster_jobs.results.evaluate import evaluate_run
 from deepclust import Recipe
 from deepclust.errors import RecipeError
-from deepclust.methods.base import Now, Output
+from deepclust.methods.base import Now, Output, Setting
 from deepclust.methods.terms import TERMS
 from deepclust.recipe.named import part_of, section_of
 from deepclust.recipe.sections import TermSection
 from deepclust.run.directory import Run
 from deepclust.world import ALONE, World
-from tests.methods.cases import CASES, batch, method, recipe
+from tests.methods.cases import CASES, NAMES_OF, batch, method, recipe
 from tests.ranks import on_ranks
 from tests.tiny import assert_resumes_undisturbed, deepclust, tiny_recipe
 
@@ -44,7 +44,8 @@ def slow_entropy(logits: Tensor) -> float:
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_every_term_of_the_table_builds_from_its_weight_alone(name: str) -> None:
     section = section_of(name, TERMS, TermSection)(weight=0.1)
-    assert part_of(name, TERMS, "term")(section, 8, 0).weight_at(Now()) == 0.1
+    setting = Setting(recipe("simclr").method, None, 0, ALONE, classes=NAMES_OF)
+    assert part_of(name, TERMS, "term")(section, 8, setting).weight_at(Now()) == 0.1
 
 
 def test_a_weight_grows_linearly_and_then_stays() -> None:

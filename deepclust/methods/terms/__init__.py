@@ -11,4 +11,7 @@ TERMS = {
     "batch_entropy": f"{_FOLDER}.batch_entropy",
     "sample_entropy": f"{_FOLDER}.sample_entropy",
     "locality": f"{_FOLDER}.locality",
+    "cm": f"{_FOLDER}.cm",
+    "pseudo_label": f"{_FOLDER}.pseudo_label",
+    "vat": f"{_FOLDER}.vat",
 }

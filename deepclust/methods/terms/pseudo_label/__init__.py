@@ -1,0 +1,1 @@
+"""Pseudo-Label (Lee, ICML workshop 2013): sure answers become targets."""

@@ -1,0 +1,1 @@
+"""Virtual adversarial training (Miyato et al., 2018)."""
