@@ -11,6 +11,7 @@ METHODS = {
         "deepcluster", "deepercluster", "deepcluster-v2", "sela",
         "swav", "dino",
         "simclr", "moco-v2", "moco-v3", "byol",
+        "dac",
     )
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

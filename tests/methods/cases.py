@@ -37,6 +37,7 @@ CASES: dict[str, list[str]] = {
     "moco-v3": ["method.hidden=32", "method.out=16", "cluster=null"],
     "byol": ["method.hidden=32", "method.out=16", "cluster=null", "data.blur=[1.0, 0.1]",
              "data.solarise=[0.0, 0.2]"],
+    "dac": ["method.clusters=12", "cluster=null"],
     TOY: ["backbone.name=tests.toys.backbone", "train.optimizer=adamw", "train.lr=0.01",
           "data.local={count: 2, size: 8}", "seeds={labels: shards, per_class: 20, share: 0.25}",
           "terms.mean_entropy={weight: 0.1, ramp: 1}"],
