@@ -462,10 +462,13 @@ def assignments(
         bool, typer.Option("--remote", help="Compare with the shards, if they are behind URLs.")
     ] = False,
 ) -> None:
-    """Write which image is in which cluster, as Parquet or CSV."""
+    """Write which image is in which cluster, as Parquet or CSV.
+
+    A method without rounds (swav, dino, dac) answers with the weights of its newest checkpoint.
+    """
     from cluster_jobs.results.assignments import export_assignments
 
-    export_assignments(run_dir, out, round_, remote=remote)
+    export_assignments(run_dir, out, round_, remote=remote, emit=_log)
     _log(f"wrote {out}")
 
 
@@ -543,7 +546,7 @@ def _log_finished(run_dir: Path) -> None:
     from deepclust.run.directory import open_run
 
     commands = [command_line("report", run_dir)]
-    if open_run(run_dir).recipe.cluster is not None:
+    if open_run(run_dir).recipe.assigns:
         commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))
     following = "\n           ".join(commands)
     if replaced := sum({e["step"]: e["count"] for e in _replaced(run_dir)}.values()):

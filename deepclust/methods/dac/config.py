@@ -16,7 +16,7 @@ RISE = 0.1  # of the lower threshold, where the upper one falls by 1 (section 3.
 
 
 class Config(MethodSection):
-    """DAC (Chang et al. 2017): is a pair of images of one cluster?"""
+    """DAC (Chang et al. 2017): pairs of images that are surely of one cluster or of two."""
 
     whole_batch: ClassVar[bool] = True
     answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"

@@ -7,11 +7,11 @@ A label feature is l = softmax(z) / |softmax(z)|, and a similarity s_ij = l_i . 
 of the global batch with s >= u count as of one cluster, and pairs with s < l as of two. The others
 are left out, fewer with every epoch, until u and l meet. The clusters are the argmax of z.
 
-Where this differs. The paper gives no normaliser: here the loss is the mean over the selected
-pairs, which found blobs for all seeds where the mean over all pairs did not. An image is no pair
-with itself (s = 1 has no gradient). Similarities are clamped before the logarithm. RMSprop becomes
-whatever `train.optimizer` says. The authors' code selects all pairs by one threshold, and repeats
-chunks of the data with frozen targets. This is the algorithm of the paper.
+Where this differs. The paper gives no normaliser. Here the loss is the mean over the selected
+pairs, which is stable where the mean over all pairs is not. An image and itself are left out (s = 1
+has no gradient). Similarities are clamped before the logarithm. The optimizer is that of the
+recipe, not RMSprop. The authors' code selects all pairs by one threshold, and repeats chunks of the
+data with frozen targets. This is the algorithm of the paper.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def pair_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the loss of this rank's label features with those of all ranks, and the shares.
 
-    b is equal on every rank. The mean over the ranks is the mean of -log s over the pairs of one
-    cluster and of -log(1 - s) over the pairs of two, in the global batch, in float32. `selected` is
-    the share of all pairs, and `alike` that of the selected ones that count as of one cluster.
+    b is equal on every rank. A pair of one cluster costs -log s, a pair of two -log(1 - s). The
+    mean over the ranks is the mean over the selected pairs of the global batch, in float32.
+    `selected` is their share of all pairs, and `alike` the share of them that is of one cluster.
     """
     with torch.autocast(own.device.type, enabled=False):
         others = world.all_gather_rows(own)
