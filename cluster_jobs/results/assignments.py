@@ -81,8 +81,8 @@ def export_assignments(
     The run may be somebody else's, so shards behind a URL are not asked for unless `remote` says
     so. The index that the run has kept names their samples.
 
-    Where a method has no rounds and answers itself, the clusters are the argmax of its answers for
-    centre crops, and `emit` is given what is odd about the checkpoint. Images are read again.
+    A method without rounds may answer itself. Then the clusters are the argmax of its answers for
+    centre crops. Images are read again, and `emit` is given what is odd about the checkpoint.
 
     Rows are ordered by shard, then head, then sample id. What does not apply is null. Columns:
 
