@@ -71,8 +71,8 @@ def build_vaes(
     A source is a .npy file [n, D], or a run, which stands for the features of its last round. What
     is there of the same job is not done again.
 
-    Raises `DataError` for files that are no features or differ in n, `NumericalError` for rows that
-    are not finite or all equal, and `RunDiffersError` where `out` is of another job.
+    Raises `DataError` for files that are no features or differ in n. Raises `NumericalError` for
+    rows that are not finite or all equal, and `RunDiffersError` where `out` is of another job.
     """
     chosen = _device(device)
     files = [_file_of(source) for source in sources]

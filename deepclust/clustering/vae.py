@@ -48,7 +48,7 @@ class VaeOptions:
     latent: int = 32
     hidden: int = 128  # 0: linear
     beta: float = 1.0
-    epochs: int = 0  # 0: as many as STEPS steps take, and EPOCHS at least
+    epochs: int = 0  # 0: those that STEPS steps take, and EPOCHS at least
     batch: int = 256
     lr: float = 1e-3
     seed: int = 0

@@ -121,7 +121,7 @@ def _begin(rows: np.ndarray, options: VaeOptions, number: int, device: torch.dev
 
 def _block_rows(rows: np.ndarray, options: VaeOptions) -> int:
     """Return the rows of a block: a group has two batches at least, so every epoch has a step."""
-    n, width = rows.shape
+    n, width = len(rows), int(rows.shape[1])
     return -(-min(n, max(2 * options.batch, GROUP // width)) // BLOCKS)
 
 
@@ -149,9 +149,10 @@ def _groups(
 
 
 def _train(fit: Fit, rows: Float32[Tensor, "m D"], options: VaeOptions, number: int) -> None:
-    """Take a step for every whole batch of a group. A rest, another one every epoch, is left out.
+    """Take a step for every whole batch of a group.
 
-    Raises `NumericalError` when the loss is not finite.
+    The rest is left out, and is another one in every epoch. Raises `NumericalError` when the loss
+    is not finite.
     """
     noise = torch.Generator().manual_seed(
         derive(options.seed, "vae-noise", number, fit.epoch, fit.group)
@@ -164,7 +165,7 @@ def _train(fit: Fit, rows: Float32[Tensor, "m D"], options: VaeOptions, number: 
         reconstruction, kl = fit.vae.bound(x, epsilon)
         loss = (reconstruction + options.beta * kl).mean()
         fit.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         fit.optimizer.step()
         sums += torch.stack([loss, reconstruction.mean(), kl.mean()]).detach().double()
     added = [*(sums * options.batch).tolist(), steps * options.batch]

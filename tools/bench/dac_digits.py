@@ -31,6 +31,7 @@ from deepclust.clustering.statistics import accuracy, nmi
 from deepclust.data.pack.pack import pack
 from deepclust.evaluate import evaluate_features
 from deepclust.evaluate.frozen import embed_labelled
+from deepclust.launch.start import resume
 from deepclust.run.directory import Run, open_run
 
 Scores = dict[str, float]
@@ -92,7 +93,9 @@ def trained(chosen: argparse.Namespace, shards: Path, seed: int) -> Iterator[tup
     for name, recipe, folder in (("DAC", dac, mark), ("DeepCluster", base, "deepcluster")):
         run_dir = chosen.out / f"{folder}-{seed}"
         began = time.monotonic()
-        if not run_dir.exists():
+        if run_dir.exists():
+            resume(run_dir)  # a finished run is left as it is
+        else:
             pretrain(recipe, run_dir)
         seconds = time.monotonic() - began
         yield from of_run(name, open_run(run_dir), shards, seconds)
