@@ -17,7 +17,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,16 +91,14 @@ def trained(chosen: argparse.Namespace, shards: Path, seed: int) -> Iterator[tup
     mark = "-".join(["dac", *chosen.overrides]).replace("/", "_")
     for name, recipe, folder in (("DAC", dac, mark), ("DeepCluster", base, "deepcluster")):
         run_dir = chosen.out / f"{folder}-{seed}"
-        began = time.monotonic()
         if run_dir.exists():
             resume(run_dir)  # a finished run is left as it is
         else:
             pretrain(recipe, run_dir)
-        seconds = time.monotonic() - began
-        yield from of_run(name, open_run(run_dir), shards, seconds)
+        yield from of_run(name, open_run(run_dir), shards)
 
 
-def of_run(name: str, run: Run, shards: Path, seconds: float) -> Iterator[tuple[str, Scores]]:
+def of_run(name: str, run: Run, shards: Path) -> Iterator[tuple[str, Scores]]:
     """Yield the scores of a run's answers if it has some of its own, else of its features."""
     embedder = load_embedder(run)
     split = embed_labelled(embedder, open_index(shards), run.recipe.data)
@@ -109,13 +106,13 @@ def of_run(name: str, run: Run, shards: Path, seconds: float) -> Iterator[tuple[
     if run.recipe.cluster is None:
         with torch.inference_mode():
             answers = embedder.method.classify(torch.from_numpy(features)).argmax(1).numpy()
-        yield name, {**score(answers, classes), "seconds": seconds}
+        yield name, score(answers, classes)
         return
     both = evaluate_features(
         (features, classes), (features, classes), names=["clusters", "spherical_clusters"]
     )
-    yield f"{name}, whitened", {**both["clusters"], "seconds": seconds}
-    yield f"{name}, spherical", {**both["spherical_clusters"], "seconds": seconds}
+    yield f"{name}, whitened", both["clusters"]
+    yield f"{name}, spherical", both["spherical_clusters"]
 
 
 def of_rows(rows: np.ndarray, classes: np.ndarray) -> Scores:
@@ -133,14 +130,11 @@ def score(clusters: np.ndarray, classes: np.ndarray) -> Scores:
 
 def show(rows: dict[str, list[Scores]]) -> None:
     """Print a line for each row: means over the seeds, and each seed's accuracy."""
-    print(f"{'clusters of 5,000 digits':28}{'accuracy':>10}{'NMI':>8}{'s':>7}   accuracy by seed")
+    print(f"{'clusters of 5,000 digits':28}{'accuracy':>10}{'NMI':>8}   accuracy by seed")
     for name, scores in rows.items():
         means = {key: statistics.fmean(one[key] for one in scores) for key in scores[0]}
         each = " ".join(f"{one['accuracy']:.3f}" for one in scores)
-        print(
-            f"{name:28}{means['accuracy']:10.3f}{means['nmi']:8.3f}"
-            f"{means.get('seconds', 0.0):7.0f}   {each}"
-        )
+        print(f"{name:28}{means['accuracy']:10.3f}{means['nmi']:8.3f}   {each}")
 
 
 if __name__ == "__main__":
