@@ -415,6 +415,50 @@ def cluster(
     _log(f"wrote {out}")
 
 
+@app.command(
+    epilog=_examples(
+        "vae resnet.npy vit.npy --out latents",
+        "cluster latents/features.npy --k 1000 --whiten 64 --out clusters",
+        "vae runs/a/rounds/0003/features/rows.npy --latent 16 --out latents",
+    )
+)
+def vae(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FEATURES.npy|RUN ...",
+            help="Rows [n, d] of the same images, a file for each network; a run: its last round.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder for the result.")],
+    latent: Annotated[int, typer.Option(help="The latents of each VAE.")] = 32,
+    hidden: Annotated[int, typer.Option(help="The units of its hidden layers; 0: linear.")] = 128,
+    beta: Annotated[float, typer.Option(help="The weight of the divergence from N(0, 1).")] = 1.0,
+    epochs: Annotated[
+        int, typer.Option(help="The passes over the rows; 0: 3000 steps, but 10 passes at least.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="The rows of a step.")] = 256,
+    lr: Annotated[float, typer.Option(help="Adam's rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="The seed of weights, order and noise.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Turn features of one or several networks into latent means of VAEs, to cluster those.
+
+    Given again, the command goes on where it was stopped.
+    """
+    from cluster_jobs.results import vae_files
+    from deepclust.clustering.vae import VaeOptions
+
+    options = VaeOptions(latent, hidden, beta, epochs, batch, lr, seed)
+    manifest = vae_files.build_vaes(sources, out, options, device)
+    if as_json:
+        typer.echo(json.dumps(manifest))
+        return
+    _print(vae_files.summary(manifest, out))
+    _log(f"wrote {out / vae_files.FEATURES}")
+
+
 @app.command(epilog=_examples("train runs/a"))
 def train(run_dir: RunDir) -> None:
     """Do one stage of a run: train until the next round is due."""
@@ -463,10 +507,13 @@ def assignments(
         bool, typer.Option("--remote", help="Compare with the shards, if they are behind URLs.")
     ] = False,
 ) -> None:
-    """Write which image is in which cluster, as Parquet or CSV."""
+    """Write which image is in which cluster, as Parquet or CSV.
+
+    A method without rounds (swav, dino, dac) answers with the weights of its newest checkpoint.
+    """
     from cluster_jobs.results.assignments import export_assignments
 
-    export_assignments(run_dir, out, round_, remote=remote)
+    export_assignments(run_dir, out, round_, remote=remote, emit=_log)
     _log(f"wrote {out}")
 
 
@@ -566,7 +613,7 @@ def _log_finished(run_dir: Path) -> None:
     from deepclust.run.directory import open_run
 
     commands = [command_line("report", run_dir)]
-    if open_run(run_dir).recipe.cluster is not None:
+    if open_run(run_dir).recipe.assigns:
         commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))
     following = "\n           ".join(commands)
     if replaced := sum({e["step"]: e["count"] for e in _replaced(run_dir)}.values()):

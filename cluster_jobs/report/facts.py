@@ -315,6 +315,6 @@ def _commands(run: Run, recipe: Recipe, state: str) -> list[tuple[str, str]]:
     table = f"deepclust assignments {name} --out clusters.parquet"
     return [
         (f"deepclust evaluate {name} --train SHARDS --test SHARDS", "kNN, linear probe, clusters"),
-        *([] if recipe.cluster is None else [(table, "which image is in which cluster")]),
+        *([(table, "which image is in which cluster")] if recipe.assigns else []),
         (f"deepclust export {name} --format safetensors --out backbone.safetensors", "weights"),
     ]

@@ -1,14 +1,18 @@
 """Which image is in which cluster: a round's assignments as one Parquet or CSV table.
 
-Every sample of the index has one row for each head: an excluded one has cluster -1 and the reason.
-The table is written shard by shard, so it needs no more memory than one shard does.
+A method that answers with clusters and has no rounds is asked when the table is written, with the
+weights of its newest checkpoint (`answers.py`). Every sample of the index has one row for each
+head: an excluded one has cluster -1 and the reason. The table is written shard by shard, so it
+needs no more memory than one shard does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +22,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
+from cluster_jobs.results.answers import ask, open_trained
 from cluster_jobs.results.shards import open_own
 from cluster_jobs.terminal import visible
 from deepclust.data.loose.index import FileIndex
@@ -49,25 +54,44 @@ SEEDED = SCHEMA.append(pa.field("class", pa.string()))
 _PATH = pa.field("path", pa.string())
 WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and the wide forms of Asian keyboards
+log = logging.getLogger("deepclust")
 REASON_LOST = "not in the round that these assignments were taken over from"
 
 
+@dataclass(frozen=True)
+class _Clusters:
+    """What the table says of every sample, in sample order."""
+
+    assignments: Int32[np.ndarray, "heads n"]  # -1: excluded
+    distances: Float32[np.ndarray, "heads n"] | None
+    reasons: dict[int, str]  # of excluded samples
+    classes: np.ndarray | None  # of each cluster [k + 1]
+
+
 def export_assignments(
-    run_dir: Path, out: Path, round: int | None = None, *, remote: bool = False
+    run_dir: Path,
+    out: Path,
+    round: int | None = None,
+    *,
+    remote: bool = False,
+    emit: Callable[[str], None] = log.warning,
 ) -> Path:
     """Write the assignments of a round (default: the last) to `out` atomically, and return it.
 
     The run may be somebody else's, so shards behind a URL are not asked for unless `remote` says
     so. The index that the run has kept names their samples.
 
+    A method without rounds may answer itself. Then the clusters are the argmax of its answers for
+    centre crops. Images are read again, and `emit` is given what is odd about the checkpoint.
+
     Rows are ordered by shard, then head, then sample id. What does not apply is null. Columns:
 
         sample_id, shard   shard is a file name
         key, head
         cluster            -1 for excluded samples
-        distance           squared L2 to the own centroid, in the whitened space
+        distance           squared L2 to the own centroid, in the whitened space (of rounds only)
         reason             why a sample is excluded
-        class              of the cluster's prototype (in seeded rounds only)
+        class              of the cluster's prototype (seeded rounds, methods that know classes)
         path               of the image file (where images are files of their own)
 
     In a .csv file, texts are changed where a spreadsheet would run them (`safe_cells`). A .parquet
@@ -80,17 +104,42 @@ def export_assignments(
     if out.suffix not in WRITERS:
         raise RecipeError(f"cannot write {out}: name it {' or '.join('*' + s for s in WRITERS)}")
     file = target_of(out)
-    run = open_run(run_dir)
-    number = choose_round(run, round)
-    schema = SCHEMA if seeded_classes(run, number) is None else SEEDED
-    with (
-        open_clustered(run, number, remote=remote) as index,
-        atomic_file(file) as partial,
-        WRITERS[out.suffix](partial, _with_paths(schema, index)) as writer,
-    ):
-        for batch in _batches(run, number, index):
-            writer.write_batch(batch if out.suffix != ".csv" else safe_cells(batch))
+    with _clustered(open_run(run_dir), round, remote, emit) as (index, clusters):
+        schema = _with_paths(SCHEMA if clusters.classes is None else SEEDED, index)
+        with atomic_file(file) as partial, WRITERS[out.suffix](partial, schema) as writer:
+            for batch in _batches(clusters, index):
+                writer.write_batch(batch if out.suffix != ".csv" else safe_cells(batch))
     return out
+
+
+@contextlib.contextmanager
+def _clustered(
+    run: Run, round: int | None, remote: bool, emit: Callable[[str], None]
+) -> Iterator[tuple[Index, _Clusters]]:
+    """Yield the index of a run, and the clusters of a round or of the method's own answers."""
+    if run.recipe.cluster is None and run.recipe.assigns:
+        if round is not None:
+            raise RecipeError(
+                f"{run.path} is a run of method {run.recipe.method.name}, which has no rounds: its "
+                "network answers with a cluster. Leave --round out"
+            )
+        with open_trained(run, remote=remote) as index:
+            answers = ask(run, index, emit)
+            clusters = answers.clusters[None]
+            yield index, _Clusters(clusters, None, answers.reasons, answers.classes)
+        return
+    number = choose_round(run, round)
+    stage = run.round(number) / "assignments"
+    with open_clustered(run, number, remote=remote) as index:
+        yield (
+            index,
+            _Clusters(
+                read_assignments(run, number),
+                read_array(stage, "distances.npy", dims=2),
+                exclusions(run, number, index),
+                seeded_classes(run, number),
+            ),
+        )
 
 
 def safe_cells(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -187,18 +236,15 @@ def seeded_supers(run: Run, number: int) -> int | None:
     return supers
 
 
-def _batches(run: Run, number: int, index: Index) -> Iterator[pa.RecordBatch]:
-    stage = run.round(number) / "assignments"
-    assignments = read_assignments(run, number)
-    distances = read_array(stage, "distances.npy", dims=2)
-    reasons = exclusions(run, number, index)
-    keys, classes = iter(index.keys), seeded_classes(run, number)
+def _batches(known: _Clusters, index: Index) -> Iterator[pa.RecordBatch]:
+    keys, classes = iter(index.keys), known.classes
     for shard, name in enumerate(index.names):
         first, last = index.bases[shard : shard + 2].tolist()
         names, paths = list(islice(keys, last - first)), _paths(index, first, last)
-        for head in range(len(assignments)):
-            clusters, squared = assignments[head, first:last], distances[head, first:last]
-            batch = _batch(first, name, names, head, clusters, squared, reasons)
+        for head in range(len(known.assignments)):
+            clusters = known.assignments[head, first:last]
+            squared = None if known.distances is None else known.distances[head, first:last]
+            batch = _batch(first, name, names, head, clusters, squared, known.reasons)
             if classes is not None:
                 batch = batch.append_column("class", pa.array(classes[clusters], pa.string()))
             yield batch if paths is None else batch.append_column("path", paths)
@@ -221,7 +267,7 @@ def _batch(
     keys: list[str],
     head: int,
     clusters: Int32[np.ndarray, " m"],
-    distances: Float32[np.ndarray, " m"],
+    distances: Float32[np.ndarray, " m"] | None,
     reasons: dict[int, str],
 ) -> pa.RecordBatch:
     """Return one shard's rows of one head."""
@@ -236,7 +282,7 @@ def _batch(
         pa.array(keys, pa.string()),
         pa.repeat(pa.scalar(head, pa.int32()), count),
         pa.array(clusters),
-        pa.array(distances, mask=excluded),
+        pa.nulls(count, pa.float32()) if distances is None else pa.array(distances, mask=excluded),
         pa.array(why, pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -12,6 +12,7 @@ METHODS = {
         "swav", "dino",
         "simclr", "moco-v2", "moco-v3", "byol",
         "supervised",
+        "dac",
     )
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

@@ -45,6 +45,12 @@ class Embedder:
         rows = torch.from_numpy(np.asarray(features, np.float32)).to(self.device)
         return self.method.answer(rows).float()
 
+    @torch.inference_mode()
+    def answered(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b k"]:
+        """Return the logits of the method's own clusters or classes, computed likewise."""
+        method = self.method
+        return self._apply(lambda floats: method.classify(method.backbone(floats)), images)
+
     def _apply(self, work: Callable[[Tensor], Tensor], images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
         self.method.eval()
         with autocast(self.precision, self.device):

@@ -77,6 +77,11 @@ class Recipe(Section):
         return self.cluster
 
     @property
+    def assigns(self) -> bool:
+        """Whether every image has a cluster: that of a round, or the method's own answer."""
+        return self.cluster is not None or self.method.answers != "nothing"
+
+    @property
     def chance_loss(self) -> float:
         """The loss of a network that has learnt nothing."""
         return self.method.chance_loss(self)

@@ -41,6 +41,7 @@ CASES: dict[str, list[str]] = {
     "supervised": ["cluster=null", "seeds={labels: shards, per_class: 20, share: 0.25}",
                    "terms={cm: {weight: 0.2}, pseudo_label: {weight: 0.5, threshold: 0.2}, "
                    "vat: {weight: 0.1, eps: 1}}"],
+    "dac": ["method.clusters=12", "cluster=null"],
     TOY: ["backbone.name=tests.toys.backbone", "train.optimizer=adamw", "train.lr=0.01",
           "data.local={count: 2, size: 8}", "seeds={labels: shards, per_class: 20, share: 0.25}",
           "terms.mean_entropy={weight: 0.1, ramp: 1}"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,19 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import torch
 
 from cluster_jobs.results.assignments import SCHEMA, export_assignments, safe_cells
+from cluster_jobs.results.evaluate import load_embedder
+from deepclust import open_index, pretrain
+from deepclust.data.read.loader import Bad, Loaded, Loader, Request
 from deepclust.errors import RecipeError, RunDiffersError
+from deepclust.evaluate.frozen import embed_labelled
+from deepclust.files import write_json
+from deepclust.run.directory import open_run
 from tests.cluster_jobs.synthetic import EXCLUDED, make_run, make_simclr, reseal
 from tests.images import make_shards
+from tests.tiny import tiny_recipe, tiny_shards
 
 N = 100  # shards of 34, 34, 32
 
@@ -142,3 +152,60 @@ def test_other_cells_stay_as_they_are_in_a_csv() -> None:
         "key": ["\\x1b]0;owned\\x07", "a\\nb"],
         "n": [-1, 2],
     }
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a method without rounds, whose network answers with a cluster."""
+    folder = tmp_path_factory.mktemp("answering")
+    given = tiny_recipe(
+        tiny_shards(folder / "shards", n=90), "method.name=dac", "method.clusters=5",
+        "cluster=null", "train.epochs=1",
+    )  # fmt: skip
+    pretrain(given, folder / "run")
+    return folder / "run"
+
+
+def test_a_method_without_rounds_answers_for_every_image(answering: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    table = export_assignments(answering, tmp_path / "a.parquet", emit=said.append)
+    assert pyarrow.parquet.read_schema(table).equals(SCHEMA)
+    written = pyarrow.parquet.read_table(table).to_pydict()
+    assert written["sample_id"] == list(range(90))
+    assert {*written["distance"], *written["reason"]} == {None}
+    run = open_run(answering)
+    embedder, index = load_embedder(run), open_index(run.recipe.data.shards)
+    features = embed_labelled(embedder, index, run.recipe.data).features
+    logits = embedder.method.classify(torch.from_numpy(features))
+    assert written["cluster"] == logits.argmax(1).tolist()
+    assert not said
+
+
+def test_an_image_that_cannot_be_read_has_no_answer_but_a_reason(
+    answering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Loader.stream
+
+    def broken(self: Loader, requests: Iterator[Request]) -> Iterator[Loaded]:
+        for loaded in stream(self, requests):
+            yield replace(loaded, bad=[Bad(7, "not an image")])
+
+    monkeypatch.setattr(Loader, "stream", broken)
+    table = rows(answering, tmp_path / "a.parquet")
+    assert [row["sample_id"] for row in table if row["cluster"] == -1] == [7]
+    assert table[7]["reason"] == "not an image"
+
+
+def test_a_run_without_rounds_has_no_round_to_choose(answering: Path) -> None:
+    with pytest.raises(RecipeError, match="no rounds: its network answers"):
+        export_assignments(answering, answering / "a.csv", round=0)
+
+
+def test_other_shards_in_the_place_of_those_trained_on_are_refused(
+    answering: Path, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "data.json", {"n": 90, "fingerprint": "another"})
+    for name in ("recipe.yaml", "checkpoints", "events.jsonl"):
+        (tmp_path / name).symlink_to(answering / name)
+    with pytest.raises(RunDiffersError, match="was trained on another"):
+        export_assignments(tmp_path, tmp_path / "a.csv")

@@ -1,0 +1,1 @@
+"""DAC (Chang et al., ICCV 2017)."""
