@@ -27,7 +27,7 @@ class Config(MethodSection):
     )
 
     def chance_loss(self, recipe: Recipe) -> float:
-        """Return the logarithm of two classes, the fewest; `guess` is told how many."""
+        """Return the logarithm of two classes, the fewest; `guess` knows how many."""
         return math.log(2)
 
     def guess(self, recipe: Recipe, classes: int) -> float:

@@ -5,7 +5,7 @@ SuperCM (see there), with `terms.vat` or `terms.pseudo_label` it is those method
 
 The loss is the mean over the labelled samples of all ranks. The code of SuperCM divides by all
 samples instead, so at a share of one half its cross-entropy counts half. With `train.accumulate`
-each part is a mean of its own.
+it is the mean over one part.
 """
 
 from __future__ import annotations

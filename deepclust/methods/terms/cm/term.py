@@ -1,14 +1,14 @@
 """The clustering module: soft k-means about the means of labelled classes.
 
 Boubekki et al., "Joint optimization of an autoencoder for clustering and embedding", Machine
-Learning 2021, and SuperCM, which fixes the centroids to class means: Singh et al., "SuperCM:
-Improving Semi-Supervised Learning and Domain Adaptation through differentiable clustering", Pattern
+Learning 2021. SuperCM fixes the centroids to class means: Singh et al., "SuperCM: Improving
+Semi-Supervised Learning and Domain Adaptation through differentiable clustering", Pattern
 Recognition 2025, eq. 1 and 2.
 
-Let x be the features of a row, g the softmax of its logits over the classes, m the class means. The
-three parts of eq. 1 (reconstruction, variance, cross terms) add up to sum over k of g_k |x - m_k|^2
-because g sums to one, and that is what is computed. It is divided by the dimensions, as in the
-authors' code. The paper divides by rows alone, so its beta is `weight` / dimensions.
+Let x be the features of a row, g the softmax of its logits over the classes, m the class means.
+Eq. 1 has three parts: reconstruction, variance, cross terms. Their sum is sum over k of
+g_k |x - m_k|^2, because g sums to one. That is what is computed. It is divided by the dimensions,
+as in the authors' code. The paper divides by rows alone, so its beta is `weight` / dimensions.
 
 We differ in three points. A mean counts the rows of its own class: eq. 2 as printed divides by all
 labelled rows, which shrinks it, and the code by the number of steps. Means are of the features that
@@ -16,7 +16,7 @@ this step trains on, detached, of all ranks: a pass in eval mode would read runn
 A class that no row has had yet takes no part.
 
 g comes from the method's classifier where its answers are the classes, as in SuperCM. Elsewhere it
-is a linear layer of the term, which the term alone trains.
+is a linear layer that belongs to the term, which alone trains it.
 """
 
 from __future__ import annotations

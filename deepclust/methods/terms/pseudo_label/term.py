@@ -1,7 +1,7 @@
 """Pseudo-Label: cross-entropy of an unlabelled sample to its own answer, where that is sure.
 
 Lee, "Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural
-Networks", ICML workshop 2013, with the threshold of Oliver et al., "Realistic Evaluation of Deep
+Networks", ICML workshop 2013. The threshold is that of Oliver et al., "Realistic Evaluation of Deep
 Semi-Supervised Learning Algorithms", NeurIPS 2018.
 
 The targets are plain one-hot classes. Oliver et al. take ten times the one-hot vector as logits of

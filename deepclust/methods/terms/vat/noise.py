@@ -37,4 +37,5 @@ def hashed(x: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
 
 def _shifted(x: Int64[Tensor, "*shape"], bits: int) -> Int64[Tensor, "*shape"]:
     """Shift to the right and fill with zeros."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    kept: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return kept
