@@ -18,7 +18,9 @@ from safetensors.numpy import load_file
 from deepclust import Recipe, pretrain
 from deepclust.errors import RequeueWanted
 from deepclust.launch.start import resume
+from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
+from deepclust.stages import train
 from tests.forks import in_fork, run_command
 from tests.images import make_shards
 
@@ -72,11 +74,22 @@ def assert_resumes_undisturbed(recipe: Recipe, folder: Path, step: int) -> None:
 
 
 def run_disturbed(recipe: str, folder: Path, step: int) -> None:
-    """Run a recipe twice: straight on, and stopped at a step and resumed."""
-    given = Recipe.parse(yaml.safe_load(recipe))
+    """Run a recipe twice: straight on, and stopped at a step and resumed.
+
+    Ranks are forks of this process, and ask themselves to stop: so it is always at that step.
+    """
+    given, honest = Recipe.parse(yaml.safe_load(recipe)), train.train_step
     pretrain(given, folder / "straight")
+
+    def asked(trainer: Any, meter: Any, parts: Any, targets: Any, state: State) -> float:
+        if state.step + 1 >= step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return honest(trainer, meter, parts, targets, state)
+
+    train.train_step = asked
     with pytest.raises(RequeueWanted):
-        pretrain(given, folder / "stopped", stop_at(step))
+        pretrain(given, folder / "stopped")
+    train.train_step = honest
     resume(folder / "stopped")
 
 

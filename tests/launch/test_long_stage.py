@@ -16,6 +16,8 @@ from deepclust.run.directory import Run
 
 HANG_S = 4.0
 
+pytestmark = pytest.mark.new_interpreters  # of a program that is not the worker's
+
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:

@@ -13,7 +13,7 @@ from deepclust.models.backbone import Backbone
 from deepclust.run.directory import Run
 from deepclust.stages.build import build_method
 from deepclust.world import ALONE
-from tests.methods.cases import CASES
+from tests.methods.cases import CASES, NAMES_OF
 from tests.tiny import final_weights, tiny_recipe
 
 
@@ -32,7 +32,7 @@ def test_every_method_starts_from_another_ones_backbone(
     given = tiny_recipe(
         shards, f"method.name={name}", *CASES[name], f"init.weights={byol}", "seed=7"
     )
-    method, theirs = build_method(given, ALONE, new=True), final_weights(byol)
+    method, theirs = build_method(given, ALONE, True, classes=NAMES_OF), final_weights(byol)
     backbones = [m for m in method.modules() if isinstance(m, Backbone)]  # a teacher's too
     assert method.trunk in backbones
     for backbone in backbones:

@@ -10,7 +10,7 @@ Eq. 1 has three parts: reconstruction, variance, cross terms. Their sum is sum o
 g_k |x - m_k|^2, because g sums to one. That is what is computed. It is divided by the dimensions,
 as in the authors' code. The paper divides by rows alone, so its beta is `weight` / dimensions.
 
-We differ in three points. A mean counts the rows of its own class: eq. 2 as printed divides by all
+We differ in three points. A mean counts the rows of that class: eq. 2 as printed divides by all
 labelled rows, which shrinks it, and the code by the number of steps. Means are of the features that
 this step trains on, detached, of all ranks: a pass in eval mode would read running statistics.
 A class that no row has had yet takes no part.
