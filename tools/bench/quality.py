@@ -222,7 +222,8 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
     wanted = recipe(args, kind, seed)
     if kind == "random":
         return (*embed_splits(args, fresh_embedder(wanted), wanted.data), {})
-    run_dir = args.work / f"{args.data}-{kind}-{seed}-{recipe_key(args, kind)}"
+    name = f"{kind}-{seed}"
+    run_dir = args.work / f"{args.data}-{name}-{recipe_key(args, name)}"
     train_run(wanted, run_dir, shuffled=kind == "shuffled")
     run = Run(run_dir)
     facts = cost(run, wanted.train.batch)
