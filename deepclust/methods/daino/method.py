@@ -9,8 +9,8 @@ q of an unlabelled row is the teacher's answer of another crop, as in DINO. A la
 class as q in every pair of crops. The centre is that of the unlabelled rows: labels are balanced by
 the seeds, and need no centre.
 
-The answers are those of the teacher, which is what is exported and evaluated: its backbone and its
-head, at the student's temperature, which labels were learned at, and without the centre.
+The answers are those of the teacher, which is what is exported and evaluated. Its head is asked
+without the centre, at the student's temperature, at which labels were learned.
 
 Where this differs. Labelled images have the crops of all others, and go through the teacher too,
 which changes its batch norms' statistics. The reference gives the student alone one lighter crop,

@@ -29,7 +29,7 @@ class ClassPrototypes(MethodSection):
     )
 
     def chance_loss(self, recipe: Recipe) -> float:
-        """Return the loss with two classes, the fewest; `guess` is told how many there are."""
+        """Return the loss with two classes, the fewest; `guess` gets how many there are."""
         return self.guess(recipe, 2)
 
     def guess(self, recipe: Recipe, classes: int) -> float:

@@ -6,8 +6,8 @@ section 3. Written from the formulas.
     loss = mean over all rows of CE(q, softmax(z . c / T))
 
 q of an unlabelled row is SwAV's. A labelled row has its class as q in every pair of crops, so all
-its crops predict the label. Only unlabelled rows are in Sinkhorn-Knopp, the queue included: there a
-labelled row is kept as zeros and left out, so a queue holds fewer rows than its size.
+its crops predict the label. Only unlabelled rows are in Sinkhorn-Knopp. The queue keeps a
+labelled row as zeros and leaves it out, so it holds fewer rows than its size.
 
 Sinkhorn-Knopp fills every prototype up to its prior. With a uniform prior (the paper) it fills the
 prototype of a class that hardly occurs, or a free one, with other images by force. `method.prior`
