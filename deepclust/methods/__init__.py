@@ -13,6 +13,7 @@ METHODS = {
         "simclr", "moco-v2", "moco-v3", "byol",
         "supervised",
         "dac",
+        "suave", "daino",
     )
 }  # fmt: skip
 DEFAULT = "deepcluster"  # where the recipe names none

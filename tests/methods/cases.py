@@ -42,6 +42,13 @@ CASES: dict[str, list[str]] = {
                    "terms={cm: {weight: 0.2}, pseudo_label: {weight: 0.5, threshold: 0.2}, "
                    "vat: {weight: 0.1, eps: 1}}"],
     "dac": ["method.clusters=12", "cluster=null"],
+    "suave": ["method.free=2", "method.hidden=32", "method.out=16", "method.freeze=0",
+              "method.queue=48", "method.queue_from=0.5", "method.prior=learned", "cluster=null",
+              "data.local={count: 2, size: 8}",
+              "seeds={labels: shards, per_class: 20, share: 0.25}"],
+    "daino": ["method.free=2", "method.hidden=32", "method.bottleneck=16", "method.freeze=0",
+              "method.momentum=0.9", "cluster=null", "data.local={count: 2, size: 8}",
+              "seeds={labels: shards, per_class: 20, share: 0.25}"],
     TOY: ["backbone.name=tests.toys.backbone", "train.optimizer=adamw", "train.lr=0.01",
           "data.local={count: 2, size: 8}", "seeds={labels: shards, per_class: 20, share: 0.25}",
           "terms.mean_entropy={weight: 0.1, ramp: 1}"],

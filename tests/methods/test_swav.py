@@ -37,7 +37,7 @@ def given(*overrides: str) -> Batch:
 @pytest.mark.parametrize("rows", [0, 40])
 def test_the_loss_is_lightlys_with_and_without_a_queue(rows: int) -> None:
     one = swav(LOCAL)
-    scores = 0.4 * torch.randn(4, 24, one.config.prototypes)
+    scores = 0.4 * torch.randn(4, 24, one.prototypes.weight.shape[0])
     past = F.normalize(torch.randn(2, rows, one.config.out), dim=2)
     expected = SwaVLoss()(
         list(scores[:2]), list(scores[2:]), [one.prototypes(old) for old in past] if rows else None
@@ -65,7 +65,7 @@ def test_collapsed_features_cost_the_logarithm_of_the_prototypes_and_say_so() ->
         one.prototypes.weight.copy_(torch.ones_like(one.prototypes.weight))
         one.prototypes.normalise()
     told = {name: value.detach() for name, value in one(given()).items()}
-    assert float(told["loss"]) == pytest.approx(math.log(one.config.prototypes), abs=1e-5)
+    assert float(told["loss"]) == pytest.approx(math.log(one.prototypes.weight.shape[0]), abs=1e-5)
     assert float(told["spread"]) < 1e-3
     assert float(told["mean_entropy"]) == pytest.approx(1, abs=1e-5)
 
@@ -75,7 +75,9 @@ def test_prototypes_are_unit_rows_in_a_step_and_hold_still_at_first() -> None:
     with torch.no_grad():
         one.prototypes.weight.mul_(3)
     one.before_step(fixed)
-    torch.testing.assert_close(one.prototypes.weight.norm(dim=1), torch.ones(one.config.prototypes))
+    torch.testing.assert_close(
+        one.prototypes.weight.norm(dim=1), torch.ones(one.prototypes.weight.shape[0])
+    )
     assert list(one.frozen(Now(epochs=0.4))) == ["prototypes.weight"]
     assert list(one.frozen(Now(epochs=0.5))) == []
 

@@ -1,8 +1,9 @@
-"""What DINO declares, and the keys of its section."""
+"""What DINO declares, and the keys of its section: most of them are Daino's too."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -14,16 +15,13 @@ if TYPE_CHECKING:
     from deepclust.recipe import Recipe
 
 
-class Config(MethodSection):
-    """DINO (Caron et al. 2021): a student predicts what its teacher says of another crop."""
+class TaughtSection(MethodSection):
+    """A student predicts what its teacher says, with a last layer of any width."""
 
     trunk: ClassVar[str] = "teacher.backbone"
-    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
     full_crops: ClassVar[int] = 2
     local_crops: ClassVar[bool] = True
 
-    name: Literal["dino"] = "dino"
-    prototypes: int = Field(65536, ge=2, description="width of the last layer")
     hidden: int = Field(2048, ge=1, description="width of the head's two hidden layers")
     bottleneck: int = Field(256, ge=1, description="width before the last layer")
     unit_last: bool = Field(True, description="rows of the last layer keep length one")
@@ -39,16 +37,15 @@ class Config(MethodSection):
         0.0, ge=0, description="epochs in which the teacher's temperature goes from its start"
     )
 
-    def chance_loss(self, recipe: Recipe) -> float:
-        """Return the logarithm of the width of the last layer."""
-        return math.log(self.prototypes)
-
     def cost(self, recipe: Recipe, width: int) -> Cost:
-        """Return all crops for the student, two for its teacher, the last layer and the centre."""
+        """Return all crops for the student, and two for its teacher."""
         students = super().cost(recipe, width).passes
-        taught = Pass("teacher.backbone", 2, recipe.data.size, trained=False)
-        rows = self.bottleneck + (0 if self.unit_last else 1)
-        return Cost((*students, taught), fixed=4 * self.prototypes * (rows + 1))
+        return Cost((*students, Pass("teacher.backbone", 2, recipe.data.size, trained=False)))
+
+    @property
+    def per_prototype(self) -> int:
+        """Bytes of a prototype: its row of the last layer, perhaps its scale, and its centre."""
+        return 4 * (self.bottleneck + (1 if self.unit_last else 2))
 
     def misfit(self, recipe: Recipe) -> str | None:
         """Return what is wrong with the freezing, if anything."""
@@ -58,3 +55,20 @@ class Config(MethodSection):
                 f"method.freeze: the last layer would keep still in all {epochs} epochs: set less"
             )
         return None
+
+
+class Config(TaughtSection):
+    """DINO (Caron et al. 2021): a student predicts what its teacher says of another crop."""
+
+    answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "clusters"
+
+    name: Literal["dino"] = "dino"
+    prototypes: int = Field(65536, ge=2, description="width of the last layer")
+
+    def chance_loss(self, recipe: Recipe) -> float:
+        """Return the logarithm of the width of the last layer."""
+        return math.log(self.prototypes)
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return all crops for the student, two for its teacher, the last layer and the centre."""
+        return replace(super().cost(recipe, width), fixed=self.per_prototype * self.prototypes)

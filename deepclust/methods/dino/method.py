@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
-from deepclust.methods.dino.config import Config
+from deepclust.methods.dino.config import Config, TaughtSection
 from deepclust.methods.dino.head import Head
 from deepclust.methods.parts.centre import Centre
 from deepclust.methods.parts.monitors import prototypes_used, spread, target_entropies
@@ -39,14 +39,20 @@ class Method(base.Method):
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
         config = setting.config
-        assert isinstance(config, Config)
+        assert isinstance(config, TaughtSection)
         self.config = config
+        width = self.width(setting)
         self.head = Head(
-            backbone.dim, config.hidden, config.bottleneck, config.prototypes,
+            backbone.dim, config.hidden, config.bottleneck, width,
             unit_last=config.unit_last, seed=setting.seed,
         )  # fmt: skip
         self.teacher = Teacher(backbone=backbone, head=self.head)
-        self.centre = Centre(config.prototypes, config.centre_momentum, setting.world)
+        self.centre = Centre(width, config.centre_momentum, setting.world)
+
+    def width(self, setting: Setting) -> int:
+        """Return the number of prototypes."""
+        assert isinstance(setting.config, Config)
+        return setting.config.prototypes
 
     def loss(self, batch: Batch) -> Output:
         """Return the mean cross-entropy of every crop to the teacher's view of the others."""
@@ -55,8 +61,7 @@ class Method(base.Method):
         scores = by_crop(self.head.last(projected), len(batch.crops))
         logits = scores / self.config.student_temperature
         taught = self.teach(batch.crops[:TAUGHT])
-        targets = self.sharpen(taught, batch.now)
-        self.centre.note(taught)
+        targets = self.targets(taught, batch)
         b = len(batch.sample_ids)
         signs = {
             **spread(projected[:b]),
@@ -70,6 +75,11 @@ class Method(base.Method):
         """Return the teacher's scores of some crops of one size."""
         backbone, head = self.trunk, self.teacher.get_submodule("head")
         return by_crop(head(backbone.activation(backbone(torch.cat(crops)))), len(crops))
+
+    def targets(self, taught: Float[Tensor, "crops b k"], batch: Batch) -> Tensor:
+        """Return what other crops shall predict [crops, b, k]; note the outputs for the centre."""
+        self.centre.note(taught)  # which moves after the step
+        return self.sharpen(taught, batch.now)
 
     def sharpen(self, taught: Float[Tensor, "crops b k"], now: Now) -> Float[Tensor, "crops b k"]:
         """Return the teacher's answers, centred and sharpened."""

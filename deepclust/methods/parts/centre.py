@@ -7,7 +7,7 @@ c <- m c + (1 - m) mean(outputs). Taking it off keeps one output from winning fo
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from deepclust.world import World
@@ -25,16 +25,29 @@ class Centre(nn.Module):
         self.sums: Tensor | None = None  # [k + 1] of this step's outputs, and their number
 
     @torch.no_grad()
-    def note(self, outputs: Float[Tensor, "*rows k"]) -> None:
-        """Add outputs of this rank to those of the step; a step may have several parts."""
+    def note(
+        self, outputs: Float[Tensor, "*rows k"], kept: Bool[Tensor, " b"] | None = None
+    ) -> None:
+        """Add outputs of this rank to those of the step; a step may have several parts.
+
+        `kept` marks those that count, along the last but one dimension. None: all.
+        """
         rows = outputs.detach().float().flatten(0, -2)
-        sums = torch.cat([rows.sum(0), rows.new_tensor([float(len(rows))])])
+        number = rows.new_tensor([float(len(rows))])
+        if kept is not None:
+            weights = kept.expand(outputs.shape[:-1]).flatten().to(rows)
+            rows, number = rows * weights[:, None], weights.sum()[None]
+        sums = torch.cat([rows.sum(0), number])
         self.sums = sums if self.sums is None else self.sums + sums
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move towards the mean of what was noted since the last call; all ranks call."""
+        """Move towards the mean of what was noted since the last call; all ranks call.
+
+        Where no output counted it stays where it is.
+        """
         if self.sums is not None:
             sums = self.world.all_reduce(self.sums)
-            self.value.lerp_(sums[:-1] / sums[-1], 1 - self.momentum)
+            mean = torch.where(sums[-1] > 0, sums[:-1] / sums[-1].clamp(min=1), self.value)
+            self.value.lerp_(mean, 1 - self.momentum)
         self.sums = None

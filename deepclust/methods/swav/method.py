@@ -29,7 +29,7 @@ from deepclust.methods.parts.multi_crop import by_crop, each_size, swapped
 from deepclust.methods.parts.projection import projection
 from deepclust.methods.parts.prototypes import Prototypes
 from deepclust.methods.parts.queue import Queue
-from deepclust.methods.swav.config import Config
+from deepclust.methods.swav.config import Config, SwappedSection
 from deepclust.models.backbone import Backbone
 
 ASSIGNING = 2  # crops of an image that give assignments: the full-size ones
@@ -41,14 +41,23 @@ class Method(base.Method):
     def __init__(self, backbone: Backbone, setting: Setting) -> None:
         super().__init__(backbone, setting)
         config = setting.config
-        assert isinstance(config, Config)
+        assert isinstance(config, SwappedSection)
         self.config = config
         self.projection = projection([backbone.dim, config.hidden, config.out], setting.seed)
-        self.prototypes = Prototypes(config.out, config.prototypes, seed=setting.seed)
+        self.prototypes = Prototypes(config.out, self.width(setting), seed=setting.seed)
         self.queue: Queue | None = None
         if config.queue:
             self.queue = Queue(config.queue, ASSIGNING * config.out, setting.world)
         self.projected: Tensor | None = None  # of this step, for the queue
+
+    def width(self, setting: Setting) -> int:
+        """Return the number of prototypes."""
+        assert isinstance(setting.config, Config)
+        return setting.config.prototypes
+
+    def prior(self) -> Float[Tensor, " k"] | None:
+        """Return the share of images that each prototype shall have, None for equal ones."""
+        return None
 
     def loss(self, batch: Batch) -> Output:
         """Return the mean cross-entropy of every crop to the assignments of the others."""
@@ -56,8 +65,7 @@ class Method(base.Method):
         projected = F.normalize(self.projection(self.backbone.activation(features)).float())
         scores = by_crop(self.prototypes(projected), len(batch.crops))
         assigning = by_crop(projected, len(batch.crops))[:ASSIGNING].detach()
-        targets = self.assign(scores[:ASSIGNING].detach(), self.past(batch.now, assigning.shape[1]))
-        self.projected = assigning
+        targets = self.targets(scores[:ASSIGNING].detach(), assigning, batch)
         signs = {
             **spread(assigning[0]),
             **target_entropies(targets[0], self.world),
@@ -65,6 +73,13 @@ class Method(base.Method):
         }
         b, loss = len(batch.sample_ids), swapped(targets, scores / self.config.temperature)
         return Output(loss, signs, features[:b], scores[0] / self.config.temperature)
+
+    def targets(
+        self, scores: Float[Tensor, "crops b k"], rows: Float[Tensor, "crops b d"], batch: Batch
+    ) -> Float[Tensor, "crops b k"]:
+        """Return what other crops shall predict, from the rows' scores; keep rows for the queue."""
+        self.projected = rows
+        return self.assign(scores, self.past(batch.now, rows.shape[1]))
 
     def past(self, now: Now, b: int) -> Float[Tensor, "crops r d"]:
         """Return this rank's share of the queue, empty where it is not used."""
@@ -80,13 +95,18 @@ class Method(base.Method):
         self, scores: Float[Tensor, "crops b k"], past: Float[Tensor, "crops r d"]
     ) -> Float[Tensor, "crops b k"]:
         """Return the assignments of some crops, each balanced over all ranks' rows and the past."""
-        config, b = self.config, scores.shape[1]
+        config, b, prior = self.config, scores.shape[1], self.prior()
         together = (
             torch.cat([rows, self.prototypes(old)]) for rows, old in zip(scores, past, strict=True)
         )
         return torch.stack(
             [
-                sinkhorn(rows / config.epsilon, iterations=config.iterations, world=self.world)[:b]
+                sinkhorn(
+                    rows / config.epsilon,
+                    iterations=config.iterations,
+                    prior=prior,
+                    world=self.world,
+                )[:b]
                 for rows in together
             ]
         )

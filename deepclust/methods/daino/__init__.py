@@ -1,0 +1,1 @@
+"""Daino (Fini et al., CVPR 2023): DINO with labels."""

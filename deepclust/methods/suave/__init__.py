@@ -1,0 +1,1 @@
+"""Suave (Fini et al., CVPR 2023): SwAV with labels."""
