@@ -64,7 +64,8 @@ class Fork:
         handle, name = tempfile.mkstemp(prefix="forks-")
         os.close(handle)
         self.code = Path(name)
-        whole = {"folder": os.getcwd(), "code": name, **request}
+        blocked = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+        whole = {"folder": os.getcwd(), "code": name, "blocked": blocked, **request}
         connection = _server()
         fds = [stdout.fileno(), stderr.fileno(), *more]
         socket.send_fds(connection, [json.dumps(whole).encode()], fds)
@@ -148,6 +149,8 @@ def _work(request: dict[str, Any], fds: list[int]) -> int:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # those of who asks, not of who asked first, for whom the server was started
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     if "rank" in request:
         os.setpgid(0, request["group"])
         words = request["rank"]
