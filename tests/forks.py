@@ -87,6 +87,10 @@ class Fork:
             time.sleep(POLL_S)
         return code
 
+    def kill(self) -> None:
+        """Kill it."""
+        self.send_signal(signal.SIGKILL)
+
     def send_signal(self, number: int) -> None:
         """Send a signal, if it is still there."""
         if self.poll() is None:

@@ -26,7 +26,7 @@ def facts(*rounds: dict[str, Any], k: int = 100) -> Facts:
     return Facts(
         name="r", status=status, recipe=Recipe.parse(tree), recipe_text="", essentials=[],
         tiles=[], rounds=list(rounds), heads=[], seeds=None, train=[], scores=[], exports=[],
-        commands=[],
+        commands=[], answered=None, labels=[],
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from deepclust.launch.policy import Policy
 from deepclust.launch.supervisor import Supervisor
 from deepclust.run.directory import Run
 
+pytestmark = pytest.mark.new_interpreters  # of a program that is not the worker's
+
 HEAD = Allocation("7", 0, ["n1"], 0, 0, 2, 0)
 LAYOUT = Layout([[Slot(0, None), Slot(1, None)]], 2, 1, 1, 2, 0, by_ray=False)
 SECONDS = 3  # of the ranks' stage
