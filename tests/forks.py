@@ -2,15 +2,14 @@
 
 A new interpreter takes five to ten seconds here until it has imported torch, and a run on two ranks
 starts four. A fork starts in a moment. It is a process of its own, with its arguments, environment,
-descriptors and exit code. Tests that look at processes by their parents or by their command lines
-are marked `new_interpreters`.
+descriptors and exit code (`tools/bench/forked.py`). Tests that look at processes by their parents
+or by their command lines are marked `new_interpreters`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -21,15 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.005
-PR_SET_NAME = 15
 LONGEST = 1 << 17  # bytes of a request
 
 
@@ -123,10 +118,10 @@ def _server() -> socket.socket:
 
 def _serve(connection: socket.socket) -> None:
     """Fork for every request, and write down exit codes, until the tests end."""
-    import deepclust.launch.worker
     import deepclust.pipeline  # noqa: F401
+    from tools.bench.forked import Forked
 
-    codes: dict[int, Path] = {}
+    running: list[tuple[Forked, Path]] = []
     connection.settimeout(POLL_S)
     while True:
         with contextlib.suppress(TimeoutError):
@@ -134,125 +129,41 @@ def _serve(connection: socket.socket) -> None:
             if not text:
                 return
             request = json.loads(text)
-            pid = _fork(functools.partial(_work, request, fds))
-            codes[pid] = Path(request["code"])
-            connection.send(str(pid).encode())
+            process = Forked(["fork"], functools.partial(_work, request, fds))
+            running.append((process, Path(request["code"])))
+            connection.send(str(process.pid).encode())
             for fd in fds:
                 os.close(fd)
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                codes.pop(ended[0]).write_text(str(os.waitstatus_to_exitcode(ended[1])))
+        for process, file in running:
+            if (code := process.poll()) is not None:
+                file.write_text(str(code))
+        running = [one for one in running if one[0].returncode is None]
 
 
 def _work(request: dict[str, Any], fds: list[int]) -> int:
-    from deepclust.launch import local
+    from tools.bench import forked
 
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["variables"])
-    for number in SIGNALS:
+    for number in forked.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # those of who asks, not of who asked first, for whom the server was started
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     if "rank" in request:
-        os.setpgid(0, request["group"])
         words = request["rank"]
         words[words.index("--parent") + 1] = str(os.getppid())
-        _keep(fds[0], fds[1], fds[2], request["pipe"])
-        return _be_rank(words)
-    os.setsid()
-    _keep(fds[0], fds[1])
-    local.subprocess = SimpleNamespace(Popen=_Rank)  # type: ignore[assignment, attr-defined]
+        forked.keep_only(*fds, request["pipe"])
+        return forked.rank(words, request["group"])
+    forked.keep_only(*fds)
     if "words" in request:
-        from cluster_jobs import cli
-
-        sys.argv = ["deepclust", *request["words"]]
-        cli.main()
+        forked.command(request["words"])
         return 0
+    forked.fork_ranks()
     function, args = pickle.loads(Path(request["given"]).read_bytes())
     Path(request["result"]).write_bytes(pickle.dumps(function(*args)))
     return 0
-
-
-def _be_rank(command: list[str]) -> int:
-    """Do what the command of a rank does; its name is `rank N` or `cluster worker` for `ps`."""
-    from deepclust.launch import local, worker
-    from deepclust.launch.role import CLUSTER_WORKER
-
-    number = int(command[command.index("--rank") + 1])
-    name = "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"
-    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
-    sys.argv = command[command.index(local.PROGRAM) :]
-    return worker.main()
-
-
-class _Rank:
-    """A rank of a run that is itself in a fork: a child of it."""
-
-    def __init__(
-        self,
-        command: list[str],
-        stdout: BinaryIO,
-        stderr: BinaryIO,
-        pass_fds: list[int],
-        process_group: int,
-    ) -> None:
-        self.returncode: int | None = None
-        (pipe,) = pass_fds
-        self.pid = _fork(lambda: self._work(command, stdout.fileno(), process_group, pipe))
-
-    def _work(self, command: list[str], out: int, process_group: int, pipe: int) -> int:
-        os.setpgid(0, process_group)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        _keep(out, out, pipe, pipe)
-        return _be_rank(command)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-
-def _keep(out: int, err: int, pipe: int | None = None, number: int = 3) -> None:
-    """Read nothing, write there, and close all else but a pipe, which gets a number."""
-    for ours, theirs in ((os.open(os.devnull, os.O_RDWR), 0), (out, 1), (err, 2)):
-        os.dup2(ours, theirs)
-    if pipe is not None:
-        if pipe != number:
-            os.dup2(pipe, number, inheritable=False)
-        os.closerange(3, number)
-    os.closerange(number + 1 if pipe is not None else 3, 1 << 16)
-
-
-def _fork(work: Callable[[], int]) -> int:
-    """The process id of a fork that does this work and ends with its code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        code = int(work() or 0)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from deepclust.data.shards.find import described, is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError, RunDiffersError
 from deepclust.files import read_record
+from deepclust.methods.base import Method
 from deepclust.run.directory import Run
-from deepclust.run.labels import class_names
+from deepclust.stages.answers import columns_of
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,19 @@ def ask(run: Run, index: Index, emit: Callable[[str], None]) -> Answers:
     """
     embedder, data = load_embedder(run, emit), run.recipe.data
     clusters = np.full(len(index), -1, np.int32)
-    reasons, width = dict(index.excluded), 0
+    reasons = dict(index.excluded)
     loader = Loader(index, data.workers, max_pixels=data.max_pixels)
     try:
         for loaded in loader.stream(_requests(run, index)):
             logits = embedder.answered(loaded.images[0])
             clusters[loaded.sample_ids] = logits.argmax(1).cpu().numpy()
-            width = logits.shape[1]
             for bad in loaded.bad:
                 clusters[bad.sample_id], reasons[bad.sample_id] = -1, bad.reason
     finally:
         loader.close()
     if (clusters < 0).all():
         raise DataError(f"no image of {index.origin} can be read, so {run.path} has no clusters")
-    return Answers(clusters, reasons, _classes(run, width))
+    return Answers(clusters, reasons, _classes(run, embedder.method))
 
 
 def _requests(run: Run, index: Index) -> Iterator[Request]:
@@ -92,11 +92,10 @@ def _requests(run: Run, index: Index) -> Iterator[Request]:
             yield Request(part, positions=part, key=0, crops=crops)
 
 
-def _classes(run: Run, width: int) -> np.ndarray | None:
-    """Return the class of each of `width` clusters, where the first ones stand for classes."""
-    if run.recipe.method.answers != "classes":
+def _classes(run: Run, method: Method) -> np.ndarray | None:
+    """Return the class of each cluster and, for images without one, None behind them."""
+    columns = columns_of(run, run.recipe, method)
+    if isinstance(columns, str):  # it answers no classes
         return None
-    names = np.full(width + 1, None, dtype=object)
-    known = class_names(run)[:width]
-    names[: len(known)] = known
-    return names
+    named = [columns.classes[c] if c >= 0 else None for c in columns.class_of]
+    return np.array([*named, None], dtype=object)

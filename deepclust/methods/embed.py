@@ -47,9 +47,9 @@ class Embedder:
 
     @torch.inference_mode()
     def answered(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b k"]:
-        """Return the logits of the method's own clusters or classes, computed likewise."""
+        """Return the same logits of images: `answer` of what is embedded."""
         method = self.method
-        return self._apply(lambda floats: method.classify(method.backbone(floats)), images)
+        return self._apply(lambda floats: method.answer(method.embed(floats)), images)
 
     def _apply(self, work: Callable[[Tensor], Tensor], images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
         self.method.eval()

@@ -13,6 +13,7 @@ import torch
 
 from deepclust.methods import METHODS
 from deepclust.methods.base import Batch, Method, Now
+from deepclust.methods.embed import Embedder
 from deepclust.models.backbone import Backbone
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe.sections import TrainSection
@@ -24,6 +25,7 @@ from tests.methods.cases import (
     NAMES,
     NAMES_OF,
     SAMPLES,
+    SIZE,
     TOY,
     K,
     batch,
@@ -49,6 +51,19 @@ def test_one_step_lowers_the_loss_on_a_fixed_batch(name: str) -> None:
     before.backward()
     optimizers.step()
     assert one(fixed)["loss"] < before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_assignments_hold_what_the_evaluated_and_exported_network_answers(name: str) -> None:
+    of = recipe(name)
+    if of.method.answers == "nothing":
+        return
+    one, images = method(of), torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+    with torch.no_grad():  # a student that its teacher has not followed yet
+        one.backbone.load_state_dict({k: v * 1.5 for k, v in one.backbone.state_dict().items()})
+    embedder = Embedder(one, of.data, "fp32", torch.device("cpu"))
+    answers = embedder.answer(embedder(images).numpy())
+    torch.testing.assert_close(embedder.answered(images), answers, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

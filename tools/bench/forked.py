@@ -8,6 +8,7 @@ processes that begin from nothing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -22,8 +23,11 @@ from typing import Any, BinaryIO
 
 from cluster_jobs import cli
 from deepclust.launch import local, worker
+from deepclust.launch.role import CLUSTER_WORKER
 
 POLL_S = 0.01
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
+PR_SET_NAME = 15
 
 
 class Forked:
@@ -77,38 +81,58 @@ class ForkedCommand(Forked):
 
 
 def _command(words: list[str], variables: dict[str, str], told: int) -> None:
+    os.environ.update(variables)
+    keep_only(told, told)
+    command(words)
+
+
+def command(words: list[str]) -> None:
+    """Be the command `deepclust` with these words, in a session of its own."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(variables)
     sys.argv = ["deepclust", *words]
-    _standard(os.open(os.devnull, os.O_RDWR), told)
-    local.subprocess = SimpleNamespace(Popen=_rank)  # type: ignore[assignment, attr-defined]
+    fork_ranks()
     cli.main()
 
 
-def _rank(
+def fork_ranks() -> None:
+    """Let the ranks of runs that this process starts be forks of it."""
+    local.subprocess = SimpleNamespace(Popen=start_rank)  # type: ignore[assignment, attr-defined]
+
+
+def start_rank(
     command: list[str], stdout: BinaryIO, stderr: BinaryIO, pass_fds: list[int], process_group: int
 ) -> Forked:
-    """Start a rank as `launch.local` asks for it."""
+    """Start a rank or a cluster worker as `launch.local` asks for it."""
+    (pipe,) = pass_fds
 
     def work() -> int:
-        os.setpgid(0, process_group)
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        _standard(os.open(os.devnull, os.O_RDWR), stdout.fileno())
-        (kept,) = pass_fds
-        os.closerange(3, kept)
-        os.closerange(kept + 1, 1 << 16)
-        sys.argv = command[command.index(local.PROGRAM) :]
-        return worker.main()
+        keep_only(stdout.fileno(), stderr.fileno(), pipe, pipe)
+        return rank(command, process_group)
 
     return Forked(command, work)
 
 
-def _standard(nothing: int, told: int) -> None:
-    os.dup2(nothing, 0)
-    os.dup2(told, 1)
-    os.dup2(told, 2)
+def rank(command: list[str], process_group: int) -> int:
+    """Be what the command of a rank is. `ps` shows it as `rank N` or `cluster worker`."""
+    os.setpgid(0, process_group)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    number = int(command[command.index("--rank") + 1])
+    name = "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+    sys.argv = command[command.index(local.PROGRAM) :]
+    return worker.main()
+
+
+def keep_only(out: int, err: int, pipe: int | None = None, number: int = 2) -> None:
+    """Read nothing, write there, and close all else but a pipe, which gets a number."""
+    for ours, theirs in ((os.open(os.devnull, os.O_RDWR), 0), (out, 1), (err, 2)):
+        os.dup2(ours, theirs)
+    if pipe is not None and pipe != number:
+        os.dup2(pipe, number, inheritable=False)
+    os.closerange(3, number)
+    os.closerange(number + 1, 1 << 16)
 
 
 def _end_with(work: Callable[[], Any]) -> None:
@@ -120,5 +144,6 @@ def _end_with(work: Callable[[], Any]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

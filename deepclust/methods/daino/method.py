@@ -9,9 +9,6 @@ q of an unlabelled row is the teacher's answer of another crop, as in DINO. A la
 class as q in every pair of crops. The centre is that of the unlabelled rows: labels are balanced by
 the seeds, and need no centre.
 
-The answers are those of the teacher, which is what is exported and evaluated. Its head is asked
-without the centre, at the student's temperature, at which labels were learned.
-
 Where this differs. Labelled images have the crops of all others, and go through the teacher too,
 which changes its batch norms' statistics. The reference gives the student alone one lighter crop,
 and mixes labelled images (mixup). Its smoothing is over all prototypes, here over the classes.
@@ -47,8 +44,3 @@ class Method(Dino):
         self.centre.note(taught, batch.labels < 0)
         answers = self.sharpen(taught, batch.now)
         return labelled(answers, batch.labels, classes=self.classes, smoothing=self.smoothing)
-
-    def answer(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
-        """Return the teacher's logits, from features of its backbone."""
-        logits: Tensor = self.teacher.get_submodule("head")(self.trunk.activation(features))
-        return logits / self.config.student_temperature

@@ -97,6 +97,14 @@ class Method(base.Method):
         logits: Tensor = self.head(self.backbone.activation(features))
         return logits / self.config.student_temperature
 
+    def answer(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
+        """Return the teacher's logits, from features of its backbone, which is what is exported.
+
+        They are without the centre, and at the student's temperature.
+        """
+        logits: Tensor = self.teacher.get_submodule("head")(self.trunk.activation(features))
+        return logits / self.config.student_temperature
+
     def frozen(self, now: Now) -> Iterable[str]:
         """Return the last layer, at first."""
         if now.epochs >= self.config.freeze:
