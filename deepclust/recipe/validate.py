@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from deepclust.recipe.named import nearest
 from deepclust.recipe.plain import short
 
 MOST_LINES = 30  # problems of one recipe that are listed
+SHOULD = "Input should be "
+# what pydantic adds to the place of a value that may be of several types
+TYPE = re.compile(r"(constrained-)?(float|int|str)|(function-\w+|literal|tuple|dict|list)\[.*\]")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -36,7 +40,7 @@ def checked(
         valid = model.model_validate(tree)
     except ValidationError as error:
         items = [item for item in error.errors() if item["loc"] or not problems]
-        lines += [f"{within}{_explain(item, model)}" for item in items]
+        lines += [f"{within}{line}" for line in _explain(items, model)]
     except UnicodeError as error:  # pydantic compares names as UTF-8
         lines.append(f"{within or 'recipe'}: holds a name that is not UTF-8: {error}")
     if lines:
@@ -47,16 +51,27 @@ def checked(
     return valid
 
 
-def _explain(item: Any, model: type[BaseModel]) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(location[-1], _keys_at(model, location[:-1]))}"
-    if item["type"] == "missing":
-        return f"{key}: is required"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict) else f" (got {short(repr(item['input']))})"
-    return f"{key or 'recipe'}: {message}{shown}"
+def _explain(items: Sequence[Any], model: type[BaseModel]) -> list[str]:
+    """Return a line for each key that has a problem.
+
+    Where a key may be one of several types, all that it might be are in its line.
+    """
+    problems: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        location = [str(part) for part in item["loc"]]
+        key = ".".join(part for part in location if not TYPE.fullmatch(part))
+        got = "" if isinstance(item["input"], dict) else f" (got {short(repr(item['input']))})"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message, got = f"unknown key{nearest(location[-1], _keys_at(model, location[:-1]))}", ""
+        elif item["type"] == "missing":
+            message, got = "is required", ""
+        problems.setdefault((key, got), []).append(message)
+    lines = []
+    for (key, got), (first, *others) in problems.items():
+        either = ", or ".join([first, *(message.removeprefix(SHOULD) for message in others)])
+        lines.append(f"{key or 'recipe'}: {either}{got}")
+    return lines
 
 
 def _keys_at(section: Any, location: list[str]) -> list[str]:

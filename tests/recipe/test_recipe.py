@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -373,3 +374,21 @@ def test_a_weight_that_is_not_a_positive_number_is_named(weight: str) -> None:
 def test_keys_of_k_means_mean_nothing_where_there_is_none(key: str) -> None:
     with pytest.raises(RecipeError, match=f"cluster.{key.replace('+', '.')} means nothing"):
         small_case("sela", f"cluster.{key}")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.blur=x", r"  data\.blur: .*number.*, or a valid tuple \(got 'x'\)"),
+        ("train.clip=x", r"  train\.clip: .*number.* \(got 'x'\)"),
+        ("cluster.until=x", r"  cluster\.until: .*integer.* \(got 'x'\)"),
+    ],
+)
+def test_a_value_of_several_types_has_one_line_and_no_name_of_a_type_in_its_key(
+    override: str, line: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("small-photos", "data.shards=s", override)
+    (said,) = str(caught.value).splitlines()[-1:]
+    assert re.fullmatch(line, said), said
+    assert "[" not in said.partition(": ")[0]

@@ -17,7 +17,7 @@ class Config(TermSection):
     prior: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None,
         min_length=2,
-        description="expected share of each class, in their order, of any sum; default: equal",
+        description="expected share of each class, in their order, of any sum; null: equal ones",
     )
     queue: int = Field(
         0, ge=0, description="past batches whose means count too; for batches of few samples"
