@@ -162,7 +162,7 @@ def build_loader(context: Context) -> Loader:
         read="offset" if data.stage else context.read,
         scratch=data.scratch,
         max_pixels=data.max_pixels,
-        patience=Patience(context.asked, 2 * context.recipe.train.hang),
+        patience=Patience(context.asked, 2 * context.recipe.train.hang, context.report.alive),
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -142,23 +144,19 @@ class Loader:
             self._failed = error
 
     def _start_workers(self) -> Iterator[Sent]:
-        if parallel := self._workers > 0:
-            sending.check_semaphores(self._workers)
-        self._loader = DataLoader(
-            Sender(self._batches) if parallel else self._batches,
-            batch_size=None,
-            sampler=self._requests,
-            num_workers=self._workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=worker_processes.set_up if parallel else None,
-            multiprocessing_context="forkserver" if parallel else None,
-            generator=torch.Generator(),  # else it draws from, and so moves, the global one
-            prefetch_factor=self._prefetch if parallel else None,
-            persistent_workers=parallel,
-        )
-        if not parallel:
+        if not self._workers:
+            self._loader = self._torch_loader(self._batches)
             return iter(self._loader)
+        sending.check_semaphores(self._workers)
+        up, ready = multiprocessing.Pipe(duplex=False)
+        self.patience.let_start(up, self._workers)
+        self._loader = self._torch_loader(
+            Sender(self._batches),
+            worker_init_fn=partial(worker_processes.set_up, ready),
+            multiprocessing_context="forkserver",
+            prefetch_factor=self._prefetch,
+            persistent_workers=True,
+        )
         try:
             with worker_processes.collect_started(self._processes):
                 batches = iter(self._loader)
@@ -167,6 +165,18 @@ class Loader:
             raise sending.shortage(error) from error
         self._watch = Watch(self._processes, self.patience)
         return batches
+
+    def _torch_loader(self, batches: Batches | Sender, **for_workers: Any) -> DataLoader[Sent]:
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it draws from, and so moves, the global one
+            **for_workers,
+        )
 
     def _next(self, batches: Iterator[Sent]) -> Loaded | None:
         """Return the next batch, None after the last one."""
@@ -225,6 +235,7 @@ class Loader:
     def _stop(self) -> None:
         self._end_requests()
         self._loader = None
+        self.patience.starting = False
         if self._watch is not None:
             self._watch.close()
             self._watch = None

@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,15 +20,25 @@ from deepclust.data.shards.remote import never
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError
 
 LIMIT_S = 1200.0  # twice `train.hang`, so that a supervisor comes first where there is one
+START_S = 300.0  # for reader processes to come up, as `policy.start` for ranks: they import torch
 STOP_S = 20.0  # for a batch after a request to stop: a step is finished if that is possible
 LOOK_S = 0.5
 
 
 class Patience:
-    """The limits of a wait, and when the present one began."""
+    """The limits of a wait, and when the present one began.
 
-    def __init__(self, stopping: Callable[[], bool] = never, limit_s: float = LIMIT_S) -> None:
-        self.stopping, self.limit_s = stopping, limit_s
+    `alive` shows that this process gets somewhere. While readers come up, silence is no hang.
+    """
+
+    def __init__(
+        self,
+        stopping: Callable[[], bool] = never,
+        limit_s: float = LIMIT_S,
+        alive: Callable[[], object] = never,
+    ) -> None:
+        self.stopping, self.limit_s, self.alive = stopping, limit_s, alive
+        self.starting = False
         self._began: float | None = None
         self._asked: float | None = None
 
@@ -43,6 +54,20 @@ class Patience:
         finally:
             self._began = None
 
+    def let_start(self, up: Connection, readers: int) -> None:
+        """Show life until as many readers have sent a byte, and allow `START_S` for it."""
+        self.starting = True
+        threading.Thread(target=self._await_start, args=(up, readers), daemon=True).start()
+
+    def _await_start(self, up: Connection, readers: int) -> None:
+        deadline = time.monotonic() + START_S
+        while self.starting and readers and time.monotonic() < deadline:
+            self.alive()
+            if up.poll(LOOK_S):
+                up.recv_bytes()
+                readers -= 1
+        self.starting = False
+
     def end(self) -> DeepclustError | None:
         """Return why the present wait is over, or None while it may go on."""
         now, began = time.monotonic(), self._began
@@ -55,9 +80,10 @@ class Patience:
                 f"asked to stop, and no images came for {STOP_S:g} s; resume goes on from the last "
                 "checkpoint"
             )
-        if now - began > self.limit_s:
+        limit = max(self.limit_s, START_S) if self.starting else self.limit_s
+        if now - began > limit:
             return ResourceError(
-                f"no images came for {self.limit_s:g} s (2 x train.hang). Look at the storage of "
+                f"no images came for {limit:g} s (2 x train.hang). Look at the storage of "
                 "the shards and at the memory of this machine, then resume."
             )
         return None

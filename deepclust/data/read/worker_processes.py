@@ -33,12 +33,16 @@ _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 LOST_BATCH = 70  # exit code of a worker that could not send a batch
 
 
-def set_up(_worker: int) -> None:
-    """Give a new worker one thread for torch, and end it with its parent or with a lost batch."""
+def set_up(ready: connection.Connection, _worker: int) -> None:
+    """Give a new worker one thread for torch, and end it with its parent or with a lost batch.
+
+    It says by a byte to `ready` that it is up. That is one write of a pipe, so workers share it.
+    """
     torch.set_num_threads(1)
     # the thread that sends would drop a batch that it cannot pickle, and the rank would wait for it
     queues.Queue._on_queue_feeder_error = staticmethod(_end_with_lost_batch)  # type: ignore[attr-defined]
     threading.Thread(target=_follow_parent, daemon=True).start()
+    ready.send_bytes(b"1")
 
 
 def _end_with_lost_batch(error: Exception, _batch: object) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -168,6 +169,7 @@ def test_a_stopped_reader_is_not_awaited_for_ever(loader, monkeypatch, asked):
     monkeypatch.setattr(patience, "STOP_S", 0.3)
     stream = loader.stream(requests(steps=500))
     next(stream)
+    until_up(loader)
     readers = list(loader._processes)
     loader.patience.limit_s = 60.0 if asked else 0.3
     loader.patience.stopping = lambda: asked
@@ -177,6 +179,33 @@ def test_a_stopped_reader_is_not_awaited_for_ever(loader, monkeypatch, asked):
     with pytest.raises(error, match=rf"pid {readers[0].pid} is stopped by a signal"):
         list(stream)
     assert not any(reader.is_alive() for reader in readers)
+
+
+def test_silence_while_readers_come_up_is_no_hang(monkeypatch):
+    monkeypatch.setattr(patience, "LOOK_S", 0.01)
+    signs: list[float] = []
+    limits = patience.Patience(limit_s=0.05, alive=lambda: signs.append(time.monotonic()))
+    up, ready = multiprocessing.Pipe(duplex=False)
+    limits.let_start(up, readers=2)
+    with limits.waiting():
+        time.sleep(0.2)
+        assert limits.end() is None
+        assert len(signs) > 3
+        ready.send_bytes(b"1")
+        ready.send_bytes(b"1")
+        while limits.starting:
+            time.sleep(0.01)
+        assert isinstance(limits.end(), ResourceError)
+
+
+def test_every_reader_says_that_it_is_up(loader):
+    list(loader.stream(requests()))
+    until_up(loader)
+
+
+def until_up(loader: Loader) -> None:
+    while loader.patience.starting:
+        time.sleep(0.01)
 
 
 def test_an_error_of_a_reader_arrives_as_it_was_raised(loader, tmp_path):
