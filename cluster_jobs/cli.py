@@ -574,6 +574,34 @@ def list_(
     typer.echo("\n".join(listing.lines(chosen)))
 
 
+@app.command(epilog=_examples("doctor", "doctor --runs /scratch/runs", "doctor --json"))
+def doctor(
+    runs_dir: Annotated[
+        Path, typer.Option("--runs", help="The folder that shall hold the runs.")
+    ] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Check this machine: software, GPUs, limits, disk, clock, Ray and Slurm, each with its fix.
+
+    The exit code is 4 when something that a run needs is red.
+    """
+    from dataclasses import asdict
+
+    from cluster_jobs import doctor
+    from deepclust.errors import ResourceError
+
+    records = []
+    for name, finding in doctor.examine(runs_dir):
+        records.append({"name": name, **asdict(finding)})
+        if not as_json:
+            typer.secho(visible(doctor.line(name, finding)), fg=finding.state)
+    red = [record["name"] for record in records if record["state"] == doctor.RED]
+    if as_json:
+        typer.echo(json.dumps({"ok": not red, "checks": records}))
+    if red:
+        raise ResourceError(f"red: {', '.join(map(str, red))}")
+
+
 @app.command(epilog=_examples("guide", "guide imagenet-on-slurm"))
 def guide(
     name: Annotated[

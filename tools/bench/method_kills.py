@@ -77,9 +77,8 @@ def run_all(args: argparse.Namespace, folder: Path) -> None:
 
 
 def recipe(folder: Path, name: str) -> Recipe:
-    """The method's small case, with its labels from the shards."""
-    given = (text.replace("labels: shards", f"labels: {folder}/shards") for text in CASES[name])
-    return tiny.tiny_recipe(folder / "shards", f"method.name={name}", *given, *SETTINGS)
+    """The method's small case."""
+    return tiny.tiny_recipe(folder / "shards", f"method.name={name}", *CASES[name], *SETTINGS)
 
 
 def leave_alone(folder: Path, name: str) -> None:
