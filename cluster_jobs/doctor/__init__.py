@@ -1,8 +1,8 @@
-"""`deepclust doctor`: does this machine have what a run needs, and if not, what mends it?
+"""`deepclust doctor` says whether this machine has what a run needs, and what mends it.
 
-Each check is one function that looks at the real thing: it decodes images, clusters with FAISS,
-writes a file and renames it. A check of a library runs in a process of its own, since a broken one
-may end its process. Red is what a run needs here. Yellow is slower, or needed by some runs only.
+Each check is one function that looks at the real thing: it decodes images, searches with FAISS,
+writes a file and renames it. A check of a library runs in a new process, since a broken one may end
+its process. Red is what a run needs here. Yellow is slower, or needed by some runs only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def examine(folder: Path) -> Iterator[tuple[str, Finding]]:
     for name, check in CHECKS:
         try:
             yield name, check(folder)
-        except Exception as error:  # a check that cannot be done is no reason to leave the others
+        except Exception as error:  # the others are done all the same
             yield name, Finding(RED, f"{type(error).__name__}: {error}", "see the error")
 
 

@@ -14,7 +14,7 @@ RAY = "import ray; print(ray.__version__)"
 
 
 def ray(_folder: Path) -> Finding:
-    """Ray can be imported; a cluster that the environment names is said, not reached."""
+    """Check that Ray can be imported; a cluster that the environment names is not reached."""
     tried = attempt(RAY, "pip install --upgrade 'ray[default]'", worst=YELLOW)
     address = os.environ.get("RAY_ADDRESS")
     if tried.state == GREEN and address:
@@ -23,11 +23,11 @@ def ray(_folder: Path) -> Finding:
 
 
 def slurm(_folder: Path) -> Finding:
-    """Slurm's commands are here and its controller answers, or there is no Slurm."""
+    """Check that Slurm's controller answers, where its commands are installed."""
     tool = shutil.which("sinfo")
     if tool is None:
         return Finding(GREEN, "not on this machine")
-    fix = "ask whoever keeps Slurm; munge and slurmctld must run"
+    fix = "ask the administrator of Slurm; munge and slurmctld must run"
     try:
         command = [tool, "--noheader", "--format=%P %a %D"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)

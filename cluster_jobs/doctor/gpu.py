@@ -45,7 +45,7 @@ def _listed() -> bool:
 
 
 def driver(_folder: Path) -> Finding:
-    """Torch can compute on every card."""
+    """Check that torch can compute on every card."""
     if not present():
         return NONE
     fix = (
@@ -56,7 +56,7 @@ def driver(_folder: Path) -> Finding:
 
 
 def nccl(_folder: Path) -> Finding:
-    """Ranks on cards can talk to each other."""
+    """Check that ranks on cards can talk to each other."""
     if not present():
         return Finding(GREEN, "not needed without a card: ranks use gloo")
     return attempt(NCCL, "install the torch of pytorch.org for Linux and CUDA", worst=RED)

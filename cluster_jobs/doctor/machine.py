@@ -26,7 +26,7 @@ def graded(value: float, least: float, enough: float) -> str:
 
 
 def processors(_folder: Path) -> Finding:
-    """A rank and a reader have a processor each."""
+    """Check that a rank and a reader have a processor each."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     number = usable or 1
     fix = "give the job a processor for each rank and each of its data.workers"
@@ -34,7 +34,7 @@ def processors(_folder: Path) -> Finding:
 
 
 def memory(_folder: Path) -> Finding:
-    """Memory that is free now, within the limit of the container."""
+    """Check the memory that is free now, within the limit of the container."""
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
@@ -46,7 +46,7 @@ def memory(_folder: Path) -> Finding:
 
 
 def shared_memory(_folder: Path) -> Finding:
-    """Readers hand their batches over in /dev/shm."""
+    """Check the space in /dev/shm, where readers hand their batches over."""
     if not SHM.exists():
         return Finding(YELLOW, f"there is no {SHM}", "mount a tmpfs there: batches go by pipes")
     free = shutil.disk_usage(SHM).free
@@ -56,7 +56,7 @@ def shared_memory(_folder: Path) -> Finding:
 
 
 def open_files(_folder: Path) -> Finding:
-    """Shards, batches and sockets are open at once."""
+    """Check how many shards, batches and sockets may be open at once."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     number = float("inf") if limit == resource.RLIM_INFINITY else limit
     state = graded(number, LEAST_FILES, ENOUGH_FILES)
@@ -65,7 +65,7 @@ def open_files(_folder: Path) -> Finding:
 
 
 def semaphores(_folder: Path) -> Finding:
-    """Processes can be started, and have semaphores."""
+    """Check that processes can be started, and have semaphores."""
     try:
         multiprocessing.get_context("spawn").Semaphore(1)
         child = os.fork()
@@ -80,7 +80,7 @@ def semaphores(_folder: Path) -> Finding:
 
 
 def host_name(_folder: Path) -> Finding:
-    """Ranks on several machines find each other by the names of their hosts."""
+    """Check the name of this host, by which ranks on several machines find each other."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

@@ -1,4 +1,4 @@
-"""The folder of runs: can it be written, is it large and fast enough, and does its clock agree?"""
+"""The folder of runs: whether it can be written, its space and speed, and its clock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 def writable(folder: Path) -> Finding:
-    """A file can be made, renamed over another one, and removed, as every commit does."""
+    """Make a file, rename it over another one, and remove it, as every commit does."""
     there = existing(folder)
     try:
         with scratch(folder) as place:
@@ -52,7 +52,7 @@ def writable(folder: Path) -> Finding:
 
 
 def free_space(folder: Path) -> Finding:
-    """Space for features, checkpoints and reports."""
+    """Check the space for features, checkpoints and reports."""
     free = shutil.disk_usage(existing(folder)).free
     state = graded(free, LEAST_SPACE, ENOUGH_SPACE)
     fix = "" if state == GREEN else "delete old runs, or give --run a folder on a larger disk"
@@ -60,7 +60,7 @@ def free_space(folder: Path) -> Finding:
 
 
 def speed(folder: Path) -> Finding:
-    """How fast bytes reach the disk, with fsync as every commit has it."""
+    """Measure how fast bytes reach the disk, with fsync as every commit has it."""
     block = os.urandom(WRITTEN)
     with scratch(folder) as place, (place / "block").open("wb", buffering=0) as file:
         began = time.perf_counter()
@@ -74,7 +74,7 @@ def speed(folder: Path) -> Finding:
 
 
 def clock(folder: Path) -> Finding:
-    """The clock of this machine is that of the file system, by which locks are judged."""
+    """Compare the clock of this machine with that of the file system."""
     with scratch(folder) as place:
         before = time.time()
         (place / "now").touch()
@@ -92,7 +92,7 @@ def clock(folder: Path) -> Finding:
 
 
 def temporary(_folder: Path) -> Finding:
-    """The folder for temporary files can be written."""
+    """Check that the folder for temporary files can be written."""
     place = Path(tempfile.gettempdir())
     try:
         with tempfile.TemporaryFile() as file:

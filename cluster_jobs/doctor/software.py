@@ -45,7 +45,7 @@ print("JPEG, PNG, WebP", "by torchvision" if native else "by Pillow alone, three
 
 
 def python(_folder: Path) -> Finding:
-    """Python is new enough."""
+    """Check that Python is new enough."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < OLDEST:
         return Finding(RED, version, f"install Python {OLDEST[0]}.{OLDEST[1]} or later")
@@ -53,7 +53,7 @@ def python(_folder: Path) -> Finding:
 
 
 def packages(_folder: Path) -> Finding:
-    """Every package that deepclust declares is there, in a version that it works with."""
+    """Check that every package is there, in a version that deepclust works with."""
     bad = []
     declared = [Requirement(text) for text in metadata.requires("deepclust") or ()]
     needed = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -75,15 +75,15 @@ def packages(_folder: Path) -> Finding:
 
 
 def torch(_folder: Path) -> Finding:
-    """Torch computes, and its processes can talk to each other."""
+    """Check that torch computes, and that its processes can talk to each other."""
     return attempt(TORCH, f"{INSTALL} torch torchvision")
 
 
 def faiss(_folder: Path) -> Finding:
-    """FAISS searches."""
+    """Check that FAISS searches."""
     return attempt(FAISS, f"{INSTALL} faiss-gpu, or cluster.backend=torch")
 
 
 def decoders(_folder: Path) -> Finding:
-    """Images of the usual kinds are decoded to the right pixels."""
+    """Check that images of the usual kinds are decoded to the right pixels."""
     return attempt(DECODERS, f"{INSTALL} torchvision pillow")

@@ -28,7 +28,7 @@ LOOK_S = 0.5
 class Patience:
     """The limits of a wait, and when the present one began.
 
-    `alive` shows that this process gets somewhere. While readers come up, silence is no hang.
+    `alive` shows that this process gets somewhere. It is called while readers come up.
     """
 
     def __init__(
