@@ -87,6 +87,8 @@ class Display:
             self._show_progress(record)
         elif record["event"] == "clustered":
             self._line(_round_line(record))
+        elif record["event"] == "loaded":
+            self._line(f"start weights: {record['text']}")
         elif record["event"] in ("warning", "replaced"):
             text = record.get("text") or f"{record['count']} unreadable images replaced"
             self._line(f"warning: {text}", style="yellow")

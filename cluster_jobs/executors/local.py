@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster_jobs import job_file
+from cluster_jobs.data_places import places_of
 from cluster_jobs.executors import background
 from cluster_jobs.executors.base import Executor, JobState, open_to_resume
-from deepclust.data.shards.find import is_remote
 from deepclust.errors import ResourceError
 from deepclust.launch.start import prepare_run
 from deepclust.recipe import Recipe
@@ -41,7 +41,7 @@ class LocalExecutor(Executor[Plan]):
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
         """Return the command for a recipe, without writing or starting anything."""
         command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume"]
-        remote = ["--remote"] * is_remote(recipe.data.shards)  # the user has been asked already
+        remote = ["--remote"] * bool(places_of(recipe))  # the user has been asked already
         return Plan(recipe, run_dir, [*command, str(run_dir.absolute()), *remote])
 
     def submit(self, plan: Plan) -> None:

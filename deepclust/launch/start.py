@@ -25,14 +25,17 @@ from deepclust.launch.role import roles_of
 from deepclust.launch.signals import collected_signals
 from deepclust.launch.supervisor import Show, Supervisor, attempts_of
 from deepclust.optim.schedule import learning_rate
-from deepclust.recipe import PATHS, Recipe, differences
+from deepclust.recipe import HUBS, PATHS, Recipe, differences
 from deepclust.recipe.may_change import MAY_CHANGE, may_change
 from deepclust.recipe.sections import PLACES, SHARDS, Section
 from deepclust.run import directory, lock
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 
-NO_PATHS = ("pipe:", "file:", "local:")  # refused by the reader of shards, who shows them as given
+NO_PATHS = (
+    *("pipe:", "file:", "local:"),  # refused by the reader of shards, which shows them as given
+    *HUBS,
+)
 
 
 def pretrain(recipe: Recipe | str | Path, run: str | Path, show: Show | None = None) -> Run:

@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepclust.recipe.overrides import PATHS
+    from deepclust.recipe.overrides import HUBS, PATHS
     from deepclust.recipe.recipe import Recipe, differences, shipped
     from deepclust.recipe.validate import checked
 
-_HOMES = {"PATHS": "overrides", "checked": "validate"}
+_HOMES = {"HUBS": "overrides", "PATHS": "overrides", "checked": "validate"}
 
-__all__ = ["PATHS", "Recipe", "checked", "differences", "shipped"]
+__all__ = ["HUBS", "PATHS", "Recipe", "checked", "differences", "shipped"]
 
 
 def __getattr__(name: str) -> Any:

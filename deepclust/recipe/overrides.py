@@ -13,6 +13,8 @@ PATHS = {
     *("init.weights", "init.assignments", "seeds.labels", "seeds.held_out"),
 }
 
+HUBS = ("torchvision:", "timm:", "hf-hub:")  # init.weights may name weights in a library
+
 
 def apply_overrides(
     tree: dict[str, Any], overrides: Sequence[str], default_method: str

@@ -442,7 +442,11 @@ class TrainSection(Section):
 class InitSection(Section):
     """What a new run starts from, instead of random weights and a first clustering."""
 
-    weights: str | None = Field(None, description="a run, a checkpoint, or an exported backbone")
+    weights: str | None = Field(
+        None,
+        description="a run, a checkpoint, an export, a .pth or .safetensors file of others, "
+        "torchvision:NAME, timm:NAME or hf-hub:REPOSITORY",
+    )
     assignments: str | None = Field(None, description="a round of another run")
 
 

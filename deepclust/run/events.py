@@ -17,6 +17,7 @@ EventName: TypeAlias = Literal[
     "waiting",  # for room in the cluster
     "growing",  # room for more ranks: a larger group takes over
     "fault",  # a member failed, and the group starts again
+    "loaded",  # the start weights of a new run
     "restored",  # training goes on from a checkpoint
     "unit",  # a chunk of an extraction is on disk
     "extracted",  # all chunks are
@@ -41,6 +42,7 @@ FIELDS: dict[EventName, dict[str, Any]] = {
     "waiting": {"text": str},
     "growing": {"text": str},
     "fault": {"who": str, "cause": str, "text": str},
+    "loaded": {"text": str},
     "restored": {"step": int, "segment": int, "round": int},
     "unit": {"round": int, "unit": int, "of": int},
     "extracted": {"round": int, "units": int, "excluded": int},

@@ -77,7 +77,10 @@ def build_trainer(context: Context) -> Trainer:
     recipe, world, run = context.recipe, context.world, context.run
     table = read_labels(context)
     classes = () if table is None else tuple(table.names)
-    method = build_method(recipe, world, not run.checkpoints(), len(context.index), classes)
+    method = build_method(
+        recipe, world, not run.checkpoints(), len(context.index), classes,
+        lambda text: context.emit("loaded", text=text),
+    )  # fmt: skip
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
     check_batch(method, recipe)
@@ -100,12 +103,17 @@ def build_trainer(context: Context) -> Trainer:
 
 
 def build_method(
-    recipe: Recipe, world: World, new: bool, samples: int = 0, classes: tuple[str, ...] = ()
+    recipe: Recipe,
+    world: World,
+    new: bool,
+    samples: int = 0,
+    classes: tuple[str, ...] = (),
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Method:
     """Return the recipe's method around the recipe's backbone.
 
-    A new run may inherit weights. `samples` is for what has a row for each, 0 without training.
-    `classes` are those of the seeds.
+    A new run may inherit weights, and `tell` hears which. `samples` is for what has a row for each,
+    0 without training. `classes` are those of the seeds.
     """
     sizes = [kind.size for kind in recipe.method.crops(recipe.data)]
     backbone = build_backbone(
@@ -117,7 +125,7 @@ def build_method(
     )
     check_sizes(backbone, sizes)
     if recipe.init.weights and new:
-        warm_start.load_weights(backbone, recipe.init.weights)
+        tell(warm_start.load_weights(backbone, recipe.init.weights))
     setting = Setting(
         recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples, classes
     )

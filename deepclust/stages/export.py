@@ -106,6 +106,15 @@ def export_backbone(
     return Exported(path, format, files.file_hash(path), weights, usage)
 
 
+def is_export(path: str | Path) -> bool:
+    """Return whether a file has the header of ours; it may be damaged all the same."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return HEADER in (file.metadata() or {})
+    except Exception:  # libraries raise what they like
+        return False
+
+
 def load_backbone(path: str | Path) -> Backbone:
     """Return the backbone of a file that `export --format safetensors` wrote.
 

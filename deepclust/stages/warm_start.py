@@ -14,19 +14,24 @@ from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import write_json
-from deepclust.models import Backbone
+from deepclust.models import Backbone, start_weights
 from deepclust.recipe import Recipe
 from deepclust.run import labels
 from deepclust.run.checkpoint import Checkpoint, counting_weights, load, load_latest
 from deepclust.run.directory import Run, exists, has_file, is_done, manifest
 from deepclust.run.round_files import read_array, read_facts, read_whitening
 from deepclust.stages.data_index import open_data_index, open_kept_index
-from deepclust.stages.export import load_backbone
+from deepclust.stages.export import is_export, load_backbone
 
 
-def load_weights(backbone: Backbone, source: str) -> None:
-    """Load the weights of a run's newest checkpoint, of one checkpoint, or of an export."""
+def load_weights(backbone: Backbone, source: str) -> str:
+    """Load the weights of a run's newest checkpoint, one checkpoint, an export, or another source.
+
+    Returns what was loaded, and what of the source was not used (`models/start_weights.py`).
+    """
     path = Path(source)
+    if start_weights.is_named(source) or (path.is_file() and not is_export(path)):
+        return start_weights.load_foreign(backbone, source)
     if exists(path):
         latest = load_latest(Run(path), _refuse_older)
         if latest is None:
@@ -42,7 +47,9 @@ def load_weights(backbone: Backbone, source: str) -> None:
     elif path.is_file():
         state = dict(load_backbone(path).state_dict())
     else:
-        raise DataError(f"init.weights: {path} is neither a run, a checkpoint nor an export")
+        raise DataError(
+            f"init.weights: {path} is neither a run, a checkpoint nor a file of weights"
+        )
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
@@ -53,6 +60,7 @@ def load_weights(backbone: Backbone, source: str) -> None:
                 f"its {held} has other shapes; set data.size and backbone.sobel as they were there"
             )
         raise RecipeError(f"init.weights: {path} is not a {backbone.name}: {fix}") from None
+    return f"{path}: {len(state)} tensors"
 
 
 def _name_of(path: Path) -> str | None:
