@@ -517,13 +517,23 @@ def assignments(
     _log(f"wrote {out}")
 
 
-@app.command(epilog=_examples("export runs/a --format torchvision --out resnet50.pth"))
+@app.command(
+    epilog=_examples(
+        "export runs/a --format torchvision --out resnet50.pth",
+        "export runs/a --out net.onnx",
+        "export runs/a --format hf --out my-backbone",
+    )
+)
 def export(
     run_dir: RunDir,
     out: Out,
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="torchvision or safetensors; default: by the suffix."),
+        typer.Option(
+            "--format",
+            help="torchvision, safetensors, timm, hf (a folder), onnx or torch-export; default: "
+            "by the suffix.",
+        ),
     ] = None,
 ) -> None:
     """Write the backbone of the newest checkpoint, and compare the file with it."""

@@ -51,7 +51,9 @@ from deepclust.stages.warm_start import export_meta
 from deepclust.world import World
 
 log = logging.getLogger("deepclust")
-SUFFIXES = {".pth": "torchvision", ".pt": "torchvision"}  # others hold safetensors
+SUFFIXES = {  # others hold safetensors
+    ".pth": "torchvision", ".pt": "torchvision", ".onnx": "onnx", ".pt2": "torch-export",
+}  # fmt: skip
 
 
 def evaluate_run(

@@ -1,6 +1,7 @@
-"""Export a trained backbone for torchvision or as safetensors, and load it again.
+"""Export a trained backbone, and load it again.
 
-Both formats hold the backbone's weights under the network's own names.
+Two formats hold the backbone's weights under the network's own names (`export_elsewhere.py` has
+those of other libraries).
 
 - `torchvision`: a `.pth` state dict of plain tensors (loads with `weights_only=True`) for
   `torchvision.models.NAME()`. It loads with `strict=False`: nothing in it is unexpected, and what
@@ -32,8 +33,9 @@ import deepclust
 from deepclust import files
 from deepclust.errors import DataError, NumericalError, RecipeError
 from deepclust.models import Backbone, build_backbone, libraries
+from deepclust.stages import export_elsewhere as elsewhere
 
-FORMATS = ("torchvision", "safetensors")
+FORMATS = ("torchvision", "safetensors", *elsewhere.TARGETS)
 HEADER = "deepclust"  # the key of our JSON in a safetensors header
 CLASSIFIER = "classifier"  # the key of what says how to build one, and with a slash its tensors
 KEYS = {  # what we put in it
@@ -92,6 +94,10 @@ def export_backbone(
     state = backbone.export_state()
     _check_finite(state)
     weights = weights_hash(state)
+    if format in elsewhere.TARGETS:
+        usage = elsewhere.write(_plain(backbone), path, format, meta)
+        file = path / "model.safetensors" if path.is_dir() else path
+        return Exported(path, format, files.file_hash(file), weights, usage)
     with files.atomic_file(path) as partial:
         if format == "torchvision":
             partial.write_bytes(_pth(state))
@@ -172,6 +178,8 @@ def _pth(state: dict[str, Tensor]) -> bytes:
 def _check_format(backbone: Backbone, format: str) -> None:
     if format not in FORMATS:
         raise RecipeError(f"--format {format}: choose one of {', '.join(FORMATS)}.")
+    if format in elsewhere.TARGETS:
+        elsewhere.check(backbone, format)
     if format == "torchvision" and backbone.torchvision is None:
         what = backbone.name + (" with Sobel input" if backbone.sobel is not None else "")
         raise RecipeError(
@@ -258,8 +266,7 @@ def _load_torchvision(backbone: Backbone, path: Path) -> nn.Module:
 @torch.no_grad()
 def _check_same(backbone: Backbone, reloaded: nn.Module) -> None:
     """Raise `DataError` unless both give equal features, bit for bit, of one batch on the CPU."""
-    original = copy.deepcopy(backbone).cpu().float().eval()
-    original.to(memory_format=torch.contiguous_format)
+    original = _plain(backbone)
     random = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size, generator=random)
     if not torch.equal(original(images), reloaded(images)):
@@ -267,6 +274,12 @@ def _check_same(backbone: Backbone, reloaded: nn.Module) -> None:
             "the file, read back, gives other features; nothing was written. Check the disk, then "
             "export again."
         )
+
+
+def _plain(backbone: Backbone) -> Backbone:
+    """Return a copy on the CPU, in float32 and in eval mode."""
+    plain = copy.deepcopy(backbone).cpu().float().eval()
+    return plain.to(memory_format=torch.contiguous_format)
 
 
 def _usage(backbone: Backbone, path: Path, format: str, head: Head | None) -> str:

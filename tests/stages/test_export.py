@@ -85,9 +85,11 @@ def test_torchvision_refuses_what_it_does_not_have(tmp_path: Path, name: str, so
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_format_names_the_two() -> None:
-    with pytest.raises(RecipeError, match="onnx: choose one of torchvision, safetensors"):
-        export_backbone(trained("conv4"), "b", "onnx", meta={})
+def test_an_unknown_format_names_those_that_there_are() -> None:
+    with pytest.raises(
+        RecipeError, match="caffe: choose one of torchvision, safetensors, timm, hf"
+    ):
+        export_backbone(trained("conv4"), "b", "caffe", meta={})
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
