@@ -27,7 +27,7 @@ from tests.images import make_shards
 TREE = {
     "data": {"size": 16, "resize": 16, "workers": 0, "extract_batch": 64},
     "backbone": {"name": "conv4"},
-    "cluster": {"k": 8, "dim": 8, "iterations": 5},
+    "cluster": {"k": 8, "dim": 8, "iterations": 5, "final": False},
     "train": {"epochs": 2, "batch": 24, "threads": 1, "log": 3, "device": "cpu"},
 }
 
