@@ -51,7 +51,7 @@ REASON_LOST = "not in the round that these assignments were taken over from"
 
 
 @dataclass(frozen=True)
-class _Clusters:
+class Clusters:
     """What the table says of every sample, in sample order."""
 
     assignments: Int32[np.ndarray, "heads n"]  # -1: excluded
@@ -95,7 +95,7 @@ def export_assignments(
     out = Path(out)
     check_suffix(out)
     target_of(out)  # refuses what is no place for a file, before images are read
-    with _clustered(open_run(run_dir), round, remote, emit) as (index, clusters):
+    with clustered(open_run(run_dir), round, remote, emit) as (index, clusters):
         schema = SCHEMA if clusters.classes is None else SEEDED
         schema = schema.append(PATH) if has_paths(index) else schema
         write_table(out, schema, _batches(clusters, index))
@@ -103,9 +103,9 @@ def export_assignments(
 
 
 @contextlib.contextmanager
-def _clustered(
+def clustered(
     run: Run, round: int | None, remote: bool, emit: Callable[[str], None]
-) -> Iterator[tuple[Index, _Clusters]]:
+) -> Iterator[tuple[Index, Clusters]]:
     """Yield the index of a run, and the clusters of a round or of the method's own answers."""
     if run.recipe.cluster is None and run.recipe.assigns:
         if round is not None:
@@ -113,14 +113,14 @@ def _clustered(
         with open_trained(run, remote=remote) as index:
             answers = ask(run, index, emit)
             clusters = answers.clusters[None]
-            yield index, _Clusters(clusters, None, answers.reasons, answers.classes)
+            yield index, Clusters(clusters, None, answers.reasons, answers.classes)
         return
     number = choose_round(run, round)
     stage = run.round(number) / "assignments"
     with open_clustered(run, number, remote=remote) as index:
         yield (
             index,
-            _Clusters(
+            Clusters(
                 read_assignments(run, number),
                 read_array(stage, "distances.npy", dims=2),
                 exclusions(run, number, index),
@@ -153,7 +153,7 @@ def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:
     return {**read_excluded(run.round(number) / "assignments"), **index.excluded}
 
 
-def _batches(known: _Clusters, index: Index) -> Iterator[pa.RecordBatch]:
+def _batches(known: Clusters, index: Index) -> Iterator[pa.RecordBatch]:
     classes = known.classes
     for part in parts_of(index):
         for head in range(len(known.assignments)):

@@ -58,7 +58,7 @@ class Rows:
 
 
 class _Folder(Run):
-    """A folder that an extraction writes to as to the one round of a run, without lock or events."""
+    """A folder that an extraction writes to as to the one round of a run, without events."""
 
     def round(self, number: int) -> Path:
         """Return the folder itself."""
@@ -94,8 +94,8 @@ def _make(run: _Folder, index: Index, data: Data, way: Way, show: Show) -> None:
     data = data.model_copy(update={"max_bad": 1.0})  # nothing trains: what is bad is told
     loader = Loader(index, data.workers, max_pixels=data.max_pixels)
     context = ExtractContext(
-        run, -1, World(device=way.device), index, loader, data, DirectReport(run, show), lambda: False,
-        way.dtype, moments=False,
+        run, -1, World(device=way.device), index, loader, data, DirectReport(run, show),
+        lambda: False, way.dtype, moments=False,
     )  # fmt: skip
     try:
         extract(context, way.embed)

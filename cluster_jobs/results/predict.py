@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from cluster_jobs.results.features import Rows, Show, Way, rows_of
-from cluster_jobs.results.samples import PATH, Part, has_paths, parts_of
+from cluster_jobs.results.samples import PATH, UNREAD, Part, has_paths, parts_of
 from cluster_jobs.results.shards import open_given
 from cluster_jobs.results.tables import check_suffix, write_table
 from deepclust.data.shards.index import Index
@@ -41,7 +41,6 @@ SCHEMA = pa.schema(
         "reason": pa.string(),
     }
 )
-UNREAD = "it cannot be read"
 
 
 def predict(
@@ -164,7 +163,8 @@ class _Table:
         count = len(absent)
         alone = absent | (labels.seconds < 0)
         columns = [
-            pa.array(part.sample_ids), pa.repeat(part.shard, count), pa.array(part.keys, pa.string()),
+            pa.array(part.sample_ids), pa.repeat(part.shard, count),
+            pa.array(part.keys, pa.string()),
             pa.repeat(pa.scalar(head, pa.int32()), count), pa.array(labels.clusters),
             pa.array(labels.distances, mask=absent), pa.array(labels.seconds, mask=alone),
             pa.array(labels.margins, mask=alone), part.reasons(self.made.reasons, absent, UNREAD),

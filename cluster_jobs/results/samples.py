@@ -14,6 +14,7 @@ from deepclust.data.pack.names import storable
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.paths import have_paths, read_paths
 
+UNREAD = "it cannot be read"
 PATH = pa.field("path", pa.string())
 
 

@@ -63,7 +63,7 @@ class Labeller:
     @property
     def dim(self) -> int:
         """The width of what the network gives, before the projection."""
-        return self.embedder.clustered(_no_image(self.embedder.data)).shape[1]
+        return self.embedder.clustered(no_image(self.embedder.data)).shape[1]
 
     def rows(self, images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
         """Return the rows of cropped images, that the rule is asked with."""
@@ -81,7 +81,7 @@ def labeller_of(run: Run, round: int | None = None, tell: Tell = log.warning) ->
         if round is not None:
             raise RecipeError(NO_ROUNDS.format(run.path, run.recipe.method.name))
         embedder = embedder_of(run, newest(run, tell))
-        width = embedder.answered(_no_image(run.recipe.data)).shape[1]
+        width = embedder.answered(no_image(run.recipe.data)).shape[1]
         classes = answered_classes(run, embedder.method)
         return Labeller(embedder, Answers(width), None, None, classes)
     number = choose_round(run, round)
@@ -96,7 +96,8 @@ NO_ROUNDS = (
 )
 
 
-def _no_image(data: Data) -> UInt8[Tensor, "1 3 s s"]:
+def no_image(data: Data) -> UInt8[Tensor, "1 3 s s"]:
+    """Return a black image, to learn the width of what a network gives."""
     return torch.zeros(1, 3, data.size, data.size, dtype=torch.uint8)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,14 +21,18 @@ from deepclust.errors import DataError
 
 FILE = "paths.parquet"
 SCHEMA = pa.schema({"shard": pa.string(), "key": pa.string(), "path": pa.string()})
+Pair: TypeAlias = tuple[str, str | None]  # the key of a sample, and its file
 
 
-def write_paths(folder: Path, shards: dict[str, list[tuple[str, str]]]) -> None:
+def write_paths(folder: Path, shards: dict[str, list[Pair]]) -> None:
     """Write the (key, path) pairs of the samples of each shard, in their order."""
     with pq.ParquetWriter(folder / FILE, SCHEMA) as writer:
         for shard, pairs in shards.items():
             keys, paths = (list(column) for column in zip(*pairs, strict=True))
-            columns = [pa.repeat(shard, len(keys)), pa.array(keys), pa.array(paths)]
+            columns = [
+                pa.repeat(shard, len(keys)),
+                *(pa.array(c, pa.string()) for c in (keys, paths)),
+            ]
             writer.write_table(pa.table(columns, schema=SCHEMA))
 
 
