@@ -9,6 +9,7 @@ nothing is in memory as a whole. Images that cannot be read have rows of zeros a
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project
 from deepclust.world import World
 
+FEW = 500  # images, which one process has read before others have begun
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -92,7 +94,9 @@ def _make(run: _Folder, index: Index, data: Data, way: Way, show: Show) -> None:
     """Extract and project; what is there of the chunks is kept."""
     _write_pivot(run, way)
     data = data.model_copy(update={"max_bad": 1.0})  # nothing trains: what is bad is told
-    loader = Loader(index, data.workers, max_pixels=data.max_pixels)
+    # perhaps another machine than that of the run: no more processes than cores beside this one
+    workers = min(data.workers, (os.cpu_count() or 1) - 1 if len(index) > FEW else 0)
+    loader = Loader(index, workers, max_pixels=data.max_pixels)
     context = ExtractContext(
         run, -1, World(device=way.device), index, loader, data, DirectReport(run, show),
         lambda: False, way.dtype, moments=False,

@@ -97,7 +97,7 @@ def _images(index: Index, known: Clusters) -> Iterator[tuple[str, str, Record]]:
         clusters = known.assignments[0, part.first : part.last]
         paths = [None] * len(part.keys) if part.paths is None else part.paths.to_pylist()
         for place in np.flatnonzero(clusters >= 0).tolist():
-            if paths[place] is None:
+            if (path := paths[place]) is None:
                 continue
             number = int(clusters[place])
             label = str(number) if known.classes is None else known.classes[number] or str(number)
@@ -105,4 +105,4 @@ def _images(index: Index, known: Clusters) -> Iterator[tuple[str, str, Record]]:
             if known.distances is not None:
                 distance = float(known.distances[0, part.first + place])
                 facts["distance"] = distance if np.isfinite(distance) else None
-            yield os.path.abspath(paths[place]), label, facts
+            yield os.path.abspath(path), label, facts

@@ -55,8 +55,13 @@ class Labels:
 class Rule(Protocol):
     """What tells the clusters of rows, once for each head."""
 
-    heads: int
-    k: int
+    @property
+    def heads(self) -> int:
+        """The number of clusterings."""
+
+    @property
+    def k(self) -> int:
+        """The number of clusters of each."""
 
     def tile(self, rows: Float32[Tensor, "m d"], head: int) -> Labels:
         """Return the labels of a tile of rows."""
@@ -114,8 +119,9 @@ def rule_of(run: Run, number: int) -> Rule:
     refresh = run.recipe.method.round
     assert refresh is not None
     if has_file(stage, "scalings.npy"):
-        parts = (torch.from_numpy(np.array(read_array(stage, f"{name}.npy"))) for name in BALANCED)
-        return Balanced(*parts, sharpness=refresh.sharpness)
+        parts = (np.array(read_array(stage, f"{name}.npy")) for name in BALANCED)
+        weight, bias, scalings = (torch.from_numpy(part) for part in parts)
+        return Balanced(weight, bias, scalings, refresh.sharpness)
     centroids = torch.from_numpy(np.array(read_array(stage, "centroids.npy", dims=3)))
     supers = None
     if has_file(stage, "super_centroids.npy"):
@@ -164,7 +170,7 @@ class Nearest:
         assert self.supers is not None
         each, ids = self.k // self.supers.shape[1], torch.zeros_like(nearest)
         used = ~self._empty(head)
-        for s in nearest.unique().tolist():
+        for s in np.unique(nearest.numpy()).tolist():
             mine = (nearest == s).nonzero().flatten()
             inside = self.centroids[head, s * each : (s + 1) * each]
             inside = inside[: max(1, int(used[s * each : (s + 1) * each].sum()))]

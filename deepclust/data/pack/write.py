@@ -80,8 +80,8 @@ def _write_shard(work: Work, positions: range, path: Path) -> list[Pair]:
             sample = _sample(work, position)
             if sample is not None:
                 tar.write(sample)
-                file = work.paths[int(work.order[position])] if work.paths else None
-                kept.append((str(sample["__key__"]), file))
+                origin = work.paths[int(work.order[position])] if work.paths else None
+                kept.append((str(sample["__key__"]), origin))
     return kept
 
 
