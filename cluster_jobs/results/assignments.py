@@ -94,7 +94,7 @@ def export_assignments(
     """
     out = Path(out)
     check_suffix(out)
-    target_of(out)  # refuses what is no place for a file, before images are read
+    target_of(out)  # an error here comes before images are read
     with clustered(open_run(run_dir), round, remote, emit) as (index, clusters):
         schema = SCHEMA if clusters.classes is None else SEEDED
         schema = schema.append(PATH) if has_paths(index) else schema

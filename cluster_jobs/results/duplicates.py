@@ -74,8 +74,9 @@ def write_duplicates(
 ) -> dict[str, int]:
     """Write a row for each near duplicate and each outlier, and return how many there are.
 
-    Columns beside those of `assignments`: kind ("duplicate", "outlier"), of (the earlier image),
-    similarity, group (the first image of those that are alike), deviations (of an outlier).
+    Columns beside those of `assignments` are kind ("duplicate" or "outlier") and these. Of a
+    duplicate: of, the earlier image, similarity, and group, the first image of those that are
+    alike. Of an outlier: deviations.
 
     Raises `RecipeError` for numbers out of their range, and for a run without features on disk.
     """

@@ -96,8 +96,8 @@ def _check(options: EmbedOptions, source: Path) -> None:
         )
     if options.whiten and not exists(source):
         raise RecipeError(
-            f"{source} is no run, and a file of weights has no whitening. Leave --whiten out, and "
-            "whiten when you cluster: deepclust cluster OUT/features.npy --whiten 256"
+            f"{source} is not a run, and a file of weights has no whitening. Leave --whiten out. "
+            "Whiten when you cluster: deepclust cluster OUT/features.npy --whiten 256"
         )
 
 

@@ -1,6 +1,6 @@
-"""Rows of any images by a trained network: the extraction of a round, in a folder of its own.
+"""Rows of any images by a trained network: the extraction of a round, in another folder.
 
-It is the same code as in a run (`stages/extract.py`): chunks that are there are not done again, and
+It is the same code as in a run (`stages/extract.py`). Chunks that are there are not done again, and
 nothing is in memory as a whole. Images that cannot be read have rows of zeros and a reason.
 
     FOLDER/raw/       chunks, until the rows are done
@@ -93,7 +93,7 @@ def rows_of(folder: Path, index: Index, data: Data, way: Way, show: Show) -> Row
 def _make(run: _Folder, index: Index, data: Data, way: Way, show: Show) -> None:
     """Extract and project; what is there of the chunks is kept."""
     _write_pivot(run, way)
-    data = data.model_copy(update={"max_bad": 1.0})  # nothing trains: what is bad is told
+    data = data.model_copy(update={"max_bad": 1.0})  # nothing trains, and the reasons are written
     # perhaps another machine than that of the run: no more processes than cores beside this one
     workers = min(data.workers, (os.cpu_count() or 1) - 1 if len(index) > FEW else 0)
     loader = Loader(index, workers, max_pixels=data.max_pixels)

@@ -1,4 +1,4 @@
-"""The samples of an index as they stand in tables: shard by shard, with keys and paths of files."""
+"""The samples of an index as tables have them: shard by shard, with keys and paths of files."""
 
 from __future__ import annotations
 

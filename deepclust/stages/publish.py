@@ -1,8 +1,8 @@
 """Publishing a round: matched ids, statistics, and the files that training and tools read.
 
 centroids/     centroids.npy [heads, k, d], super_centroids.npy [s, d] (several heads: one each),
-               pivot.npy [D], from which rows were rounded; of a sinkhorn round weight.npy
-               [heads, k, d], bias.npy and scalings.npy [heads, k]
+               pivot.npy [D], about which rows were rounded, and for a sinkhorn round
+               weight.npy [heads, k, d], bias.npy and scalings.npy [heads, k]
 assignments/   assignments.npy [heads, n], distances.npy [heads, n], kept.npy [heads, k],
                statistics.json (head 0; `heads` lists all, where there are several),
                moved.npy [m, 2]: head and sample id where the row alone does not tell the cluster

@@ -157,7 +157,7 @@ def layer_of(embedder: Embedder, name: str | None) -> Callable[[Tensor], Tensor]
 def _row_of(output: object, name: str) -> Float[Tensor, "b c"]:
     """Return the rows of a layer's output, its mean over places."""
     if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4:
-        raise RecipeError(f"--layer {name}: its output is no row, map or sequence of an image")
+        raise RecipeError(f"--layer {name}: its output cannot be made a row of each image")
     if output.ndim == 4:
         output = output.mean((2, 3))
     return (output.mean(1) if output.ndim == 3 else output).float()

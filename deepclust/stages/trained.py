@@ -179,7 +179,7 @@ class TrainedRun:
 
     @cached_property
     def labeller(self) -> Labeller:
-        """What the clusters are told by, read when first asked."""
+        """What tells the clusters, read when first asked."""
         return labeller_of(self.run)
 
     @cached_property
@@ -194,7 +194,7 @@ class TrainedRun:
     def predict(self, images: Iterable[object], head: int = 0) -> Prediction:
         """Return the clusters of images, of one of the run's clusterings.
 
-        Raises `RecipeError` for a run without clusters, and `DataError` for what is no image.
+        Raises `RecipeError` for a run without clusters, and `DataError` for what is not an image.
         """
         rule = self.labeller.rule
         if not 0 <= head < rule.heads:
