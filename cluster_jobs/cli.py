@@ -496,25 +496,167 @@ def evaluate(
     evaluate_run(run_dir, train_shards, test_shards, names, emit=_log, show=show)
 
 
-@app.command(epilog=_examples("assignments runs/a --out clusters.parquet"))
+@app.command(
+    epilog=_examples(
+        "assignments runs/a --out clusters.parquet",
+        "assignments runs/a --folders clusters",
+        "assignments runs/a --out clusters.fiftyone.json",
+    )
+)
 def assignments(
     run_dir: RunDir,
-    out: Out,
+    out: Annotated[Path | None, typer.Option("--out", help="The file to write.")] = None,
     round_: Annotated[
         int | None, typer.Option("--round", help="The round; default: the last.")
+    ] = None,
+    folders: Annotated[
+        Path | None, typer.Option("--folders", help="A new folder: one folder of images a cluster.")
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Links to image files (default; shards are extracted).")
+    ] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copies of image files.")] = False,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="fiftyone or label-studio: JSON for it; default: by the suffix."
+        ),
     ] = None,
     remote: Annotated[
         bool, typer.Option("--remote", help="Compare with the shards, if they are behind URLs.")
     ] = False,
 ) -> None:
-    """Write which image is in which cluster, as Parquet or CSV.
+    """Write which image is in which cluster: a table, folders of images, or JSON for a viewer.
 
     A method without rounds (swav, dino, dac) answers with the weights of its newest checkpoint.
     """
-    from cluster_jobs.results.assignments import export_assignments
+    from cluster_jobs.results import assignments, viewers
+    from cluster_jobs.results import folders as of_images
 
-    export_assignments(run_dir, out, round_, remote=remote, emit=_log)
-    _log(f"wrote {out}")
+    if out is None and folders is None:
+        raise RecipeError("give --out FILE.parquet or .csv, --folders DIRECTORY, or both")
+    if link and copy:
+        raise RecipeError("give --link or --copy, not both")
+    if (link or copy) and folders is None:
+        raise RecipeError("--link and --copy belong to --folders DIRECTORY")
+    if format_ is not None and out is None:
+        raise RecipeError(f"--format {format_} needs --out FILE.json")
+    if out is not None:
+        format_ = format_ or viewers.form_of(out)
+    if out is not None and format_ is None:
+        assignments.export_assignments(run_dir, out, round_, remote=remote, emit=_log)
+    elif out is not None and format_ is not None:
+        viewers.write_json_of(run_dir, out, format_, round_, remote=remote, emit=_log)
+    if out is not None:
+        _log(f"wrote {out}")
+    if folders is not None:
+        how = "link" if link else "copy" if copy else None
+        count = of_images.write_folders(run_dir, folders, how, round_, remote=remote, emit=_log)
+        _log(f"wrote {folders}: {count} images")
+
+
+@app.command(epilog=_examples("duplicates runs/a --out duplicates.csv --similarity 0.9"))
+def duplicates(
+    run_dir: RunDir,
+    out: Out,
+    similarity: Annotated[
+        float, typer.Option(help="The smallest cosine of features of near duplicates.")
+    ] = 0.95,
+    deviations: Annotated[
+        float, typer.Option(help="Standard deviations that make an outlier of its cluster.")
+    ] = 4.0,
+    as_json: Json = False,
+) -> None:
+    """Write near duplicates and outliers, from the features of the last round."""
+    from cluster_jobs.display import Display
+    from cluster_jobs.results.duplicates import write_duplicates
+
+    with Display() as display:
+        counts = write_duplicates(run_dir, out, similarity, deviations, emit=_log, show=display)
+    if as_json:
+        typer.echo(json.dumps(counts))
+    _log(
+        f"wrote {out}: {counts['duplicates']} near duplicates in {counts['groups']} groups, "
+        f"{counts['outliers']} outliers of {counts['images']} images"
+    )
+
+
+Images = Annotated[
+    str, typer.Option("--data", help="Shards, a folder of images, or a list of them.")
+]
+
+
+@app.command(
+    epilog=_examples(
+        "embed runs/a --data photos --out features",
+        "embed net.safetensors --data shards --out features --dtype float32",
+        "embed runs/a --data shards --out whitened --whiten --format parquet",
+    )
+)
+def embed(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|WEIGHTS", help="A run, or an exported backbone.")
+    ],
+    data: Images,
+    out: Annotated[Path, typer.Option("--out", help="The new folder for the features.")],
+    layer: Annotated[
+        str | None,
+        typer.Option(help="A module of the backbone, averaged over places; default: the features."),
+    ] = None,
+    whiten: Annotated[
+        bool, typer.Option("--whiten", help="Whitened unit rows, as the last round clustered them.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    format_: Annotated[str, typer.Option("--format", help="npy or parquet.")] = "npy",
+    as_json: Json = False,
+) -> None:
+    """Write features of any images, by sample id, with their keys and paths.
+
+    Given again, the command goes on where it was stopped.
+    """
+    from cluster_jobs.display import Display
+    from cluster_jobs.results.embed import EmbedOptions
+    from cluster_jobs.results.embed import embed as embed_images
+
+    options = EmbedOptions(layer, whiten, dtype, format_)
+    with Display() as display:
+        manifest = embed_images(source, data, out, options, emit=_log, show=display)
+    if as_json:
+        typer.echo(json.dumps(manifest))
+    n, dim = manifest["shape"]
+    _log(f"wrote {out}: {n} rows of {dim} numbers, {manifest['excluded']} without an image")
+
+
+@app.command(
+    epilog=_examples(
+        "predict runs/a --data new_photos --out clusters.csv",
+        "predict runs/a --data shards --out clusters.parquet --round 3",
+    )
+)
+def predict(
+    run_dir: RunDir,
+    data: Images,
+    out: Out,
+    round_: Annotated[
+        int | None, typer.Option("--round", help="The round; default: the last.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the cluster of images that the run has never seen, as Parquet or CSV.
+
+    Columns: cluster, distance, second-best cluster and margin, and the class where seeds give one.
+    """
+    from cluster_jobs.display import Display
+    from cluster_jobs.results.predict import predict as predict_images
+
+    with Display() as display:
+        counts = predict_images(run_dir, data, out, round_, emit=_log, show=display)
+    if as_json:
+        typer.echo(json.dumps(counts))
+    _log(
+        f"wrote {out}: {counts['images']} images in {counts['used']} of {counts['k']} clusters, "
+        f"{counts['excluded']} without an image that can be read"
+    )
 
 
 @app.command(

@@ -11,6 +11,8 @@ the newest checkpoint says which step of which plan comes next.
 With `cluster.overlap` the chain is one round deep. At a boundary the round that was begun at the
 boundary before is adopted. Then the features of the next one are made. The cluster worker runs its
 k-means while the ranks train on, and the next boundary waits for it.
+
+After the last step a final round is made with the weights that were exported.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.methods.base import Method, Targets
 from deepclust.methods.parts.bank import find_bank
+from deepclust.run import final_round
+from deepclust.run.checkpoint import State
 from deepclust.run.directory import is_done, prune
 from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import average, cluster, warm_start
@@ -43,6 +47,9 @@ def run(context: Context) -> None:
     try:
         state, targets = restore(context, trainer)
         began = state.step
+        if context.world.is_first and not timeline.finished(state):
+            final_round.drop(context.run)  # one of a shorter run, or of a checkpoint that was lost
+        context.world.barrier()
         while not timeline.finished(state):
             if timeline.refresh_due(state):
                 trainer.save(state)
@@ -64,6 +71,8 @@ def run(context: Context) -> None:
         trainer.save(state)
         average.settle(trainer, targets, state)
         finish(context, trainer)
+        if targets is not None and recipe.clustering.final:
+            make_final_round(context, trainer, state)
     finally:
         trainer.loader.close()
         if trainer.metrics is not None:
@@ -127,10 +136,27 @@ def make_round(context: Context, trainer: Trainer, number: int) -> None:
         await_stage(context, number, "assignments")
 
 
-def make_features(context: Context, trainer: Trainer, number: int) -> None:
+def make_final_round(context: Context, trainer: Trainer, state: State) -> None:
+    """Make the round that belongs to the exported weights.
+
+    So clusters, centroids and weights of a finished run belong together. Its number is the next.
+    """
+    number = state.round + 1
+    if context.world.is_first:
+        final_round.begin(context.run, number, state.step)
+    context.world.barrier()
+    if not context.world.broadcast_object(is_done(context.run.round(number) / "assignments")):
+        make_features(context, trainer, number, final=True)
+        await_stage(context, number, "assignments")
+    if context.world.is_first:
+        tidy(context, trainer, number)
+
+
+def make_features(context: Context, trainer: Trainer, number: int, *, final: bool = False) -> None:
     """Write what a round is made of, with the present weights: extract, whiten, project.
 
-    A bank has rows without an extraction, once it was filled, and a balanced start needs none.
+    A bank has rows without an extraction, once it was filled, and a balanced start needs none. A
+    `final` round has rows of the last weights, which a bank has not.
     """
     refresh, bank = context.recipe.method.round, find_bank(trainer.method)
     assert refresh is not None
@@ -138,7 +164,7 @@ def make_features(context: Context, trainer: Trainer, number: int) -> None:
     if number == 0 and refresh.first == "balanced":
         write_no_rows(job)
         return
-    if bank is not None and bank.is_filled:
+    if bank is not None and bank.is_filled and not final:
         write_bank(job, bank)
         return
     context.world.broadcast(norm_statistics(trainer.method))  # those of rank 0, on every rank

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deepclust import pretrain
 from deepclust.launch import local
 from tests.forks import fork_rank
-from tests.tiny import tiny_shards
+from tests.tiny import tiny_recipe, tiny_shards
 
 NOT_FOR_ALL = ("gpu", "mount")  # what no package gives: a device, the right to mount
 if os.geteuid():
@@ -50,6 +51,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four times as many images, so that a kill strikes while something goes on."""
     return tiny_shards(tmp_path_factory.mktemp("shards") / "many", n=1200)
+
+
+@pytest.fixture(scope="session")
+def final_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a final round, of pinned and of free clusters; nobody writes there."""
+    run = tmp_path_factory.mktemp("runs") / "final"
+    seeds = "seeds={labels: shards, per_class: 5, force: true, release_after: 1}"
+    pretrain(tiny_recipe(shards, "cluster.final=true", "cluster.min_size=12", seeds), run)
+    return run
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pyarrow.parquet import read_table
 from safetensors.numpy import load_file
 
+from cluster_jobs.results.assignments import export_assignments
+from cluster_jobs.results.predict import predict
 from deepclust import Recipe, pretrain
 from deepclust.errors import RequeueWanted
 from deepclust.launch.start import resume
@@ -27,7 +30,7 @@ from tests.images import make_shards
 TREE = {
     "data": {"size": 16, "resize": 16, "workers": 0, "extract_batch": 64},
     "backbone": {"name": "conv4"},
-    "cluster": {"k": 8, "dim": 8, "iterations": 5},
+    "cluster": {"k": 8, "dim": 8, "iterations": 5, "final": False},
     "train": {"epochs": 2, "batch": 24, "threads": 1, "log": 3, "device": "cpu"},
 }
 
@@ -114,3 +117,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert not different
     pairs = zip(assignments(one), assignments(other), strict=True)
     assert all(np.array_equal(x, y) for x, y in pairs)
+
+
+def assert_predicts_its_assignments(run: Path, shards: Path, folder: Path) -> None:
+    """A run says of its own images, asked as new ones, what its assignments say."""
+    predict(run, str(shards), folder / "predicted.parquet", emit=print)
+    table = read_table(export_assignments(run, folder / "assigned.parquet")).to_pydict()
+    predicted = read_table(folder / "predicted.parquet").to_pydict()
+    assert predicted["cluster"] == table["cluster"]
+    if Run(run).recipe.cluster is not None:
+        assert predicted["distance"] == table["distance"]

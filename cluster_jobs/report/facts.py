@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cluster_jobs.results.assignments import seeded_supers
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
 from deepclust.data.shards.find import described
@@ -20,6 +19,7 @@ from deepclust.run.directory import ENVIRONMENT, Run, has_file
 from deepclust.run.events import Number
 from deepclust.run.labels import class_names
 from deepclust.run.round_files import read_facts, read_statistics
+from deepclust.stages.trained import seeded_supers
 
 Record = dict[str, Any]
 UNKNOWN = "not known before the run starts"

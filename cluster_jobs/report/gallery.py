@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
 
-from cluster_jobs.results.assignments import open_clustered, seeded_classes
+from cluster_jobs.results.assignments import open_clustered
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_array, read_assignments
+from deepclust.stages.trained import seeded_classes
 from deepclust.world import generator
 
 PER_GROUP = 4  # clusters of each kind: the largest, median, random

@@ -21,9 +21,8 @@ from deepclust.data.shards.find import described, is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError, RunDiffersError
 from deepclust.files import read_record
-from deepclust.methods.base import Method
 from deepclust.run.directory import Run
-from deepclust.stages.answers import columns_of
+from deepclust.stages.trained import answered_classes
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def ask(run: Run, index: Index, emit: Callable[[str], None]) -> Answers:
         loader.close()
     if (clusters < 0).all():
         raise DataError(f"no image of {index.origin} can be read, so {run.path} has no clusters")
-    return Answers(clusters, reasons, _classes(run, embedder.method))
+    return Answers(clusters, reasons, answered_classes(run, embedder.method))
 
 
 def _requests(run: Run, index: Index) -> Iterator[Request]:
@@ -90,12 +89,3 @@ def _requests(run: Run, index: Index) -> Iterator[Request]:
         part = np.setdiff1d(part, excluded)
         if len(part):
             yield Request(part, positions=part, key=0, crops=crops)
-
-
-def _classes(run: Run, method: Method) -> np.ndarray | None:
-    """Return the class of each cluster and, for images without one, None behind them."""
-    columns = columns_of(run, run.recipe, method)
-    if isinstance(columns, str):  # it answers no classes
-        return None
-    named = [columns.classes[c] if c >= 0 else None for c in columns.class_of]
-    return np.array([*named, None], dtype=object)

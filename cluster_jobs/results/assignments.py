@@ -10,34 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from jaxtyping import Float32, Int32
 
 from cluster_jobs.results.answers import ask, open_trained
+from cluster_jobs.results.samples import PATH, Part, has_paths, parts_of
 from cluster_jobs.results.shards import open_own
-from cluster_jobs.terminal import visible
-from deepclust.data.loose.index import FileIndex
-from deepclust.data.pack.names import storable
+from cluster_jobs.results.tables import check_suffix, write_table
 from deepclust.data.shards.find import described
 from deepclust.data.shards.index import Index
-from deepclust.errors import DataError, RecipeError, RunDiffersError
-from deepclust.files import atomic_file, target_of
-from deepclust.run.directory import Run, has_file, manifest, open_run
+from deepclust.errors import RecipeError, RunDiffersError
+from deepclust.files import target_of
+from deepclust.run.directory import Run, manifest, open_run
 from deepclust.run.round_files import (
     read_array,
     read_assignments,
     read_excluded,
-    read_facts,
 )
+from deepclust.stages.trained import NO_ROUNDS, choose_round, seeded_classes
 
 SCHEMA = pa.schema(
     {
@@ -51,15 +46,12 @@ SCHEMA = pa.schema(
     }
 )
 SEEDED = SCHEMA.append(pa.field("class", pa.string()))
-_PATH = pa.field("path", pa.string())
-WRITERS = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
-FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")  # and the wide forms of Asian keyboards
 log = logging.getLogger("deepclust")
 REASON_LOST = "not in the round that these assignments were taken over from"
 
 
 @dataclass(frozen=True)
-class _Clusters:
+class Clusters:
     """What the table says of every sample, in sample order."""
 
     assignments: Int32[np.ndarray, "heads n"]  # -1: excluded
@@ -92,7 +84,7 @@ def export_assignments(
         distance           squared L2 to the own centroid, in the whitened space (of rounds only)
         reason             why a sample is excluded
         class              of the cluster's prototype (seeded rounds, methods that know classes)
-        path               of the image file (where images are files of their own)
+        path               of the image file (loose files, and shards that `pack` has written)
 
     In a .csv file, texts are changed where a spreadsheet would run them (`safe_cells`). A .parquet
     file has them as they are.
@@ -101,92 +93,40 @@ def export_assignments(
     `RunDiffersError` when the shards are no longer those that were clustered.
     """
     out = Path(out)
-    if out.suffix not in WRITERS:
-        raise RecipeError(f"cannot write {out}: name it {' or '.join('*' + s for s in WRITERS)}")
-    file = target_of(out)
-    with _clustered(open_run(run_dir), round, remote, emit) as (index, clusters):
-        schema = _with_paths(SCHEMA if clusters.classes is None else SEEDED, index)
-        with atomic_file(file) as partial, WRITERS[out.suffix](partial, schema) as writer:
-            for batch in _batches(clusters, index):
-                writer.write_batch(batch if out.suffix != ".csv" else safe_cells(batch))
+    check_suffix(out)
+    target_of(out)  # an error here comes before images are read
+    with clustered(open_run(run_dir), round, remote, emit) as (index, clusters):
+        schema = SCHEMA if clusters.classes is None else SEEDED
+        schema = schema.append(PATH) if has_paths(index) else schema
+        write_table(out, schema, _batches(clusters, index))
     return out
 
 
 @contextlib.contextmanager
-def _clustered(
+def clustered(
     run: Run, round: int | None, remote: bool, emit: Callable[[str], None]
-) -> Iterator[tuple[Index, _Clusters]]:
+) -> Iterator[tuple[Index, Clusters]]:
     """Yield the index of a run, and the clusters of a round or of the method's own answers."""
     if run.recipe.cluster is None and run.recipe.assigns:
         if round is not None:
-            raise RecipeError(
-                f"{run.path} is a run of method {run.recipe.method.name}, which has no rounds: its "
-                "network answers with a cluster. Leave --round out"
-            )
+            raise RecipeError(NO_ROUNDS.format(run.path, run.recipe.method.name))
         with open_trained(run, remote=remote) as index:
             answers = ask(run, index, emit)
             clusters = answers.clusters[None]
-            yield index, _Clusters(clusters, None, answers.reasons, answers.classes)
+            yield index, Clusters(clusters, None, answers.reasons, answers.classes)
         return
     number = choose_round(run, round)
     stage = run.round(number) / "assignments"
     with open_clustered(run, number, remote=remote) as index:
         yield (
             index,
-            _Clusters(
+            Clusters(
                 read_assignments(run, number),
                 read_array(stage, "distances.npy", dims=2),
                 exclusions(run, number, index),
                 seeded_classes(run, number),
             ),
         )
-
-
-def safe_cells(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return a batch whose texts no spreadsheet runs and no terminal obeys.
-
-    A text that begins with = + - @ has an apostrophe before it. Control characters are written as
-    Python writes them. Keys and classes come with the shards, which may be anybody's.
-    """
-    columns = [
-        pa.array([text and _safe(text) for text in column.to_pylist()], pa.string())
-        if pa.types.is_string(column.type)
-        else column
-        for column in batch.columns
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
-
-
-def _safe(text: str) -> str:
-    text = visible(text).replace("\n", "\\n").replace("\t", "\\t")
-    return f"'{text}" if FORMULA.match(text) else text
-
-
-def choose_round(run: Run, wanted: int | None) -> int:
-    """Return the wanted round, or the last.
-
-    `RecipeError` names the rounds that there are.
-    """
-    rounds, recipe = run.rounds(), run.recipe
-    if recipe.cluster is None:
-        raise RecipeError(
-            f"{run.path} is a run of method {recipe.method.name}, which has no clusters. It has a "
-            f"backbone: deepclust export {run.path} --out backbone.safetensors"
-        )
-    lost = run.lost_round()
-    if wanted is None and lost is not None:
-        raise DataError(
-            f"round {lost} of {run.path} was clustered, and its files are missing or not whole: it "
-            "has no DONE. Copy them back, or choose another round with --round"
-        )
-    if not rounds:
-        raise RecipeError(
-            f"{run.path} has no finished round yet. Continue it: deepclust resume {run.path}"
-        )
-    if wanted is not None and wanted not in rounds:
-        there = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
-        raise RecipeError(f"{run.path} has no round {wanted}; there are {len(rounds)}: {there}")
-    return rounds[-1] if wanted is None else wanted
 
 
 @contextlib.contextmanager
@@ -213,58 +153,22 @@ def exclusions(run: Run, number: int, index: Index) -> dict[int, str]:
     return {**read_excluded(run.round(number) / "assignments"), **index.excluded}
 
 
-def seeded_classes(run: Run, number: int) -> np.ndarray | None:
-    """Return the class name of every cluster [k + 1], or None for a round without seeds.
-
-    It is None for free clusters, and in the last place, which excluded samples (-1) index.
-    """
-    stage = run.round(number) / "centroids"
-    if run.recipe.seeds is None or not has_file(stage, "prototypes.json"):
-        return None
-    k, supers = run.recipe.clustering.k, seeded_supers(run, number)
-    each = 1 if supers is None else k // supers
-    names = np.full(k + 1, None, dtype=object)
-    # of super-clusters, where there are two levels
-    for one in read_facts(stage, "prototypes.json")["clusters"]:
-        names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]
-    return names
-
-
-def seeded_supers(run: Run, number: int) -> int | None:
-    """Return the number of super-clusters of a two-level round, whose seeds are of those."""
-    supers: int | None = manifest(run.round(number) / "assignments")["inputs"].get("supers")
-    return supers
-
-
-def _batches(known: _Clusters, index: Index) -> Iterator[pa.RecordBatch]:
-    keys, classes = iter(index.keys), known.classes
-    for shard, name in enumerate(index.names):
-        first, last = index.bases[shard : shard + 2].tolist()
-        names, paths = list(islice(keys, last - first)), _paths(index, first, last)
+def _batches(known: Clusters, index: Index) -> Iterator[pa.RecordBatch]:
+    classes = known.classes
+    for part in parts_of(index):
         for head in range(len(known.assignments)):
-            clusters = known.assignments[head, first:last]
-            squared = None if known.distances is None else known.distances[head, first:last]
-            batch = _batch(first, name, names, head, clusters, squared, known.reasons)
+            clusters = known.assignments[head, part.first : part.last]
+            squared = None
+            if known.distances is not None:
+                squared = known.distances[head, part.first : part.last]
+            batch = _batch(part, head, clusters, squared, known.reasons)
             if classes is not None:
                 batch = batch.append_column("class", pa.array(classes[clusters], pa.string()))
-            yield batch if paths is None else batch.append_column("path", paths)
-
-
-def _with_paths(schema: pa.Schema, index: Index) -> pa.Schema:
-    return schema.append(_PATH) if isinstance(index, FileIndex) else schema
-
-
-def _paths(index: Index, first: int, last: int) -> pa.Array | None:
-    """Return the paths of image files as text, or None for shards."""
-    if not isinstance(index, FileIndex):
-        return None
-    return pa.array([storable(str(path)) for path in index.paths[first:last]], pa.string())
+            yield batch if part.paths is None else batch.append_column(PATH, part.paths)
 
 
 def _batch(
-    first: int,
-    shard: str,
-    keys: list[str],
+    part: Part,
     head: int,
     clusters: Int32[np.ndarray, " m"],
     distances: Float32[np.ndarray, " m"] | None,
@@ -273,16 +177,13 @@ def _batch(
     """Return one shard's rows of one head."""
     count = len(clusters)
     excluded = clusters < 0
-    why = np.full(count, None, dtype=object)
-    for place in np.flatnonzero(excluded):
-        why[place] = reasons.get(first + int(place), REASON_LOST)
     columns = [
-        pa.array(np.arange(first, first + count)),
-        pa.repeat(shard, count),
-        pa.array(keys, pa.string()),
+        pa.array(part.sample_ids),
+        pa.repeat(part.shard, count),
+        pa.array(part.keys, pa.string()),
         pa.repeat(pa.scalar(head, pa.int32()), count),
         pa.array(clusters),
         pa.nulls(count, pa.float32()) if distances is None else pa.array(distances, mask=excluded),
-        pa.array(why, pa.string()),
+        part.reasons(reasons, excluded, REASON_LOST),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cluster_jobs.results.shards import open_shards
 from deepclust.data.shards.index import Index
@@ -36,19 +35,16 @@ from deepclust.files import read_record, target_of, write_json
 from deepclust.launch.start import is_finished
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
-from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
-from deepclust.run.checkpoint import Checkpoint, counting_weights, load_latest, put_weights
+from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, open_run
-from deepclust.run.labels import class_names as class_names_of
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.answers import columns_of
-from deepclust.stages.build import build_method
 from deepclust.stages.classifier import head_of
 from deepclust.stages.export import Exported, Head, export_backbone
+from deepclust.stages.saved import embedder_of, newest
 from deepclust.stages.warm_start import export_meta
-from deepclust.world import World
 
 log = logging.getLogger("deepclust")
 SUFFIXES = {  # others hold safetensors
@@ -95,7 +91,7 @@ def evaluate_run(
 def _freeze(run: Run, checkpoint: Checkpoint, train: str, test: str) -> Frozen:
     """Return the frozen features of both sets of shards, with the run's seeds where it has any."""
     dim = run.recipe.cluster.dim if run.recipe.cluster else DIM
-    embedder = _embedder(run, checkpoint)
+    embedder = embedder_of(run, checkpoint)
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
         frozen = freeze_shards(embedder, index, test_index, run.recipe.data, dim=dim)
         return _with_seeds(_with_answers(frozen, run, embedder), run, index)
@@ -126,16 +122,7 @@ def export_run(
 
 def load_embedder(run: Run, emit: Callable[[str], None] = log.warning) -> Embedder:
     """Return the map from images to features of a run's newest readable checkpoint."""
-    return _embedder(run, newest_checkpoint(run, emit))
-
-
-def fresh_embedder(recipe: Recipe, classes: tuple[str, ...] = ()) -> Embedder:
-    """Return the map from images to features of a recipe's random initial weights."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = build_method(recipe, World(device=device), new=False, classes=classes)
-    method = method.to(device).eval()
-    method = method.to(memory_format=torch.channels_last)
-    return Embedder(method, recipe.data, recipe.train.precision, device)
+    return embedder_of(run, newest_checkpoint(run, emit))
 
 
 def load_trunk(run: Run, emit: Callable[[str], None] = log.warning) -> Backbone:
@@ -154,12 +141,7 @@ def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
 
     `emit` is given a text for each newer one that is damaged or missing.
     """
-    checkpoint = load_latest(run, lambda text: emit(f"warning: {text}"))
-    if checkpoint is None:
-        raise DataError(
-            f"{run.path} has no checkpoint that can be read. Continue it: "
-            f"deepclust resume {run.path}"
-        )
+    checkpoint = newest(run, emit)
     step = checkpoint.state.step
     saved = max((e["step"] for e in run.events() if e["event"] == "checkpoint"), default=step)
     if saved > step:
@@ -170,18 +152,6 @@ def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
             f"{run.epochs} epochs; the run has not finished"
         )
     return checkpoint
-
-
-def _embedder(run: Run, saved: Checkpoint) -> Embedder:
-    """Return the embedder of a run's saved weights.
-
-    What ranks own slices of (`Method.owned`) is not among the weights: those are heads, which
-    embedding does not use.
-    """
-    embedder = fresh_embedder(run.recipe, class_names_of(run))
-    weights = counting_weights(run, saved)
-    put_weights(embedder.method, weights, "the checkpoint", embedder.method.owned())
-    return embedder
 
 
 def _with_answers(frozen: Frozen, run: Run, embedder: Embedder) -> Frozen:

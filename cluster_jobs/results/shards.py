@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from deepclust.data.loose.find import places_of
 from deepclust.data.shards.check import LabelsChangedError
+from deepclust.data.shards.fields import NONE
 from deepclust.data.shards.find import Shards, is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, DiskError, MissingError, RecipeError
@@ -62,6 +64,26 @@ def open_own(run: Run, *, only_read: bool = False, remote: bool = True) -> Itera
         except (DiskError, RecipeError):
             index = _open_elsewhere(run.recipe.data.shards, run, stack)
         yield index
+
+
+def open_given(shards: str, data: Data, folder: Path) -> Index:
+    """Return the index of images that are only looked at.
+
+    One that is there is taken. Else one is written beside shards as usual, and in `folder` for
+    image files, whose place is the user's, and wherever nothing can be written. `data` says which
+    member of a sample is the image. Labels are not needed. Raises what `open_index` raises.
+    """
+    given = Data.model_validate({**data.model_dump(), "shards": shards, "index": None})
+    with contextlib.suppress(DataError, DiskError, RecipeError, LabelsChangedError):
+        return open_data_index(given, build=False)
+    unlabelled = {"index": str(folder), "labels": NONE}
+    apart = Data.model_validate({**given.model_dump(), **unlabelled})
+    if is_remote(given.shards) or places_of(given.shards) is not None:
+        return open_data_index(apart)
+    try:
+        return open_data_index(given)
+    except (DiskError, RecipeError, LabelsChangedError):
+        return open_data_index(apart)
 
 
 def _are_own(shards: Shards, run: Run) -> bool:

@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "train.restarts": "when to give up",
     "train.log": "what is written",
     "train.checkpoint": "what is written",
+    "cluster.final": "what is made after the last step",
     "keep.features": "what stays on disk",
     "keep.checkpoints": "what stays on disk",
     "data.workers": "who reads",

@@ -292,6 +292,9 @@ class ClusterSection(Section):
         "i begins at the share (i / n)^2 of the run",
     )
     until: int | None = Field(None, ge=1, description="no new round from this epoch on")
+    final: bool = Field(
+        True, description="a last round with the weights that are exported, which nothing trains on"
+    )
     init: Literal["random", "k-means++", "two-level"] = "random"
     empty: Literal["split", "relocate"] = "split"
     min_size: int = Field(1, ge=1, description="members that every cluster ends with")

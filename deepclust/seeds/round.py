@@ -27,6 +27,7 @@ from deepclust.files import write_json
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import SeedsSection
 from deepclust.run.directory import Run, has_file, manifest
+from deepclust.run.final_round import trained_number
 from deepclust.run.round_files import (
     find_whitening,
     last_round_before,
@@ -115,7 +116,8 @@ def begin(
     if config.momentum or config.prototypes > 1:
         new = _continue(run, number, new, config.momentum)
     held_out = None if seeds.held_out is None else seeds.held_out.without(excluded)
-    pinned = config.release_after is None or number <= config.release_after
+    last = trained_number(run, number)
+    pinned = config.release_after is None or last <= config.release_after
     return SeededRound(config, table, held_out, new, pinned, notes)
 
 

@@ -32,6 +32,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.declare import Refresh
 from deepclust.recipe.sections import ClusterSection, SeedsSection
 from deepclust.run.directory import Run, is_done, manifest, numbered, whole_file
+from deepclust.run.final_round import trained_number
 from deepclust.run.reporting import Report
 from deepclust.run.round_files import (
     find_whitening,
@@ -260,7 +261,7 @@ def _seeds(
     context: ClusterContext, number: int, rows: np.ndarray, excluded: Int64[np.ndarray, " e"]
 ) -> SeededRound | None:
     """Return the round's prototypes, if it is seeded, the same on every rank."""
-    if context.seeds is None or number < context.seeds[0].pin_from:
+    if context.seeds is None or trained_number(context.run, number) < context.seeds[0].pin_from:
         return None
     config, seeds = context.seeds
     seed = derive(context.seed, "cluster", number)

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from deepclust.clustering.whiten import Moments
 from deepclust.data.images.crops import CentreCrop, Crop
+from deepclust.data.read.dataset import Loaded
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.left_out import EXAMPLES
@@ -55,6 +55,8 @@ class ExtractContext:
     config: Data
     report: Report
     stopping: Callable[[], bool]
+    dtype: torch.dtype = torch.float16  # of the rows on disk
+    moments: bool = True  # whether a whitening is to be solved from them
 
     @property
     def raw_dir(self) -> Path:
@@ -225,7 +227,7 @@ def _fill(
         context.report.alive()
         number = loaded.tag
         rows = embed(loaded.images[0]).float()
-        _count_bad(context, _add_batch(current, rows, loaded.sample_ids, loaded.bad, pivot))
+        _count_bad(context, _add_batch(context, current, rows, loaded, pivot))
         if len(current.rows) == -(-len(chunks[number]) // step):
             _commit_chunk(context, number, current, pivot)
             context.report.event("unit", round=context.round, unit=number, of=len(chunks))
@@ -235,18 +237,15 @@ def _fill(
 
 
 def _add_batch(
-    chunk: _Open,
-    rows: Tensor,
-    sample_ids: Int64[np.ndarray, " b"],
-    bad: list[Any],
-    pivot: Tensor,
+    context: ExtractContext, chunk: _Open, rows: Tensor, loaded: Loaded, pivot: Tensor
 ) -> dict[int, str]:
     """Centre, round to fp16, count what is usable, and return why the rest is not.
 
     A row that is not becomes zeros.
     """
+    sample_ids, bad = loaded.sample_ids, loaded.bad
     centred = rows - pivot
-    half = centred.half()
+    half = centred.to(context.dtype)
     usable = torch.isfinite(half).all(1)
     reasons = {int(item.sample_id): str(item.reason) for item in bad}
     broken = np.isin(sample_ids, list(reasons))
@@ -254,23 +253,19 @@ def _add_batch(
         reasons[int(sample)] = f"sample {sample}: its feature is not finite, or too large for fp16"
     usable &= torch.from_numpy(~broken).to(usable.device)
     half[~usable] = 0
-    if chunk.moments is None:
-        chunk.moments = Moments.zero(pivot)
-    chunk.moments.add(rows[usable])
+    if context.moments:
+        chunk.moments = Moments.zero(pivot) if chunk.moments is None else chunk.moments
+        chunk.moments.add(rows[usable])
     chunk.rows.append(half.cpu())
     chunk.bad.update(reasons)
     return reasons
 
 
 def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Tensor) -> None:
-    assert chunk.moments is not None
-    tensors = {
-        "rows": torch.cat(chunk.rows),
-        "count": torch.tensor(chunk.moments.count),
-        "sum": chunk.moments.sum,
-        "outer": chunk.moments.outer,
-        "pivot": pivot,
-    }
+    tensors = {"rows": torch.cat(chunk.rows), "pivot": pivot}
+    if (moments := chunk.moments) is not None:
+        count = torch.tensor(moments.count)
+        tensors |= {"count": count, "sum": moments.sum, "outer": moments.outer}
     raw_chunk.write(
         context.chunk_path(number), tensors, {"excluded": json.dumps(chunk.bad)}, context.run.fence
     )

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float16
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from deepclust.clustering.points import unit_rows
@@ -47,14 +48,15 @@ def project(
     pivot = raw_chunk.read_pivot(context.raw_dir)
     normalise = (unit_rows if unit else _as_they_are) if whitening is None else whitening
     dim = len(pivot) if whitening is None else whitening.matrix.shape[1]
+    dtype = torch.zeros(0, dtype=context.dtype).numpy().dtype
     if context.world.is_first:
         shape = (len(context.index), dim)
-        np.lib.format.open_memmap(context.rows_path, "w+", np.float16, shape).flush()
+        np.lib.format.open_memmap(context.rows_path, "w+", dtype, shape).flush()
     context.world.barrier()
     start, progress = np.load(context.rows_path, mmap_mode="r").offset, context.progress("project")
     for number in context.draw("project", list(range(len(chunks)))):
         for place, rows in _projected(context, number, chunks[number].start, normalise):
-            offset = start + (chunks[number].start + place) * dim * 2
+            offset = start + (chunks[number].start + place) * dim * dtype.itemsize
             write_at(context.rows_path, offset, rows)
             context.report.alive()
         progress.show(number + 1, len(chunks))
@@ -66,7 +68,7 @@ def project(
 
 def _projected(
     context: ExtractContext, number: int, first: int, normalise: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[int, Float16[np.ndarray, "m d"]]]:
+) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
     """Yield a chunk's projected rows, a slice at a time, each with its place in the chunk."""
     device = context.world.device
     with raw_chunk.opened(context.chunk_path(number), context.report.alive) as tensors:
@@ -74,7 +76,7 @@ def _projected(
         excluded = np.array([int(s) for s in json.loads(tensors.metadata()["excluded"])], np.int64)
         for place in range(0, rows.get_shape()[0], SLICE):
             raw = rows[place : place + SLICE].to(device).float() + pivot
-            projected = normalise(raw).half().cpu()
+            projected = normalise(raw).to(context.dtype).cpu()
             inside = excluded - first - place
             projected[inside[(inside >= 0) & (inside < len(projected))]] = 0
             yield place, np.asarray(projected.numpy())

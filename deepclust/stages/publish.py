@@ -1,8 +1,11 @@
 """Publishing a round: matched ids, statistics, and the files that training and tools read.
 
-centroids/     centroids.npy [heads, k, d], super_centroids.npy [s, d] (several heads: one each)
+centroids/     centroids.npy [heads, k, d], super_centroids.npy [s, d] (several heads: one each),
+               pivot.npy [D], about which rows were rounded, and for a sinkhorn round
+               weight.npy [heads, k, d], bias.npy and scalings.npy [heads, k]
 assignments/   assignments.npy [heads, n], distances.npy [heads, n], kept.npy [heads, k],
-               statistics.json (head 0; `heads` lists all, where there are several)
+               statistics.json (head 0; `heads` lists all, where there are several),
+               moved.npy [m, 2]: head and sample id where the row alone does not tell the cluster
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from deepclust.files import write_json
 from deepclust.run.round_files import last_round_before, read_assignments
 from deepclust.seeds import round as seeded_round
 from deepclust.seeds.round import SeededRound
+from deepclust.stages.raw_chunk import read_pivot
 from deepclust.stages.round_kmeans import RoundClusters
 
 if TYPE_CHECKING:
@@ -65,6 +69,8 @@ def publish(
 
     def fill_centroids(stage: Path) -> None:
         _write_centroids(stage, heads, seeds)
+        if (round_dir / "raw" / "pivot.npy").exists():
+            np.save(stage / "pivot.npy", read_pivot(round_dir / "raw"))
 
     def fill_assignments(stage: Path) -> None:
         # the features may be deleted, and the assignments stay
@@ -119,6 +125,8 @@ def _write_centroids(stage: Path, heads: list[_Head], seeds: SeededRound | None)
     supers = [one.super_centroids for one in levels if one is not None]
     if supers:
         np.save(stage / "super_centroids.npy", np.stack(supers) if len(supers) > 1 else supers[0])
+    for name in heads[0].clusters.rule:
+        np.save(stage / f"{name}.npy", np.stack([head.clusters.rule[name] for head in heads]))
     if seeds is not None:
         seeded_round.save(seeds, stage)
 
@@ -127,6 +135,9 @@ def _write_assignments(stage: Path, heads: list[_Head], seeds: SeededRound | Non
     clusters = [head.clusters for head in heads]
     np.save(stage / "assignments.npy", np.stack([one.assignments for one in clusters]))
     np.save(stage / "distances.npy", np.stack([one.distances for one in clusters]))
+    moved = [np.stack([np.full_like(one.moved, h), one.moved], 1) for h, one in enumerate(clusters)]
+    if any(map(len, moved)):
+        np.save(stage / "moved.npy", np.concatenate(moved))
     if any(head.kept is not None for head in heads):
         none = np.zeros(len(clusters[0].centroids), bool)
         kept = [none if head.kept is None else head.kept for head in heads]

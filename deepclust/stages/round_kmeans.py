@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -82,6 +82,15 @@ class RoundClusters:
     claimed: Int64[np.ndarray, " c"]  # labelled samples moved to a cluster of their class
     facts: dict[str, Any]  # for the statistics
     levels: TwoLevel | None = None
+    repaired: Int64[np.ndarray, " r"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Samples that a repair gave to a cluster that is not their nearest."""
+    rule: dict[str, np.ndarray] = field(default_factory=dict)
+    """What else tells the cluster of a row: "weight", "bias" and "scalings" of a sinkhorn round."""
+
+    @property
+    def moved(self) -> Int64[np.ndarray, " m"]:
+        """Samples that are not where their row alone would put them."""
+        return np.union1d(self.repaired, self.claimed)
 
     def first_level(self) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, "s d"]]:
         """Return the clusters that seeds can pin, super-clusters if any, and their centroids."""
@@ -161,6 +170,7 @@ def _cluster_flat(task: RoundTask, points: ArrayPoints | ShardedPoints, head: in
             "empty_repairs": result.empty_repairs,
             "iterations": len(result.history),
         },
+        repaired=task.valid[result.forced],
     )
     if task.seeds is None or not task.seeds.config.forces:
         return clusters
@@ -251,4 +261,5 @@ def _cluster_two_levels(task: RoundTask, points: ArrayPoints, head: int) -> Roun
             "super_sizes": np.bincount(levels.supers, minlength=config.supers).tolist(),
         },
         levels=levels,
+        repaired=valid[levels.forced],
     )

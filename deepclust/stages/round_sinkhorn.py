@@ -95,7 +95,15 @@ def _label_head(
     own = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in tiles)])
     labels, costs = _labels(balanced, score, sharpness)
     assignments, distances = spread(labels, costs, own, len(task.rows), task.world)
-    return _clusters(task, assignments, distances, balanced.iterations, balanced.error)
+    clusters = _clusters(task, assignments, distances, balanced.iterations, balanced.error)
+    return replace(clusters, rule=_rule(task, head, balanced))
+
+
+def _rule(task: RoundTask, head: int, balanced: Balance) -> dict[str, np.ndarray]:
+    """Return what tells a row's label: the head's weights, and the scalings of the clusters."""
+    assert task.scorer is not None
+    parts = {name: task.scorer[name][head].cpu().numpy() for name in ("weight", "bias")}
+    return {**parts, "scalings": balanced.scalings.cpu().numpy()}
 
 
 def _labels(

@@ -14,7 +14,7 @@ from pathlib import Path
 from deepclust.errors import DataError
 from deepclust.files import set_aside
 from deepclust.recipe import Recipe
-from deepclust.run import checkpoint
+from deepclust.run import checkpoint, final_round
 from deepclust.run.checkpoint import Checkpoint, State
 from deepclust.run.directory import Run, is_done, manifest, numbered, verify
 from deepclust.stages import cluster
@@ -37,7 +37,8 @@ def latest_whole(run: Run, recipe: Recipe, timeline: Timeline, warn: Warn) -> Ch
     if broken is None:
         return latest
     number, why = broken
-    earlier = _newest_before(run, timeline, number)
+    final = final_round.is_final(run, number)  # nothing trained on it
+    earlier = latest if final else _newest_before(run, timeline, number)
     if earlier is None and number > 0:
         return _go_on(run, state, number, why, latest, warn)
     _set_aside(run, number, earlier)

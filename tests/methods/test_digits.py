@@ -13,11 +13,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cluster_jobs.results.evaluate import fresh_embedder, labelled_features, load_embedder
+from cluster_jobs.results.evaluate import labelled_features, load_embedder
 from deepclust import Recipe, open_index, pretrain
 from deepclust.evaluate import evaluate_features
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
+from deepclust.stages.saved import fresh_embedder
 from tests.images import encode, write_tar
 
 pytestmark = pytest.mark.slow

@@ -34,7 +34,7 @@ from tests.methods.cases import (
     share,
 )
 from tests.ranks import on_ranks
-from tests.tiny import assert_resumes_undisturbed, tiny_recipe
+from tests.tiny import assert_predicts_its_assignments, assert_resumes_undisturbed, tiny_recipe
 
 
 def test_the_table_and_the_cases_name_the_same_methods() -> None:
@@ -193,6 +193,10 @@ def test_stopped_in_an_epoch_and_resumed_is_undisturbed(
         shards, f"method.name={name}", *CASES[name], f"train.ranks={ranks}",
         "train.head_momentum=0.9",
     )  # fmt: skip
+    if given.cluster is not None:
+        given = given.replace("cluster.final=true")
     assert_resumes_undisturbed(given, tmp_path, 15)
     losses = [Run(tmp_path / run).metrics("train")[-1]["loss"] for run in ("stopped", "straight")]
     assert losses[0] == losses[1]
+    if ranks == 1 and given.assigns:
+        assert_predicts_its_assignments(tmp_path / "straight", shards, tmp_path)

@@ -28,7 +28,8 @@ def context(folder: Path, good: int, bad: int, **options: Any) -> SimpleNamespac
     config = Data(shards=str(folder), size=8, extract_batch=10)
     place = {"raw_dir": folder / "raw", "chunk_path": lambda number: folder / str(number)}
     work = {"config": config, "world": World(), "run": Run(folder), "round": 0}
-    return SimpleNamespace(index=open_index(folder), **place, **work, **options)
+    kept = {"dtype": torch.float16, "moments": True}
+    return SimpleNamespace(index=open_index(folder), **place, **work, **kept, **options)
 
 
 def test_what_the_index_knows_ends_a_run_before_an_image_is_read(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from cluster_jobs.results.evaluate import fresh_embedder, labelled_features
+from cluster_jobs.results.evaluate import labelled_features
 from deepclust import Recipe, open_index, pretrain
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.launch.start import prepare_run, resume, run_stage
 from deepclust.run.directory import Run, is_done
 from deepclust.run.round_files import read_whitening
+from deepclust.stages.saved import fresh_embedder
 from tests.killing import Moment, extracting, kill_when, pause_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe
 

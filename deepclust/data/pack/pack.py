@@ -22,7 +22,7 @@ from deepclust.data.pack.classes import Labels, describe
 from deepclust.data.pack.image_sources import ImageSource, SourceOptions
 from deepclust.data.pack.names import storable
 from deepclust.data.pack.order import shard_borders, shuffled
-from deepclust.data.pack.several import Sources, listed_sources, open_sources
+from deepclust.data.pack.several import Sources, listed_sources, open_sources, paths_of
 from deepclust.data.pack.stored import Packer
 from deepclust.data.pack.tally import shown
 from deepclust.data.pack.write import Work, write_shards
@@ -78,8 +78,8 @@ def pack(
     packer = Packer(Levels.parse(asked.range))
     with contextlib.ExitStack() as opened:
         files = Files(out.parent, opened)
-        images, _ = open_sources(source, SourceOptions(asked.classes, packer, files))
-        _pack(images, source, out, asked, emit)
+        images, parts = open_sources(source, SourceOptions(asked.classes, packer, files))
+        _pack(images, source, out, asked, emit, paths_of(parts))
     index = open_index(out)
     for i, reason in index.excluded.items():
         packer.notes.add(f"packed, but excluded by the index: {reason}", index.keys[i])
@@ -94,6 +94,7 @@ def _pack(
     out: Path,
     asked: PackOptions,
     emit: Callable[[str], None],
+    paths: Sequence[str | None],
 ) -> None:
     """Write the shards of an opened source, or nothing."""
     packer = images.packer
@@ -101,7 +102,7 @@ def _pack(
     for line in (*_leftovers(out), *describe(labels)):
         emit(line)
     order = shuffled(len(labels.numbers), asked.seed)
-    work = Work(images, order, asked.resize_short)
+    work = Work(images, order, asked.resize_short, paths)
     texts = [storable(str(one)) for one in listed_sources(source)]
     about: dict[str, Any] = {
         "class_names": labels.names,

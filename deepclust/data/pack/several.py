@@ -6,6 +6,7 @@ its source's name, so that no two samples have one key.
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from deepclust.data.pack.classes import join_labels
 from deepclust.data.pack.image_sources import ImageSource, SourceOptions, open_source
-from deepclust.data.pack.names import plain_key
+from deepclust.data.pack.names import plain_key, storable
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -45,6 +46,17 @@ def _joined(
 
     labels = join_labels([part.labels for part in parts], [str(name) for name in names])
     return ImageSource(labels, read, _keys(parts, names, options), options.packer)
+
+
+def paths_of(parts: Sequence[ImageSource]) -> list[str | None]:
+    """Return the path of every image's file, None where images are no files of their own."""
+    paths: list[str | None] = []
+    for part in parts:
+        if part.folder is None or not part.files:
+            paths += [None] * len(part.labels.numbers)
+        else:
+            paths += [storable(os.path.join(part.folder, file)) for file in part.files]
+    return paths
 
 
 def _keys(

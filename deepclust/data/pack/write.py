@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.pack.image_sources import ImageSource
 from deepclust.data.pack.order import shard_name
 from deepclust.data.pack.stored import LeftOutError, Packer, png
+from deepclust.data.shards.paths import Pair, write_paths
 from deepclust.errors import DataError
 
 _JPEG_QUALITY = 92
@@ -33,6 +35,7 @@ class Work:
     images: ImageSource
     order: Int64[np.ndarray, " n"]
     resize_short: int | None
+    paths: Sequence[str | None] = ()  # of the files, where images are files of their own
 
 
 def write_shards(
@@ -41,15 +44,18 @@ def write_shards(
     """Write shards whose samples lie between these borders of the order."""
     shards = len(borders) - 1
 
-    def write(shard: int) -> int:
+    def write(shard: int) -> list[Pair]:
         positions = range(borders[shard], borders[shard + 1])
         return _write_shard(work, positions, folder / shard_name(shard))
 
     # Pillow warns of damaged files, and threads cannot silence it without a trace in the filters.
     with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counts = list(pool.map(write, range(shards)) if workers > 1 else map(write, range(shards)))
-    _drop_empty(folder, counts, work.images.packer)
+        kept = list(pool.map(write, range(shards)) if workers > 1 else map(write, range(shards)))
+    _drop_empty(folder, [len(one) for one in kept], work.images.packer)
+    if any(work.paths):
+        whole = [one for one in kept if one]
+        write_paths(folder, {shard_name(number): one for number, one in enumerate(whole)})
 
 
 def _drop_empty(folder: Path, counts: list[int], packer: Packer) -> None:
@@ -63,9 +69,9 @@ def _drop_empty(folder: Path, counts: list[int], packer: Packer) -> None:
         (folder / shard_name(empty)).unlink(missing_ok=True)
 
 
-def _write_shard(work: Work, positions: range, path: Path) -> int:
-    """Write a shard, and return the number of its samples."""
-    count = 0
+def _write_shard(work: Work, positions: range, path: Path) -> list[Pair]:
+    """Write a shard, and return the key and the file of each of its samples."""
+    kept: list[Pair] = []
     with (
         open(path, "wb") as file,
         TarWriter(file, encoder=False, compress=False, mtime=0, format="PAX_FORMAT") as tar,
@@ -74,8 +80,9 @@ def _write_shard(work: Work, positions: range, path: Path) -> int:
             sample = _sample(work, position)
             if sample is not None:
                 tar.write(sample)
-                count += 1
-    return count
+                origin = work.paths[int(work.order[position])] if work.paths else None
+                kept.append((str(sample["__key__"]), origin))
+    return kept
 
 
 def _sample(work: Work, position: int) -> dict[str, str | bytes] | None:

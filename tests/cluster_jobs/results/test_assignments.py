@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from cluster_jobs.results.assignments import SCHEMA, export_assignments, safe_cells
+from cluster_jobs.results.assignments import SCHEMA, export_assignments
 from cluster_jobs.results.evaluate import load_embedder
+from cluster_jobs.results.tables import safe_cells
 from deepclust import open_index, pretrain
 from deepclust.data.read.loader import Bad, Loaded, Loader, Request
 from deepclust.errors import RecipeError, RunDiffersError

@@ -18,7 +18,6 @@ from cluster_jobs.display import scores_line
 from cluster_jobs.results.evaluate import (
     evaluate_run,
     export_run,
-    fresh_embedder,
     labelled_features,
     load_embedder,
 )
@@ -29,6 +28,7 @@ from deepclust.files import file_hash
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_whitening
+from deepclust.stages.saved import fresh_embedder
 from tests.methods.cases import CASES
 from tests.methods.cases import TOY as TOY_METHOD
 from tests.tiny import deepclust, tiny_recipe, tiny_shards

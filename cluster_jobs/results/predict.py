@@ -1,0 +1,176 @@
+"""Which cluster images are in that a run has never seen, as one Parquet or CSV table.
+
+The weights are those that the last round was made with: of a finished run the exported ones. Images
+of the run itself get the clusters of `deepclust assignments`, with the same roundings.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster_jobs.results.features import Rows, Show, Way, rows_of
+from cluster_jobs.results.samples import PATH, UNREAD, Part, has_paths, parts_of
+from cluster_jobs.results.shards import open_given
+from cluster_jobs.results.tables import check_suffix, write_table
+from deepclust.data.shards.index import Index
+from deepclust.errors import DataError
+from deepclust.files import target_of
+from deepclust.run.directory import Run, has_file, manifest, open_run
+from deepclust.run.round_files import read_array, read_assignments
+from deepclust.stages.labelling import Labels, label
+from deepclust.stages.trained import Labeller, labeller_of
+
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.int64(),
+        "shard": pa.string(),
+        "key": pa.string(),
+        "head": pa.int32(),
+        "cluster": pa.int32(),
+        "distance": pa.float32(),
+        "second": pa.int32(),
+        "margin": pa.float32(),
+        "reason": pa.string(),
+    }
+)
+
+
+def predict(
+    run_dir: Path,
+    source: str,
+    out: Path,
+    round: int | None = None,
+    *,
+    emit: Callable[[str], None],
+    show: Show = lambda record: None,
+) -> dict[str, Any]:
+    """Write the cluster of every image of `source` to `out`, and return what was counted.
+
+    Rows are ordered as those of `assignments`. Columns beside its own:
+
+        distance   squared L2 to the centroid in the whitened space, or -log p of the cluster
+        second     the second-best cluster
+        margin     by how much its distance is larger
+
+    Raises `RecipeError` for a run without clusters or another suffix, `DataError` for no images.
+    """
+    check_suffix(out)
+    run, place = open_run(run_dir), target_of(out).parent
+    labeller = labeller_of(run, round, emit)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".deepclust-") as scratch:
+        index = open_given(source, run.recipe.data, Path(scratch) / "index")
+        made = rows_of(Path(scratch), index, run.recipe.data, way_of(labeller), show)
+        table = _Table(labeller, index, made, _moved(run, labeller, index))
+        write_table(out, table.schema, table.batches())
+    facts = {"images": len(index), "excluded": len(made.reasons)}
+    used = int(np.count_nonzero(table.sizes))
+    return {**facts, "k": labeller.rule.k, "used": used, "round": labeller.round, "out": str(out)}
+
+
+def way_of(labeller: Labeller) -> Way:
+    """Return how images become the rows that a labeller is asked with."""
+    embedder, projection = labeller.embedder, labeller.projection
+    if projection is None:  # logits, as they are
+        return Way(embedder.answered, labeller.rule.k, embedder.device, dtype=torch.float32)
+    return Way(
+        embedder.clustered, labeller.dim, embedder.device,
+        projection.pivot, projection.whitening, projection.unit,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Samples of one head that a round has put elsewhere than their rows say, ids ascending."""
+
+    sample_ids: np.ndarray
+    clusters: np.ndarray
+    distances: np.ndarray
+
+    def put(self, labels: Labels, first: int) -> None:
+        """Give those samples their clusters.
+
+        What their rows say is second-best, and is nearer.
+        """
+        a, b = np.searchsorted(self.sample_ids, [first, first + len(labels.clusters)])
+        at = self.sample_ids[a:b] - first
+        labels.seconds[at] = labels.clusters[at]
+        labels.margins[at] = labels.distances[at] - self.distances[a:b]
+        labels.clusters[at], labels.distances[at] = self.clusters[a:b], self.distances[a:b]
+
+
+def _moved(run: Run, labeller: Labeller, index: Index) -> list[_Moved]:
+    """Return what each head of a round has moved, if these are the images of the run."""
+    if labeller.round is None:
+        return []
+    stage = run.round(labeller.round) / "assignments"
+    if manifest(stage)["inputs"].get("data") != index.fingerprint:
+        return []
+    if not has_file(stage, "moved.npy"):
+        return []
+    moved = np.array(read_array(stage, "moved.npy", dims=2))
+    clusters = read_assignments(run, labeller.round)
+    distances = read_array(stage, "distances.npy", dims=2)
+    per_head = [np.sort(moved[moved[:, 0] == head, 1]) for head in range(labeller.rule.heads)]
+    if any(len(ids) and not 0 <= ids[0] <= ids[-1] < len(index) for ids in per_head):
+        raise DataError(f"{stage / 'moved.npy'} names samples that the run does not have")
+    return [_Moved(ids, clusters[h, ids], distances[h, ids]) for h, ids in enumerate(per_head)]
+
+
+@dataclass
+class _Table:
+    """The rows of the table, made shard by shard."""
+
+    labeller: Labeller
+    index: Index
+    made: Rows
+    moved: list[_Moved]
+    sizes: np.ndarray = field(init=False)  # images of each cluster, of head 0
+
+    def __post_init__(self) -> None:
+        self.sizes = np.zeros(self.labeller.rule.k, np.int64)
+        self.excluded = np.array(sorted(self.made.reasons), np.int64)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, with classes and paths where they are known."""
+        schema = SCHEMA
+        if self.labeller.classes is not None:
+            schema = schema.append(pa.field("class", pa.string()))
+        return schema.append(PATH) if has_paths(self.index) else schema
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield one batch for each shard and head."""
+        for part in parts_of(self.index):
+            for head in range(self.labeller.rule.heads):
+                yield self._batch(part, head)
+
+    def _batch(self, part: Part, head: int) -> pa.RecordBatch:
+        labels = label(self.labeller.rule, self.made.rows[part.first : part.last], head)
+        if self.moved:
+            self.moved[head].put(labels, part.first)
+        absent = np.isin(part.sample_ids, self.excluded)
+        labels.clusters[absent] = labels.seconds[absent] = -1
+        if head == 0:
+            self.sizes += np.bincount(labels.clusters[~absent], minlength=len(self.sizes))
+        count = len(absent)
+        alone = absent | (labels.seconds < 0)
+        columns = [
+            pa.array(part.sample_ids), pa.repeat(part.shard, count),
+            pa.array(part.keys, pa.string()),
+            pa.repeat(pa.scalar(head, pa.int32()), count), pa.array(labels.clusters),
+            pa.array(labels.distances, mask=absent), pa.array(labels.seconds, mask=alone),
+            pa.array(labels.margins, mask=alone), part.reasons(self.made.reasons, absent, UNREAD),
+        ]  # fmt: skip
+        if self.labeller.classes is not None:
+            columns.append(pa.array(self.labeller.classes[labels.clusters], pa.string()))
+        if part.paths is not None:
+            columns.append(part.paths)
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)

@@ -1,0 +1,256 @@
+"""A trained run, to ask for features and clusters of any images.
+
+    run = load_run("runs/a")
+    run.embed(images)      # float32 [b, D]
+    run.predict(images)    # Prediction: clusters, class names where seeded, distances, margins
+
+Images are paths, Pillow images, or uint8 arrays [h, w, 3] or tensors [3, h, w] of any size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int32, UInt8
+from PIL import Image
+from torch import Tensor
+
+from deepclust.data.images.crops import CentreCrop
+from deepclust.data.images.decode import DecodeError, decode
+from deepclust.errors import DataError, RecipeError, shown
+from deepclust.files import reading
+from deepclust.methods.base import Method
+from deepclust.methods.embed import Embedder
+from deepclust.recipe.sections import Data
+from deepclust.run.directory import Run, has_file, manifest, open_run
+from deepclust.run.round_files import read_facts
+from deepclust.stages.answers import columns_of
+from deepclust.stages.labelling import (
+    Answers,
+    Labels,
+    Projection,
+    Rule,
+    label,
+    projection_of,
+    rule_of,
+)
+from deepclust.stages.saved import Tell, checkpoint_of_round, embedder_of, newest
+
+log = logging.getLogger("deepclust")
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """What says which cluster an image is in: the network of a run, and the rule for its rows.
+
+    `round` is that of the rule, None for a method's own answers. `classes` has the class name of
+    each cluster [k + 1], None for free ones and in the last place.
+    """
+
+    embedder: Embedder
+    rule: Rule
+    projection: Projection | None
+    round: int | None
+    classes: np.ndarray | None
+
+    @property
+    def dim(self) -> int:
+        """The width of what the network gives, before the projection."""
+        return self.embedder.clustered(no_image(self.embedder.data)).shape[1]
+
+    def rows(self, images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
+        """Return the rows of cropped images, that the rule is asked with."""
+        if self.projection is None:
+            return self.embedder.answered(images)
+        return self.projection(self.embedder.clustered(images))
+
+
+def labeller_of(run: Run, round: int | None = None, tell: Tell = log.warning) -> Labeller:
+    """Return the labeller of a run: by a round (default: the last), or by its own answers.
+
+    `tell` is given what is odd about the weights. Raises `RecipeError` for a run without clusters.
+    """
+    if run.recipe.cluster is None and run.recipe.assigns:
+        if round is not None:
+            raise RecipeError(NO_ROUNDS.format(run.path, run.recipe.method.name))
+        embedder = embedder_of(run, newest(run, tell))
+        width = embedder.answered(no_image(run.recipe.data)).shape[1]
+        classes = answered_classes(run, embedder.method)
+        return Labeller(embedder, Answers(width), None, None, classes)
+    number = choose_round(run, round)
+    embedder = embedder_of(run, checkpoint_of_round(run, number, tell))
+    classes = seeded_classes(run, number)
+    return Labeller(embedder, rule_of(run, number), projection_of(run, number), number, classes)
+
+
+NO_ROUNDS = (
+    "{} is a run of method {}, which has no rounds: its network answers with a cluster. Leave "
+    "--round out"
+)
+
+
+def no_image(data: Data) -> UInt8[Tensor, "1 3 s s"]:
+    """Return a black image, to learn the width of what a network gives."""
+    return torch.zeros(1, 3, data.size, data.size, dtype=torch.uint8)
+
+
+def choose_round(run: Run, wanted: int | None) -> int:
+    """Return the wanted round, or the last.
+
+    `RecipeError` names the rounds that there are.
+    """
+    rounds, recipe = run.rounds(), run.recipe
+    if recipe.cluster is None:
+        raise RecipeError(
+            f"{run.path} is a run of method {recipe.method.name}, which has no clusters. It has a "
+            f"backbone: deepclust export {run.path} --out backbone.safetensors"
+        )
+    lost = run.lost_round()
+    if wanted is None and lost is not None:
+        raise DataError(
+            f"round {lost} of {run.path} was clustered, and its files are missing or not whole: it "
+            "has no DONE. Copy them back, or choose another round with --round"
+        )
+    if not rounds:
+        raise RecipeError(
+            f"{run.path} has no finished round yet. Continue it: deepclust resume {run.path}"
+        )
+    if wanted is not None and wanted not in rounds:
+        there = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+        raise RecipeError(f"{run.path} has no round {wanted}; there are {len(rounds)}: {there}")
+    return rounds[-1] if wanted is None else wanted
+
+
+def answered_classes(run: Run, method: Method) -> np.ndarray | None:
+    """Return the class of each answer and, for images without one, None behind them."""
+    columns = columns_of(run, run.recipe, method)
+    if isinstance(columns, str):  # it answers no classes
+        return None
+    named = [columns.classes[c] if c >= 0 else None for c in columns.class_of]
+    return np.array([*named, None], dtype=object)
+
+
+def seeded_classes(run: Run, number: int) -> np.ndarray | None:
+    """Return the class name of every cluster [k + 1], or None for a round without seeds.
+
+    It is None for free clusters, and in the last place, which excluded samples (-1) index.
+    """
+    stage = run.round(number) / "centroids"
+    if run.recipe.seeds is None or not has_file(stage, "prototypes.json"):
+        return None
+    k, supers = run.recipe.clustering.k, seeded_supers(run, number)
+    each = 1 if supers is None else k // supers
+    names = np.full(k + 1, None, dtype=object)
+    # of super-clusters, where there are two levels
+    for one in read_facts(stage, "prototypes.json")["clusters"]:
+        names[one["cluster"] * each : (one["cluster"] + 1) * each] = one["class"]
+    return names
+
+
+def seeded_supers(run: Run, number: int) -> int | None:
+    """Return the number of super-clusters of a two-level round, whose seeds are of those."""
+    supers: int | None = manifest(run.round(number) / "assignments")["inputs"].get("supers")
+    return supers
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The clusters of some images, see `labelling.Labels`; class names are None for free ones."""
+
+    clusters: Int32[np.ndarray, " b"]
+    classes: list[str | None] | None
+    distances: Float32[np.ndarray, " b"]
+    seconds: Int32[np.ndarray, " b"]
+    margins: Float32[np.ndarray, " b"]
+
+
+class TrainedRun:
+    """A run to ask for features and clusters of images."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @cached_property
+    def labeller(self) -> Labeller:
+        """What tells the clusters, read when first asked."""
+        return labeller_of(self.run)
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        return embedder_of(self.run, newest(self.run, log.warning))
+
+    def embed(self, images: Iterable[object]) -> Float32[np.ndarray, "b D"]:
+        """Return the features of images by the weights that are exported."""
+        parts = [self._embedder(part).cpu().numpy() for part in _cropped(images, self._data)]
+        return np.concatenate(parts) if parts else np.zeros((0, self._dim), np.float32)
+
+    def predict(self, images: Iterable[object], head: int = 0) -> Prediction:
+        """Return the clusters of images, of one of the run's clusterings.
+
+        Raises `RecipeError` for a run without clusters, and `DataError` for what is not an image.
+        """
+        rule = self.labeller.rule
+        if not 0 <= head < rule.heads:
+            raise RecipeError(f"head {head}: {self.run.path} has heads 0 to {rule.heads - 1}")
+        rows = [self.labeller.rows(part).cpu() for part in _cropped(images, self._data)]
+        parts = [label(rule, part, head) for part in rows]
+        if not parts:
+            none = np.zeros(0, np.float32)
+            return Prediction(none.astype(np.int32), [], none, none.astype(np.int32), none)
+        known, classes = Labels.joined(parts), self.labeller.classes
+        names = None if classes is None else classes[known.clusters].tolist()
+        return Prediction(known.clusters, names, known.distances, known.seconds, known.margins)
+
+    @property
+    def _data(self) -> Data:
+        return self.run.recipe.data
+
+    @property
+    def _dim(self) -> int:
+        return self._embedder.method.trunk.dim
+
+
+def load_run(run: str | Path) -> TrainedRun:
+    """Return a trained run, to embed and label images with; raises `RecipeError` for no run."""
+    return TrainedRun(open_run(run))
+
+
+def _cropped(images: Iterable[object], data: Data) -> Iterator[UInt8[Tensor, "b 3 s s"]]:
+    """Yield the centre crops of images, some hundred at a time."""
+    if isinstance(images, str | Path):
+        raise DataError("give a list of images: of one, [image]")
+    crop = CentreCrop(data.size, data.short_side)
+    numbered = enumerate(images)
+    while part := list(itertools.islice(numbered, data.extract_batch)):
+        yield torch.stack([crop(_pixels(image, i, data.max_pixels)) for i, image in part])
+
+
+def _pixels(image: object, number: int, most: int) -> UInt8[Tensor, "3 h w"]:
+    """Return an image as pixels, or raise `DataError` that says which one is none."""
+    try:
+        if isinstance(image, str | Path):
+            with reading(Path(image)):
+                return decode(Path(image).read_bytes(), most)
+        if isinstance(image, Image.Image):
+            image = np.array(image.convert("RGB"))
+        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:
+            image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    except DecodeError as error:
+        raise DataError(f"image {number}, {shown(str(image))}: {error}") from error
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and _is_colour(image):
+        return image
+    raise DataError(
+        f"image {number} is none: give a path, a Pillow image, or uint8 numbers [h, w, 3] of an "
+        "array or [3, h, w] of a tensor"
+    )
+
+
+def _is_colour(image: Tensor) -> bool:
+    return image.ndim == 3 and image.shape[0] == 3 and image.numel() > 0
