@@ -279,6 +279,10 @@ class TermSection(Section):
     weight: float = Field(description="factor of the term in the loss")
     ramp: float = Field(0.0, ge=0, description="epochs in which the weight grows from 0, linearly")
 
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return what the term takes beside the method, for features of this width: nothing."""
+        return Cost(())
+
 
 class ClusterSection(Section):
     """Whitening and k-means."""
