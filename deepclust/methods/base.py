@@ -67,7 +67,7 @@ class Batch:
     crops: tuple[Float[Tensor, "b 3 s s"], ...]
     turns: Int64[Tensor, " b"]  # by 90 degrees, of all turned crops of an image
     pseudo_labels: Int64[Tensor, "heads b"]
-    labels: Int64[Tensor, " b"]  # class of the seeds, -1 for unknown, and for a mixture of two
+    labels: Int64[Tensor, " b"]  # class of the seeds, -1 for unknown, and mixtures of two
     now: Now = Now()
     soft: Float[Tensor, "b classes"] | None = None  # with `seeds.mix`: shares of the classes
 

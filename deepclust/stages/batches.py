@@ -143,7 +143,7 @@ class Feed:
         if loaded.partners is not None:
             crops, soft = self._mixed(crops, labels, loaded, key)
             own, turns = len(soft), turns[: len(soft)]
-            labels = np.where(soft.numpy().max(1) == 1, labels[:own], -1)
+            labels = mixing.certain(soft)
         sample_ids = np.asarray(loaded.sample_ids)[:own]
         none = np.zeros((0, len(sample_ids)), np.int32)
         assigned = none if targets is None else targets.assignments[:, sample_ids]

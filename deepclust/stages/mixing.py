@@ -104,6 +104,13 @@ def mix_labels(
     return own
 
 
+def certain(soft: Float[Tensor, "b classes"]) -> Int64[np.ndarray, " b"]:
+    """Return the class of rows that have one alone, two images of it or one, and -1 for others."""
+    share, labels = soft.max(1)
+    classes: Int64[np.ndarray, " b"] = labels.where(share > 1 - 1e-6, -1).numpy()
+    return classes
+
+
 def _kept(
     draws: Draws, rows: Int64[np.ndarray, " mixed"], side: int
 ) -> Float[Tensor, "mixed 1 s s"]:

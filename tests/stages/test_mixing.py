@@ -19,7 +19,7 @@ from deepclust.recipe.sections import MixSection
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
 from deepclust.stages.batches import Feed
-from deepclust.stages.mixing import draw, mix_images, mix_labels, partners
+from deepclust.stages.mixing import certain, draw, mix_images, mix_labels, partners
 from deepclust.stages.schedule import Timeline
 from deepclust.world import World, derive
 from tests.methods.cases import NAMES_OF, recipe
@@ -100,7 +100,8 @@ def test_rows_are_mixed_as_a_loop_over_pixels_mixes_them(index: Index) -> None:
         assert one.soft is not None
         torch.testing.assert_close(one.soft, soft, atol=1e-6, rtol=0)
         assert torch.equal(one.labelled, before.labels >= 0)
-        assert torch.equal(one.labels, torch.where(soft.max(1)[0] == 1, before.labels, -1))
+        share, label = soft.max(1)
+        assert torch.equal(one.labels, label.where(share > 0.9999, -1))
         kinds |= set((one.labels - before.labels).tolist())
     assert len(kinds) > 2  # some labelled rows are mixed, and some are not
 
@@ -146,6 +147,13 @@ def test_partners_are_pairs_and_the_last_of_an_odd_number_takes_the_one_before()
     assert partners(known).tolist() == [2, -1, 0, 5, -1, 3, 5]
     assert partners(np.array([False, True])).tolist() == [-1, -1]
     assert partners(np.zeros(3, bool)).tolist() == [-1, -1, -1]
+
+
+def test_a_row_of_one_class_has_it_as_its_label_whichever_image_it_came_from() -> None:
+    soft = mix_labels(
+        np.array([0, 1, 1, -1, 2]), np.array([1, 2, -1, -1, 0]), np.array([0, 0.3, 1, 1, 0.6]), 3
+    )
+    assert certain(soft).tolist() == [1, 1, 1, -1, -1]
 
 
 def test_one_label_a_batch_or_a_chance_of_zero_leaves_every_bit_as_it_was(index: Index) -> None:
