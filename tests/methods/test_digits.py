@@ -61,18 +61,6 @@ METHODS = {
             "clip_by": "tensor",
         },
     },
-    "daino": {
-        "method": {"name": "daino", "free": 54, "hidden": 128, "bottleneck": 64, "momentum": 0.99},
-        "seeds": {"labels": "shards", "per_class": 5, "share": 0.25},
-        "train": {
-            **TREE["train"],
-            "optimizer": "adamw",
-            "lr": 0.002,
-            "weight_decay": 0.04,
-            "clip": 3.0,
-            "clip_by": "tensor",
-        },
-    },
     "sela": {
         "method": {"name": "sela", "heads": 1},
         "cluster": {"k": 30, "every": "12 rounds"},
@@ -83,10 +71,6 @@ METHODS = {
         "method": {"name": "moco-v2", "hidden": 128, "out": 64, "queue": 512, "momentum": 0.99}
     },
     "moco-v3": {"method": {"name": "moco-v3", "hidden": 128, "out": 64, "temperature": 0.5}},
-    "suave": {
-        "method": {"name": "suave", "free": 20, "hidden": 128, "out": 64},
-        "seeds": {"labels": "shards", "per_class": 5, "share": 0.25},
-    },
     "byol": {"method": {"name": "byol", "hidden": 128, "out": 64, "momentum": 0.99}},
 }
 
