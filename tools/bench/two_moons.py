@@ -47,7 +47,7 @@ class Setup:
     cm: float
 
 
-SETUPS = {"few": Setup(1600, 3, 10, 1000, 10.0), "more": Setup(200, 6, 32, 500, 1.0)}
+SETUPS = {"few": Setup(1600, 3, 10, 1000, 10.0), "more": Setup(200, 6, 32, 1000, 1.0)}
 ROWS = {  # terms, and whether features are normed
     "labels alone": ((), False),
     "labels alone, features normed": ((), True),
