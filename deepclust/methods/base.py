@@ -67,8 +67,14 @@ class Batch:
     crops: tuple[Float[Tensor, "b 3 s s"], ...]
     turns: Int64[Tensor, " b"]  # by 90 degrees, of all turned crops of an image
     pseudo_labels: Int64[Tensor, "heads b"]
-    labels: Int64[Tensor, " b"]  # class of the seeds, -1 for unknown
+    labels: Int64[Tensor, " b"]  # class of the seeds, -1 for unknown, and mixtures of two
     now: Now = Now()
+    soft: Float[Tensor, "b classes"] | None = None  # with `seeds.mix`: shares of the classes
+
+    @property
+    def labelled(self) -> Bool[Tensor, " b"]:
+        """Which rows have a label, or a mixture of two: those of `soft` are 0 elsewhere."""
+        return self.labels >= 0 if self.soft is None else self.soft.sum(1) > 0
 
 
 @dataclass(frozen=True)

@@ -69,3 +69,14 @@ class Cost:
     per_class: int = 0
     fixed: int = 0
     sharded: bool = False
+
+    def __add__(self, other: Cost) -> Cost:
+        """Return what both take together, sharded as the first is."""
+        return Cost(
+            self.passes + other.passes,
+            self.per_sample + other.per_sample,
+            self.per_cluster + other.per_cluster,
+            self.per_class + other.per_class,
+            self.fixed + other.fixed,
+            self.sharded,
+        )

@@ -94,6 +94,8 @@ def _misfit_of_seeds(recipe: Recipe) -> str | None:
         if recipe.method.labels == "required":
             users.insert(0, f"method {recipe.method.name}")
         return f"seeds: are required by {users[0]}: set seeds.labels" if users else None
+    if problem := _misfit_of_labelled_rows(recipe, recipe.seeds):
+        return problem
     if recipe.cluster is None and (key := _idle_seeds(recipe.seeds)):
         why = f"means nothing for {recipe.method.name}, which pins no clusters"
         return f"seeds.{key} {why}: leave it out"
@@ -101,6 +103,23 @@ def _misfit_of_seeds(recipe: Recipe) -> str | None:
         return "seeds.share: batches of labelled samples alone leave nothing to cluster"
     if recipe.cluster is not None and recipe.cluster.init == "two-level":
         return "seeds: a pinned clustering starts at random or by k-means++, not two-level"
+    return None
+
+
+def _misfit_of_labelled_rows(recipe: Recipe, seeds: SeedsSection) -> str | None:
+    """Return a key on the labelled images of a batch that means nothing for this method."""
+    name = recipe.method.name
+    if seeds.mix is not None and not recipe.method.mixes:
+        return (
+            f"seeds.mix: {name} takes no mixture of two classes as a target: leave it out (null), "
+            "or choose a method whose targets are the classes of the labels"
+        )
+    if seeds.lighter and not (recipe.uses_labels or seeds.share):
+        key = "colour" if seeds.crop_scale is None else "crop_scale"
+        return (
+            f"seeds.{key}: no batch of {name} knows which images are labelled: set seeds.share, or "
+            "leave it out"
+        )
     return None
 
 

@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 from deepclust.errors import DataError, RecipeError, holds_secrets, shown
 from deepclust.files import atomic_file, path_of, read_bytes, write_text
 from deepclust.recipe.chosen import Terms, choose_sections, default_method
+from deepclust.recipe.declare import Cost
 from deepclust.recipe.misfit import misfit
 from deepclust.recipe.named import nearest
 from deepclust.recipe.overrides import apply_overrides
@@ -85,6 +86,11 @@ class Recipe(Section):
     def chance_loss(self) -> float:
         """The loss of a network that has learnt nothing."""
         return self.method.chance_loss(self)
+
+    def cost(self, width: int) -> Cost:
+        """Return what the method and its terms take, for features of this width."""
+        terms = (term.cost(self, width) for term in self.terms.values())
+        return sum(terms, self.method.cost(self, width))
 
     @property
     def uses_labels(self) -> bool:

@@ -199,6 +199,7 @@ class MethodSection(Section, ABC):
 
     labels: ClassVar[Literal["unused", "optional", "required"]] = "unused"
     answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "nothing"  # of `classify`
+    mixes: ClassVar[bool] = False  # whether targets may be a mixture of two classes (seeds.mix)
     whole_batch: ClassVar[bool] = False  # the loss compares all samples: no train.accumulate
     least: ClassVar[int] = 1  # images in a rank's part: 2 where each crop is normed alone
     trunk: ClassVar[str] = "backbone"  # the module that is clustered, exported and evaluated
@@ -278,6 +279,10 @@ class TermSection(Section):
     weight: float = Field(description="factor of the term in the loss")
     ramp: float = Field(0.0, ge=0, description="epochs in which the weight grows from 0, linearly")
 
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return what the term takes beside the method, for features of this width: nothing."""
+        return Cost(())
+
 
 class ClusterSection(Section):
     """Whitening and k-means."""
@@ -329,6 +334,28 @@ SHARDS = "shards"  # where labels come from: the shards themselves
 PLACES = ("ray", "slurm")  # sections on where a run runs, which change nothing it computes
 
 
+class MixSection(Section):
+    """Labelled images of a batch mixed in pairs, and their classes with them.
+
+    The keys have the meaning of timm's Mixup. A weight is drawn for each image.
+    """
+
+    mixup: float = Field(
+        0.0, ge=0, description="weights of sums of two images are Beta(mixup, mixup); 0: no sums"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="areas of a box of the other image are Beta(cutmix, cutmix); 0: none"
+    )
+    chance: Chance = Field(1.0, description="of a labelled image to be mixed")
+    switch: Chance = Field(0.5, description="share of cutmix, where both are on")
+
+    @model_validator(mode="after")
+    def _mixes(self) -> Self:
+        if self.mixup == self.cutmix == 0:
+            raise ValueError("set mixup or cutmix, for example mixup=1, or leave mix out (null)")
+        return self
+
+
 class SeedsSection(Section):
     """A few labels, whose classes' prototypes are the first centroids and stay where they are."""
 
@@ -351,9 +378,29 @@ class SeedsSection(Section):
     share: float = Field(
         0.0, ge=0, le=1, description="share of a batch drawn from labelled samples; implies force"
     )
+    mix: MixSection | None = Field(
+        None, description="mixup and cutmix of labelled images: keys mixup, cutmix, chance, switch"
+    )
+    crop_scale: tuple[float, float] | None = Field(
+        None, description="area of full-size crops of labelled images; default: data.crop_scale"
+    )
+    colour: Chance = Field(
+        1.0, description="factor on all chances of a change of colour, for labelled images"
+    )
     held_out: str | None = Field(
         None, description="labels for evaluation, like `labels`; default: the shards', if any"
     )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError("crop_scale goes from a small positive number to a larger one")
+        return self
+
+    @property
+    def lighter(self) -> bool:
+        """Whether labelled images have crops or colours of their own."""
+        return self.crop_scale is not None or self.colour < 1
 
     @property
     def forces(self) -> bool:

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int32, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.colour import Colour
@@ -21,12 +21,14 @@ from deepclust.data.images.crops import Crop, RandomResizedCrop, to_float
 from deepclust.data.images.rotate import quarters, rotate
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Request
+from deepclust.data.read.substitutes import Labels
 from deepclust.data.shards.index import Index
 from deepclust.methods.base import Batch, Now, Targets
 from deepclust.recipe import Recipe
-from deepclust.recipe.sections import Data
+from deepclust.recipe.sections import Data, SeedsSection
 from deepclust.run.checkpoint import State
 from deepclust.seeds.table import SeedTable
+from deepclust.stages import mixing
 from deepclust.stages.schedule import Timeline
 from deepclust.world import World, derive
 
@@ -80,28 +82,54 @@ class Feed:
     def requests(self, plan: EpochPlan, targets: Targets | None, state: State) -> Iterator[Request]:
         """Yield this rank's reads, from the step where the run is: a slice of the plan."""
         world, parts = self.world, self.recipe.train.accumulate
-        sample_ids = plan.for_rank(world.rank, world.size, state.offset)
-        share = sample_ids.shape[1]
         crops = self._crops
         if self._colours_on_device:
             crops = tuple(replace(crop, colour=None) for crop in crops)
-        for row, step in enumerate(range(state.offset, plan.steps)):
-            first = step * self.recipe.train.batch + world.rank * share
-            positions = np.split(np.arange(first, first + share), parts)
-            for mine, where in zip(np.split(sample_ids[row], parts), positions, strict=True):
-                yield Request(
-                    sample_ids=mine,
-                    positions=where,
-                    key=self._key(state.segment),
-                    crops=crops,
-                    assignments=None if targets is None else targets.file,
-                    replace=True,
+        shared = partial(
+            Request,
+            key=self._key(state.segment),
+            crops=crops,
+            assignments=None if targets is None else targets.file,
+            replace=True,
+        )
+        batch = self.recipe.train.batch
+        part = plan.for_rank(world.rank, world.size).shape[1] // parts
+        own = np.arange(part * parts).reshape(parts, part) + world.rank * part * parts
+        for step in range(state.offset, plan.steps):
+            first = step * batch
+            whole = plan.ids[first : first + batch]
+            known, others = self._labelled_rows(whole, first, state.segment)
+            for slots in own:
+                slots, mates = (slots, None) if others is None else _with_partners(slots, others)
+                yield shared(
+                    sample_ids=whole[slots],
+                    positions=first + slots,
+                    known=None if known is None else known[slots],
+                    partners=mates,
                 )
+
+    def _labelled_rows(
+        self, sample_ids: Int64[np.ndarray, " b"], first: int, segment: int
+    ) -> tuple[Bool[np.ndarray, " b"] | None, Int64[np.ndarray, " b"] | None]:
+        """Return which rows of a global batch are labelled, and the row that each is mixed with.
+
+        None each where the recipe treats all samples alike, or mixes none.
+        """
+        seeds = self.recipe.seeds
+        if seeds is None or self.table is None or not (seeds.lighter or seeds.mix):
+            return None, None
+        known = labels_of(self.table, sample_ids) >= 0
+        if seeds.mix is None:
+            return known, None
+        positions = np.arange(first, first + len(sample_ids))
+        drawn = mixing.draw(seeds.mix, derive(self._key(segment), "mix"), positions)
+        return known, np.where(drawn.mixed, mixing.partners(known), -1)
 
     def to_batch(self, loaded: Loaded, targets: Targets | None, segment: int, now: Now) -> Batch:
         """Colour (if that is done here), turn and normalise; look pseudo-labels and labels up.
 
-        Both belong to the sample that was loaded, which may replace one that cannot be read.
+        Both belong to the sample that was loaded, which may replace one that cannot be read. Rows
+        that were read for the images of others end here.
         """
         device, key = self.world.device, self._key(segment)
         drawn = quarters(derive(key, "turn"), loaded.positions, max(self._turns))
@@ -110,7 +138,13 @@ class Feed:
             self._finish(images.to(device, non_blocking=True), number, loaded, turns, key)
             for number, images in enumerate(loaded.images)
         )
-        sample_ids = np.asarray(loaded.sample_ids)
+        labels = labels_of(self.table, np.asarray(loaded.sample_ids))
+        soft, own = None, len(labels)
+        if loaded.partners is not None:
+            crops, soft = self._mixed(crops, labels, loaded, key)
+            own, turns = len(soft), turns[: len(soft)]
+            labels = mixing.certain(soft)
+        sample_ids = np.asarray(loaded.sample_ids)[:own]
         none = np.zeros((0, len(sample_ids)), np.int32)
         assigned = none if targets is None else targets.assignments[:, sample_ids]
         return Batch(
@@ -118,9 +152,32 @@ class Feed:
             crops=crops,
             turns=turns.to(device),
             pseudo_labels=torch.from_numpy(assigned.astype(np.int64)).to(device),
-            labels=torch.from_numpy(labels_of(self.table, sample_ids)).to(device),
+            labels=torch.from_numpy(labels).to(device),
             now=now,
+            soft=None if soft is None else soft.to(device),
         )
+
+    def _mixed(
+        self,
+        crops: tuple[Float[Tensor, "b 3 s s"], ...],
+        labels: Int64[np.ndarray, " b"],
+        loaded: Loaded,
+        key: int,
+    ) -> tuple[tuple[Float[Tensor, "own 3 s s"], ...], Float[Tensor, "own classes"]]:
+        """Return the own rows of the crops, mixed with their partners, and their classes.
+
+        A row whose own label or partner's label went with a bad sample stays as it is.
+        """
+        assert loaded.partners is not None
+        assert self.table is not None
+        assert self.recipe.seeds is not None
+        assert self.recipe.seeds.mix is not None
+        mates, own = loaded.partners, len(loaded.partners)
+        mates = np.where((labels[:own] >= 0) & (labels[mates] >= 0), mates, -1)
+        drawn = mixing.draw(self.recipe.seeds.mix, derive(key, "mix"), loaded.positions[:own])
+        shares = drawn.shares(self.recipe.data.size)
+        soft = mixing.mix_labels(labels, mates, shares, len(self.table.names))
+        return tuple(mixing.mix_images(crop, mates, drawn) for crop in crops), soft
 
     def _finish(
         self,
@@ -130,9 +187,9 @@ class Feed:
         turns: Int64[Tensor, " b"],
         key: int,
     ) -> Float[Tensor, "b 3 s s"]:
-        colour = self._crops[number].colour
-        if self._colours_on_device and colour is not None:
-            images = colour(images, colour.draws(derive(key, "colour", number), loaded.positions))
+        if self._colours_on_device:
+            at = derive(key, "colour", number), loaded.positions
+            images = self._crops[number].coloured(images, *at, loaded.known)
         if self._turns[number] > 1:
             images = rotate(images, turns)
         data = self.recipe.data
@@ -218,22 +275,47 @@ def crops_of(recipe: Recipe) -> tuple[Crop, ...]:
         is_full = kind.size == data.size
         for _ in range(kind.count):
             colour = _colour(data, full_size, is_full) if kind.colour else None
-            crops.append(Crop(view, None if colour is None or colour.does_nothing else colour))
+            crop = Crop(view, None if colour is None or colour.does_nothing else colour)
+            crops.append(replace(crop, labelled=_lighter(crop, view, is_full, recipe.seeds)))
             full_size += is_full
     return tuple(crops)
+
+
+def _lighter(
+    crop: Crop, view: RandomResizedCrop, full_size: bool, seeds: SeedsSection | None
+) -> Crop | None:
+    """Return the crop of labelled images, None where it is that of all others."""
+    if seeds is None or not seeds.lighter:
+        return None
+    scale, colour = seeds.crop_scale if full_size else None, crop.colour
+    if colour is not None:
+        chances = ("jitter_p", "grey", "blur", "solarise")
+        less = {name: seeds.colour * getattr(colour, name) for name in chances}
+        colour = replace(colour, **less)
+    return Crop(view if scale is None else replace(view, scale=scale), colour)
 
 
 def labels_of(
     table: SeedTable | None, sample_ids: Int64[np.ndarray, " b"]
 ) -> Int64[np.ndarray, " b"]:
     """Return the class of every sample, -1 where it is not in the table."""
-    labels = np.full(len(sample_ids), -1, np.int64)
-    if table is None or len(table) == 0:
-        return labels
-    at = np.searchsorted(table.sample_ids, sample_ids).clip(max=len(table) - 1)
-    known = table.sample_ids[at] == sample_ids
-    labels[known] = table.classes[at[known]]
-    return labels
+    if table is None:
+        return np.full(len(sample_ids), -1, np.int64)
+    return Labels(table.sample_ids, table.classes).of(sample_ids)
+
+
+def _with_partners(
+    slots: Int64[np.ndarray, " own"], others: Int64[np.ndarray, " b"]
+) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " own"]]:
+    """Return the slots that a part reads, its own first, and the row of each own one's partner.
+
+    `slots` are consecutive, and `others` are the partners' slots in the batch, -1 for none.
+    """
+    first, own, mates = slots[0], len(slots), others[slots]
+    inside = (mates >= first) & (mates < first + own)
+    more = np.unique(mates[~inside & (mates >= 0)])
+    rows = np.where(inside, mates - first, own + np.searchsorted(more, mates))
+    return np.concatenate([slots, more]), np.where(mates < 0, -1, rows)
 
 
 def _colour(data: Data, number: int, full_size: bool) -> Colour:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deepclust.data.read.loader import Loader
 from deepclust.data.read.mirror import mirror_shards
 from deepclust.data.read.patience import Patience
+from deepclust.data.read.substitutes import Labels
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import never
 from deepclust.errors import DataError, RecipeError, RunDiffersError
@@ -91,7 +92,7 @@ def build_trainer(context: Context) -> Trainer:
         run=run,
         world=world,
         timeline=Timeline.of(recipe, len(context.index)),
-        loader=build_loader(context),
+        loader=build_loader(context, table),
         feed=Feed(recipe, context.index, context.read, world, table),
         method=method,
         model=wrap_ddp(method, world, compiled=recipe.train.compile),
@@ -158,7 +159,7 @@ def check_batch(method: Method, recipe: Recipe) -> None:
         ) from error
 
 
-def build_loader(context: Context) -> Loader:
+def build_loader(context: Context, table: SeedTable | None = None) -> Loader:
     """Return the loader of this rank, with a local copy of the shards if the recipe wants one."""
     data = context.recipe.data
     index = mirror_shards(
@@ -171,6 +172,7 @@ def build_loader(context: Context) -> Loader:
         scratch=data.scratch,
         max_pixels=data.max_pixels,
         patience=Patience(context.asked, 2 * context.recipe.train.hang, context.report.alive),
+        labels=None if table is None else Labels(table.sample_ids, table.classes),
     )
 
 

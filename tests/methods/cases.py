@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from deepclust import Recipe
 from deepclust.methods import METHODS
-from deepclust.methods.base import Batch, Method, Setting
+from deepclust.methods.base import Batch, Method, Now, Setting
 from deepclust.methods.terms.term import attach_terms
 from deepclust.models import build_backbone
 from deepclust.recipe.named import part_of
@@ -48,7 +50,8 @@ CASES: dict[str, list[str]] = {
               "seeds={labels: shards, per_class: 20, share: 0.25}"],
     "daino": ["method.free=2", "method.hidden=32", "method.bottleneck=16", "method.freeze=0",
               "method.momentum=0.9", "cluster=null", "data.local={count: 2, size: 8}",
-              "seeds={labels: shards, per_class: 20, share: 0.25}"],
+              "seeds={labels: shards, per_class: 20, share: 0.25, crop_scale: [0.5, 1], "
+              "mix: {mixup: 1, cutmix: 1, chance: 0.5}}"],
     TOY: ["backbone.name=tests.toys.backbone", "train.optimizer=adamw", "train.lr=0.01",
           "data.local={count: 2, size: 8}", "seeds={labels: shards, per_class: 20, share: 0.25}",
           "terms.mean_entropy={weight: 0.1, ramp: 1}"],
@@ -89,7 +92,18 @@ def batch(of: Recipe, b: int = 24) -> Batch:
     heads = of.method.round.heads if of.method.round else 0
     pseudo_labels = torch.randint(K, (heads, b), generator=random)
     labels = torch.randint(-1, CLASSES, (b,), generator=random)
-    return Batch(torch.arange(b), crops, turns, pseudo_labels, labels)
+    if of.seeds is None or of.seeds.mix is None:
+        return Batch(torch.arange(b), crops, turns, pseudo_labels, labels)
+    return Batch(torch.arange(b), crops, turns, pseudo_labels, *mixed(labels, random))
+
+
+def mixed(labels: Tensor, random: torch.Generator) -> tuple[Tensor, Now, Tensor]:
+    """Labels of which every other one is mixed with class 0, the time, and shares of classes."""
+    soft = F.one_hot(labels + 1, CLASSES + 1)[:, 1:].float()
+    rows = torch.arange(0, len(labels), 2)[labels[::2] >= 0]
+    share = torch.rand(len(rows), 1, generator=random)
+    soft[rows] = share * soft[rows] + (1 - share) * torch.eye(CLASSES)[0]
+    return labels.where(soft.max(1).values.eq(1), -1), Now(), soft
 
 
 def share(whole: Batch, world: World) -> Batch:
@@ -102,4 +116,5 @@ def share(whole: Batch, world: World) -> Batch:
         turns=whole.turns[own],
         pseudo_labels=whole.pseudo_labels[:, own],
         labels=whole.labels[own],
+        soft=None if whole.soft is None else whole.soft[own],
     )

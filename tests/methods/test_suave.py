@@ -20,7 +20,7 @@ from deepclust.recipe.named import part_of
 from deepclust.stages.answers import parts_of
 from deepclust.stages.build import wrap_ddp
 from deepclust.world import ALONE, World
-from tests.methods.cases import CLASSES, batch, method, recipe
+from tests.methods.cases import CLASSES, batch, method, mixed, recipe
 from tests.methods.cases import share as part_of_batch
 from tests.ranks import on_ranks
 
@@ -42,20 +42,62 @@ def daino(*overrides: str) -> Daino:
 
 
 def given(name: str = "suave") -> Batch:
-    return batch(recipe(name, ONE_SIZE))
+    return batch(recipe(name, ONE_SIZE, "seeds.mix=null"))
 
 
 def with_labels(of: Batch, labels: Tensor) -> Batch:
     return replace(of, labels=labels)
 
 
+def with_mixtures(of: Batch) -> Batch:
+    """The batch with every other label mixed with the first class."""
+    labels, _, soft = mixed(of.labels, torch.Generator().manual_seed(1))
+    return replace(of, labels=labels, soft=soft)
+
+
 def test_a_labelled_row_takes_its_class_and_free_prototypes_get_nothing_of_it() -> None:
     targets, labels = torch.rand(2, 3, 5), torch.tensor([-1, 1, 0])
-    changed = labelled(targets, labels, classes=3, smoothing=0.3)
+    changed = labelled(targets, with_labels(given(), labels), classes=3, smoothing=0.3)
     assert torch.equal(changed[:, 0], targets[:, 0])
     torch.testing.assert_close(changed[0, 1:], torch.tensor([[0.1, 0.8, 0.1, 0, 0],
                                                              [0.8, 0.1, 0.1, 0, 0]]))  # fmt: skip
     assert torch.equal(changed[0, 1:], changed[1, 1:])
+
+
+def test_a_mixed_row_takes_both_classes_by_their_shares_smoothed_over_the_classes() -> None:
+    targets, soft = torch.rand(2, 3, 5), torch.tensor([[0, 0, 0], [0.25, 0.75, 0], [0, 0, 1]])
+    batch = replace(given(), labels=torch.tensor([-1, -1, 2]), soft=soft)
+    changed = labelled(targets, batch, classes=3, smoothing=0.3)
+    assert torch.equal(changed[:, 0], targets[:, 0])
+    torch.testing.assert_close(changed[0, 1:], torch.tensor([[0.275, 0.625, 0.1, 0, 0],
+                                                             [0.1, 0.1, 0.8, 0, 0]]))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["suave", "daino", "supervised"])
+def test_one_class_a_row_is_the_same_loss_with_labels_and_with_shares_of_classes(
+    name: str,
+) -> None:
+    of = recipe(name, ONE_SIZE, "seeds.mix=null", "terms={}", "method.smoothing=0.1")
+    plain = batch(of)
+    soft = replace(plain, soft=F.one_hot(plain.labels + 1, CLASSES + 1)[:, 1:].float())
+    torch.manual_seed(0)
+    one = method(of).eval()
+    for key, value in one(plain).items():
+        torch.testing.assert_close(one(soft)[key], value)
+
+
+@pytest.mark.parametrize("name", ["suave", "daino", "supervised"])
+def test_the_loss_of_a_mixed_row_is_that_of_its_classes_by_their_shares(name: str) -> None:
+    """Where every row is labelled, as then the targets of all rows are known."""
+    of = recipe(name, ONE_SIZE, "seeds.mix=null", "terms={}", "method.smoothing=0")
+    every = with_labels(batch(of), batch(of).labels.clamp(min=0))
+    torch.manual_seed(0)
+    one, both = method(of).eval(), with_mixtures(every)
+    assert both.soft is not None
+    crops = every.crops if name != "supervised" else every.crops[:1]
+    logs = [one.classify(one.backbone(crop)).log_softmax(1)[:, :CLASSES] for crop in crops]
+    expected = -torch.stack([(both.soft * rows).sum(1) for rows in logs]).mean()
+    torch.testing.assert_close(one(both)["loss"], expected)
 
 
 @pytest.mark.parametrize("name", ["suave", "daino"])
@@ -147,8 +189,11 @@ def uneven(world: World, name: str) -> dict[str, Tensor]:
     one, fixed = method(of, world).eval(), batch(of)
     labels = fixed.labels.clamp(min=0)
     labels[:12] = -1
+    given_to_all = with_labels(replace(fixed, soft=None), labels)
+    if fixed.soft is not None:
+        given_to_all = with_mixtures(given_to_all)
     model = wrap_ddp(one, world)  # DDP's hooks end with it
-    model(part_of_batch(with_labels(fixed, labels), world))["loss"].backward()
+    model(part_of_batch(given_to_all, world))["loss"].backward()
     one.after_step(Now())
     kept = {n: b for n, b in one.named_buffers() if n in ("learned.value", "centre.value")}
     return {**{n: p.grad for n, p in one.named_parameters() if p.grad is not None}, **kept}

@@ -11,6 +11,7 @@ from deepclust import pretrain
 from deepclust.methods import METHODS
 from deepclust.models.backbone import Backbone
 from deepclust.run.directory import Run
+from deepclust.run.labels import class_names
 from deepclust.stages.build import build_method
 from deepclust.world import ALONE
 from tests.methods.cases import CASES, NAMES_OF
@@ -47,3 +48,33 @@ def test_deepcluster_goes_on_from_byol(byol: Path, shards: Path, tmp_path: Path)
     name = next(n for n in ours if n.startswith("model/backbone") and n.endswith("weight"))
     np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6)
     assert Run(tmp_path / "next").rounds()[0] == 0
+
+
+@pytest.mark.parametrize(("first", "second", "head"), [
+    ("swav", "suave", ("projection", "prototypes")), ("dino", "daino", ("head", "teacher.head")),
+])  # fmt: skip
+def test_labels_go_on_from_a_clustered_backbone_with_head_and_prototypes_new(
+    first: str, second: str, head: tuple[str, ...], shards: Path, tmp_path: Path
+) -> None:
+    pretrain(
+        tiny_recipe(shards, f"method.name={first}", *CASES[first], "train.epochs=1"), tmp_path / "a"
+    )
+    keys = f"method.name={second}", *CASES[second], "train.epochs=1", "train.lr=1e-9", "seed=3"
+    given = tiny_recipe(shards, *keys, f"init.weights={tmp_path / 'a'}")
+    pretrain(given, tmp_path / "b")
+    ours, theirs = final_weights(tmp_path / "b"), final_weights(tmp_path / "a")
+    run = Run(tmp_path / "b")
+    fresh = build_method(run.recipe, ALONE, False, classes=class_names(run)).state_dict()
+    for name, value in ours.items():
+        key = name.removeprefix("model/")
+        if not name.endswith(("weight", "bias")):
+            continue
+        if key.startswith("backbone"):
+            kept = theirs.get(f"model/teacher.{key}", theirs[name])  # what counts of DINO
+            np.testing.assert_allclose(value, kept, atol=1e-6)
+        elif key.startswith(head) and value.ndim == 2:
+            expected = fresh[key].numpy()
+            if key == "prototypes.weight":  # of length one in every step
+                expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+            np.testing.assert_allclose(value, expected, atol=1e-5)
+            assert name not in theirs or not np.array_equal(value, theirs[name])

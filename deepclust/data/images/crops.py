@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.colour import Colour
@@ -40,10 +40,40 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop of every image of a batch, and its colours (None: they stay)."""
+    """One crop of every image of a batch, and its colours (None: they stay).
+
+    `labelled` is how those of labelled samples are drawn, if not like all others. It has the same
+    size, and its colours differ in their chances alone.
+    """
 
     view: View
     colour: Colour | None = None
+    labelled: Crop | None = None
+
+    def draws(
+        self, key: int, positions: Int64[np.ndarray, " b"], known: Bool[np.ndarray, " b"] | None
+    ) -> Sequence[Any]:
+        """Return what each position's crop is made of, by whether its sample is labelled."""
+        drawn = self.view.draws(key, positions)
+        if self.labelled is None or known is None:
+            return drawn
+        other = self.labelled.view.draws(key, positions)
+        return [b if is_known else a for a, b, is_known in zip(drawn, other, known, strict=True)]
+
+    def coloured(
+        self,
+        images: UInt8[Tensor, "b 3 s s"],
+        key: int,
+        positions: Int64[np.ndarray, " b"],
+        known: Bool[np.ndarray, " b"] | None,
+    ) -> UInt8[Tensor, "b 3 s s"]:
+        """Return the images with the colours that are drawn for their positions."""
+        if self.colour is None:
+            return images
+        draws = self.colour.draws(key, positions)
+        if self.labelled is not None and self.labelled.colour is not None and known is not None:
+            draws = np.where(known[:, None], self.labelled.colour.draws(key, positions), draws)
+        return self.colour(images, draws)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from deepclust.data.read import sending, shard_cache, worker_processes
 from deepclust.data.read.dataset import Bad, Batches, Loaded, Request
 from deepclust.data.read.patience import Patience, Watch
 from deepclust.data.read.sending import Sender, Sent
+from deepclust.data.read.substitutes import Labels
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import Interrupted
 from deepclust.data.shards.url import Url
@@ -64,11 +65,13 @@ class Loader:
         max_pixels: int = MAX_PIXELS,
         prefetch: int = 2,
         patience: Patience | None = None,
+        labels: Labels | None = None,
     ) -> None:
         """Open nothing yet.
 
         `prefetch` is the number of batches under way per worker. `scratch` is a local folder for
-        the cache of shards that reading by block needs. `patience` limits each wait. Raises
+        the cache of shards that reading by block needs. `patience` limits each wait. By
+        `labels` a labelled sample that cannot be read is replaced by another of its class. Raises
         `RecipeError` for an unknown `read` or fewer than 0 workers, and `DiskError` for a `scratch`
         that cannot be written.
         """
@@ -81,7 +84,8 @@ class Loader:
         self.patience = patience or Patience()
         self.cache = _make_cache(index, read, scratch, self.patience)
         self._requests = _Requests()
-        self._batches = Batches(index, self.cache.folder if self.cache else None, max_pixels)
+        folder = self.cache.folder if self.cache else None
+        self._batches = Batches(index, folder, max_pixels, labels)
         self._batches.files.stopped = self.patience.stopping
         self._workers, self._prefetch = workers, prefetch
         self._loader: DataLoader[Sent] | None = None

@@ -9,9 +9,10 @@ q of an unlabelled row is the teacher's answer of another crop, as in DINO. A la
 class as q in every pair of crops. The centre is that of the unlabelled rows: labels are balanced by
 the seeds, and need no centre.
 
-Where this differs. Labelled images have the crops of all others, and go through the teacher too,
-which changes its batch norms' statistics. The reference gives the student alone one lighter crop,
-and mixes labelled images (mixup). Its smoothing is over all prototypes, here over the classes.
+Where this differs. Labelled images have as many crops as all others, and go through the teacher
+too, which changes its batch norms' statistics. The reference gives the student alone one lighter
+crop (`seeds.crop_scale` and `seeds.colour` make them lighter), and mixes labelled images (mixup, as
+`seeds.mix` does). Its smoothing is over all prototypes, here over the classes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,6 @@ class Method(Dino):
 
     def targets(self, taught: Float[Tensor, "crops b k"], batch: Batch) -> Tensor:
         """Return the classes of labelled rows, and the teacher's answers for the others."""
-        self.centre.note(taught, batch.labels < 0)
+        self.centre.note(taught, ~batch.labelled)
         answers = self.sharpen(taught, batch.now)
-        return labelled(answers, batch.labels, classes=self.classes, smoothing=self.smoothing)
+        return labelled(answers, batch, classes=self.classes, smoothing=self.smoothing)

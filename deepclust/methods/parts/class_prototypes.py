@@ -23,6 +23,8 @@ class ClassPrototypes(MethodSection):
     labels: ClassVar[Literal["unused", "optional", "required"]] = "required"
     answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "classes"
 
+    mixes: ClassVar[bool] = True
+
     free: int = Field(0, ge=0, description="prototypes for what no label names, beside the classes")
     smoothing: float = Field(
         0.01, ge=0, lt=1, description="share of a label that all classes have in equal parts"

@@ -9,29 +9,35 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from deepclust.errors import RecipeError
-from deepclust.methods.base import Setting
+from deepclust.methods.base import Batch, Setting
 from deepclust.methods.parts.class_prototypes import ClassPrototypes
 
 
 def labelled(
     targets: Float[Tensor, "*crops b k"],
-    labels: Int64[Tensor, " b"],
+    batch: Batch,
     *,
     classes: int,
     smoothing: float,
 ) -> Float[Tensor, "*crops b k"]:
-    """Return targets in which every row with a label (not -1) has its class, whatever it was.
+    """Return targets in which every row with a label has its class, whatever it was.
 
+    A row that is mixed of two images has the two classes, with the images' shares.
     The share `smoothing` is spread evenly over the first `classes` columns. Free columns get none:
     what has a label is of no other class.
     """
-    given = (1 - smoothing) * F.one_hot(labels.clamp(min=0), targets.shape[-1]).to(targets)
+    k = targets.shape[-1]
+    if batch.soft is None:
+        rows = F.one_hot(batch.labels.clamp(min=0), k)
+    else:
+        rows = F.pad(batch.soft, (0, k - classes))
+    given = (1 - smoothing) * rows.to(targets)
     given[:, :classes] += smoothing / classes
-    return torch.where((labels >= 0)[:, None], given, targets)
+    return torch.where(batch.labelled[:, None], given, targets)
 
 
 def class_prototypes(setting: Setting) -> int:

@@ -17,10 +17,12 @@ mean would never leave it. It follows what labels teach, and balances against th
 steps, so it still keeps a step from giving all images one prototype. It does not keep a run from
 drifting there slowly. `entropy_of_mean` in the metrics shows that.
 
-Where this differs. Labelled images have the crops of all others, where the reference gives them
-lighter ones. The reference also mixes images (mixup, cutmix), and repeats labelled images among the
-unlabelled ones. Its smoothing is over all prototypes, here over the classes (the same without free
-prototypes).
+Where this differs. Labelled images have as many crops as all others, where the reference gives them
+one. `seeds.crop_scale` and `seeds.colour` make them lighter, as there. The reference adds mixed
+copies of labelled images (mixup, cutmix). `seeds.mix` mixes the images themselves, with a chance of
+one half for equal numbers of both. The reference also mixes unlabelled ones, and repeats labelled
+images among them. Its smoothing is over all prototypes, here over the classes (the same without
+free prototypes).
 """
 
 from __future__ import annotations
@@ -70,14 +72,14 @@ class Method(Swav):
         self, scores: Float[Tensor, "crops b k"], rows: Float[Tensor, "crops b d"], batch: Batch
     ) -> Float[Tensor, "crops b k"]:
         """Return the classes of labelled rows, and assignments of the others among themselves."""
-        unknown = batch.labels < 0
+        unknown = ~batch.labelled
         past = self.past(batch.now, rows.shape[1])
         targets = torch.zeros_like(scores)
         targets[:, unknown] = self.assign(scores[:, unknown], past)
         self.projected = rows * unknown[:, None]
         if self.learned is not None:
             self.learned.note((scores / self.config.temperature).softmax(2), unknown)
-        return labelled(targets, batch.labels, classes=self.classes, smoothing=self.smoothing)
+        return labelled(targets, batch, classes=self.classes, smoothing=self.smoothing)
 
     def past(self, now: Now, b: int) -> Float[Tensor, "crops r d"]:
         """Return this rank's share of the queue without its labelled rows, which are zeros."""

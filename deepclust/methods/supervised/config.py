@@ -21,6 +21,8 @@ class Config(MethodSection):
     labels: ClassVar[Literal["unused", "optional", "required"]] = "required"
     answers: ClassVar[Literal["nothing", "clusters", "classes"]] = "classes"
 
+    mixes: ClassVar[bool] = True
+
     name: Literal["supervised"] = "supervised"
     smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of a label that all classes have in equal parts"

@@ -34,18 +34,33 @@ class Method(base.Method):
     def loss(self, batch: Batch) -> Output:
         """Return the mean cross-entropy of labelled samples, 0 for a batch without any.
 
-        `accuracy` is that of the same samples, before the step. Both are scaled such that the mean
+        `accuracy` is that of the same samples, before the step. That of a mixture is whether the
+        class of its larger part is the answer. Both are scaled such that the mean
         over the ranks is the mean over all labelled samples, however they are spread.
         """
         features = self.backbone(batch.crops[0])
         logits = self.classify(features)
-        known = batch.labels >= 0
+        known = batch.labelled
         scale = self.world.size / self.world.all_reduce(known.sum().float()).clamp(min=1)
-        loss = F.cross_entropy(
-            logits, batch.labels, ignore_index=-1, reduction="sum", label_smoothing=self.smoothing
-        )
-        right = ((logits.detach().argmax(1) == batch.labels) & known).sum()
+        labels, wanted = batch.labels, batch.labels
+        if batch.soft is not None:  # rows of zeros have no loss
+            labels, wanted = batch.soft.argmax(1), batch.soft
+        loss = self.entropy(logits, wanted)
+        right = ((logits.detach().argmax(1) == labels) & known).sum()
         return Output(loss * scale, {"accuracy": right * scale}, features, logits)
+
+    def entropy(self, logits: Float[Tensor, "b k"], wanted: Tensor) -> Float[Tensor, ""]:
+        """Return the sum of cross-entropies to classes [b], -1 for none, or shares of them [b, k].
+
+        Smoothing spreads over the classes of the rows that have some.
+        """
+        if wanted.ndim == 2:
+            classes, given = wanted.shape[1], wanted.sum(1, keepdim=True)
+            wanted = (1 - self.smoothing) * wanted + self.smoothing / classes * given
+            return -(wanted * logits.log_softmax(1)).sum()
+        return F.cross_entropy(
+            logits, wanted, ignore_index=-1, reduction="sum", label_smoothing=self.smoothing
+        )
 
     def classify(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b k"]:
         """Return logits over the classes, in float32."""

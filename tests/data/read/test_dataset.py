@@ -13,7 +13,8 @@ from deepclust.data.images.colour import Colour
 from deepclust.data.images.crops import CentreCrop, Crop, RandomResizedCrop
 from deepclust.data.images.decode import decode
 from deepclust.data.read import dataset
-from deepclust.data.read.dataset import REPLACEMENTS, Batches, Request
+from deepclust.data.read.dataset import Batches, Request
+from deepclust.data.read.substitutes import Labels
 from deepclust.data.shards.index import Index, open_index
 from deepclust.data.shards.remote import UnreachableError
 from deepclust.errors import DataError
@@ -166,10 +167,45 @@ def test_a_cluster_without_a_readable_member_borrows_from_the_others(index, tmp_
 def test_when_nothing_can_be_read_the_run_fails_and_says_where(index, tmp_path):
     for sample in range(32):
         damage(index, sample)
-    with pytest.raises(
-        DataError, match=f"key '0000002'.* neither could {2 * REPLACEMENTS} samples"
-    ):
+    with pytest.raises(DataError, match=r"key '0000002'.* neither could 16 samples"):
         Batches(index)[request([2], tmp_path)]
+
+
+KNOWN = Labels(np.array([1, 5, 7, 8, 9, 12]), np.array([0, 0, 0, 1, 2, 1], np.int32))
+
+
+@pytest.mark.parametrize("clustered", [True, False])
+def test_a_labelled_sample_is_replaced_by_one_of_its_class_and_others_by_one_without_a_label(
+    index, tmp_path, clustered
+):
+    damage(index, 6)
+    path = tmp_path / "assignments.npy" if clustered else None
+    batches = Batches(index, labels=KNOWN)
+    of_class = batches[cropped([5] * 40, assignments=path, replace=True)]
+    assert set(of_class.sample_ids) == {1, 7}
+    unlabelled = batches[cropped([6] * 40, assignments=path, replace=True)].sample_ids
+    assert set(unlabelled).isdisjoint(KNOWN.sample_ids)
+    assert len(set(unlabelled)) > 4
+
+
+def test_a_class_that_cannot_be_read_at_all_is_replaced_by_any_sample(index):
+    damage(index, 1)
+    damage(index, 7)
+    loaded = Batches(index, labels=KNOWN)[cropped([5] * 20, replace=True)]
+    assert set(loaded.sample_ids).isdisjoint({1, 5, 7, 9})
+
+
+def test_labelled_rows_have_crops_and_colours_of_their_own(index):
+    light = Crop(RandomResizedCrop(16, (0.9, 1.0)), Colour(grey=0.0, jitter_p=0.0))
+    crops = (Crop(RandomResizedCrop(16), Colour(grey=1.0), labelled=light), CROP)
+    known = np.array([True, False, True, False])
+    loaded = Batches(index)[cropped([4, 6, 8, 10], crops, known=known)]
+    heavy = Batches(index)[cropped([4, 6, 8, 10], crops)].images
+    plain = Batches(index)[cropped([4, 6, 8, 10], (replace(light, colour=None), CROP))].images
+    rows = torch.from_numpy(known)
+    assert torch.equal(loaded.images[0][~rows], heavy[0][~rows])
+    assert torch.equal(loaded.images[0][rows], plain[0][rows])
+    assert torch.equal(loaded.images[1], heavy[1])
 
 
 def test_a_storage_that_fails_is_no_bad_sample(index, tmp_path, monkeypatch):

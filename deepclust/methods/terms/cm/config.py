@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from deepclust.recipe.declare import Cost
 from deepclust.recipe.sections import TermSection
+
+if TYPE_CHECKING:
+    from deepclust.recipe import Recipe
 
 
 class Config(TermSection):
@@ -21,3 +25,8 @@ class Config(TermSection):
     norm: bool = Field(
         False, description="features about zero and of equal spread, so that they cannot shrink"
     )
+
+    def cost(self, recipe: Recipe, width: int) -> Cost:
+        """Return the means and counts of classes, and where it has one the linear layer."""
+        own = 0 if recipe.method.answers == "classes" else 4 * (width + 1)
+        return Cost((), per_class=4 * width + 8 + own)

@@ -38,5 +38,5 @@ class Term(Contract):
         assert output.logits is not None
         logits = output.logits.float()
         sure, targets = logits.detach().softmax(1).max(1)
-        used = (sure > self.threshold) & (batch.labels < 0)
+        used = (sure > self.threshold) & ~batch.labelled
         return (F.cross_entropy(logits, targets, reduction="none") * used).mean()
