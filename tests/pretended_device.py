@@ -38,8 +38,7 @@ NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_str
 NCCL = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8,
         torch.int32, torch.int64}  # fmt: skip
 
-_of = {name: getattr(torch.Tensor, name) for name in
-       ("device", "is_cuda", "is_cpu", "to", "tolist", "numpy", "pin_memory", "is_pinned")}  # fmt: skip
+_of = {name: getattr(torch.Tensor, name) for name in ("device", "to", "tolist", "numpy")}
 
 
 class Mixed(RuntimeError):

@@ -22,6 +22,7 @@ from deepclust.data.images.rotate import quarters, rotate
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Request
 from deepclust.data.shards.index import Index
+from deepclust.data.to_device import locked, send
 from deepclust.methods.base import Batch, Now, Targets
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
@@ -105,7 +106,7 @@ class Feed:
         """
         device, key = self.world.device, self._key(segment)
         drawn = quarters(derive(key, "turn"), loaded.positions, max(self._turns))
-        turns = torch.from_numpy(drawn)  # stays on the CPU, or `rotate` would wait for a GPU
+        turns = torch.from_numpy(drawn)  # on the CPU, or `rotate` would wait for a GPU
         crops = tuple(
             self._finish(images.to(device, non_blocking=True), number, loaded, turns, key)
             for number, images in enumerate(loaded.images)
@@ -113,12 +114,14 @@ class Feed:
         sample_ids = np.asarray(loaded.sample_ids)
         none = np.zeros((0, len(sample_ids)), np.int32)
         assigned = none if targets is None else targets.assignments[:, sample_ids]
+        labels = labels_of(self.table, sample_ids)
+        sent = send([drawn, assigned.astype(np.int64), labels], device)
         return Batch(
-            sample_ids=torch.from_numpy(sample_ids),
+            sample_ids=locked(torch.from_numpy(sample_ids), device),
             crops=crops,
-            turns=turns.to(device),
-            pseudo_labels=torch.from_numpy(assigned.astype(np.int64)).to(device),
-            labels=torch.from_numpy(labels_of(self.table, sample_ids)).to(device),
+            turns=sent[0],
+            pseudo_labels=sent[1],
+            labels=sent[2],
             now=now,
         )
 

@@ -12,10 +12,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Bad, Loaded, Loader
@@ -176,23 +176,24 @@ def train_step(
 def forward_backward(trainer: Trainer, batch: Batch, last: bool) -> dict[str, Tensor]:
     """Compute the gradients of one part of a step.
 
-    The ranks' gradients meet at the last one.
+    The ranks' gradients meet at the last one. The backward pass is outside autocast. In it what a
+    method computes in float32, autocast or not, would get gradients of bf16 products.
     """
-    config = trainer.recipe.train
-    with (
-        no_sync(trainer.model, last),
-        autocast(config.precision, trainer.world.device),
-    ):
-        scalars: dict[str, Tensor] = trainer.model(batch)
-        torch.autograd.backward(scalars["loss"] / config.accumulate)
+    config, world = trainer.recipe.train, trainer.world
+    with no_sync(trainer.model, last or world.size == 1):
+        with autocast(config.precision, world.device):
+            scalars: dict[str, Tensor] = trainer.model(batch)
+            loss = scalars["loss"] / config.accumulate
+        torch.autograd.backward(loss)
     return scalars
 
 
-def no_sync(model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Keep gradients on their rank until the last part of a step."""
-    if last or not isinstance(model, DistributedDataParallel):
+def no_sync(model: torch.nn.Module, meet: bool) -> contextlib.AbstractContextManager[None]:
+    """Keep gradients on their rank, unless they shall meet. A compiled model has DDP inside."""
+    if meet:
         return contextlib.nullcontext()
-    return model.no_sync()
+    kept: contextlib.AbstractContextManager[None] = cast(Any, model).no_sync()
+    return kept
 
 
 def drop_gradients(method: Method, names: Iterable[str]) -> None:
