@@ -33,7 +33,7 @@ MEMORY = 1 << 36  # bytes of the card
 COPIES = {"_to_copy", "copy_"}
 SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
                     "_local_scalar_dense", "bincount", "equal", "is_nonzero"}  # fmt: skip
-OF_TORCH = ("nn/parallel/distributed.py", "autograd/graph.py")
+OF_TORCH = ("nn/parallel/distributed.py", "torch/distributed/utils.py", "autograd/graph.py")
 NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach"}
 NCCL = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8,
         torch.int32, torch.int64}  # fmt: skip
@@ -330,7 +330,7 @@ def _cuda_patches() -> dict[str, Callable[..., Any]]:
     return {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: 8,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
