@@ -80,7 +80,8 @@ def build_trainer(context: Context) -> Trainer:
     method = build_method(recipe, world, not run.checkpoints(), len(context.index), classes)
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
-    torch.backends.cudnn.benchmark = world.device.type == "cuda"  # every batch has one shape
+    if world.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has the same shapes
     check_batch(method, recipe)
     attach_terms(method)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
