@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -316,6 +317,7 @@ def _tensor_patches(log: Log) -> dict[str, Any]:
             log, self, CARD, non_blocking=non_blocking
         ),
         "cpu": lambda self, *_: _to(log, self, HOST),
+        "record_stream": lambda self, stream: None,
         "tolist": lambda self: _listed(log, self),
         "numpy": _as_numpy,
         "pin_memory": _locked,
@@ -339,6 +341,10 @@ def _cuda_patches() -> dict[str, Callable[..., Any]]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "pretended",
         "get_arch_list": lambda: ["sm_90"],
+        "Stream": lambda *_: SimpleNamespace(),
+        "Event": lambda *_, **__: SimpleNamespace(record=lambda *_: None),
+        "stream": lambda side: contextlib.nullcontext(),
+        "current_stream": lambda device=None: SimpleNamespace(wait_event=lambda event: None),
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "memory_allocated": lambda device=None: 0,
         "get_rng_state": lambda device=None: torch.get_rng_state(),

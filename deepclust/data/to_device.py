@@ -1,8 +1,8 @@
 """Small numbers to a device, without the host waiting for it.
 
-A copy from ordinary memory drains a GPU's queue first. So constants are copied once and kept, and
-what belongs to a batch goes as one block of page-locked memory, which is copied while the host goes
-on. On a CPU nothing is copied.
+A copy from ordinary memory drains a GPU's queue first. So constants are copied once and kept.
+What belongs to a batch goes as one block of page-locked memory, and the host goes on meanwhile. On
+a CPU nothing is copied.
 """
 
 from __future__ import annotations

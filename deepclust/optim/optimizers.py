@@ -157,7 +157,7 @@ class Optimizers:
         )  # fmt: skip
 
     def _fused(self, role: str) -> bool | None:
-        """Return whether one kernel makes the step: on a GPU. On a CPU torch chooses, as ever."""
+        """Return whether one kernel makes the step, as on a GPU; None leaves it to torch."""
         return True if all(p.is_cuda for p in self.groups[role].values()) else None
 
     def _param_groups(self, role: str) -> list[dict[str, Any]]:
