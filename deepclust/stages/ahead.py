@@ -38,7 +38,9 @@ class Ahead:
         self._loaded, self._make, self._device = loaded, make, device
         self._ready: deque[Ready] = deque()
         self._failed: Exception | None = None  # in what comes after the ready ones
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[Ready]:
         return self
@@ -58,7 +60,8 @@ class Ahead:
         try:
             for loaded in islice(self._loaded, missing):
                 with torch.cuda.stream(side):
-                    batch, made = self._make(loaded), torch.cuda.Event()
+                    batch = self._make(loaded)
+                    made = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     made.record()
                 self._ready.append(Ready(loaded, batch, made))
         except Exception as error:
