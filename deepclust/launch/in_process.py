@@ -71,11 +71,13 @@ def _gpu() -> Iterator[None]:
 @contextlib.contextmanager
 def _threads() -> Iterator[None]:
     count, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    tries = torch.backends.cudnn.benchmark
     try:
         yield
     finally:
         torch.set_num_threads(count)
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = tries
 
 
 @contextlib.contextmanager

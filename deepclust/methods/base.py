@@ -63,7 +63,7 @@ class Batch:
     Without a clustering there are 0 heads.
     """
 
-    sample_ids: Int64[Tensor, " b"]  # on the CPU
+    sample_ids: Int64[Tensor, " b"]  # on the CPU, page-locked for a GPU
     crops: tuple[Float[Tensor, "b 3 s s"], ...]
     turns: Int64[Tensor, " b"]  # by 90 degrees, of all turned crops of an image
     pseudo_labels: Int64[Tensor, "heads b"]

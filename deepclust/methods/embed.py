@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -62,6 +63,15 @@ class Embedder:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the autocast context of `train.precision`: bf16 by default on a GPU, else fp32."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """Return the autocast context of `train.precision`: by default bf16 where a GPU has it."""
+    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@cache
+def has_bf16(device: torch.device) -> bool:
+    """Return whether this is a GPU with bf16 in hardware, which compute capability 8.0 brought.
+
+    Older ones emulate it, slower than float32.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

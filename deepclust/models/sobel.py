@@ -28,4 +28,6 @@ class Sobel(nn.Module):
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2 h w"]:
         """Edges of the grey image: channel 0 across columns, channel 1 across rows."""
-        return functional.conv2d(images.mean(1, keepdim=True), self.filters, padding=1)
+        with torch.autocast(images.device.type, enabled=False):  # bf16 would blur faint edges
+            grey = images.float().mean(1, keepdim=True)
+            return functional.conv2d(grey, self.filters, padding=1)

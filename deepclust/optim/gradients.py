@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deepclust.data.to_device import constant
 from deepclust.world import World
 
 _TINY = 1e-6  # added to a norm before it divides, as in torch.nn.utils.clip_grad_norm_
@@ -27,7 +28,7 @@ def norms_of(
     norms = torch.stack(torch._foreach_norm(gradients)).float()
     if world.size == 1 or not owned:
         return norms
-    sliced = torch.tensor([name in owned for name in parameters], device=norms.device)
+    sliced = constant([float(name in owned) for name in parameters], norms.device) > 0
     squares = world.all_reduce(norms.double().square() * sliced)
     return torch.where(sliced, squares.sqrt().float(), norms)
 

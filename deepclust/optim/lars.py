@@ -37,17 +37,18 @@ class LARS(SGD):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Scale the gradients in place, then make SGD's step."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                if group[DECAY]:
-                    weight.grad.add_(weight, alpha=group[DECAY])
-                if weight.ndim > 1:
-                    weight.grad.mul_(trust(weight, weight.grad))
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group[DECAY] and weights:
+                grads = [weight.grad for weight in weights]
+                torch._foreach_add_(grads, weights, alpha=group[DECAY])
+            matrices = [weight for weight in weights if weight.ndim > 1]
+            if matrices:
+                grads = [weight.grad for weight in matrices]
+                torch._foreach_mul_(grads, list(trust(matrices, grads).unbind()))
         super().step()
 
 
-def trust(weight: Float[Tensor, "*s"], grad: Float[Tensor, "*s"]) -> Float[Tensor, ""]:
-    """Return TRUST |w| / |g|, or 1 where either is zero, without leaving the device."""
-    w, g = weight.norm(), grad.norm()
+def trust(weights: list[Tensor], grads: list[Tensor]) -> Float[Tensor, " p"]:
+    """Return TRUST |w| / |g| of each, 1 where either is zero, without leaving the device."""
+    w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads))
     return torch.where((w > 0) & (g > 0), TRUST * w / g.clamp_min(1e-38), torch.ones_like(w))

@@ -132,7 +132,8 @@ class Optimizers:
             for entry, value in parts.get(role, {}).items():
                 name, key = self._entry(role, entry)
                 parameter = self.groups[role][name]
-                optimizer.state[parameter][key] = _like(parameter, value)
+                fused = bool(optimizer.defaults.get("fused"))
+                optimizer.state[parameter][key] = _like(parameter, value, fused)
 
     def _make(self, role: str) -> Optimizer:
         config, groups = self.config, self._param_groups(role)
@@ -145,10 +146,19 @@ class Optimizers:
             return LARS(groups, lr=config.lr, momentum=config.momentum)
         rate = config.head_lr or config.lr if role == "head" else config.lr
         if self._kind(role) == "adamw":
-            return AdamW(groups, lr=rate, betas=config.betas, weight_decay=0.0)
+            return AdamW(
+                groups, lr=rate, betas=config.betas, weight_decay=0.0, fused=self._fused(role)
+            )
         momentum = config.head_momentum if role == "head" else config.momentum
         nesterov = config.nesterov and momentum > 0
-        return SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=0.0)
+        return SGD(
+            groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=0.0,
+            fused=self._fused(role),
+        )  # fmt: skip
+
+    def _fused(self, role: str) -> bool | None:
+        """Return whether one kernel makes the step, as on a GPU; None leaves it to torch."""
+        return True if all(p.is_cuda for p in self.groups[role].values()) else None
 
     def _param_groups(self, role: str) -> list[dict[str, Any]]:
         """Split a role's parameters into those with weight decay and those without."""
@@ -200,8 +210,8 @@ def _forget(state: dict[Tensor, Any], parameter: nn.Parameter, rows: Bool[Tensor
             value[rows.to(value.device)] = 0
 
 
-def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+def _like(parameter: nn.Parameter, value: Tensor, fused: bool) -> Tensor:
     """Return state in the parameter's own layout, which decides how the update is computed."""
-    if value.ndim == 0:  # a count of steps: the optimizer keeps it on the CPU
-        return value.clone()
+    if value.ndim == 0:  # a count of steps: a fused step wants it on the device, others do not
+        return value.to(parameter.device) if fused else value.clone()
     return torch.empty_like(parameter, requires_grad=False).copy_(value)

@@ -448,10 +448,14 @@ class TrainSection(Section):
         description="epoch from which on weights are averaged, those of every step alike (SWA); "
         "the average is exported and evaluated; default: the last weights are",
     )
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="auto: bf16 on a GPU that has it (compute capability 8.0), else fp32; fp32 "
+        "convolutions use TF32 on a GPU, products do not",
+    )
     compile: bool = False
     sync_bn: Literal["auto", "on", "off"] = Field(
-        "auto", description="batch statistics of the whole global batch; auto: on several GPUs"
+        "off", description="batch statistics of the whole global batch; auto: on several GPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads per rank; recorded at start")

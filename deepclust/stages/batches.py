@@ -23,6 +23,7 @@ from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Request
 from deepclust.data.read.substitutes import Labels
 from deepclust.data.shards.index import Index
+from deepclust.data.to_device import locked, send
 from deepclust.methods.base import Batch, Now, Targets
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data, SeedsSection
@@ -133,7 +134,7 @@ class Feed:
         """
         device, key = self.world.device, self._key(segment)
         drawn = quarters(derive(key, "turn"), loaded.positions, max(self._turns))
-        turns = torch.from_numpy(drawn)  # stays on the CPU, or `rotate` would wait for a GPU
+        turns = torch.from_numpy(drawn)  # on the CPU, or `rotate` would wait for a GPU
         crops = tuple(
             self._finish(images.to(device, non_blocking=True), number, loaded, turns, key)
             for number, images in enumerate(loaded.images)
@@ -142,19 +143,21 @@ class Feed:
         soft, own = None, len(labels)
         if loaded.partners is not None:
             crops, soft = self._mixed(crops, labels, loaded, key)
-            own, turns = len(soft), turns[: len(soft)]
+            own = len(soft)
             labels = mixing.certain(soft)
         sample_ids = np.asarray(loaded.sample_ids)[:own]
         none = np.zeros((0, len(sample_ids)), np.int32)
         assigned = none if targets is None else targets.assignments[:, sample_ids]
+        mixtures = [] if soft is None else [soft.numpy()]
+        sent = send([drawn[:own], assigned.astype(np.int64), labels, *mixtures], device)
         return Batch(
-            sample_ids=torch.from_numpy(sample_ids),
+            sample_ids=locked(torch.from_numpy(sample_ids), device),
             crops=crops,
-            turns=turns.to(device),
-            pseudo_labels=torch.from_numpy(assigned.astype(np.int64)).to(device),
-            labels=torch.from_numpy(labels).to(device),
+            turns=sent[0],
+            pseudo_labels=sent[1],
+            labels=sent[2],
             now=now,
-            soft=None if soft is None else soft.to(device),
+            soft=sent[3] if mixtures else None,
         )
 
     def _mixed(

@@ -84,6 +84,8 @@ def build_trainer(context: Context) -> Trainer:
     )  # fmt: skip
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
+    if world.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has the same shapes
     check_batch(method, recipe)
     attach_terms(method)
     method = method.to(memory_format=torch.channels_last)  # twice as fast, on a CPU too
@@ -246,13 +248,21 @@ def parameter_groups(method: Method) -> list[Group]:
 def convert_norms(method: Method, wanted: str, world: World) -> Method:
     """Let batch norms use the whole global batch, so that any number of ranks steps alike.
 
-    `auto` is on where torch can, on GPUs. On a CPU each rank norms by its own share.
+    `auto` is on where torch can, on GPUs. On a CPU each rank norms by its own share. timm's norms
+    hold their activation, which torch's converter would drop, so timm converts those.
     """
     if wanted == "on" and world.device.type == "cpu":
         raise RecipeError("train.sync_bn=on needs GPUs: torch has no SyncBatchNorm for a CPU")
     if wanted == "off" or world.size == 1 or world.device.type == "cpu":
         return method
+    return synchronised(method)
+
+
+def synchronised(method: Method) -> Method:
+    """Return the method with every batch norm over all ranks, and otherwise as it was."""
     convert: Callable[[Method], Method] = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+    if any(type(module).__module__.startswith("timm.") for module in method.modules()):
+        from timm.layers.norm_act import convert_sync_batchnorm as convert  # slow to import
     return convert(method)
 
 
@@ -268,8 +278,9 @@ def wrap_ddp(method: Method, world: World, compiled: bool = False) -> torch.nn.M
         with warnings.catch_warnings():  # the new name of the option still syncs buffers at first
             warnings.filterwarnings("ignore", "broadcast_buffers", FutureWarning)
             model = DistributedDataParallel(
-                method, broadcast_buffers=False, find_unused_parameters=world.size > 2
-            )
+                method, broadcast_buffers=False, find_unused_parameters=world.size > 2,
+                gradient_as_bucket_view=True,
+            )  # fmt: skip
     return torch.compile(model) if compiled else model  # type: ignore[return-value]
 
 

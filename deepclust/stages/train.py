@@ -11,17 +11,18 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from deepclust.data.plan import EpochPlan
-from deepclust.data.read.loader import Bad, Loaded, Loader
+from deepclust.data.read.loader import Bad, Loader
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import append_json, write_json
-from deepclust.methods.base import Batch, Method, Targets
+from deepclust.methods.base import Batch, Method, Now, Targets
 from deepclust.methods.embed import Embedder, autocast
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe import Recipe
@@ -29,6 +30,7 @@ from deepclust.run.checkpoint import State
 from deepclust.run.collapse import Watch
 from deepclust.run.directory import Run
 from deepclust.run.reporting import Metrics, Report
+from deepclust.stages.ahead import Ahead, Ready
 from deepclust.stages.average import average_of
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
@@ -116,9 +118,11 @@ def train_segment(
     config = trainer.recipe.train
     trainer.model.train()
     meter = Meter(trainer.loader.waited)
-    loaded_parts = trainer.loader.stream(trainer.feed.requests(plan, targets, state))
+    loaded = trainer.loader.stream(trainer.feed.requests(plan, targets, state))
+    make = partial(trainer.feed.to_batch, targets=targets, segment=state.segment, now=Now())
+    parts = Ahead(loaded, make, trainer.world.device)
     while state.offset < plan.steps:
-        rate = train_step(trainer, meter, loaded_parts, targets, state)
+        rate = train_step(trainer, meter, parts, targets, state)
         judge_bad(trainer, meter, state)
         state = state.after_step(config.batch)
 
@@ -144,7 +148,7 @@ def train_segment(
 def train_step(
     trainer: Trainer,
     meter: Meter,
-    loaded_parts: Iterator[Loaded],
+    parts: Iterator[Ready],
     targets: Targets | None,
     state: State,
 ) -> float:
@@ -157,13 +161,13 @@ def train_step(
     torch.manual_seed(derive(trainer.recipe.seed, "step", state.step, trainer.world.rank))
     rate = trainer.optimizers.set_schedule(now)
     for part in range(accumulate):
-        loaded = next(loaded_parts)
+        ready = next(parts)
         # Before the collectives: so a rank whose reader hangs is silent longer than the others.
         trainer.report.alive()
-        batch = trainer.feed.to_batch(loaded, targets, state.segment, now)
+        batch = replace(ready.batch, now=now)
         method.before_step(batch)
         scalars = forward_backward(trainer, batch, last=part == accumulate - 1)
-        meter.add(scalars, len(batch.sample_ids), loaded.bad)
+        meter.add(scalars, len(batch.sample_ids), ready.loaded.bad)
     drop_gradients(method, method.frozen(now))
     meter.norms.append(trainer.optimizers.step())
     method.after_step(now)
@@ -176,23 +180,24 @@ def train_step(
 def forward_backward(trainer: Trainer, batch: Batch, last: bool) -> dict[str, Tensor]:
     """Compute the gradients of one part of a step.
 
-    The ranks' gradients meet at the last one.
+    The ranks' gradients meet at the last one. The backward pass is outside autocast. In it what a
+    method computes in float32, autocast or not, would get gradients of bf16 products.
     """
-    config = trainer.recipe.train
-    with (
-        no_sync(trainer.model, last),
-        autocast(config.precision, trainer.world.device),
-    ):
-        scalars: dict[str, Tensor] = trainer.model(batch)
-        torch.autograd.backward(scalars["loss"] / config.accumulate)
+    config, world = trainer.recipe.train, trainer.world
+    with no_sync(trainer.model, last or world.size == 1):
+        with autocast(config.precision, world.device):
+            scalars: dict[str, Tensor] = trainer.model(batch)
+            loss = scalars["loss"] / config.accumulate
+        torch.autograd.backward(loss)
     return scalars
 
 
-def no_sync(model: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Keep gradients on their rank until the last part of a step."""
-    if last or not isinstance(model, DistributedDataParallel):
+def no_sync(model: torch.nn.Module, meet: bool) -> contextlib.AbstractContextManager[None]:
+    """Keep gradients on their rank, unless they shall meet; a compiled model has DDP inside."""
+    if meet:
         return contextlib.nullcontext()
-    return model.no_sync()
+    kept: contextlib.AbstractContextManager[None] = cast(Any, model).no_sync()
+    return kept
 
 
 def drop_gradients(method: Method, names: Iterable[str]) -> None:

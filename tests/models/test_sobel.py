@@ -43,3 +43,10 @@ def test_sobel_is_frozen_and_outside_the_state() -> None:
     assert not list(backbone.sobel.parameters())
     assert not any("filters" in key for key in backbone.state_dict())
     assert backbone.to("meta").sobel.filters.is_meta
+
+
+def test_edges_are_float32_under_autocast() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        edges = Sobel()(images)
+    assert torch.equal(edges, Sobel()(images))

@@ -45,8 +45,22 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
 
 def test_zero_weights_or_gradients_give_a_trust_of_one() -> None:
     some, none = torch.ones(2, 2), torch.zeros(2, 2)
-    assert [float(trust(a, b)) for a, b in ((some, none), (none, some))] == [1.0, 1.0]
+    assert trust([some, none], [none, some]).tolist() == [1.0, 1.0]
     weight = nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)
     LARS([{"params": [weight], "decay": 0.1}], lr=0.1, momentum=0.9).step()
     assert torch.equal(weight, torch.zeros(2, 2))
+
+
+def test_the_step_of_many_weights_is_that_of_each_alone_to_the_bit() -> None:
+    together = [fixed(5, 4), fixed(3), fixed(2, 3, 3, 3)]
+    together[2].data = together[2].data.to(memory_format=torch.channels_last)
+    expected = []
+    for weight in together:
+        grad = weight.grad.add(weight, alpha=0.1)
+        if weight.ndim > 1:
+            grad = grad.mul(0.001 * weight.norm() / grad.norm())
+        expected.append(weight.detach() - 0.1 * grad)
+    LARS([{"params": together, "decay": 0.1}], lr=0.1, momentum=0.9).step()
+    for weight, wanted in zip(together, expected, strict=True):
+        torch.testing.assert_close(weight.detach(), wanted, atol=1e-7, rtol=1e-6)

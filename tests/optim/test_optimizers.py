@@ -12,6 +12,7 @@ from torch import nn
 from deepclust.errors import DataError
 from deepclust.optim.optimizers import Group, Optimizers
 from deepclust.recipe.sections import TrainSection
+from tests.pretended_device import pretended
 
 KINDS = ["sgd", "lars", "adamw"]
 START = SimpleNamespace(epochs=0.0)
@@ -243,3 +244,26 @@ def test_parameters_without_gradients_stay_and_count_as_zero() -> None:
     optimizers = Optimizers(of, train(clip=1.0))
     assert optimizers.step() == 0
     assert all(torch.equal(p, parameters(groups())[name]) for name, p in parameters(of).items())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_step_on_a_gpu_is_fused_and_goes_on_from_its_state(kind: str) -> None:
+    config, on_cpu = train(optimizer=kind), groups()
+    plain = Optimizers(on_cpu, config)
+    give_gradients(on_cpu, 0)
+    plain.step()
+    with pretended() as log:
+        of = groups()
+        for parameter in parameters(of).values():
+            parameter.data = parameter.data.to("cuda")
+        optimizers = Optimizers(of, config)
+        give_gradients(of, 0)
+        waits = log.count("other")
+        optimizers.step()
+        assert log.count("other") == waits
+        assert f"_fused_{kind}_" in {name for name, _ in log.types}
+        again = Optimizers(of, config)
+        again.load_state(saved(optimizers))
+        give_gradients(of, 1)
+        again.step()  # a count of steps on the CPU would be refused
+        assert all(t.is_cuda for *_, t in again.state())

@@ -8,7 +8,7 @@ in [0, 255], rounded once at the end. All randomness comes from `draws.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deepclust.data.images.draws import uniform
+from deepclust.data.to_device import constant, send
 from deepclust.errors import RecipeError
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
@@ -90,50 +91,70 @@ class Colour:
         rows = max(_ROWS, (_IN_CACHE if images.device.type == "cpu" else _IN_MEMORY) // image)
         for at in range(0, len(images), rows):
             part = slice(at, at + rows)
-            changed[part] = self._changed(images[part].float(), draws[part]).add_(0.5)
+            numbers = iter(send(list(self._numbers(draws[part])), images.device))
+            changed[part] = self._changed(images[part].float(), numbers).add_(0.5)
         return changed
 
+    def _numbers(self, draws: Float64[np.ndarray, "b m"]) -> Iterator[np.ndarray]:
+        """Yield what `_changed` works with, in its order, so that all is sent at once."""
+        for stage in range(self._stages):
+            mine = draws[:, _ORDER][:, stage, None] == np.arange(4)
+            factors = np.where(mine, draws[:, _FACTORS], _NEUTRAL)
+            share = 1 - factors[:, :_HUE]
+            yield from map(
+                _column, (share[:, _CONTRAST], share[:, _SATURATION], 1 - share.sum(axis=1))
+            )
+            yield from _chosen(factors[:, _HUE])
+        for column in (_GREY, _SIGMA, _SOLARISE):
+            yield from _chosen(draws[:, column])
+
+    @property
+    def _stages(self) -> int:
+        return 4 if max(self.jitter) > 0 else 0
+
     def _changed(
-        self, x: Float32[Tensor, "b 3 s s"], draws: Float64[np.ndarray, "b m"]
+        self, x: Float32[Tensor, "b 3 s s"], numbers: Iterator[Tensor]
     ) -> Float32[Tensor, "b 3 s s"]:
         """Jitter, grey, blur and solarise in place, in this order, each where the draws say so.
 
         Jitter has four stages. In each of them every row gets the jitter that is next in its order.
         """
-        for stage in range(4 if max(self.jitter) > 0 else 0):
-            mine = draws[:, _ORDER][:, stage, None] == np.arange(4)
-            factors = np.where(mine, draws[:, _FACTORS], _NEUTRAL)
-            _towards(x, 1 - factors[:, :_HUE])
-            _change(x, factors[:, _HUE], turn_hue)
-        _change(x, draws[:, _GREY], lambda rows, _: _grey(rows).expand(-1, 3, -1, -1))
-        _change(x, draws[:, _SIGMA], blur_images)
-        _change(x, draws[:, _SOLARISE], lambda rows, _: rows.where(rows < _BRIGHT, 255 - rows))
+        for _ in range(self._stages):
+            _towards(x, next(numbers), next(numbers), next(numbers))
+            _change(x, numbers, turn_hue)
+        _change(x, numbers, lambda rows, _: _grey(rows).expand(-1, 3, -1, -1))
+        _change(x, numbers, blur_images)
+        _change(x, numbers, lambda rows, _: rows.where(rows < _BRIGHT, 255 - rows))
         return x
 
 
-def _towards(x: Float32[Tensor, "b 3 s s"], share: Float64[np.ndarray, "b 3"]) -> None:
+def _towards(
+    x: Float32[Tensor, "b 3 s s"],
+    contrast: Float32[Tensor, "b 1 1 1"],
+    saturation: Float32[Tensor, "b 1 1 1"],
+    kept: Float32[Tensor, "b 1 1 1"],
+) -> None:
     """Move to x + share (base - x) in [0, 255], in place.
 
     The base is black for brightness, the mean grey for contrast and the greys for saturation. One
     pass serves all three, because a row has at most one share that is not 0. A row without a share
-    keeps its bits.
+    keeps its bits. Given are the shares of the last two, and what is left of x.
     """
     grey = _grey(x)
-    mean = grey.mean((2, 3), keepdim=True).mul_(_column(share[:, _CONTRAST], x))
-    base = grey.mul_(_column(share[:, _SATURATION], x)).add_(mean)
-    x.mul_(_column(1 - share.sum(axis=1), x)).add_(base).clamp_(0, 255)
+    mean = grey.mean((2, 3), keepdim=True).mul_(contrast)
+    base = grey.mul_(saturation).add_(mean)
+    x.mul_(kept).add_(base).clamp_(0, 255)
 
 
 def _change(
     x: Float32[Tensor, "b 3 s s"],
-    numbers: Float64[np.ndarray, " b"],
+    numbers: Iterator[Tensor],
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Replace the rows whose number is not 0 by `change(rows, numbers)`."""
-    rows = np.flatnonzero(numbers)
-    if len(rows):
-        at = torch.from_numpy(rows).to(x.device)
-        x.index_copy_(0, at, change(x.index_select(0, at), _column(numbers[rows], x)))
+    """Replace the next rows by `change(rows, values)`, if there are any."""
+    at, values = next(numbers), next(numbers)
+    if len(at):
+        x.index_copy_(0, at, change(x.index_select(0, at), values))
 
 
 def turn_hue(
@@ -149,7 +170,7 @@ def turn_hue(
     chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-6)).add_(1)
     hue = hue.copysign_(green - blue).div_(6)[:, None] + turns
-    away = hue - torch.tensor([0, 1 / 3, 2 / 3], device=x.device)[:, None, None]
+    away = hue - constant([0, 1 / 3, 2 / 3], x.device)[:, None, None]
     away = away.sub_(away.round()).abs_()
     return away.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
@@ -177,6 +198,14 @@ def _grey(x: Float32[Tensor, "b 3 s s"]) -> Float32[Tensor, "b 1 s s"]:
     return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
-def _column(numbers: np.ndarray, like: Tensor) -> Float32[Tensor, "b 1 1 1"]:
-    """Return one number for each image, on its device."""
-    return torch.from_numpy(numbers).to(like.device, torch.float32)[:, None, None, None]
+def _chosen(
+    numbers: Float64[np.ndarray, " b"],
+) -> tuple[Int64[np.ndarray, " m"], Float32[np.ndarray, "m 1 1 1"]]:
+    """Return the rows whose number is not 0, and these numbers."""
+    rows = np.flatnonzero(numbers)
+    return rows, _column(numbers[rows])
+
+
+def _column(numbers: Float64[np.ndarray, " b"]) -> Float32[np.ndarray, "b 1 1 1"]:
+    """Return one number for each image."""
+    return numbers.astype(np.float32)[:, None, None, None]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepclust.data.images.colour import Colour
 from deepclust.data.images.draws import uniform
+from deepclust.data.to_device import constant
 from deepclust.errors import RecipeError
 
 _resize = torch.ops.aten._upsample_bilinear2d_aa.default
@@ -192,6 +193,6 @@ def to_float(
 
     `mean` and `std` are in [0, 1].
     """
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    scale = constant([1 / (255 * s) for s in std], images.device)[:, None, None]
+    shift = constant([-m / s for m, s in zip(mean, std, strict=True)], images.device)
     return images.to(torch.float32).mul_(scale).add_(shift[:, None, None])

@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.draws import uniform
+from deepclust.data.to_device import send
 
 
 def quarters(key: int, positions: Int64[np.ndarray, " b"], count: int) -> Int64[np.ndarray, " b"]:
@@ -25,8 +26,8 @@ def rotate(
 
     Quarters may lie on the CPU for images on a GPU. Then nothing waits for the GPU.
     """
-    turned = images.clone()
-    for turns in (1, 2, 3):
-        rows = (quarters % 4 == turns).nonzero()[:, 0].to(images.device)
+    turned, drawn = images.clone(), quarters.cpu().numpy() % 4
+    chosen = send([np.flatnonzero(drawn == turns) for turns in (1, 2, 3)], images.device)
+    for turns, rows in enumerate(chosen, 1):
         turned.index_copy_(0, rows, images.index_select(0, rows).rot90(turns, (2, 3)))
     return turned

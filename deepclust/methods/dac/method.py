@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from deepclust.data.to_device import constant
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
 from deepclust.methods.dac.config import Config
@@ -60,7 +61,7 @@ class Method(base.Method):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def thresholds(self, now: Now) -> Float[Tensor, " 2"]:
         """Return the upper and the lower threshold, on the device."""
-        return torch.tensor(self.config.thresholds(int(now.epochs)), device=self.world.device)
+        return constant(self.config.thresholds(int(now.epochs)), self.world.device)
 
 
 def label_network(width: int, clusters: int, seed: int) -> nn.Sequential:

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deepclust.data.to_device import locked
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Now, Output, Setting
 from deepclust.methods.moco_v2.config import Config
@@ -80,8 +81,8 @@ class Method(base.Method):
         groups = groups_of(self.teacher, self.config.groups, self.world.size)
         if groups == 0:
             return (crops,)
-        mine = self._order(len(crops), now).chunk(self.world.size)[self.world.rank]
-        rows = self.world.all_gather_rows(crops)[mine.to(crops.device)]
+        mine = self._mine(self._order(len(crops), now), crops.device)
+        rows = self.world.all_gather_rows(crops)[mine]
         rows = rows.contiguous(memory_format=torch.channels_last)
         return rows.tensor_split(max(1, min(groups, len(rows) // 2)))  # a norm needs two rows
 
@@ -90,8 +91,13 @@ class Method(base.Method):
         """Return the keys of this rank's own crops, of the ranks' shuffled keys."""
         if groups_of(self.teacher, self.config.groups, self.world.size) == 0:
             return keys
-        places = self._order(len(keys), now).argsort().chunk(self.world.size)[self.world.rank]
-        return self.world.all_gather_rows(keys)[places.to(keys.device)]
+        places = self._mine(self._order(len(keys), now).argsort(), keys.device)
+        return self.world.all_gather_rows(keys)[places]
+
+    def _mine(self, order: Int64[Tensor, " g"], device: torch.device) -> Int64[Tensor, " b"]:
+        """Return this rank's share of an order, on the device."""
+        share = order.chunk(self.world.size)[self.world.rank]
+        return locked(share, device).to(device, non_blocking=True)
 
     def _order(self, share: int, now: Now) -> Int64[Tensor, " g"]:
         """Return the shuffled order of all ranks' rows, the same on every rank."""

@@ -33,7 +33,7 @@ class Centre(nn.Module):
         `kept` marks those that count, along the last but one dimension. None: all.
         """
         rows = outputs.detach().float().flatten(0, -2)
-        number = rows.new_tensor([float(len(rows))])
+        number = rows.new_full((1,), float(len(rows)))
         if kept is not None:
             weights = kept.expand(outputs.shape[:-1]).flatten().to(rows)
             rows, number = rows * weights[:, None], weights.sum()[None]

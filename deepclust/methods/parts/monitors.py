@@ -44,7 +44,7 @@ def target_entropies(targets: Float[Tensor, "b k"], world: World) -> Scalars:
     """
     rows = targets.detach().float()
     most = math.log(max(2, rows.shape[1]))
-    count = rows.new_tensor([float(len(rows))])
+    count = rows.new_full((1,), float(len(rows)))
     sums = world.all_reduce(torch.cat([rows.sum(0), count]))
     return {
         "mean_entropy": torch.special.entr(rows).sum(1).mean() / most,

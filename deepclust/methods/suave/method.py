@@ -75,7 +75,8 @@ class Method(Swav):
         unknown = ~batch.labelled
         past = self.past(batch.now, rows.shape[1])
         targets = torch.zeros_like(scores)
-        targets[:, unknown] = self.assign(scores[:, unknown], past)
+        at = unknown.nonzero()[:, 0]  # a GPU is waited for once, as by each mask
+        targets.index_copy_(1, at, self.assign(scores.index_select(1, at), past))
         self.projected = rows * unknown[:, None]
         if self.learned is not None:
             self.learned.note((scores / self.config.temperature).softmax(2), unknown)

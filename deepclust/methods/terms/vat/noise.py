@@ -19,7 +19,7 @@ def normal(key: int, samples: Int64[Tensor, " b"], count: int) -> Float[Tensor, 
     The uniform numbers have 23 bits, of the middle of each interval, so none is 0 or 1.
     """
     device = samples.device
-    streams = hashed(samples ^ hashed(torch.tensor(key, device=device)))
+    streams = hashed(samples ^ hashed(torch.full((), key, device=device)))
     steps = torch.arange(1, count + 1, device=device) * _GOLDEN
     bits = _shifted(hashed(streams[:, None] + steps), 41)
     centred = (2 * bits + 1 - 2**23).float() * 2.0**-23

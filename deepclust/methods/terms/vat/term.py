@@ -55,7 +55,8 @@ class Term(Contract):
         with still_norms(method), torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 wanted = answer(images).log_softmax(1)
-            noise = normal(step, batch.sample_ids.to(images.device), images[0].numel())
+            samples = batch.sample_ids.to(images.device, non_blocking=True)
+            noise = normal(step, samples, images[0].numel())
             change = unit(noise.view_as(images))
             for _ in range(config.iterations):
                 change = steepest(answer, images, wanted, config.xi * change)

@@ -1,0 +1,120 @@
+"""A small run of a method on the pretended device, and its waits by phase.
+
+`python -m tests.pretended_run METHOD [RANKS [KEY=VALUE ...]]` shows where a run waits for the card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from deepclust import pipeline, pretrain
+from deepclust.clustering.array_points import ArrayPoints
+from deepclust.clustering.sharded_points import ShardedPoints
+from deepclust.launch import worker
+from deepclust.methods.embed import Embedder
+from deepclust.run.directory import Run
+from deepclust.stages import round_kmeans, train
+from tests.methods.cases import CASES
+from tests.pretended_device import Log, pretended
+from tests.tiny import tiny_recipe
+
+STEP, EXTRACT, BATCH, KMEANS, PASS = "step", "extract", "batch", "k-means", "pass"
+RESULT = "pretended.json"
+
+
+@contextlib.contextmanager
+def phases(log: Log) -> Iterator[None]:
+    """Name the phases of a run, and count their calls."""
+    with contextlib.ExitStack() as stack:
+
+        def name(owner: Any, function: str, phase: str) -> None:
+            inner = getattr(owner, function)
+
+            @functools.wraps(inner)
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                with log.within(phase):
+                    return inner(*args, **kwargs)
+
+            stack.enter_context(patch.object(owner, function, timed))
+
+        def count(owner: Any, function: str, phase: str, within: str) -> None:
+            inner = getattr(owner, function)
+
+            @functools.wraps(inner)
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                log.calls[phase] += log.phase == within
+                return inner(*args, **kwargs)
+
+            stack.enter_context(patch.object(owner, function, counted))
+
+        name(train, "train_step", STEP)
+        name(pipeline, "extract", EXTRACT)
+        count(Embedder, "_apply", BATCH, EXTRACT)
+        name(round_kmeans, "solve_kmeans", KMEANS)
+        for points in (ArrayPoints, ShardedPoints):
+            count(points, "assign_to", PASS, KMEANS)
+        yield
+
+
+def table_of(log: Log) -> dict[str, int]:
+    """Waits of a step (the most of one), and of a batch and of a pass on average, rounded up."""
+    return {
+        "step": log.most.get(STEP, 0),
+        "batch of extraction": _share(log, EXTRACT, BATCH),
+        "pass of k-means": _share(log, KMEANS, PASS),
+    }
+
+
+def _share(log: Log, phase: str, call: str) -> int:
+    return math.ceil(log.count(phase) / log.calls[call]) if log.calls[call] else 0
+
+
+def run_method(name: str, ranks: int, shards: Path, folder: Path, *overrides: str) -> Any:
+    """Run a method whole on the pretended device, and return its table and its waits."""
+    given = tiny_recipe(
+        shards, f"method.name={name}", *CASES[name], "train.device=cuda", f"train.ranks={ranks}",
+        *overrides,
+    )  # fmt: skip
+    with pretended() as log, phases(log), _told(log):
+        pretrain(given, folder / "run")
+    return json.loads((folder / "run" / RESULT).read_text())
+
+
+@contextlib.contextmanager
+def _told(log: Log) -> Iterator[None]:
+    """Write down what rank 0 has seen, also where it is a process of its own."""
+    inner: Callable[..., None] = worker._work
+
+    def work(run: Run, role: Any, *args: Any) -> None:
+        inner(run, role, *args)
+        if role.rank == 0:
+            waits = sorted((phase, where, n) for (phase, where), n in log.waits.items())
+            told = {"table": table_of(log), "waits": waits, "kernels": Counter(log.kernels),
+                    "calls": Counter(log.calls)}  # fmt: skip
+            (run.path / RESULT).write_text(json.dumps(told))
+
+    with patch.object(worker, "_work", work):
+        yield
+
+
+if __name__ == "__main__":
+    from tests.tiny import tiny_shards
+
+    with tempfile.TemporaryDirectory() as made:
+        told = run_method(
+            sys.argv[1], int((sys.argv[2:] or ["1"])[0]), tiny_shards(Path(made, "shards")),
+            Path(made), *sys.argv[3:],
+        )  # fmt: skip
+    for phase, where, n in told["waits"]:
+        print(f"{phase:10} {n:6d}  {where}")
+    print(told["table"], told["calls"], told["kernels"])

@@ -1,0 +1,75 @@
+"""Whole runs on the pretended device: a method may wait for a GPU as often as the table says.
+
+The table `waits.json` may only fall. Where it can, a test says how to write it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepclust.methods import METHODS
+from tests.forks import in_fork
+from tests.pretended_device import Mixed, on_card, pretended
+from tests.pretended_run import run_method
+
+TABLE = Path(__file__).parent / "waits.json"
+TWO_RANKS = ("deepercluster", "moco-v2")  # a sharded head and a shuffle: the most collectives
+AGAIN = "DEEPCLUST_WRITE_WAITS=1 pytest tests/test_pretended_device.py"
+
+
+def check(name: str, now: dict[str, int], waits: list[tuple[str, str, int]]) -> None:
+    """Compare with the table, or write it."""
+    table = json.loads(TABLE.read_text())
+    if os.environ.get("DEEPCLUST_WRITE_WAITS") == "1":
+        TABLE.write_text(json.dumps({**table, name: now}, indent=1, sort_keys=True) + "\n")
+        return
+    listed = "\n".join(f"{phase}: {count} x {where}" for phase, where, count in waits)
+    more = {key: (table[name][key], n) for key, n in now.items() if n > table[name][key]}
+    assert not more, f"{name} waits more often for a GPU (allowed, now): {more}\n{listed}"
+    fewer = {key: (table[name][key], n) for key, n in now.items() if n < table[name][key]}
+    if fewer:
+        warnings.warn(f"{name} waits less often (allowed, now): {fewer}. Run {AGAIN}", stacklevel=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_run_waits_for_the_device_no_more_often_than_it_did(
+    name: str, shards: Path, tmp_path: Path
+) -> None:
+    told = in_fork(run_method, name, 1, shards, tmp_path, "train.epochs=1")
+    check(name, told["table"], told["waits"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_keep_to_the_rules_of_nccl(name: str, shards: Path, tmp_path: Path) -> None:
+    told = in_fork(run_method, name, 2, shards, tmp_path, "train.epochs=1")
+    step = {"step": told["table"]["step"]}  # which rank extracts what is decided by their speed
+    check(f"{name} on 2 ranks", step, told["waits"])
+
+
+def test_devices_are_not_mixed_and_waits_are_counted() -> None:
+    with pretended() as log:
+        rows = torch.ones(3, 2).to("cuda")
+        assert on_card(rows[1:].T + 1)
+        assert rows.to("cuda") is rows
+        assert not on_card(rows.cpu())
+        with pytest.raises(Mixed):
+            rows + torch.ones(3, 2)
+        with pytest.raises(TypeError, match="numpy"):
+            rows.numpy()
+        with log.within("told"):
+            assert rows.sum().item() == 6.0
+            assert len(rows[rows[:, 0] > 0]) == 3
+            rows.tolist()
+        with log.within("free"):
+            torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+            rows[rows > 0] = 0
+    assert (log.count("told"), log.count("free")) == (3, 0)
+    assert rows.device.type == "cpu"
