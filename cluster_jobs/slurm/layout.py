@@ -55,6 +55,16 @@ class Layout:
         slots = [slot for node in self.nodes for slot in node if slot]
         return next((slot for slot in slots if slot.rank == CLUSTER_WORKER), None)
 
+    def worker_threads(self, overlap: bool) -> int:
+        """Return the CPUs that the cluster worker may use.
+
+        They are its own, and those of its node's ranks where these are on GPUs and wait for it.
+        """
+        first = self.nodes[0] if self.nodes else []
+        beside = [one for one in first if one is not None and one.rank != CLUSTER_WORKER]
+        waiting = [] if overlap else [one for one in beside if one.gpu is not None]
+        return self.worker_cpus + len(waiting) * self.rank_cpus
+
     def __str__(self) -> str:
         return "\n".join([self._head(), *(self._by_ray() if self.by_ray else self._by_node())])
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepclust.clustering.options import Progress
-from deepclust.clustering.search import probe_backend
+from deepclust.clustering.probe import probe_backend
 from deepclust.clustering.whiten import solve
 from deepclust.data.shards.index import Index
 from deepclust.errors import ResourceError
@@ -86,10 +86,11 @@ def make_context(
     """
     config, refresh = recipe.clustering, recipe.method.round
     assert refresh is not None, "the method has no rounds"
-    backend, usable, notes = probe_backend(config.backend, device)
+    backend, usable, notes = probe_backend(config.backend, device, config.device != "auto")
     if world.size > 1 and usable != device:
         raise ResourceError(f"cluster.where=ranks needs every rank's device: {'; '.join(notes)}")
-    notes = [f"{note}; {backend} on {usable} is used instead" for note in notes]
+    if (backend, usable) != (config.backend, device):
+        notes = [f"{note}; {backend} on {usable} is used instead" for note in notes]
     seeds = None
     if recipe.seeds is not None and refresh.kind == "k-means":  # else there is nothing to pin
         seeds = recipe.seeds, load(index, recipe.seeds, recipe.seed)
