@@ -159,6 +159,7 @@ class _SecondLevel:
             if self.progress is not None:
                 seconds = time.monotonic() - began
                 self.progress(Progress(done, len(jobs), inertia, 0, seconds, level=2))
+        world.barrier()  # without a time limit: a rank's super-clusters may take much longer
         if world.max_int(len(self.failed)):  # on every rank, or the others would wait for us
             raise DataError(
                 min(self.failed)[1] if self.failed else "a super-cluster of another rank failed"

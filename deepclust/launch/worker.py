@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from deepclust import pipeline
+from deepclust.data.images import decode
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
@@ -64,8 +65,9 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(threads_of(recipe, role))
     index, read = open_data(run, recipe)
-    if role.rank == 0 and not run.rounds():
-        for note in (*index.notes(labels=False), *idle_weights(recipe)):
+    if role.rank == 0:
+        new = () if run.rounds() else (*index.notes(labels=False), *idle_weights(recipe))
+        for note in (*new, *decode.notes()):
             report.event("warning", text=note)
     if role.is_cluster_worker:
         device = clustering_device(recipe, role)

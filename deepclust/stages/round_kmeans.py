@@ -174,12 +174,15 @@ def _given(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> G
         return _seeded_start(task.seeds, points, options)
     if options.init != "two-level":
         return Given()
-    # it looks at rows of all ranks, and is computed once for all
-    mine = points.local if isinstance(points, ShardedPoints) else points
-    whole = mine
-    if task.world.size > 1:
-        whole = ArrayPoints(task.rows, alive=task.report.alive).select(task.valid)
-    given = given_start(whole, options) if task.world.is_first else Given()
+    # it looks at rows of all ranks, and is computed once for all, on the first one's device
+    given = Given()
+    if task.world.is_first:
+        whole = points.local if isinstance(points, ShardedPoints) else points
+        if task.world.size > 1:
+            whole = ArrayPoints(task.rows, device=task.device, alive=task.report.alive)
+            whole = whole.select(task.valid)
+        given = given_start(whole, options)
+    task.world.barrier()  # without a time limit, as a start can take long
     return Given(task.world.broadcast_array(cast("np.ndarray | None", given.centroids)))
 
 
