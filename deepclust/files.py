@@ -322,8 +322,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def sync(path: Path, alive: Callable[[], None] = lambda: None) -> None:
     """Force a file or folder to disk, a large file piece by piece.
 
-    `alive` is called after each piece: a slow disk takes an hour for what a fast one writes in a
-    minute, and one call for all of it could not be told from a hang.
+    `alive` is called after each piece. A slow disk takes an hour for what a fast one writes in a
+    minute, and a single call of an hour looks like a hang.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

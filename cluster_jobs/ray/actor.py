@@ -42,7 +42,7 @@ class Place:
     pid: int
     gpus: tuple[str, ...]  # as Ray names them
     problem: str = ""  # why it cannot work here
-    gpu: int | None = None  # the place of its own among those that it sees
+    gpu: int | None = None  # its place among those that it sees
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The GPUs that this process may see, and torch's number of one of them. Needs no torch.
+"""The GPUs that this process may see, and torch's number of one of them.
 
-Schedulers name a GPU in three ways: by its number on the machine (Ray without a mask), by the text
-in CUDA_VISIBLE_DEVICES (Ray: "4", "GPU-8a...", "MIG-..."), or by its place among those that a job
-has (Slurm). Torch counts from 0 what the mask leaves, so its number is a place in the mask.
+Ray names a GPU by its text in CUDA_VISIBLE_DEVICES ("4", "GPU-8a...", "MIG-..."). Without that mask
+it gives the number on the machine. Slurm gives the place among those that the job has. Torch counts
+from 0 what the mask leaves, so its number is a place in the mask.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A file of rows that all ranks write together, each its own stretches, hashed while it does.
 
-Rank 0 alone would read the whole file again for its hash, and force to disk what other machines
-hold: for 100 million rows that is longer than a hang may last. So every rank hashes what it writes,
-forces it to disk from its machine, and leaves the hashes of its parts in a file beside the rows.
+Rank 0 alone would have to read the whole file again for its hash. With 100 million rows that takes
+longer than a hang may last. So every rank hashes what it writes, and forces it to disk from its own
+machine. It leaves the hashes of its parts in a file beside the rows.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def count_bad(context: ExtractContext, bad: dict[int, str]) -> None:
 def check_bad(
     context: ExtractContext, count: int, excluded: dict[int, str], odd: int | None = None
 ) -> None:
-    """Raise when `count`, more than allowed, are excluded; `excluded` are some of them.
+    """Raise when `count`, more than allowed, are excluded, of which `excluded` are some.
 
-    `odd` of them have a feature that is not finite; by default those of `excluded`. It is a
+    `odd` of them have a feature that is not finite, by default those of `excluded`. It is a
     `NumericalError` where the others alone would be few enough, else a `DataError`.
     """
     config, n = context.config, len(context.index)
