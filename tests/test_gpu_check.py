@@ -1,4 +1,4 @@
-"""`tools/gpu-check` on a machine without a GPU: its table, its exit codes, its JSON, its numbers."""
+"""`tools/gpu-check` without a GPU: its table, its exit codes, its JSON, and its numbers."""
 
 from __future__ import annotations
 
