@@ -322,8 +322,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def sync(path: Path, alive: Callable[[], None] = lambda: None) -> None:
     """Force a file or folder to disk, a large file piece by piece.
 
-    `alive` is called after each piece. A slow disk takes an hour for what a fast one writes in a
-    minute, and a single call of an hour looks like a hang.
+    `alive` is called after each piece. A single call of an hour, on a slow disk, would look
+    like a hang.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
