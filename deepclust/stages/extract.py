@@ -33,6 +33,7 @@ from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import Report
 from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
+from deepclust.stages.chunk_writer import ChunkWriter, to_host
 from deepclust.stages.progress import StageProgress
 from deepclust.stages.unusable import check_bad, count_bad, not_finite
 from deepclust.world import World
@@ -227,18 +228,23 @@ def _fill(
                 sample_ids = np.arange(start, min(chunk.stop, start + step))
                 yield _request(context.config, sample_ids, number)
 
+    def commit(number: int, chunk: _Open) -> None:
+        _commit_chunk(context, number, chunk, pivot)
+
+    def done(number: int) -> None:
+        context.report.event("unit", round=context.round, unit=number, of=len(chunks))
+        progress.show(len(chunks) - len(missing) + missing.index(number) + 1, len(chunks))
+
     current = _Open()
-    for loaded in context.loader.stream(requests()):
-        context.report.alive()
-        number = loaded.tag
-        rows = embed(loaded.images[0]).float()
-        count_bad(context, _add_batch(current, rows, loaded.sample_ids, loaded.bad, pivot))
-        if len(current.rows) == -(-len(chunks[number]) // step):
-            _commit_chunk(context, number, current, pivot)
-            context.report.event("unit", round=context.round, unit=number, of=len(chunks))
-            done = len(chunks) - len(missing) + missing.index(number) + 1
-            progress.show(done, len(chunks))
-            current = _Open()
+    with ChunkWriter(commit, done) as writer:
+        for loaded in context.loader.stream(requests()):
+            context.report.alive()
+            number = loaded.tag
+            rows = embed(loaded.images[0]).float()
+            count_bad(context, _add_batch(current, rows, loaded.sample_ids, loaded.bad, pivot))
+            if len(current.rows) == -(-len(chunks[number]) // step):
+                writer.put(number, current)
+                current = _Open()
 
 
 def _add_batch(
@@ -250,21 +256,21 @@ def _add_batch(
 ) -> dict[int, str]:
     """Centre, round to fp16, count what is usable, and return why the rest is not.
 
-    A row that is not becomes zeros.
+    A row that is not becomes zeros. A GPU is waited for once, as long as all rows are usable.
     """
-    centred = rows - pivot
-    half = centred.half()
+    half = (rows - pivot).half()
     usable = torch.isfinite(half).all(1)
     reasons = {int(item.sample_id): str(item.reason) for item in bad}
     broken = np.isin(sample_ids, list(reasons))
-    for sample in sample_ids[~usable.cpu().numpy() & ~broken]:
+    if broken.any():
+        usable &= torch.from_numpy(~broken).to(usable.device)
+    half, whole = to_host(torch.where(usable[:, None], half, 0), usable)
+    for sample in sample_ids[~whole.numpy() & ~broken]:
         reasons[int(sample)] = not_finite(int(sample))
-    usable &= torch.from_numpy(~broken).to(usable.device)
-    half[~usable] = 0
     if chunk.moments is None:
         chunk.moments = Moments.zero(pivot)
-    chunk.moments.add(rows[usable])
-    chunk.rows.append(half.cpu())
+    chunk.moments.add(rows if whole.all() else rows[usable])
+    chunk.rows.append(half)
     chunk.bad.update(reasons)
     return reasons
 
