@@ -89,9 +89,7 @@ class Tasks:
     def roles(self) -> list[Role]:
         """The roles that the layout gives, the cluster worker last."""
         places = [place for node in self.layout.nodes for place in node if place is not None]
-        cluster = self.run.recipe.cluster if self.run else None
-        overlap = cluster is not None and cluster.overlap
-        threads = {CLUSTER_WORKER: self.layout.worker_threads(overlap)}
+        threads = {CLUSTER_WORKER: self.layout.worker_threads}
         roles = [
             Role(one.rank, self.layout.ranks, gpu=one.gpu, threads=threads.get(one.rank))
             for one in places
