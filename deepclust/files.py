@@ -10,11 +10,13 @@ One reader of Python files is here too: `import_named`, for the modules of users
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -30,6 +32,10 @@ from deepclust.errors import DataError, DeepclustError, DiskError, MissingError,
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Linux's sync_file_range: a C library elsewhere may lack it
+_write_out = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
+_AND_WAIT = 1 | 2 | 4  # wait for what is being written, begin to write the rest, wait for that
+SYNC_PIECE = 2**26  # bytes; small enough for a sign of life each minute at 1 MB/s
 HASH_BLOCK = 2**24  # bytes; small enough for a sign of life every second on a slow disk
 MOST_JSON = 2**30  # bytes of a JSON or JSONL file; more is not one of ours
 _FREE = (
@@ -202,7 +208,11 @@ def temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def atomic_file(
+    path: Path,
+    before: Callable[[], None] = lambda: None,
+    alive: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
     """Yield a temporary path, then sync it, call `before` (the fence) and rename it.
 
     A link is replaced, not its target: see `target_of` for a file that the user names.
@@ -213,7 +223,7 @@ def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterat
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            sync(partial)
+            sync(partial, alive)
             before()
             os.replace(partial, path)
             sync(path.parent)
@@ -309,11 +319,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def sync(path: Path) -> None:
-    """Force a file or folder to disk."""
+def sync(path: Path, alive: Callable[[], None] = lambda: None) -> None:
+    """Force a file or folder to disk, a large file piece by piece.
+
+    `alive` is called after each piece. A single call of an hour, on a slow disk, would look
+    like a hang.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        facts = os.fstat(handle)
+        if stat.S_ISREG(facts.st_mode) and facts.st_size > SYNC_PIECE and _write_out is not None:
+            for start in range(0, facts.st_size, SYNC_PIECE):
+                _write_out(handle, ctypes.c_int64(start), ctypes.c_int64(SYNC_PIECE), _AND_WAIT)
+                alive()
+        os.fsync(handle)  # which also reports what could not be written, and the file's length
     finally:
         os.close(handle)
 
@@ -323,10 +342,20 @@ def file_hash(path: Path, alive: Callable[[], None] = lambda: None) -> str:
 
     `alive` is called after each.
     """
+    return range_hash(path, 0, None, alive)
+
+
+def range_hash(
+    path: Path, start: int, stop: int | None, alive: Callable[[], None] = lambda: None
+) -> str:
+    """Return the blake2b of the bytes [start, stop) of a file; without `stop` to its end."""
     digest = hashlib.blake2b(digest_size=16)
     with reading(path), open_regular(path) as file:
-        while block := file.read(HASH_BLOCK):
+        file.seek(start)
+        left = stop - start if stop is not None else math.inf
+        while left and (block := file.read(int(min(left, HASH_BLOCK)))):
             digest.update(block)
+            left -= len(block)
             alive()
     return digest.hexdigest()
 
@@ -343,7 +372,12 @@ def set_aside(folder: Path, why: str) -> Path:
     return target
 
 
-def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[], None]) -> None:
+def atomic_folder(
+    path: Path,
+    fill: Callable[[Path], None],
+    before: Callable[[], None],
+    alive: Callable[[], None] = lambda: None,
+) -> None:
     """Fill a temporary folder, sync it, call `before` (the fence), then rename it to `path`."""
     partial = temporary(path)
     with disk_errors(path):
@@ -351,7 +385,7 @@ def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[],
             partial.mkdir(parents=True)
             fill(partial)
             for file in partial.iterdir():
-                sync(file)
+                sync(file, alive)
             sync(partial)
             before()
             os.rename(partial, path)
@@ -361,12 +395,15 @@ def atomic_folder(path: Path, fill: Callable[[Path], None], before: Callable[[],
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a safetensors file of contiguous copies of the tensors on the CPU.
 
     The bytes are written by Python, so a full disk raises an OSError, as everywhere else.
-    `safetensors.torch.save_file` would raise a SafetensorError.
+    `safetensors.torch.save_file` would raise a SafetensorError. `alive` is called for every piece.
     """
     # Recipes are read without torch.
     import torch
@@ -376,7 +413,24 @@ def write_tensors(
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in tensors.items()
     }
-    path.write_bytes(save(whole, metadata))
+    data = memoryview(save(whole, metadata))
+    with path.open("wb") as file:
+        for start in range(0, len(data), SYNC_PIECE):
+            file.write(data[start : start + SYNC_PIECE])
+            alive()
+
+
+def remove_folder(folder: Path, alive: Callable[[], None] = lambda: None) -> None:
+    """Delete a folder of files, one by one; `alive` is called after each.
+
+    What cannot be deleted stays, and nothing is raised.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                alive()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def import_named(name: str) -> ModuleType:

@@ -17,13 +17,13 @@ After the last step a final round is made with the weights that were exported.
 
 from __future__ import annotations
 
-import shutil
 import time
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from deepclust.errors import RecipeError, RequeueWanted
+from deepclust.files import remove_folder
 from deepclust.methods.base import Method, Targets
 from deepclust.methods.parts.bank import find_bank
 from deepclust.run import final_round
@@ -93,6 +93,7 @@ def refresh(context: Context, trainer: Trainer, number: int) -> Targets | None:
     take_first_rows(context, trainer, number)
     if context.world.is_first:
         tidy(context, trainer, number)
+    context.world.barrier()
     return cluster.read_targets(context.run, number)
 
 
@@ -209,8 +210,9 @@ def norm_statistics(method: Method) -> list[Tensor]:
 def tidy(context: Context, trainer: Trainer, number: int) -> None:
     """Drop what the finished round no longer needs, and write its statistics as metrics."""
     run = context.run
-    shutil.rmtree(run.round(number) / "raw", ignore_errors=True)
-    prune([run.round(r) / "features" for r in run.rounds()], context.recipe.keep.features)
+    remove_folder(run.round(number) / "raw", run.alive)
+    features = [run.round(r) / "features" for r in run.rounds()]
+    prune(features, context.recipe.keep.features, run.alive)
     assert trainer.metrics is not None
     trainer.metrics.record("round", number, **read_statistics(run, number))
 
@@ -221,7 +223,10 @@ def await_stage(context: Context, number: int, stage: str) -> None:
     if context.inline is not None:
         cluster.advance(context.inline, number)
     folder = context.run.round(number) / stage
-    stopped = not cluster.wait_for(folder, context.stopping)
+    by_ranks = context.recipe.cluster is not None and context.recipe.clusters_inline
+    asked = context.asked if by_ranks else context.stopping
+    stopped = not cluster.wait_for(folder, asked)
+    context.world.barrier()  # one may have solved and written for all
     if context.world.max_int(int(stopped)):
         raise RequeueWanted(f"stopped while waiting for {folder}")
     context.emit("waited", round=number, stage=stage, seconds=time.monotonic() - began)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -163,9 +164,27 @@ class World:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Wait until every rank has called this; the cluster worker does not take part."""
-        if self.size > 1:
-            dist.barrier()
+        """Wait until every rank has called this; the cluster worker does not take part.
+
+        It is counted in the store and has no time limit, as a collective has. So call it before a
+        collective that one rank may reach an hour before another. Waiting is not a sign of life.
+        """
+        if self.size == 1:
+            return
+        self._totals["barriers"] = self._totals.get("barriers", 0) + 1
+        here, left = (f"{kind}/{self._totals['barriers']}" for kind in ("barrier", "left"))
+        self.total(here, 1)
+        self._await(here, self.size)
+        self.total(left, 1)
+        if self.is_first:  # it keeps the store, and must not end while others still look there
+            self._await(left, self.size)
+
+    def _await(self, name: str, count: int) -> None:
+        """Look at a number of all ranks until it is `count`, in the end ten times a second."""
+        pause = 0.001
+        while self.total(name, 0) < count:
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
 
     def ticket(self, queue: str) -> int:
         """Return the next number (0, 1, 2, ...) of a queue of all ranks, each number once."""

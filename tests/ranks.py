@@ -11,6 +11,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 MOST = 3
 
 
-def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """`work(world, *args)` on `size` ranks that meet through gloo; raises the first error."""
+def on_ranks(size: int, work: Callable[..., Any], *args: Any, limit: float = 60) -> list[Any]:
+    """`work(world, *args)` on `size` ranks that meet through gloo; raises the first error.
+
+    `limit`: seconds that a collective may take.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pipes = [pipe for pipe, _ in _pool()[:size]]
         for rank, pipe in enumerate(pipes):
-            pipe.send((rank, size, str(Path(folder, "rendezvous")), work, args))
+            pipe.send((rank, size, str(Path(folder, "rendezvous")), limit, work, args))
         answers = [pipe.recv() for pipe in pipes]
     for result, error in answers:
         if error is not None:
@@ -49,14 +53,17 @@ def _pool() -> list[tuple[Connection, Any]]:
 def _rank(pipe: Connection) -> None:
     """Serve until the tests end."""
     import torch
+    from torch.distributed.distributed_c10d import _set_pg_timeout
 
     from deepclust.world import close_process_group, join
 
     torch.set_num_threads(1)
     while True:
-        rank, size, rendezvous, work, args = pipe.recv()
+        rank, size, rendezvous, limit, work, args = pipe.recv()
         try:
             world = join(rank, size, rendezvous, torch.device("cpu"), 60)
+            if size > 1:  # once they are connected
+                _set_pg_timeout(timedelta(seconds=limit))
             result = work(world, *args)
             world.barrier()  # or who is done early leaves while the others still meet
             pipe.send((result, None))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,21 @@ def test_one_ranks_error_stops_all_and_the_others_say_whose_it_was() -> None:
     assert first == third
     assert first.startswith("FollowedError: saving: rank 1 failed")
     assert fails(World(), 0) == second
+
+
+def late(world: World, limit: float) -> list[float]:
+    """How long each of three barriers took, to which another rank comes after the time limit."""
+    waits = []
+    for barrier in range(3):
+        if world.rank == barrier % world.size:
+            time.sleep(2 * limit)
+        began = time.monotonic()
+        world.barrier()
+        waits.append(time.monotonic() - began)
+    return waits
+
+
+def test_ranks_wait_for_a_late_one_longer_than_a_collective_may() -> None:
+    first, second = on_ranks(2, late, 0.5, limit=0.5)
+    assert first[0] < 0.5 < second[0]
+    assert second[1] < 0.5 < first[1]

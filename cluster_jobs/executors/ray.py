@@ -48,7 +48,8 @@ class Plan:
     def __str__(self) -> str:
         spec = self.spec
         where = f"a job of the Ray cluster at {spec.address}" if spec.address else "this machine"
-        group = f"{' or '.join(map(str, sizes(self.recipe, spec)))} ranks of {spec.cpus} CPU"
+        ranks = " or ".join(map(str, sizes(self.recipe, spec)))
+        group = f"{ranks} ranks of {spec.cpus_of(self.recipe)} CPU"
         if not self.recipe.clusters_inline:
             group += f", the cluster worker of {spec.worker_cpus} CPU"
         if self.recipe.train.device != "cpu":
@@ -65,7 +66,7 @@ class RayExecutor(Executor[Plan]):
         """Return the command for a recipe, without writing or starting anything."""
         spec = ray_spec(recipe)
         if recipe.train.threads is None:  # those of the cluster's machines, not of this one
-            threads = max(1, spec.cpus - recipe.data.workers)
+            threads = max(1, spec.cpus_of(recipe) - recipe.data.workers)
             recipe = recipe.replace(f"train.threads={threads}")
         recipe = recipe.replace(f"train.ranks={sizes(recipe, spec)[0]}")
         command = [spec.python or sys.executable, "-P", "-m", "cluster_jobs.ray.controller"]

@@ -19,14 +19,17 @@ from typing import Any
 
 import ray
 
-from deepclust.errors import DataError, DeepclustError, lack_of_memory, redact
+from deepclust.errors import DataError, DeepclustError, ResourceError, lack_of_memory, redact
 from deepclust.files import create_empty, read_json
 from deepclust.launch.policy import UNEXPECTED
 from deepclust.launch.ports import free_port
 from deepclust.launch.role import Role
+from deepclust.launch.visible_gpus import MASK, place_of
 from deepclust.run.directory import Run
 from deepclust.run.reporting import failure
 from deepclust.run.signs import SignsOfLife
+
+SHARED = "Every node must see the run directory, on a shared file system, under the same path"
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Place:
     host: str
     ip: str
     pid: int
-    gpus: tuple[int, ...]
-    problem: str = ""  # why the run directory is not usable from here
+    gpus: tuple[str, ...]  # as Ray names them
+    problem: str = ""  # why it cannot work here
+    gpu: int | None = None  # its place among those that it sees
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ class Worker(SignsOfLife):
     def place(self, token: str) -> Place:
         """Return where this is, and whether it sees the lock of the run with this very token."""
         context = ray.get_runtime_context()
-        gpus = tuple(int(number) for number in ray.get_gpu_ids())
+        gpus = tuple(str(name) for name in ray.get_gpu_ids())
         ip = ray.util.get_node_ip_address()
         if ip.startswith("127."):  # a cluster of this machine alone: gloo needs no other interface
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        problem = _problem(self.run_dir, token)
-        return Place(context.get_node_id(), platform.node(), ip, os.getpid(), gpus, problem)
+        own, problem = own_gpu(gpus)
+        problem = _problem(self.run_dir, token) or problem
+        return Place(context.get_node_id(), platform.node(), ip, os.getpid(), gpus, problem, own)
 
     def rendezvous(self) -> str:
         """Return an address of this node that is free now, where rank 0 will listen."""
@@ -148,6 +153,22 @@ def _failed(error: BaseException, exit_code: int) -> dict[str, Any]:
     return failure(error, exit_code)
 
 
+def own_gpu(gpus: tuple[str, ...]) -> tuple[int | None, str]:
+    """Return the place of this process's GPU among those that it sees, and what is wrong with it.
+
+    A mask that `ray.env` narrows lets Ray name all of it.
+    """
+    if not gpus:
+        return None, ""
+    if len(gpus) > 1:
+        names = ", ".join(sorted(gpus))
+        return None, f"Ray gives it the GPUs {names} at once: unset {MASK} in ray.env"
+    try:
+        return place_of(gpus[0]), ""
+    except ResourceError as error:
+        return None, str(error)
+
+
 def _problem(run_dir: Path, token: str) -> str:
     """Return why this node cannot work on the run directory, or empty when it can."""
     try:
@@ -156,7 +177,8 @@ def _problem(run_dir: Path, token: str) -> str:
         create_empty(probe)
         probe.unlink()
     except (OSError, DataError) as error:
-        return f"it cannot use {run_dir}: {getattr(error, 'strerror', None) or error}".rstrip(".")
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        return f"it cannot use {run_dir}: {reason}. {SHARED}"
     if seen != token:
-        return f"{run_dir} is another folder there, or an old copy of it"
+        return f"{run_dir} is another folder there, or an old copy of it. {SHARED}"
     return ""

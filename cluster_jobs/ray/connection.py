@@ -68,7 +68,7 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
     """Start a Ray of this machine alone, where processes may outnumber the cores."""
     os.environ.update(ALONE)
     ray_constants.ENABLE_RAY_CLUSTER = False  # the same, for this process, which has read it
-    needed = max(sizes(recipe, spec)) * spec.cpus + spec.worker_cpus
+    needed = max(sizes(recipe, spec)) * spec.cpus_of(recipe) + spec.worker_cpus
     with disk_errors(TEMPORARY):
         folder = make_folder(TEMPORARY, "dc-ray")
     try:

@@ -47,11 +47,12 @@ def shape_of(recipe: Recipe, spec: RaySpec, ranks: int, with_gpus: bool) -> Shap
     """Return the shape of a group of so many ranks; `with_gpus`: the cluster has GPUs."""
     device = recipe.train.device
     on_gpus = with_gpus if device == "auto" else device != "cpu"
-    rank = {"CPU": float(spec.cpus), **({"GPU": 1.0} if on_gpus else {})}
+    rank = {"CPU": float(spec.cpus_of(recipe)), **({"GPU": 1.0} if on_gpus else {})}
     sized = recipe.replace(f"train.ranks={ranks}")
     if sized.clusters_inline:
         return Shape(ranks, rank, None)
-    own_gpu = on_gpus and sized.clustering.gpus > 0 and sized.clustering.device != "cpu"
+    wanted = sized.clustering.device
+    own_gpu = sized.clustering.gpus > 0 and (on_gpus if wanted == "auto" else wanted != "cpu")
     worker = {"CPU": float(spec.worker_cpus), **({"GPU": 1.0} if own_gpu else {})}
     worker |= spec.worker_resources
     return Shape(ranks, rank, worker)

@@ -37,8 +37,12 @@ class RaySpec(Section):
     ranks: RankRange | None = Field(
         None, description="{min: 2, max: 8}: fewer ranks when nodes are lost, more when they return"
     )
-    cpus: int = Field(1, ge=1, description="CPUs of a rank, its reader processes included")
-    worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker")
+    cpus: int | None = Field(
+        None,
+        ge=1,
+        description="CPUs of a rank, its reader processes included; default: data.workers + 1",
+    )
+    worker_cpus: int = Field(1, ge=1, description="CPUs of the cluster worker, and its threads")
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     wait: float = Field(900.0, ge=0, description="seconds to wait for a cluster that is too small")
     settle: float = Field(
@@ -61,6 +65,10 @@ class RaySpec(Section):
     )
     max_failures: int = Field(10, ge=0, description="deaths and hangs before the run gives up")
     max_preemptions: int = Field(100, ge=0, description="nodes taken away before it gives up")
+
+    def cpus_of(self, recipe: Recipe) -> int:
+        """Return the CPUs of a rank: as given, or one and those of its readers."""
+        return self.cpus or recipe.data.workers + 1
 
 
 def ray_spec(recipe: Recipe) -> RaySpec:

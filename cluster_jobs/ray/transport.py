@@ -71,8 +71,10 @@ class Actors:
             who = self._name_of(error)
             raise AttemptEnded(Ending("fault", who, "death", first_line(error))) from error
         for handle in self.handles:
-            gpu = handle.place.gpus[0] if handle.place and handle.place.gpus else None
-            role = replace(handle.role, rendezvous=rendezvous, gpu=gpu)
+            gpu = handle.place.gpu if handle.place else None
+            role = replace(
+                handle.role, rendezvous=rendezvous, gpu=gpu, threads=self._threads(handle)
+            )
             handle.actor.begin.remote(role, self.run.token, self.run.attempt)
             self._ask(handle)
         return self._places()
@@ -114,24 +116,33 @@ class Actors:
         }  # fmt: skip
         return Handle(role, ray.remote(kind).options(**options).remote(str(self.run.path)))
 
+    def _threads(self, handle: Handle) -> int | None:
+        """Return the CPUs that the cluster worker may use: its own, and those of waiting ranks."""
+        if not handle.role.is_cluster_worker or handle.place is None:
+            return None
+        own, ranks = int(self.shape.bundles[-1]["CPU"]), self.handles[:-1]
+        if "GPU" not in self.shape.rank or self.run.recipe.clustering.overlap:
+            return own
+        beside = sum(r.place is not None and r.place.node == handle.place.node for r in ranks)
+        return own + beside * int(self.shape.rank["CPU"])
+
     def _places(self) -> list[Record]:
         return [
             {"who": handle.role.name, "host": place.host, "node": place.node[:8], "pid": place.pid,
-             "gpus": list(place.gpus)}
+             "gpus": [int(gpu) if gpu.isdecimal() else gpu for gpu in place.gpus]}
             for handle in self.handles if (place := handle.place)
         ]  # fmt: skip
 
     def _check_places(self) -> None:
         """Raise `ResourceError`: a node that does not see the run, a device that two have."""
-        owners: dict[tuple[str, int], str] = {}
+        owners: dict[tuple[str, str], str] = {}
         for handle in self.handles:
             place, name = handle.place, handle.role.name
             if place is None:
                 continue
             if place.problem:
                 raise ResourceError(
-                    f"node {place.host} ({place.ip}), where the {name} is: {place.problem}. Every "
-                    "node must see the run directory, on a shared file system, under the same path."
+                    f"node {place.host} ({place.ip}), where the {name} is: {place.problem}."
                 )
             for gpu in place.gpus:
                 other = owners.setdefault((place.node, gpu), name)

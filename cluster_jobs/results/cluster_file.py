@@ -31,7 +31,7 @@ from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.frame import frame_of
 from deepclust.clustering.kmeans import KMeansResult, scaled, solve_kmeans, widened
 from deepclust.clustering.options import KMeansOptions, Progress
-from deepclust.clustering.search import probe_backend
+from deepclust.clustering.probe import probe_backend
 from deepclust.clustering.statistics import describe
 from deepclust.clustering.two_level_init import given_start
 from deepclust.clustering.whiten import Whitening
@@ -165,9 +165,12 @@ class _Job:
         chosen = self.options
         assert chosen.k is not None
         _log(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
-        backend, device, notes = probe_backend(chosen.backend, self.device)
+        named = chosen.device != "auto"
+        backend, device, notes = probe_backend(chosen.backend, self.device, named)
+        is_other = (backend, device) != (chosen.backend, self.device)
+        instead = f"; {backend} on {device} is used instead" if is_other else ""
         for note in notes:
-            _log(f"warning: {note}; {backend} on {device} is used instead")
+            _log(f"warning: {note}{instead}")
         options, frame = chosen.kmeans(backend), frame_of(rows, spherical=chosen.spherical)
         points = ArrayPoints(rows, device=device).framed(frame)
         given = given_start(points, options)

@@ -43,6 +43,7 @@ class Layout:
     cpus: int  # of a node
     gpus: int  # of a node, or of all
     by_ray: bool  # whether Ray places the processes
+    overlap: bool = False  # whether ranks train while the cluster worker works
 
     @property
     def tasks(self) -> int:
@@ -54,6 +55,17 @@ class Layout:
         """The cluster worker's slot, if there is one."""
         slots = [slot for node in self.nodes for slot in node if slot]
         return next((slot for slot in slots if slot.rank == CLUSTER_WORKER), None)
+
+    @property
+    def worker_threads(self) -> int:
+        """The CPUs that the cluster worker may use.
+
+        They are its own, and those of its node's ranks where these are on GPUs and wait for it.
+        """
+        first = self.nodes[0] if self.nodes else []
+        beside = [one for one in first if one is not None and one.rank != CLUSTER_WORKER]
+        waiting = [] if self.overlap else [one for one in beside if one.gpu is not None]
+        return self.worker_cpus + len(waiting) * self.rank_cpus
 
     def __str__(self) -> str:
         return "\n".join([self._head(), *(self._by_ray() if self.by_ray else self._by_node())])
@@ -99,7 +111,9 @@ def layout(recipe: Recipe) -> Layout:
     rank_cpus = _rank_cpus(recipe, spec, nodes)
     cpus = _node_cpus(spec, nodes, rank_cpus)
     by_ray = spec.launcher == "ray"
-    return Layout(nodes, ranks, rank_cpus, spec.worker_cpus, cpus, spec.gpus_per_node, by_ray)
+    overlap = recipe.cluster is not None and recipe.cluster.overlap
+    sizes = (rank_cpus, spec.worker_cpus, cpus, spec.gpus_per_node)
+    return Layout(nodes, ranks, *sizes, by_ray, overlap)
 
 
 def _rank_count(recipe: Recipe, spec: SlurmSpec, on_gpus: bool) -> int:

@@ -89,8 +89,12 @@ class Tasks:
     def roles(self) -> list[Role]:
         """The roles that the layout gives, the cluster worker last."""
         places = [place for node in self.layout.nodes for place in node if place is not None]
-        roles = [Role(place.rank, self.layout.ranks, gpu=place.gpu) for place in places]
-        return sorted(roles, key=lambda role: (role.rank == CLUSTER_WORKER, role.rank))
+        threads = {CLUSTER_WORKER: self.layout.worker_threads}
+        roles = [
+            Role(one.rank, self.layout.ranks, gpu=one.gpu, threads=threads.get(one.rank))
+            for one in places
+        ]
+        return sorted(roles, key=lambda role: (role.is_cluster_worker, role.rank))
 
     def gather(self, allocation: Allocation) -> None:
         """Wait until all tasks have come, and let those without a role go.

@@ -36,6 +36,7 @@ from deepclust.errors import DataError, NumericalError
 # between launches, half a GB of scores; 2**23 would be 104 rows for 80,000 centroids
 TILE = {"cpu": 2**21, "cuda": 2**27}
 MAX_TILE_ROWS = 65_536  # rows of a tile
+GATHERED = 4096  # rows of a memory map that are read between two signs of life
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ArrayPoints:
             raise DataError(f"features must be an array [n, d], got shape {tuple(rows.shape)}")
         home = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
         self.device = torch.device(device) if device is not None else home
-        self.rows = _resident(rows, self.device)
+        self.rows = _resident(rows, self.device, alive)
         self.ids: Int64[np.ndarray, " n"] | None = None  # of a view: its rows
         self.n = self.n_local = len(rows)
         self.dim = int(rows.shape[1])
@@ -89,7 +90,43 @@ class ArrayPoints:
     def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Return copies of some rows, float32 on the points' device."""
         places = ids.cpu().numpy()
-        return self._read(places if self.ids is None else self.ids[places])
+        places = places if self.ids is None else self.ids[places]
+        if isinstance(self.rows, Tensor) or len(places) <= GATHERED:
+            return self._read(places)
+        pieces = []  # of a memory map: each row may be a read from disk
+        for start in range(0, len(places), GATHERED):
+            pieces.append(self._read(places[start : start + GATHERED]))
+            self.alive()
+        return torch.cat(pieces)
+
+    def move_in(self) -> ArrayPoints:
+        """Copy the rows to the device's own memory if they fit there now, and return the points.
+
+        Every pass reads them. An array that did not fit may have a view that does.
+        """
+        free = MEMORY.get(self.device.type)
+        if free is None or _is_on(self.rows, self.device):
+            return self
+        ids = np.arange(self.n) if self.ids is None else self.ids
+        if self.n * self.rows[:1].nbytes >= free(self.device):
+            return self
+        weights = self._weights_of(0, self.n)
+        self.rows = _copied(self.rows, self.device, self.alive, ids)
+        self.weights, self.ids = weights, None
+        return self
+
+    def note(self) -> str | None:
+        """Return what a user should know of rows that are not in the device's own memory."""
+        free = MEMORY.get(self.device.type)
+        if free is None or _is_on(self.rows, self.device) or not self.n:
+            return None
+        need = self.n * self.rows[:1].nbytes
+        return (
+            f"{self.n:,} rows of {need / 1e9:.1f} GB do not fit into the free "
+            f"{free(self.device) / 1e9:.1f} GB of {self.device}, so they are read from disk or "
+            "from the host's memory in every pass. Cluster by more ranks (cluster.where=ranks), "
+            "set cluster.dim lower, or cluster on a GPU without a rank"
+        )
 
     def select(self, ids: Int64[np.ndarray, " m"]) -> ArrayPoints:
         """Return a view of some rows.
@@ -187,7 +224,7 @@ class ArrayPoints:
         cluster_ids = torch.empty(self.n, dtype=torch.int32, device=self.device)
         reach = torch.empty(self.n if distances else 0, device=self.device)
         sums, squares = self._sums(k), []
-        search = SEARCHES[self.backend](centroids, self.rows.dtype == torch.float16)
+        search = SEARCHES[self.backend](centroids, _dtype(self.rows) == torch.float16)
         size = self._tile(k)
 
         def assign(start: int) -> None:
@@ -290,7 +327,7 @@ class ArrayPoints:
             rows = as_tensor(self.rows[where])
         if self.frame is not None:
             rows = self.frame.narrow(rows.to(self.device))
-        rows = rows.to(device=self.device, dtype=torch.float32)
+        rows = rows.to(self.device).float()  # half as many bytes travel as the other way round
         return unit_rows(rows) if self.spherical else rows
 
     def _tile(self, k: int) -> int:
@@ -348,21 +385,48 @@ class ArrayPoints:
         return replace(assignment, inertia=inertia_of(self.sum_sq, assignment, centroids))
 
 
-def _resident(rows: Rows, device: torch.device) -> Rows:
+def _free_on_gpu(device: torch.device) -> int:
+    """Return the bytes that rows may take: most of what is free, with what torch keeps unused."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.8 * free)
+
+
+MEMORY: dict[str, Callable[[torch.device], int]] = {"cuda": _free_on_gpu}  # apart from the host's
+
+
+def _resident(rows: Rows, device: torch.device, alive: Callable[[], None]) -> Rows:
     """Return rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
-    if device.type == "cuda" and not (isinstance(rows, Tensor) and rows.is_cuda):
-        free, _ = torch.cuda.mem_get_info(device)
-        return _copied(rows, device) if rows.nbytes < 0.8 * free else rows
+    free = MEMORY.get(device.type)
+    if free is not None and not _is_on(rows, device):
+        return _copied(rows, device, alive) if rows.nbytes < free(device) else rows
     if isinstance(rows, np.ndarray) and rows.flags.writeable and rows.flags.c_contiguous:
         return torch.from_numpy(rows) if rows.dtype.isnative else rows  # shares memory
     return rows.detach() if isinstance(rows, Tensor) else rows
 
 
-def _copied(rows: Rows, device: torch.device) -> Tensor:
-    """Return a copy on the device, made in pieces: a memory map may not fit into memory."""
-    copy = torch.empty(rows.shape, dtype=as_tensor(rows[:0]).dtype, device=device)
-    for start in range(0, len(rows), MAX_TILE_ROWS):
-        copy[start : start + MAX_TILE_ROWS] = as_tensor(rows[start : start + MAX_TILE_ROWS])
+def _is_on(rows: Rows, device: torch.device) -> bool:
+    return isinstance(rows, Tensor) and rows.device.type == device.type
+
+
+def _dtype(rows: Rows) -> torch.dtype:
+    """Return the type of rows, of a memory map too, whose own type NumPy gives."""
+    return as_tensor(rows[:0]).dtype
+
+
+def _copied(
+    rows: Rows,
+    device: torch.device,
+    alive: Callable[[], None] = do_nothing,
+    ids: Int64[np.ndarray, " m"] | None = None,
+) -> Tensor:
+    """Return a copy on the device, of all rows or some, made in pieces: it may not fit the host."""
+    n = len(rows) if ids is None else len(ids)
+    copy = torch.empty((n, *rows.shape[1:]), dtype=_dtype(rows), device=device)
+    for start in range(0, n, MAX_TILE_ROWS):
+        piece = slice(start, start + MAX_TILE_ROWS)
+        copy[piece] = as_tensor(rows[piece if ids is None else ids[piece]])
+        alive()
     return copy
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
+from deepclust.clustering.exact_sums import grid_of, on_grid
 from deepclust.clustering.options import Given, KMeansOptions
 from deepclust.clustering.points import Points, Rows, as_tensor
 from deepclust.errors import DataError, RecipeError
@@ -180,18 +181,64 @@ def plus_plus(
     nearest = torch.full((count,), torch.inf, device=sample.device)
     for row in fixed:
         nearest = torch.minimum(nearest, (sample - row).square().sum(1))
-    chosen = [] if len(fixed) else [sample[_pick_first(count, weights, draws)]]
+    first = [] if len(fixed) else [sample[_pick_first(count, weights, draws)]]
+    draw = _draw_here if sample.device.type == "cpu" else _draw_there
+    chosen = draw(sample, weights, nearest, first, free, draws)
+    drawn = torch.stack(chosen) if chosen else fixed[:0]
+    taken = torch.cat([fixed, drawn])
+    return torch.cat([drawn, distinct_rows(points, free - len(drawn), taken, len(fixed), seed)])
+
+
+def _draw_here(
+    sample: Float32[Tensor, "s d"],
+    weights: Float64[Tensor, " s"] | None,
+    nearest: Float32[Tensor, " s"],
+    chosen: list[Tensor],
+    free: int,
+    draws: np.random.Generator,
+) -> list[Tensor]:
+    """Return `free` rows, or fewer where all rows are at a chosen one; on a CPU."""
     while len(chosen) < free:
         if chosen:
             nearest = torch.minimum(nearest, (sample - chosen[-1]).square().sum(1))
-        heights = nearest.double().cpu()  # on a GPU the last digits of a sum vary
+        heights = nearest.double()
         heights = (heights if weights is None else heights * weights).cumsum(0)
         if heights[-1] <= 0:
             break
         chosen.append(sample[_pick(heights, draws)])
-    drawn = torch.stack(chosen) if chosen else fixed[:0]
-    taken = torch.cat([fixed, drawn])
-    return torch.cat([drawn, distinct_rows(points, free - len(drawn), taken, len(fixed), seed)])
+    return chosen
+
+
+def _draw_there(
+    sample: Float32[Tensor, "s d"],
+    weights: Float64[Tensor, " s"] | None,
+    nearest: Float32[Tensor, " s"],
+    chosen: list[Tensor],
+    free: int,
+    draws: np.random.Generator,
+) -> list[Tensor]:
+    """Return the same on a GPU, which is not waited for between two rows.
+
+    The last digits of a sum vary there, so heights are rounded to a grid on which sums are exact
+    (`exact_sums.py`). Whether rows have run out is asked at the end.
+    """
+    wide = None if weights is None else weights.to(sample.device)
+    most = float(nearest.max()) if len(nearest) else 0.0
+    if not np.isfinite(most):  # no fixed centroid: two rows are at most two lengths apart
+        most = 4 * float(sample.double().square().sum(1).max())
+    grid = grid_of(most, len(sample))
+    totals: list[Tensor] = []
+    start = len(chosen)
+    while len(chosen) < free:
+        if chosen:
+            nearest = torch.minimum(nearest, (sample - chosen[-1]).square().sum(1))
+        heights = nearest.double() if wide is None else nearest.double() * wide
+        heights = on_grid(heights, grid).cumsum(0)
+        place = torch.searchsorted(heights, heights[-1:] * draws.random(), right=True)
+        totals.append(heights[-1])
+        chosen.append(sample.index_select(0, place.clamp(max=len(sample) - 1))[0])
+    empty = (torch.stack(totals) <= 0).nonzero().flatten().tolist() if totals else []
+    return chosen[: start + empty[0]] if empty else chosen
 
 
 def _sample(

@@ -75,14 +75,15 @@ def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
 
 
 def faiss_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
-    """Return the search of FAISS's `IndexFlatL2`, on the GPU where rows and FAISS both are."""
+    """Return the search of FAISS's `IndexFlatL2` on the CPU, wherever the rows are.
+
+    FAISS for GPUs ends the process, without an error, on a card that it has no kernels for.
+    """
     try:
         import faiss
     except (ImportError, OSError) as error:  # a missing library of a wheel is an OSError
         raise ResourceError(f"backend=faiss needs faiss ({error}): use backend=torch") from error
     index: Any = faiss.IndexFlatL2(centroids.shape[1])
-    if centroids.is_cuda and getattr(faiss, "get_num_gpus", int)() > 0:
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), centroids.device.index, index)
     index.add(centroids.cpu().contiguous().numpy())
     first = first_of_equals(centroids)
 
@@ -91,27 +92,6 @@ def faiss_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Searc
         return first[torch.from_numpy(nearest[:, 0]).to(rows.device)]
 
     return search
-
-
-def probe_backend(backend: str, device: torch.device) -> tuple[str, torch.device, list[str]]:
-    """Return the backend and device that work here by a tiny search, and notes of what did not.
-
-    A wheel without kernels for this GPU, or with a missing library, imports well and fails at the
-    first use. That should happen before an hour of extraction. FAISS falls back on torch, a GPU on
-    the CPU. Raises `ResourceError` where that does not work either.
-    """
-    notes: list[str] = []
-    for name, place in ((backend, device), ("torch", device), ("torch", torch.device("cpu"))):
-        try:
-            points = torch.eye(3, device=place)
-            if all(
-                SEARCHES[name](points, half)(points).tolist() == [0, 1, 2] for half in (False, True)
-            ):
-                return name, place, notes
-            notes.append(f"cluster.backend={name} on {place} finds wrong neighbours")
-        except (RuntimeError, TypeError, AssertionError, ResourceError) as error:
-            notes.append(f"cluster.backend={name} does not work on {place}: {error}")
-    raise ResourceError("; ".join(notes))
 
 
 SEARCHES = {"auto": torch_search, "torch": torch_search, "faiss": faiss_search}

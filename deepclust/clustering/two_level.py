@@ -159,6 +159,7 @@ class _SecondLevel:
             if self.progress is not None:
                 seconds = time.monotonic() - began
                 self.progress(Progress(done, len(jobs), inertia, 0, seconds, level=2))
+        world.barrier()  # without a time limit: a rank's super-clusters may take much longer
         if world.max_int(len(self.failed)):  # on every rank, or the others would wait for us
             raise DataError(
                 min(self.failed)[1] if self.failed else "a super-cluster of another rank failed"
@@ -237,7 +238,8 @@ def _own_part(points: ArrayPoints, world: World) -> ArrayPoints | ShardedPoints:
     """Return this rank's contiguous part of all rows, as sharded points."""
     if world.size == 1:
         return points
-    return ShardedPoints(points.select(np.arange(points.n)[_part(points.n, world)]), world)
+    own = points.select(np.arange(points.n)[_part(points.n, world)])
+    return ShardedPoints(own.move_in(), world)
 
 
 def _inside(
@@ -245,8 +247,8 @@ def _inside(
 ) -> ArrayPoints | ShardedPoints:
     """Return a super-cluster's rows: all, or this rank's part where all ranks cluster them."""
     if not together:
-        return points.select(ids)
-    return ShardedPoints(points.select(ids[_part(len(ids), world)]), world)
+        return points.select(ids).move_in()
+    return ShardedPoints(points.select(ids[_part(len(ids), world)]).move_in(), world)
 
 
 def _part(n: int, world: World) -> slice:

@@ -47,6 +47,7 @@ class WorkerProcess:
             "run": run.path, "token": run.token, "attempt": run.attempt,
             "rank": role.rank, "size": role.size, "rendezvous": role.rendezvous,
             "stage": role.stage or "", "gpu": "" if role.gpu is None else role.gpu,
+            "threads": "" if role.threads is None else role.threads,
             "parent": os.getpid(), "pipe": writing,
         }  # fmt: skip
         for option, value in options.items():

@@ -35,17 +35,23 @@ class Role:
     size: int
     rendezvous: str = ""  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
     stage: str | None = None
-    gpu: int | None = None  # of its node, where a scheduler has chosen; else the rank's number
+    gpu: int | None = None  # place among those that it sees, where a scheduler has chosen
+    threads: int | None = None  # CPUs for the cluster worker, where a scheduler gives them
+
+    @property
+    def is_cluster_worker(self) -> bool:
+        """Whether it clusters and does not train."""
+        return self.rank == CLUSTER_WORKER
 
     @property
     def name(self) -> str:
         """The role in words, as events and messages have it."""
-        return "cluster worker" if self.rank == CLUSTER_WORKER else f"rank {self.rank}"
+        return "cluster worker" if self.is_cluster_worker else f"rank {self.rank}"
 
     @property
     def log_name(self) -> str:
         """The name of its file in `logs/`."""
-        return "cluster-worker.log" if self.rank == CLUSTER_WORKER else f"rank-{self.rank:05d}.log"
+        return "cluster-worker.log" if self.is_cluster_worker else f"rank-{self.rank:05d}.log"
 
 
 def roles_of(recipe: Recipe, stage: str | None = None) -> list[Role]:
@@ -53,3 +59,9 @@ def roles_of(recipe: Recipe, stage: str | None = None) -> list[Role]:
     size = recipe.train.ranks
     ranks = [*range(size), *([] if recipe.clusters_inline else [CLUSTER_WORKER])]
     return [Role(rank, size, stage=stage) for rank in ranks]
+
+
+def cores() -> int:
+    """Return the CPUs that this process may run on: Linux knows what a scheduler gave us."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

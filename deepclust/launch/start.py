@@ -21,7 +21,7 @@ from deepclust.files import check_utf8, disk_errors, file_hash, path_of, read_re
 from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
-from deepclust.launch.role import roles_of
+from deepclust.launch.role import cores, roles_of
 from deepclust.launch.signals import collected_signals
 from deepclust.launch.supervisor import Show, Supervisor, attempts_of
 from deepclust.optim.schedule import learning_rate
@@ -202,7 +202,7 @@ def resolved(recipe: Recipe) -> Recipe:
     less those that its reader processes keep busy. With overlap the cluster worker has a share too.
     """
     beside = recipe.cluster is not None and recipe.cluster.overlap
-    share = _cores() // (recipe.train.ranks + beside)
+    share = cores() // (recipe.train.ranks + beside)
     threads = recipe.train.threads or max(1, share - recipe.data.workers)
     train = recipe.train.model_copy(update={"threads": threads})
     return with_absolute_paths(recipe.model_copy(update={"train": train}))
@@ -221,11 +221,6 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         names = {"labels": os.path.abspath(recipe.data.labels)}
         sections["data"] = sections["data"].model_copy(update=names)
     return recipe.model_copy(update=sections)
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux knows what a scheduler gave us
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _absolute(value: Any, is_word: bool = False) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from deepclust import pipeline
+from deepclust.data.images import decode
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
@@ -33,7 +34,8 @@ from deepclust.errors import (
     redact,
 )
 from deepclust.files import disk_errors, read_record, write_json
-from deepclust.launch.role import CLUSTER_WORKER, Role, die_with
+from deepclust.launch.devices import check_shared, clustering_device, threads_of, training_device
+from deepclust.launch.role import Role, die_with
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
 from deepclust.run.reporting import PipeReport, Report, log_to
@@ -61,22 +63,24 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     stopping = _beating(report, stopping)
     recipe = run.recipe
     log_to(run.path / "logs" / role.log_name, role.rank)
-    torch.set_num_threads(recipe.train.threads or 1)
+    torch.set_num_threads(threads_of(recipe, role))
     index, read = open_data(run, recipe)
-    if role.rank == 0 and not run.rounds():
-        for note in (*index.notes(labels=False), *idle_weights(recipe)):
+    if role.rank == 0:
+        new = () if run.rounds() else (*index.notes(labels=False), *idle_weights(recipe))
+        for note in (*new, *decode.notes()):
             report.event("warning", text=note)
-    if role.rank == CLUSTER_WORKER:
-        device = clustering_device(recipe, role.gpu)
+    if role.is_cluster_worker:
+        device = clustering_device(recipe, role)
         cluster.serve(cluster.make_context(run, recipe, index, device, report, World()), stopping)
         return
-    device = training_device(recipe, role.rank if role.gpu is None else role.gpu)
+    device = training_device(recipe, role)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
     job = None
     if recipe.cluster is not None and recipe.cluster.where == "ranks":
+        check_shared(recipe, device)
         job = cluster.make_context(run, recipe, index, device, report, world)
     elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
-        place = clustering_device(recipe)
+        place = clustering_device(recipe, role)
         job = cluster.make_context(run, recipe, index, place, report, World())
     report.alive()  # from here on, silence is a hang
     context = Context(recipe, run, world, index, read, report, job, stopping, role.stage, asked)
@@ -98,35 +102,6 @@ def _beating(report: Report, stopping: Callable[[], bool]) -> Callable[[], bool]
         return stopping()
 
     return asked
-
-
-def training_device(recipe: Recipe, gpu: int) -> torch.device:
-    """Return the rank's device: its own GPU, by its number on this machine, or the CPU."""
-    wanted, gpus = recipe.train.device, torch.cuda.device_count()
-    if wanted == "cpu" or (wanted == "auto" and not gpus):
-        return torch.device("cpu")
-    if gpu >= gpus:
-        raise ResourceError(
-            f"train.ranks={recipe.train.ranks} needs as many GPUs and this machine has {gpus}: "
-            "lower train.ranks, or set train.device=cpu"
-        )
-    torch.cuda.set_device(gpu)
-    return torch.device("cuda", gpu)
-
-
-def clustering_device(recipe: Recipe, gpu: int | None = None) -> torch.device:
-    """Return the cluster worker's device: a GPU without a rank, else rank 0's, else the CPU.
-
-    `gpu`: the one that a scheduler has given to the worker.
-    """
-    if recipe.clustering.device != "auto":
-        return torch.device(recipe.clustering.device)
-    if gpu is not None:
-        return torch.device("cuda", gpu)
-    gpus = torch.cuda.device_count()
-    if not gpus or recipe.train.device == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", recipe.train.ranks if recipe.train.ranks < gpus else 0)
 
 
 def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
@@ -188,7 +163,8 @@ def main() -> int:
     for name in ("--run", "--token", "--rendezvous"):
         parser.add_argument(name, required=True)
     parser.add_argument("--stage", default="")
-    parser.add_argument("--gpu", default="")
+    for name in ("--gpu", "--threads"):
+        parser.add_argument(name, default="")
     for name in ("--attempt", "--rank", "--size", "--parent", "--pipe"):
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args()
@@ -205,8 +181,8 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
     run = Run(Path(args.run), args.token, args.attempt)
-    gpu = int(args.gpu) if args.gpu else None
-    role = Role(args.rank, args.size, args.rendezvous, args.stage or None, gpu)
+    given = [int(text) if text else None for text in (args.gpu, args.threads)]
+    role = Role(args.rank, args.size, args.rendezvous, args.stage or None, *given)
     try:
         work(run, role, report, lambda: bool(asked))
     except DeepclustError as error:

@@ -106,14 +106,14 @@ def _commit(
 
     def fill(partial: Path) -> None:
         for name, tensors in parts.items():
-            write_tensors(partial / f"{name}.safetensors", tensors)
+            write_tensors(partial / f"{name}.safetensors", tensors, alive=run.alive)
         for file in written:
             os.rename(file, partial / file.name)
         write_json(partial / "state.json", asdict(state))
 
     hashes = {file.name: file.with_suffix(HASH).read_text() for file in written}
     run.commit(folder, fill, {"step": state.step, "round": state.round}, hashes=hashes)
-    prune(run.checkpoints(), keep)
+    prune(run.checkpoints(), keep, run.alive)
 
 
 def _save_together(
@@ -154,6 +154,7 @@ def _attempt(world: World, folder: Path, work: Callable[[], None]) -> None:
         work()
     except Exception as raised:
         error = raised
+    world.barrier()  # without a time limit: disks differ
     world.raise_all(error, f"checkpoint {folder}")
 
 
@@ -162,8 +163,8 @@ def _write_owned(file: Path, owned: OwnedTensors, alive: Callable[[], None]) -> 
     ranges = {name: asdict(own) for name, (_, own) in owned.items()}
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, tensors, {"owned": json.dumps(ranges)})
-        sync(file)  # on this rank's machine, where rank 0 cannot flush it
+        write_tensors(file, tensors, {"owned": json.dumps(ranges)}, alive)
+        sync(file, alive)  # on this rank's machine, where rank 0 cannot flush it
         # rank 0 would hash for all, one by one
         file.with_suffix(HASH).write_text(file_hash(file, alive))
 

@@ -9,18 +9,20 @@ A reader of a stage's file compares it with its hash first (`whole_file`), once 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from deepclust.errors import DataError, RecipeError, argument, shown
 from deepclust.files import (
@@ -31,9 +33,11 @@ from deepclust.files import (
     file_hash,
     fits,
     path_of,
+    range_hash,
     read_jsonl,
     read_record,
     reading,
+    remove_folder,
     write_json,
 )
 from deepclust.recipe import Recipe
@@ -43,6 +47,9 @@ from deepclust.run.events import is_event, is_metric
 from deepclust.run.lock import check_token
 from deepclust.run.signs import unwatched
 
+# A file that several processes write has parts, in order: where each ends, and its blake2b.
+Parts: TypeAlias = list[tuple[int, str]]
+Hashes: TypeAlias = Mapping[str, "str | Parts"]
 ENVIRONMENT = {"time": (int, float), "host": str, "packages": dict}  # of env.json, for readers
 
 
@@ -112,12 +119,13 @@ class Run:
         fill: Callable[[Path], None],
         inputs: dict[str, Any],
         *,
-        hashes: dict[str, str] | None = None,
+        hashes: Hashes | None = None,
         **facts: Any,
     ) -> None:
         """Fill a stage, write its manifest and DONE, and let it appear in one rename.
 
-        `hashes` are those of files that were hashed while they were written, by name.
+        `hashes` are those of files that were hashed while they were written, by name: one of the
+        whole file, or those of its parts.
         """
 
         def complete(folder: Path) -> None:
@@ -126,11 +134,11 @@ class Run:
 
         def replace_unfinished() -> None:
             self.fence()
-            prune([stage], 0)  # a kill can leave the stage without DONE
+            prune([stage], 0, self.alive)  # a kill can leave the stage without DONE
 
         with disk_errors(stage):
             stage.parent.mkdir(parents=True, exist_ok=True)
-        atomic_folder(stage, complete, replace_unfinished)
+        atomic_folder(stage, complete, replace_unfinished, self.alive)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append to events.jsonl.
@@ -170,7 +178,7 @@ def _attempt_of(record: dict[str, Any]) -> int:
 def seal(
     folder: Path,
     inputs: dict[str, Any],
-    hashes: dict[str, str] | None = None,
+    hashes: Hashes | None = None,
     alive: Callable[[], None] = unwatched,
     **facts: Any,
 ) -> None:
@@ -178,12 +186,24 @@ def seal(
     files = {
         file.name: {
             "bytes": file.stat().st_size,
-            "blake2b": (hashes or {}).get(file.name) or file_hash(file, alive),
+            **_hash_facts((hashes or {}).get(file.name) or file_hash(file, alive)),
         }
         for file in sorted(folder.iterdir())
     }
     write_json(folder / "manifest.json", {"inputs": inputs, **facts, "files": files})
     create_empty(folder / "DONE")
+
+
+def _hash_facts(known: str | Parts) -> dict[str, Any]:
+    """Return what a manifest says of a file's hash: of the whole, or of its parts, one by one."""
+    if isinstance(known, str):
+        return {"blake2b": known}
+    return {"blake2b": _of_parts(known), "parts": [list(part) for part in known]}
+
+
+def _of_parts(parts: Parts) -> str:
+    text = json.dumps([list(part) for part in parts])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -209,7 +229,8 @@ def manifest(stage: Path) -> dict[str, Any]:
     record = read_record(file, {"files": dict, "inputs": dict})
     for name, facts in record["files"].items():
         plain = name == Path(name).name and isinstance(facts, dict)
-        if not (plain and fits(facts.get("bytes"), int) and fits(facts.get("blake2b"), str)):
+        known = plain and fits(facts.get("bytes"), int) and fits(facts.get("blake2b"), str)
+        if not (known and _fits_parts(facts)):
             raise DataError(f"{file} is damaged: its entry {name[:80]!r} is none of a file")
     return record
 
@@ -220,15 +241,20 @@ def verify(stage: Path, alive: Callable[[], None] = unwatched) -> None:
         _verify_file(stage / name, facts, alive)
 
 
-def whole_file(stage: Path, name: str, alive: Callable[[], None] = unwatched) -> Path:
+def whole_file(
+    stage: Path, name: str, alive: Callable[[], None] = unwatched, share: tuple[int, int] = (0, 1)
+) -> Path:
     """Return the path of a stage's file that is as it was written.
+
+    `share` (i, m): m processes look at it together, and this is number i from 0. Each reads every
+    m-th of the file's parts. What has no parts is for number 0.
 
     Raises `DataError` that names the file when it is missing, cut short or changed.
     """
     facts = manifest(stage)["files"].get(name)
     if facts is None:
         raise DataError(f"{stage / 'manifest.json'} does not list {name}: the stage is not whole")
-    _verify_file(stage / name, facts, alive)
+    _verify_file(stage / name, facts, alive, share)
     return stage / name
 
 
@@ -240,19 +266,39 @@ def has_file(stage: Path, name: str) -> bool:
 _whole: set[tuple[Any, ...]] = set()  # files that this process has compared with their hash
 
 
-def _verify_file(file: Path, facts: dict[str, Any], alive: Callable[[], None]) -> None:
+def _verify_file(
+    file: Path, facts: dict[str, Any], alive: Callable[[], None], share: tuple[int, int] = (0, 1)
+) -> None:
     with reading(file):
         seen = file.stat()
     if seen.st_size != facts["bytes"]:
         raise DataError(f"{file} has {seen.st_size:,} bytes, not the {facts['bytes']:,} it had")
-    key = (file, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, facts["blake2b"])
+    times = seen.st_mtime_ns, seen.st_ctime_ns
+    key = (file, seen.st_ino, seen.st_size, *times, facts["blake2b"], share)
     if key in _whole:
         return
-    with reading(file):
-        digest = file_hash(file, alive)
-    if digest != facts["blake2b"]:
-        raise DataError(f"{file} has changed since it was written")
+    ends = [0, *(end for end, _ in facts.get("parts", [[seen.st_size, facts["blake2b"]]]))]
+    digests = [digest for _, digest in facts.get("parts", [[0, facts["blake2b"]]])]
+    number, of = share
+    for part in range(number, len(digests), of):
+        if range_hash(file, ends[part], ends[part + 1], alive) != digests[part]:
+            raise DataError(f"{file} has changed since it was written")
     _whole.add(key)
+
+
+def _fits_parts(facts: dict[str, Any]) -> bool:
+    """Return whether a file's parts, if it has any, cover it in order and belong to its hash."""
+    parts = facts.get("parts")
+    if parts is None:
+        return True
+    if not isinstance(parts, list) or not all(
+        isinstance(part, list) and len(part) == 2 and fits(part[0], int) and fits(part[1], str)
+        for part in parts
+    ):
+        return False
+    ends = [end for end, _ in parts]
+    whole = ends == sorted(ends) and bool(ends) and ends[-1] == facts["bytes"] and ends[0] >= 0
+    return whole and _of_parts([tuple(part) for part in parts]) == facts["blake2b"]
 
 
 def exists(run_dir: Path) -> bool:
@@ -308,11 +354,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def prune(folders: list[Path], keep: int) -> None:
+def prune(folders: list[Path], keep: int, alive: Callable[[], None] = unwatched) -> None:
     """Delete the first folders, so that the last `keep` stay."""
     for folder in folders[: max(0, len(folders) - keep)]:
         (folder / "DONE").unlink(missing_ok=True)  # a half-deleted folder must not look whole
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder, alive)
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,8 @@ from deepclust.methods.parts.bank import BLOCK, Bank
 from deepclust.run.directory import is_done, whole_file
 from deepclust.run.round_files import last_round_before, read_excluded
 from deepclust.stages.extract import ExtractContext
-from deepclust.stages.project import commit_features, write_at
+from deepclust.stages.project import commit_features
+from deepclust.stages.shared_rows import SharedRows
 
 
 def fill_bank(context: ExtractContext, bank: Bank) -> None:
@@ -40,13 +41,14 @@ def write_bank(context: ExtractContext, bank: Bank) -> None:
     if world.broadcast_object(is_done(features_dir)):
         return
     parts, dim = bank.rows.shape[1:]
-    files = [
+    paths = [
         context.rows_path.with_name(f"{part}-{context.rows_path.name}") for part in range(parts)
     ]
+    files = [SharedRows(path, context.run, world.rank) for path in paths]
     if world.is_first:
         context.raw_dir.mkdir(parents=True, exist_ok=True)
         for file in files:
-            np.lib.format.open_memmap(file, "w+", np.float16, (len(context.index), dim)).flush()
+            file.create(len(context.index), dim)
     world.barrier()
     empty = _write_own(context, bank, files)
     np.save(_empty_path(context, world.rank), empty)
@@ -57,25 +59,28 @@ def write_bank(context: ExtractContext, bank: Bank) -> None:
 
 
 def _write_own(
-    context: ExtractContext, bank: Bank, files: list[Path]
+    context: ExtractContext, bank: Bank, files: list[SharedRows]
 ) -> Int64[np.ndarray, " empty"]:
     """Write this rank's rows, and return the samples that have none."""
     first, count, empty = bank.range.start, bank.range.count, [np.zeros(0, np.int64)]
-    width = bank.rows.shape[2] * bank.rows.element_size()
-    start, progress = np.load(files[0], mmap_mode="r").offset, context.progress("project")
+    progress = context.progress("project")
+    stretches = [file.open().stretch(first) for file in files]
     for place in range(0, count, BLOCK):
         rows: Tensor = bank.rows[place : place + BLOCK].cpu()
         usable = (torch.isfinite(rows).all(2) & rows.any(2)).all(1)
         rows[~usable] = 0
         empty.append(first + place + (~usable).nonzero().flatten().numpy())
-        for part, file in enumerate(files):
-            block = np.ascontiguousarray(rows[:, part].numpy())
-            write_at(file, start + (first + place) * width, block)
+        for part, stretch in enumerate(stretches):
+            stretch.add(rows[:, part].numpy())
         progress.show(min(place + BLOCK, count), count)
+    for file, stretch in zip(files, stretches, strict=True):
+        if count:
+            stretch.end()
+        file.finish()
     return np.concatenate(empty)
 
 
-def _finish(context: ExtractContext, features_dir: Path, files: list[Path]) -> None:
+def _finish(context: ExtractContext, features_dir: Path, files: list[SharedRows]) -> None:
     """Commit the features, with the reasons that earlier rounds know for excluded samples."""
     ranks = range(context.world.size)
     empty = np.concatenate([np.load(_empty_path(context, rank)) for rank in ranks]).tolist()
@@ -87,9 +92,14 @@ def _finish(context: ExtractContext, features_dir: Path, files: list[Path]) -> N
 
     def move(folder: Path) -> None:
         for part, file in enumerate(files):
-            os.replace(file, folder / (f"rows-{part}.npy" if part else "rows.npy"))
+            os.replace(file.path, folder / _name(part))
 
-    commit_features(context, features_dir, excluded, move, source="bank")
+    hashes = {_name(part): file.all_parts(context.world.size) for part, file in enumerate(files)}
+    commit_features(context, features_dir, excluded, move, hashes, source="bank")
+
+
+def _name(part: int) -> str:
+    return f"rows-{part}.npy" if part else "rows.npy"
 
 
 def _empty_path(context: ExtractContext, rank: int) -> Path:

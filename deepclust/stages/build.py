@@ -294,6 +294,7 @@ def restore(context: Context, trainer: Trainer) -> tuple[State, Targets | None]:
             trainer.timeline,
             lambda text: context.emit("warning", text=text),
         )
+    context.world.barrier()  # without a time limit, as it reads whole checkpoints
     # the first rank chooses for all
     name = context.world.broadcast_object(str(latest.folder) if latest else None)
     if name is None:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepclust.clustering.options import Progress
-from deepclust.clustering.search import probe_backend
+from deepclust.clustering.probe import probe_backend
 from deepclust.clustering.whiten import solve
 from deepclust.data.shards.index import Index
-from deepclust.errors import ResourceError
+from deepclust.errors import DataError, ResourceError
 from deepclust.files import reading
 from deepclust.methods.base import Targets
 from deepclust.recipe import Recipe
@@ -41,6 +41,7 @@ from deepclust.run.round_files import (
     read_excluded,
     read_kept,
 )
+from deepclust.run.signs import computing
 from deepclust.seeds import round as seeded_round
 from deepclust.seeds.round import SeededRound
 from deepclust.seeds.table import Seeds, load
@@ -87,10 +88,11 @@ def make_context(
     """
     config, refresh = recipe.clustering, recipe.method.round
     assert refresh is not None, "the method has no rounds"
-    backend, usable, notes = probe_backend(config.backend, device)
+    backend, usable, notes = probe_backend(config.backend, device, config.device != "auto")
     if world.size > 1 and usable != device:
         raise ResourceError(f"cluster.where=ranks needs every rank's device: {'; '.join(notes)}")
-    notes = [f"{note}; {backend} on {usable} is used instead" for note in notes]
+    if (backend, usable) != (config.backend, device):
+        notes = [f"{note}; {backend} on {usable} is used instead" for note in notes]
     seeds = None
     if recipe.seeds is not None and refresh.kind == "k-means":  # else there is nothing to pin
         seeds = recipe.seeds, load(index, recipe.seeds, recipe.seed)
@@ -109,7 +111,9 @@ def solve_whitening(context: ClusterContext, number: int) -> None:
         return
     started = time.monotonic()
     progress = StageProgress(context.report, ALONE, "whiten", number)
-    whitening = solve(merge_moments(round_dir / "raw", progress), context.config.dim)
+    moments = merge_moments(round_dir / "raw", progress)
+    with computing(context.report.alive):  # eigenvectors of thousands of dimensions take minutes
+        whitening = solve(moments, context.config.dim)
     facts: dict[str, Any] = {"rank": whitening.rank, "seconds": time.monotonic() - started}
     context.run.commit(
         round_dir / "whitening",
@@ -135,7 +139,8 @@ def cluster_features(context: ClusterContext, number: int) -> None:
     clustered = time.monotonic()
     context.warn(_seed_notes(context.config, heads[0], seeds))
     if world.is_first:
-        publish(context, number, task.rows, heads, seeds, started)
+        with computing(context.report.alive):  # statistics of all samples
+            publish(context, number, task.rows, heads, seeds, started)
         context.report.event(
             "published",
             round=number,
@@ -144,6 +149,13 @@ def cluster_features(context: ClusterContext, number: int) -> None:
             cluster=clustered - prepared - read_s,
             write=time.monotonic() - clustered,
         )
+    release(context.device)
+
+
+def release(device: torch.device) -> None:
+    """Give the memory of a round back, which other processes on the same GPU cannot have before."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def make_task(context: ClusterContext, number: int) -> RoundTask:
@@ -198,6 +210,7 @@ def advance(context: ClusterContext, number: int) -> None:
     round_dir = context.run.round(number)
     if context.refresh.whiten and context.world.is_first and is_done(round_dir / "raw"):
         solve_whitening(context, number)
+    context.world.barrier()  # without a time limit, as one rank solves for all
     if context.world.broadcast_object(is_done(round_dir / "features")):
         cluster_features(context, number)
 
@@ -212,7 +225,11 @@ def serve(context: ClusterContext, stopping: Callable[[], bool]) -> None:
 
 
 def wait_for(stage: Path, stopping: Callable[[], bool]) -> bool:
-    """Wait until a stage is done, or return False when a stop is wanted before."""
+    """Wait until a stage is done, or return False when a stop is wanted before.
+
+    `stopping` is a sign of life or none. It must be none where another rank does the stage: then
+    that rank's own signs tell a long stage from a hang.
+    """
     while not is_done(stage):
         if stopping():
             return False
@@ -242,11 +259,21 @@ def _read_rows(context: ClusterContext, features_dir: Path) -> list[Float16[np.n
     names = [name for name in manifest(features_dir)["files"] if ROWS.fullmatch(name)]
     arrays = []
     for name in sorted(names or ["rows.npy"], key=lambda name: (len(name), name)):
-        if context.world.is_first:  # for all: the file is large
-            whole_file(features_dir, name, context.report.alive)
+        _check_whole(context.world, features_dir, name, context.report.alive)
         with reading(features_dir / name):
             arrays.append(np.load(features_dir / name, mmap_mode="r", allow_pickle=False))
     return arrays
+
+
+def _check_whole(world: World, features_dir: Path, name: str, alive: Callable[[], None]) -> None:
+    """Compare a large file with its hash, each rank its share; raise on all ranks if it differs."""
+    error = None
+    try:
+        whole_file(features_dir, name, alive, (world.rank, world.size))
+    except DataError as raised:
+        error = raised
+    world.barrier()
+    world.raise_all(error, f"{features_dir / name}")
 
 
 def _read_scorer(features_dir: Path) -> dict[str, Tensor]:

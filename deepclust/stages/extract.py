@@ -26,14 +26,16 @@ from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.dataset import Loaded
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
-from deepclust.data.shards.left_out import EXAMPLES
 from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import create_empty, write_json
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import Report
+from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
+from deepclust.stages.chunk_writer import ChunkWriter, to_host
 from deepclust.stages.progress import StageProgress
+from deepclust.stages.unusable import check_bad, count_bad, not_finite
 from deepclust.world import World
 
 CHUNKS = 64
@@ -84,7 +86,11 @@ class ExtractContext:
             yield numbers[ticket]
 
     def finish_together(self) -> None:
-        """Wait for the other ranks; raise `RequeueWanted` on all when one is to stop."""
+        """Wait for the other ranks; raise `RequeueWanted` on all when one is to stop.
+
+        A rank may be done a chunk before another, which takes longer than a collective may wait.
+        """
+        self.world.barrier()
         if self.world.max_int(int(self.stopping())):
             raise RequeueWanted("stopped during extraction; finished chunks are kept")
 
@@ -120,20 +126,22 @@ def extract(context: ExtractContext, embed: Embed) -> None:
     chunks = chunk_ranges(context.index.bases)
     if context.world.is_first and not is_done(context.raw_dir.parent / "features"):
         _drop_damaged(context, len(chunks))
+    context.world.barrier()
     # rank 0 decides for all
     if context.world.broadcast_object(
         is_done(context.raw_dir) or is_done(context.raw_dir.parent / "features")
     ):
         return
-    _check_bad(context, len(context.index.excluded), {})
+    check_bad(context, len(context.index.excluded), {})
     if context.world.is_first:
         context.raw_dir.mkdir(parents=True, exist_ok=True)
         _write_pivot(context, embed, chunks[0])
     context.world.barrier()
     pivot = torch.from_numpy(raw_chunk.read_pivot(context.raw_dir)).to(context.world.device)
     missing = [number for number in range(len(chunks)) if not context.chunk_path(number).exists()]
-    if context.world.is_first:
-        _count_bad(context, read_chunk_exclusions(context.raw_dir))  # of an earlier attempt
+    if context.world.is_first:  # of an earlier attempt
+        count_bad(context, read_chunk_exclusions(context.raw_dir, context.run.alive))
+    context.world.barrier()
     _fill(context, embed, chunks, context.world.broadcast_object(missing), pivot)
     context.finish_together()
     if context.world.is_first:
@@ -156,11 +164,11 @@ def merge_moments(raw_dir: Path, progress: StageProgress) -> Moments:
     return total
 
 
-def read_chunk_exclusions(raw_dir: Path) -> dict[int, str]:
+def read_chunk_exclusions(raw_dir: Path, alive: Callable[[], None] = unwatched) -> dict[int, str]:
     """Return the samples without a usable row, and why, of all chunks."""
     excluded: dict[int, str] = {}
     for file in sorted(raw_dir.glob(CHUNK_FILES)):
-        with raw_chunk.opened(file) as tensors:
+        with raw_chunk.opened(file, alive) as tensors:
             reasons = json.loads(tensors.metadata()["excluded"])
         excluded.update({int(sample): reason for sample, reason in reasons.items()})
     return excluded
@@ -222,18 +230,23 @@ def _fill(
                 sample_ids = np.arange(start, min(chunk.stop, start + step))
                 yield _request(context.config, sample_ids, number)
 
+    def commit(number: int, chunk: _Open) -> None:
+        _commit_chunk(context, number, chunk, pivot)
+
+    def done(number: int) -> None:
+        context.report.event("unit", round=context.round, unit=number, of=len(chunks))
+        progress.show(len(chunks) - len(missing) + missing.index(number) + 1, len(chunks))
+
     current = _Open()
-    for loaded in context.loader.stream(requests()):
-        context.report.alive()
-        number = loaded.tag
-        rows = embed(loaded.images[0]).float()
-        _count_bad(context, _add_batch(context, current, rows, loaded, pivot))
-        if len(current.rows) == -(-len(chunks[number]) // step):
-            _commit_chunk(context, number, current, pivot)
-            context.report.event("unit", round=context.round, unit=number, of=len(chunks))
-            done = len(chunks) - len(missing) + missing.index(number) + 1
-            progress.show(done, len(chunks))
-            current = _Open()
+    with ChunkWriter(commit, done) as writer:
+        for loaded in context.loader.stream(requests()):
+            context.report.alive()
+            number = loaded.tag
+            rows = embed(loaded.images[0]).float()
+            count_bad(context, _add_batch(context, current, rows, loaded, pivot))
+            if len(current.rows) == -(-len(chunks[number]) // step):
+                writer.put(number, current)
+                current = _Open()
 
 
 def _add_batch(
@@ -241,22 +254,22 @@ def _add_batch(
 ) -> dict[int, str]:
     """Centre, round to fp16, count what is usable, and return why the rest is not.
 
-    A row that is not becomes zeros.
+    A row that is not becomes zeros. A GPU is waited for once, as long as all rows are usable.
     """
-    sample_ids, bad = loaded.sample_ids, loaded.bad
-    centred = rows - pivot
-    half = centred.to(context.dtype)
+    sample_ids = loaded.sample_ids
+    half = (rows - pivot).to(context.dtype)
     usable = torch.isfinite(half).all(1)
-    reasons = {int(item.sample_id): str(item.reason) for item in bad}
+    reasons = {int(item.sample_id): str(item.reason) for item in loaded.bad}
     broken = np.isin(sample_ids, list(reasons))
-    for sample in sample_ids[~usable.cpu().numpy() & ~broken]:
-        reasons[int(sample)] = f"sample {sample}: its feature is not finite, or too large for fp16"
-    usable &= torch.from_numpy(~broken).to(usable.device)
-    half[~usable] = 0
+    if broken.any():
+        usable &= torch.from_numpy(~broken).to(usable.device)
+    half, whole = to_host(torch.where(usable[:, None], half, 0), usable)
+    for sample in sample_ids[~whole.numpy() & ~broken]:
+        reasons[int(sample)] = not_finite(int(sample))
     if context.moments:
         chunk.moments = Moments.zero(pivot) if chunk.moments is None else chunk.moments
-        chunk.moments.add(rows[usable])
-    chunk.rows.append(half.cpu())
+        chunk.moments.add(rows if whole.all() else rows[usable])
+    chunk.rows.append(half)
     chunk.bad.update(reasons)
     return reasons
 
@@ -267,43 +280,18 @@ def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Ten
         count = torch.tensor(moments.count)
         tensors |= {"count": count, "sum": moments.sum, "outer": moments.outer}
     raw_chunk.write(
-        context.chunk_path(number), tensors, {"excluded": json.dumps(chunk.bad)}, context.run.fence
+        context.chunk_path(number),
+        tensors,
+        {"excluded": json.dumps(chunk.bad)},
+        context.run.fence,
+        context.run.alive,
     )
 
 
 def _finish_raw(context: ExtractContext, chunks: int) -> None:
-    excluded = read_chunk_exclusions(context.raw_dir)
-    _check_bad(context, len(excluded), excluded)
+    excluded = read_chunk_exclusions(context.raw_dir, context.run.alive)
+    check_bad(context, len(excluded), excluded)
     write_json(context.raw_dir / "manifest.json", {"units": chunks, "excluded": len(excluded)})
     context.run.fence()
     create_empty(context.raw_dir / "DONE")
     context.report.event("extracted", round=context.round, units=chunks, excluded=len(excluded))
-
-
-def _excluded_by_index(index: Index) -> dict[int, str]:
-    """Return what the index knows to be without a usable image; where they are, of the first."""
-    first = itertools.islice(index.excluded.items(), EXAMPLES)
-    placed = {sample: f"{index.where(sample)}: {reason}" for sample, reason in first}
-    return {**index.excluded, **placed}
-
-
-def _count_bad(context: ExtractContext, bad: dict[int, str]) -> None:
-    """Add to what all ranks have seen; no later image can make it better once it is too much."""
-    known = context.index.excluded
-    new = {sample: reason for sample, reason in bad.items() if sample not in known}
-    if new:
-        seen = context.world.total(f"bad-{context.round}", len(new))
-        _check_bad(context, len(known) + seen, new)
-
-
-def _check_bad(context: ExtractContext, count: int, excluded: dict[int, str]) -> None:
-    """Raise `DataError` when `count`, more than allowed, are excluded; `excluded` are some."""
-    if count <= context.config.max_bad * len(context.index):
-        return
-    excluded = {**_excluded_by_index(context.index), **excluded}
-    listed = "\n".join(f"  {reason}" for reason in list(excluded.values())[:EXAMPLES])
-    raise DataError(
-        f"{count} of {len(context.index)} samples cannot be used, more than data.max_bad="
-        f"{context.config.max_bad} allows. The first of them:\n{listed}\n"
-        "Repair the shards, or raise data.max_bad."
-    )

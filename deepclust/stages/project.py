@@ -22,9 +22,10 @@ from torch import Tensor
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.whiten import Whitening
 from deepclust.files import write_tensors
-from deepclust.run.directory import is_done
+from deepclust.run.directory import Hashes, is_done
 from deepclust.stages import raw_chunk
 from deepclust.stages.extract import ExtractContext, chunk_ranges, read_chunk_exclusions
+from deepclust.stages.shared_rows import SharedRows
 
 SCORER = "scorer.safetensors"
 SLICE = 2**13  # rows that are whitened at a time
@@ -49,27 +50,29 @@ def project(
     normalise = (unit_rows if unit else _as_they_are) if whitening is None else whitening
     dim = len(pivot) if whitening is None else whitening.matrix.shape[1]
     dtype = torch.zeros(0, dtype=context.dtype).numpy().dtype
+    shared = SharedRows(context.rows_path, context.run, context.world.rank)
     if context.world.is_first:
-        shape = (len(context.index), dim)
-        np.lib.format.open_memmap(context.rows_path, "w+", dtype, shape).flush()
+        shared.create(len(context.index), int(dim), dtype)
     context.world.barrier()
-    start, progress = np.load(context.rows_path, mmap_mode="r").offset, context.progress("project")
+    shared.open()
+    progress = context.progress("project")
     for number in context.draw("project", list(range(len(chunks)))):
-        for place, rows in _projected(context, number, chunks[number].start, normalise):
-            offset = start + (chunks[number].start + place) * dim * dtype.itemsize
-            write_at(context.rows_path, offset, rows)
-            context.report.alive()
+        part = shared.stretch(chunks[number].start)
+        for rows in _projected(context, number, chunks[number].start, normalise):
+            part.add(rows)
+        part.end()
         progress.show(number + 1, len(chunks))
+    shared.finish()
     context.finish_together()
     if context.world.is_first:
-        _finish_features(context, features_dir, dim, scorer)
+        _finish_features(context, features_dir, shared, int(dim), scorer)
     context.world.barrier()
 
 
 def _projected(
     context: ExtractContext, number: int, first: int, normalise: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
-    """Yield a chunk's projected rows, a slice at a time, each with its place in the chunk."""
+) -> Iterator[Float[np.ndarray, "m d"]]:
+    """Yield a chunk's projected rows, a slice at a time."""
     device = context.world.device
     with raw_chunk.opened(context.chunk_path(number), context.report.alive) as tensors:
         rows, pivot = tensors.get_slice("rows"), tensors.get_tensor("pivot").to(device)
@@ -79,19 +82,7 @@ def _projected(
             projected = normalise(raw).to(context.dtype).cpu()
             inside = excluded - first - place
             projected[inside[(inside >= 0) & (inside < len(projected))]] = 0
-            yield place, np.asarray(projected.numpy())
-
-
-def write_at(path: Path, offset: int, rows: np.ndarray) -> None:
-    """Write rows at a place of a file that is there, as it is in memory."""
-    left = memoryview(rows.tobytes())
-    handle = os.open(path, os.O_WRONLY)
-    try:
-        while left:  # a disk that is nearly full writes less than it is asked to
-            written = os.pwrite(handle, left, offset)
-            left, offset = left[written:], offset + written
-    finally:
-        os.close(handle)
+            yield np.asarray(projected.numpy())
 
 
 def write_no_rows(context: ExtractContext) -> None:
@@ -103,7 +94,11 @@ def write_no_rows(context: ExtractContext) -> None:
 
 
 def _finish_features(
-    context: ExtractContext, features_dir: Path, dim: int, scorer: dict[str, Tensor] | None
+    context: ExtractContext,
+    features_dir: Path,
+    shared: SharedRows,
+    dim: int,
+    scorer: dict[str, Tensor] | None,
 ) -> None:
     def move(folder: Path) -> None:
         os.replace(context.rows_path, folder / "rows.npy")
@@ -111,8 +106,9 @@ def _finish_features(
             tensors = {name: tensor.detach().float().cpu() for name, tensor in scorer.items()}
             write_tensors(folder / SCORER, tensors)
 
-    excluded = read_chunk_exclusions(context.raw_dir)
-    commit_features(context, features_dir, excluded, move, dim=int(dim))
+    excluded = read_chunk_exclusions(context.raw_dir, context.run.alive)
+    hashes: Hashes = {"rows.npy": shared.all_parts(context.world.size)}
+    commit_features(context, features_dir, excluded, move, hashes, dim=dim)
 
 
 def commit_features(
@@ -120,9 +116,13 @@ def commit_features(
     features_dir: Path,
     excluded: dict[int, str],
     move: Callable[[Path], None],
+    hashes: Hashes | None = None,
     **facts: Any,
 ) -> None:
-    """Publish a round's features: what `move` puts there, and which samples have no row."""
+    """Publish a round's features: what `move` puts there, and which samples have no row.
+
+    `hashes` are those that are known already (`Run.commit`).
+    """
 
     def fill(folder: Path) -> None:
         move(folder)
@@ -133,7 +133,7 @@ def commit_features(
         pq.write_table(pa.table(columns), folder / "excluded.parquet")
 
     inputs = {"data": context.index.fingerprint, "round": context.round}
-    context.run.commit(features_dir, fill, inputs, n=len(context.index), **facts)
+    context.run.commit(features_dir, fill, inputs, hashes=hashes, n=len(context.index), **facts)
     context.report.event("features", round=context.round)
 
 

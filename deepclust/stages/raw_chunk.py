@@ -41,14 +41,18 @@ REMEDY = "Resume the run: the part that is damaged is extracted again."
 
 
 def write(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], before: Callable[[], None]
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    before: Callable[[], None],
+    alive: Callable[[], None] = unwatched,
 ) -> None:
     """Write a chunk and its hash atomically; `before` is the fence."""
     place_holder = secrets.token_hex(16)  # as long as the hash, and nowhere else in the header
-    with atomic_file(path, before) as partial:
-        write_tensors(partial, tensors, {**metadata, HASH: place_holder})
+    with atomic_file(path, before, alive) as partial:
+        write_tensors(partial, tensors, {**metadata, HASH: place_holder}, alive)
         with open(partial, "r+b") as file:
-            _, digest = _header_and_digest(file, unwatched)
+            _, digest = _header_and_digest(file, alive)
             size = _header_size(file)
             place = file.read(size).index(place_holder.encode())
             file.seek(8 + place)

@@ -112,7 +112,8 @@ def cluster_round(task: RoundTask) -> tuple[list[RoundClusters], float]:
     heads = range(len(task.random_seeds))
     if task.refresh.levels == 2:
         whole = ArrayPoints(task.rows, device=task.device, alive=task.report.alive)
-        whole = whole.select(task.valid)
+        whole = whole.select(task.valid).move_in()
+        _tell(task, whole.note())
         read_s = time.monotonic() - started
         return [_cluster_two_levels(task, whole, head) for head in heads], read_s
     clusters: dict[int, RoundClusters] = {}
@@ -148,7 +149,14 @@ def _points(task: RoundTask) -> ArrayPoints | ShardedPoints:
     mine = ArrayPoints(stretch, device=task.device, alive=task.report.alive)
     if len(own) < len(stretch):
         mine = mine.select(own - own[0])
+    _tell(task, mine.move_in().note())
     return mine if task.world.size == 1 else ShardedPoints(mine, task.world)
+
+
+def _tell(task: RoundTask, note: str | None) -> None:
+    """Report what a rank should know of its rows, once for all ranks."""
+    if note is not None and task.world.is_first:
+        task.report.event("warning", text=note)
 
 
 def _cluster_flat(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> RoundClusters:
@@ -184,12 +192,15 @@ def _given(task: RoundTask, points: ArrayPoints | ShardedPoints, head: int) -> G
         return _seeded_start(task.seeds, points, options)
     if options.init != "two-level":
         return Given()
-    # it looks at rows of all ranks, and is computed once for all
-    mine = points.local if isinstance(points, ShardedPoints) else points
-    whole = mine
-    if task.world.size > 1:
-        whole = ArrayPoints(task.rows, alive=task.report.alive).select(task.valid)
-    given = given_start(whole, options) if task.world.is_first else Given()
+    # it looks at rows of all ranks, and is computed once for all, on the first one's device
+    given = Given()
+    if task.world.is_first:
+        whole = points.local if isinstance(points, ShardedPoints) else points
+        if task.world.size > 1:
+            whole = ArrayPoints(task.rows, device=task.device, alive=task.report.alive)
+            whole = whole.select(task.valid)
+        given = given_start(whole, options)
+    task.world.barrier()  # without a time limit, as a start can take long
     return Given(task.world.broadcast_array(cast("np.ndarray | None", given.centroids)))
 
 

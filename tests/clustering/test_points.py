@@ -11,7 +11,8 @@ import torch
 from deepclust.clustering import array_points
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.points import unit_rows
-from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search, probe_backend
+from deepclust.clustering.probe import probe_backend
+from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search
 from deepclust.errors import DataError, NumericalError, ResourceError
 
 
@@ -168,6 +169,25 @@ def test_a_backend_is_tried_before_it_is_used_and_the_fallback_is_named(
     monkeypatch.setitem(SEARCHES, "torch", no_kernel)
     with pytest.raises(ResourceError, match="no kernel image"):
         probe_backend("faiss", cpu)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "faiss"])
+def test_a_gpu_that_is_named_and_does_not_work_is_an_error_and_auto_is_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    gpu, eye = torch.device("cuda", 3), torch.eye
+
+    def without_kernels(n: int, device: torch.device) -> torch.Tensor:
+        if device.type == "cuda":
+            raise RuntimeError("no kernel image is available\nand more lines")
+        return eye(n, device=device)
+
+    monkeypatch.setattr(torch, "eye", without_kernels)
+    name, device, notes = probe_backend(backend, gpu)
+    assert (name, device.type) == ("torch", "cpu")
+    assert notes[0].endswith("does not work on cuda:3: no kernel image is available")
+    with pytest.raises(ResourceError, match=r"no kernel image.*or the device cpu$"):
+        probe_backend(backend, gpu, named=True)
 
 
 def test_a_gpus_search_finds_the_nearest_too() -> None:

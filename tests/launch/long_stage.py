@@ -17,7 +17,7 @@ from deepclust.run.signs import BEAT_S
 def main() -> None:
     """Do the stage, as `deepclust.launch.worker` would."""
     parser = argparse.ArgumentParser()
-    for name in ("--run", "--token", "--rendezvous", "--stage", "--gpu", "--size"):
+    for name in ("--run", "--token", "--rendezvous", "--stage", "--gpu", "--threads", "--size"):
         parser.add_argument(name)
     for name in ("--attempt", "--rank", "--parent", "--pipe"):
         parser.add_argument(name, type=int)

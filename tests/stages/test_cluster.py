@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,3 +165,29 @@ def test_gang_is_read_as_ranks(shards: Path, tmp_path: Path) -> None:
     assert "where: gang" in old.read_text()
     assert Recipe.load(old).flat() == recipe.flat()
     assert recipe.clusters_inline
+
+
+@pytest.mark.parametrize(("device", "given_back"), [("cuda:1", 1), ("cpu", 0)])
+def test_the_memory_of_a_round_is_given_back_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, given_back: int
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    for name in ("make_task", "refine_seeds", "replace", "publish", "_seed_notes"):
+        monkeypatch.setattr(cluster, name, lambda *given, **more: None)
+    monkeypatch.setattr(cluster, "cluster_round", lambda task: ([None], 0.0))
+    monkeypatch.setattr(cluster.ClusterContext, "warn", lambda *given: None)
+    monkeypatch.setattr(cluster, "make_task", lambda *given: SimpleNamespace(rows=None))
+    refresh = SimpleNamespace(kind="k-means")
+    context = cluster.ClusterContext(
+        Run(tmp_path),
+        None,
+        refresh,
+        0,
+        None,
+        None,
+        torch.device(device),
+        Recorder(),  # type: ignore[arg-type]
+    )
+    cluster.cluster_features(context, 0)
+    assert len(calls) == given_back

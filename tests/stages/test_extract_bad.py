@@ -12,11 +12,12 @@ import torch
 
 from deepclust.data.read.loader import Bad
 from deepclust.data.shards.index import open_index
-from deepclust.errors import DataError
+from deepclust.errors import DataError, NumericalError
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run
-from deepclust.stages.extract import _count_bad, _fill, extract
+from deepclust.stages.extract import _fill, extract
 from deepclust.stages.train import Meter, judge_bad
+from deepclust.stages.unusable import check_bad, count_bad, not_finite
 from deepclust.world import World
 from tests.images import draw, encode, write_tar
 
@@ -72,10 +73,40 @@ def two_ranks() -> list[Any]:
 def test_ranks_count_bad_samples_together_and_those_of_an_earlier_attempt(tmp_path: Path) -> None:
     whole = context(tmp_path, 300, 0)
     one, other = (SimpleNamespace(**{**vars(whole), "world": world}) for world in two_ranks())
-    _count_bad(one, {1: "1 is bad", 2: "2 is bad"})  # type: ignore[arg-type]
-    _count_bad(other, {3: "3 is bad"})  # type: ignore[arg-type]
+    count_bad(one, {1: "1 is bad", 2: "2 is bad"})  # type: ignore[arg-type]
+    count_bad(other, {3: "3 is bad"})  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"4 of 300 samples cannot be used(.|\n)*4 is bad"):
-        _count_bad(one, {4: "4 is bad"})  # type: ignore[arg-type]
+        count_bad(one, {4: "4 is bad"})  # type: ignore[arg-type]
+
+
+def test_features_that_are_not_finite_are_an_error_of_the_network(tmp_path: Path) -> None:
+    whole = context(tmp_path, 300, 0)
+    one, other = (SimpleNamespace(**{**vars(whole), "world": world}) for world in two_ranks())
+    count_bad(one, {i: not_finite(i) for i in range(2)})  # type: ignore[arg-type]
+    with pytest.raises(NumericalError, match=r"4 of 300 features are not finite(.|\n)*train\.lr"):
+        count_bad(other, {i: not_finite(i) for i in range(2, 4)})  # type: ignore[arg-type]
+    unread = {i: f"{i} is bad" for i in range(4)}
+    with pytest.raises(DataError, match="Repair the shards"):  # they alone are too many
+        check_bad(whole, 9, {**unread, **{i: not_finite(i) for i in range(4, 9)}})  # type: ignore[arg-type]
+
+
+def test_a_network_that_diverges_ends_with_the_batch_that_shows_it(tmp_path: Path) -> None:
+    def stream(requests: Iterator[Any]) -> Iterator[Any]:
+        for request in requests:
+            ids = request.sample_ids
+            images = [torch.full((len(ids), 1), torch.nan)]
+            yield SimpleNamespace(images=images, sample_ids=ids, bad=[], tag=request.tag)
+
+    silent = SimpleNamespace(alive=lambda: None, show=lambda *done: None)
+    fakes = {
+        "loader": SimpleNamespace(stream=stream),
+        "draw": lambda queue, numbers: iter(numbers),
+        "report": silent,
+        "progress": lambda stage: silent,
+    }
+    whole = context(tmp_path, 300, 0, **fakes)
+    with pytest.raises(NumericalError, match="10 of 300 features are not finite"):
+        _fill(whole, lambda images: images, [range(300)], [0], torch.zeros(1))  # type: ignore[arg-type]
 
 
 def test_training_ends_with_the_step_that_makes_it_certain_on_any_rank(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.options import Progress
+from deepclust.clustering.options import Given, Progress
 from deepclust.recipe.declare import Refresh
 from deepclust.recipe.sections import ClusterSection
+from deepclust.stages import round_kmeans
 from deepclust.stages.cluster import head_seeds
 from deepclust.stages.round_kmeans import RoundClusters, RoundTask, cluster_round
 from deepclust.world import World, derive
@@ -65,9 +66,11 @@ def test_the_first_of_several_heads_is_the_only_one_of_a_round_with_one() -> Non
     np.testing.assert_array_equal(one[0].assignments, three[0].assignments)
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_any_number_of_ranks_gives_the_same_heads(levels: int) -> None:
-    refresh, config = Refresh(heads=2, levels=levels), {"supers": 3} if levels == 2 else {}
+@pytest.mark.parametrize(
+    ("levels", "config"), [(1, {}), (2, {"supers": 3}), (1, {"init": "two-level"})]
+)
+def test_any_number_of_ranks_gives_the_same_heads(levels: int, config: dict[str, Any]) -> None:
+    refresh = Refresh(heads=2, levels=levels)
     alone = solve(World(), refresh, **config)
     for heads in on_ranks(2, solve_quietly, refresh, config):
         for ours, theirs in zip(heads, alone, strict=True):
@@ -94,3 +97,34 @@ def test_progress_says_which_head_it_is_of() -> None:
     assert set(heads) == {0, 1}
     ends = [one.pass_ == one.of for _, one in seen]
     assert sum(ends) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_start_for_all_ranks_is_made_on_the_first_ones_device(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    devices: list[torch.device] = []
+
+    class Whole:
+        def __init__(self, rows: np.ndarray, *, device: torch.device, alive: Any) -> None:
+            devices.append(device)
+
+        def select(self, ids: np.ndarray) -> Whole:
+            return self
+
+    class Two(World):
+        def barrier(self) -> None: ...
+
+        def broadcast_array(self, array: Any) -> Any:
+            return array
+
+    monkeypatch.setattr(round_kmeans, "ArrayPoints", Whole)
+    monkeypatch.setattr(round_kmeans, "given_start", lambda points, options: Given())
+    section = ClusterSection.model_validate({"k": 12, "init": "two-level"})
+    gpu = torch.device("cuda", 3)
+    task = RoundTask(
+        rows(30), np.arange(30), section, Refresh(), None, (0,), gpu, Two(rank, 2), Silent(),
+        lambda head, one: None,
+    )  # fmt: skip
+    round_kmeans._given(task, None, 0)  # type: ignore[arg-type]
+    assert devices == [gpu] * (rank == 0)

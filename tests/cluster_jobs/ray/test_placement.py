@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from cluster_jobs.executors.ray import EXECUTOR
-from cluster_jobs.ray.actor import _problem
+from cluster_jobs.ray.actor import Place, _problem, own_gpu
 from cluster_jobs.ray.placement import Shape, missing, shape_of
 from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
+from cluster_jobs.ray.transport import Actors, Handle
 from deepclust import Recipe
 from deepclust.errors import RecipeError
+from deepclust.launch.role import roles_of
+from deepclust.launch.visible_gpus import MASK
+from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 from tests.tiny import tiny_recipe
 
@@ -36,6 +40,61 @@ def test_the_cluster_worker_may_have_no_gpu(setting: str) -> None:
 @pytest.mark.parametrize("setting", ["cluster.where=gang", "cluster.where=inline"])
 def test_ranks_that_cluster_themselves_need_no_worker(setting: str) -> None:
     assert shape_of(recipe("train.ranks=2", setting), RaySpec(), 2, with_gpus=False).worker is None
+
+
+def test_a_worker_whose_device_is_named_asks_for_it_beside_ranks_on_cpus() -> None:
+    settings = ("train.ranks=2", "train.device=cpu", "cluster.device=cuda")
+    shape = shape_of(recipe(*settings), RaySpec(), 2, with_gpus=True)
+    assert shape.bundles == [{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}]
+
+
+def test_a_rank_has_a_cpu_for_each_of_its_readers_unless_it_is_given() -> None:
+    readers = recipe("data.workers=12")
+    assert shape_of(readers, RaySpec(), 1, with_gpus=False).rank == {"CPU": 13.0}
+    assert shape_of(readers, RaySpec(cpus=2), 1, with_gpus=False).rank == {"CPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("mask", "gpus", "own", "problem"),
+    [
+        ("4,5", ("5",), 1, ""),
+        ("GPU-aa,GPU-bb", ("GPU-aa",), 0, ""),
+        ("0,1", ("5",), None, "does not see"),
+        ("0,1", ("1", "0"), None, "GPUs 0, 1 at once: unset CUDA_VISIBLE_DEVICES in ray.env"),
+        ("0,1", (), None, ""),
+    ],
+)
+def test_an_actor_finds_the_gpu_that_ray_names_among_those_it_sees(
+    monkeypatch: pytest.MonkeyPatch,
+    mask: str,
+    gpus: tuple[str, ...],
+    own: int | None,
+    problem: str,
+) -> None:
+    monkeypatch.setenv(MASK, mask)
+    place, text = own_gpu(gpus)
+    assert place == own
+    assert problem in text
+    assert bool(problem) == bool(text)
+
+
+@pytest.mark.parametrize(
+    ("worker_node", "settings", "threads"),
+    [("a", (), 2 + 2 * 8), ("b", (), 2 + 8), ("a", ("cluster.overlap=true",), 2)],
+)
+def test_a_worker_beside_gpus_may_use_the_cpus_of_the_ranks_on_its_node(
+    tmp_path: Path, worker_node: str, settings: tuple[str, ...], threads: int
+) -> None:
+    given = recipe("train.ranks=3", "cluster.gpus=0", *settings)
+    given.save(tmp_path / "recipe.yaml")
+    shape = shape_of(given, RaySpec(cpus=8, worker_cpus=2), 3, with_gpus=True)
+    actors = Actors(Run(tmp_path), RaySpec(), shape, None)  # type: ignore[arg-type]
+    nodes = ["a", "a", "b", worker_node]
+    actors.handles = [
+        Handle(role, None, Place(node, node, "::1", 1, ()))
+        for role, node in zip(roles_of(given), nodes, strict=True)
+    ]
+    assert [actors._threads(handle) for handle in actors.handles] == [None, None, None, threads]
 
 
 def test_nothing_is_missing_where_every_bundle_finds_a_node() -> None:

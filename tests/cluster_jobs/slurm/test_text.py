@@ -120,6 +120,15 @@ def test_a_cluster_worker_without_a_gpu_shares_the_first_node_with_ranks(setting
     assert found.worker == Slot(CLUSTER_WORKER, None)
 
 
+def test_a_worker_beside_gpus_may_use_the_cpus_of_the_ranks_that_wait_for_it() -> None:
+    found = layout(recipe(*SHAPES["one-node-eight-gpus"]))
+    assert found.worker_threads == 8 * found.rank_cpus + found.worker_cpus
+    overlap = layout(recipe(*SHAPES["one-node-eight-gpus"], "cluster.overlap=true"))
+    assert overlap.worker_threads == overlap.worker_cpus
+    on_cpus = layout(recipe("slurm.nodes=2", "slurm.ranks=2"))
+    assert on_cpus.worker_threads == on_cpus.worker_cpus
+
+
 def test_the_prepared_recipe_says_what_was_derived() -> None:
     plan = prepare(recipe(*SHAPES["one-node-eight-gpus"]), Path("/runs/a"))
     assert plan.recipe.train.ranks == 8

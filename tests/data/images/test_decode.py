@@ -212,3 +212,12 @@ def test_the_three_webp_headers_give_their_size(options: dict) -> None:
 @pytest.mark.parametrize("options", [{"progressive": True}, {"exif": b"Exif\0\0" + b"x" * 9000}])
 def test_jpeg_size_is_found_behind_other_segments(options: dict) -> None:
     assert headers.jpeg_size(stored(PICTURE, "JPEG", **options)) == (40, 50)
+
+
+def test_a_torchvision_without_its_decoders_is_named_before_the_slow_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert decoding.notes() == []
+    monkeypatch.setattr(decoding, "NATIVE", ("decode_jpeg", "decode_of_tomorrow"))
+    (note,) = decoding.notes()
+    assert "has no decode_of_tomorrow here, so Pillow decodes" in note

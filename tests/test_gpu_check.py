@@ -1,0 +1,116 @@
+"""`tools/gpu-check` without a GPU: its table, its exit codes, its JSON, and its numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "tools" / "gpu_check"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[Any]:
+    """The program, with its modules beside it."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import agreement
+        import outcome
+        import table
+
+        scope: dict[str, Any] = {"__name__": "gpu_check", "__file__": str(FOLDER / "__main__.py")}
+        exec(compile((FOLDER / "__main__.py").read_text(), "__main__.py", "exec"), scope)
+        yield {**scope, "agreement": agreement, "outcome": outcome, "table": table}
+    finally:
+        sys.path[:] = [path for path in sys.path if path != str(FOLDER)]
+        for name in ("agreement", "jobs", "machine", "outcome", "table"):
+            sys.modules.pop(name, None)
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence_and_ends_with_4(
+    tool: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words in ([], ["--quick"], ["--only", "4"]):
+        assert tool["main"](words) == 4
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("gpu-check: ")
+        assert said.err.count("\n") == 1
+    words = ["bash", "-n", str(FOLDER.parent / "gpu-check")]
+    subprocess.run(words, check=True)
+
+
+def test_the_table_has_eighteen_checks_of_which_the_quick_ones_are_all_built(tool: Any) -> None:
+    checks, quick = tool["CHECKS"], tool["QUICK"]
+    assert [check.number for check in checks] == list(range(1, 19))
+    assert len({check.name for check in checks}) == 18
+    assert all(check.function for check in checks[:quick])
+    options = tool["parse"](["--only", "17", "2"])
+    assert [check.number for check in tool["chosen"](options)] == [2, 17]
+    assert [c.number for c in tool["chosen"](tool["parse"](["--quick"]))] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "of_some", "of_all"),
+    [("pass", 0, 0), ("fail", 1, 1), ("not built", 0, 1), ("not here", 0, 1)],
+)
+def test_what_is_not_built_counts_only_where_all_are_asked_for(
+    tool: Any, verdict: str, of_some: int, of_all: int
+) -> None:
+    outcomes = [(None, tool["Outcome"](one, "")) for one in ("pass", verdict)]
+    assert tool["exit_code"](outcomes, whole=False) == of_some
+    assert tool["exit_code"](outcomes, whole=True) == of_all
+
+
+def test_a_check_that_breaks_is_a_failure_and_the_json_has_all_of_them(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = tool["outcome"].Check
+
+    def breaks(setting: Any) -> Any:
+        raise RuntimeError("CUDA error: out of everything\nand more")
+
+    judged = tool["outcome"].judged
+    checks = [
+        check(1, "good", "", lambda setting: judged(True, "as it should be", share=0.5)),
+        check(2, "broken", "", breaks),
+        check(3, "later", ""),
+    ]
+    outcomes = tool["run"](checks, torch.device("cpu"), tmp_path)
+    assert [one.verdict for _, one in outcomes] == ["pass", "fail", "not built"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("RuntimeError: CUDA error: out of everything")
+    document = json.loads(json.dumps(tool["document"](outcomes)))
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["checks"][0]["numbers"] == {"share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("waits", {"names": ["deepcluster", "simclr"]}),
+        ("search", {"n": 2000, "ks": (4, 260)}),
+        ("clusters", {"n": 2000, "k": 20}),
+        ("whitening", {"n": 2000, "wide": 64, "dim": 16}),
+        ("views", {"count": 8}),
+    ],
+)
+def test_the_checks_of_numbers_pass_where_the_device_is_the_cpu_itself(
+    tool: Any, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    setting = tool["Setting"](torch.device("cpu"), tmp_path)
+    outcome = getattr(tool["agreement"], name)(setting, **options)
+    assert outcome.verdict == "pass", outcome
+
+
+def test_gradients_of_float32_parts_are_compared_with_float64(tool: Any, tmp_path: Path) -> None:
+    outcome = tool["agreement"].gradients(tool["Setting"](torch.device("cpu"), tmp_path))
+    assert outcome.numbers["nt_xent"] < 1e-5
+    assert outcome.numbers["centroids"] < 1e-5

@@ -1,0 +1,140 @@
+"""Checks that run something whole: tests, a small run, two ranks, speed and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from agreement import white_rows
+from outcome import Outcome, Setting, judged
+
+from deepclust import kmeans, pretrain
+from deepclust.clustering.array_points import ArrayPoints
+from deepclust.run.directory import Run
+from deepclust.stages.cluster import release
+from tests.tiny import tiny_recipe, tiny_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gpu_tests(setting: Setting) -> Outcome:
+    """Run the tests that need a GPU; a test that is skipped counts as a failure."""
+    return pytest_of("-m", "gpu", "tests")
+
+
+def long_waits(setting: Setting) -> Outcome:
+    """Let ranks wait for a slow one longer than a collective may."""
+    return pytest_of("tests/stages/test_long_stages.py", "tests/test_world.py")
+
+
+def pytest_of(*words: str) -> Outcome:
+    """Run tests, none of which may be skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    passed = done.returncode == 0 and not re.search(r"\d+ skipped", last)
+    return judged(passed, last, output=done.stdout[-4000:])
+
+
+def small_run(setting: Setting) -> Outcome:
+    """Train a small job on the device and on the CPU, and compare their neighbours' answers."""
+    shards = tiny_shards(setting.folder / "shards", 600)
+    accuracy, notes = {}, []
+    for device in ("cpu", setting.device.type):
+        path = setting.folder / f"run-{device}"
+        recipe = tiny_recipe(shards, f"train.device={device}", "train.epochs=2")
+        run = pretrain(recipe, path)
+        notes += [e["text"] for e in run.events() if "instead" in e.get("text", "")]
+        accuracy[device] = neighbours(run, shards)
+    off = abs(accuracy["cpu"] - accuracy[setting.device.type])
+    text = f"nearest neighbours {accuracy}, off by {off:.3f} (0.05); {len(notes)} fallbacks"
+    return judged(off <= 0.05 and not notes, text, accuracy=accuracy, fallbacks=notes)
+
+
+def neighbours(run: Run, shards: Path) -> float:
+    """The accuracy of nearest neighbours among a run's features."""
+    words = ["evaluate", str(run.path), "--train", str(shards), "--test", str(shards)]
+    command = [sys.executable, "-m", "cluster_jobs.cli", *words, "--with", "knn", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)["knn"]["top1"])
+
+
+def kmeans_speed(setting: Setting, n: int = 1_281_167, k: int = 10_000) -> Outcome:
+    """Time a pass at ImageNet's size against a plain loop of products."""
+    rows = white_rows(n).half().to(setting.device)
+    centroids = rows[:k].float()
+    points = ArrayPoints(rows)
+    points.check_finite()
+    ours = seconds_of(lambda: points.assign_to(centroids, distances=False), setting.device)
+    plain = seconds_of(lambda: plain_pass(rows, centroids), setting.device)
+    rate = 2 * n * k * rows.shape[1] / ours / 1e12
+    text = f"{ours:.3f} s a pass, {rate:.0f} TFLOP/s, {ours / plain:.2f} of a loop of products"
+    return judged(ours <= plain, text, seconds=ours, loop=plain, tflops=rate)
+
+
+def plain_pass(rows: torch.Tensor, centroids: torch.Tensor) -> None:
+    """Scores in tiles and their largest, as a loop of torch has it."""
+    bias, columns = centroids.square().sum(1) / -2, centroids.half().T.contiguous()
+    for tile in rows.split(8192):
+        (torch.mm(tile, columns).float() + bias).argmax(1)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of three times, after one for what is made once."""
+    times = []
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def refresh(setting: Setting) -> Outcome:
+    """Run the bench of a whole refresh, and print its stages."""
+    file = setting.folder / "refresh.json"
+    command = [sys.executable, "tools/bench/refresh", "--n", "250000", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    tail = done.stdout[-3000:]
+    return judged(done.returncode == 0 and file.exists(), "seconds by stage in JSON", output=tail)
+
+
+def memory(setting: Setting) -> Outcome:
+    """Ask how much memory a clustering keeps when it is over."""
+    before = torch.cuda.memory_reserved(setting.device)
+    kmeans(white_rows(200_000, 128).half().numpy(), 500, iterations=3, device=setting.device)
+    peak = torch.cuda.max_memory_reserved(setting.device)
+    release(setting.device)
+    kept = torch.cuda.memory_reserved(setting.device) - before
+    text = f"{kept / 1e9:.2f} GB kept of a peak of {peak / 1e9:.2f} GB (0.2)"
+    return judged(kept <= 0.2e9, text, kept=kept, peak=peak)
+
+
+def two_ranks(setting: Setting) -> Outcome:
+    """Let two ranks cluster together, and one alone: the same assignments."""
+    if torch.cuda.device_count() < 2:
+        return Outcome("not here", "needs two GPUs")
+    shards = tiny_shards(setting.folder / "two", 600)
+    known = []
+    for ranks, where in ((1, "inline"), (2, "ranks")):
+        path = setting.folder / f"ranks-{ranks}"
+        words = [f"train.ranks={ranks}", f"cluster.where={where}", "train.device=cuda"]
+        tiny_recipe(shards, *words, "train.epochs=1").save(setting.folder / f"{ranks}.yaml")
+        command = [sys.executable, "-m", "cluster_jobs.cli", "pretrain"]
+        command += [str(setting.folder / f"{ranks}.yaml"), "--run", str(path)]
+        subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ), capture_output=True)
+        file = path / "rounds" / "0000" / "assignments" / "assignments.npy"
+        known.append(torch.from_numpy(np.load(file)))
+    share = float((known[0] != known[1]).float().mean())
+    return judged(share < 2e-4, f"{share:.4%} of the labels differ (0.02 %)", differ=share)

@@ -1,0 +1,30 @@
+"""The eighteen checks, in the order in which a first day needs them."""
+
+from __future__ import annotations
+
+import agreement
+import jobs
+import machine
+from outcome import Check
+
+QUICK = 9  # the first ones, which take minutes
+CHECKS = (
+    Check(1, "environment", "driver, kernels for the card, bf16, /dev/shm", machine.environment),
+    Check(2, "tests", "all tests that need a GPU, none skipped", jobs.gpu_tests),
+    Check(3, "waits", "no wait for the GPU in a step of any method", agreement.waits),
+    Check(4, "search", "labels are the exact ones of the CPU", agreement.search),
+    Check(5, "k-means", "twice the same bits, no empty cluster", agreement.clusters),
+    Check(6, "whitening", "angle < 1e-4, covariance 1 within 1e-3", agreement.whitening),
+    Check(7, "autocast", "float32 parts have float32 gradients", agreement.gradients),
+    Check(8, "views", "turns equal, colours within a level", agreement.views),
+    Check(9, "small run", "as good as on the CPU, without a fallback", jobs.small_run),
+    Check(10, "feeding", "readers keep up: waiting < 5 % of a step"),
+    Check(11, "step speed", ">= 80 % of a bare loop of the same network"),
+    Check(12, "k-means speed", "no slower than a loop of products", jobs.kmeans_speed),
+    Check(13, "refresh", "seconds by stage", jobs.refresh),
+    Check(14, "memory", "a round gives its memory back", jobs.memory),
+    Check(15, "two ranks", "the same assignments as one rank", jobs.two_ranks),
+    Check(16, "devices", "masks lead to their card", machine.devices),
+    Check(17, "decoder", "JPEG decoded on the GPU, always the same"),
+    Check(18, "long waits", "a stage of an hour is not a hang", jobs.long_waits),
+)
