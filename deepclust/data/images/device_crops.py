@@ -5,10 +5,10 @@ along rows and then along columns, each time a sum, a rounding shift and a clip.
 has integers has the same bits. The weights are made on the CPU in float64, as aten makes them
 (aten/src/ATen/native/cpu/UpSampleKernel.cpp, `compute_index_ranges_int16_weights`).
 
-`pack` lays the decoded images of a batch into one block of bytes, with a table of what to cut out.
+`pack` lays what the crops take of a batch's images into one block of bytes, with a table.
 `crop` makes the crops on the device of the block: by a Triton kernel on a GPU, else in torch. No
-run uses it yet. It saves readers a fifth of their time where images are large, if the copies of
-whole images cost less, which needs a GPU to measure (`tools/bench/device_crops.py`).
+run uses it yet: whether it saves a reader more than the larger batches cost takes a GPU to measure
+(`tools/bench/device_crops.py`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """The whole images of a batch and how they are cut; axis 0 is down, axis 1 across."""
+    """The boxes of a batch of images and how they are resized; axis 0 is down, axis 1 across."""
 
     pixels: UInt8[Tensor, " bytes"]
     places: Int64[Tensor, "b 4"]  # offset of the box, strides of plane, row and column
@@ -115,17 +115,14 @@ def pack(
     size: int,
     quarters: Sequence[int] | None = None,
 ) -> Packed:
-    """Return images and cuts as one block; every crop is size x size."""
-    ends = np.cumsum([image.numel() for image in images])
-    pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
+    """Return what the cuts take of the images as one block; every crop is size x size."""
+    boxes = [_boxed(image, cut.box) for image, cut in zip(images, cuts, strict=True)]
+    ends = np.cumsum([box.numel() for box in boxes]).tolist()
+    pixels = torch.empty(ends[-1], dtype=torch.uint8)
     places, axes = [], []
-    for image, cut, end in zip(images, cuts, ends.tolist(), strict=True):
-        start = end - image.numel()
-        torch.as_strided(pixels, (image.shape[1], image.shape[2], 3), _strides(image), start).copy_(
-            image.permute(1, 2, 0)
-        )
-        row, column = 3 * image.shape[2], 3
-        places.append([start + cut.box[0] * row + cut.box[1] * column, 1, row, column])
+    for box, cut, end in zip(boxes, cuts, ends, strict=True):
+        pixels[end - box.numel() : end].view(box.shape).copy_(box)
+        places.append([end - box.numel(), 1, 3 * box.shape[1], 3])
         axes.append([_window(cut, axis, size) for axis in (0, 1)])
     turns = [[int(c.flip), q % 4] for c, q in zip(cuts, quarters or [0] * len(cuts), strict=True)]
     wide = max(axis.weights.shape[1] for pair in axes for axis in pair)
@@ -183,6 +180,7 @@ def _window(cut: Cut, axis: int, size: int) -> Taps:
     return Taps(whole.first[kept], whole.weights[kept], whole.shift)
 
 
-def _strides(image: Tensor) -> tuple[int, int, int]:
-    """Return the strides of rows, columns and planes in a block of bytes."""
-    return 3 * image.shape[2], 3, 1
+def _boxed(image: Tensor, box: tuple[int, int, int, int]) -> UInt8[Tensor, "h w 3"]:
+    """Return the part of an image that a box holds, colours last."""
+    top, left, height, width = box
+    return image[:, top : top + height, left : left + width].permute(1, 2, 0)
