@@ -172,7 +172,7 @@ def _decide(  # type: ignore[no-untyped-def]
         for start in range(0, k, COLS):
             column = start + lane
             score = _scores(x, facts, c, bias, row, own, column, m, k, width, PART)
-            # "not below" keeps what is no number; a bias of infinity marks what never counts
+            # "not below" keeps NaN; a bias of infinity marks what never counts
             able = tl.load(bias + column, mask=column < k, other=float("inf")) < float("inf")
             candidate = own[:, None] & able[None, :] & ((score < floor[:, None]) == 0)
             if tl.max(tl.max(candidate.to(tl.int32), 1), 0) > 0:

@@ -68,7 +68,7 @@ def on_device(
     best = max(scores, key=lambda c: (scores[c], -c))
     fit.run(x, y, best, TOLERANCE, MAX_ITERATIONS)
     test, _ = standardised(frozen.test.features, device, facts)
-    # a class without a training row is no answer: it counts as wrong
+    # a class without a training row cannot be answered: it counts as wrong
     known = np.searchsorted(classes, frozen.test.labels).clip(max=len(classes) - 1)
     known = np.where(classes[known] == frozen.test.labels, known, -1)
     return fit.top1(test, torch.from_numpy(known).to(device)), best, fit.converged

@@ -1,7 +1,7 @@
 """Crops of whole images on a device, with the bits of the CPU's crops (`crops.py`).
 
-The antialiased resize of uint8 images is integer arithmetic in aten: int16 weights of 2^p, first
-along rows and then along columns, each time a sum, a rounding shift and a clip. So a device that
+The antialiased resize of uint8 images is integer arithmetic in aten: int16 weights of 2^p. It goes
+along rows and then along columns, each time with a sum, a rounding shift and a clip. A device that
 has integers has the same bits. The weights are made on the CPU in float64, as aten makes them
 (aten/src/ATen/native/cpu/UpSampleKernel.cpp, `compute_index_ranges_int16_weights`).
 
@@ -100,7 +100,7 @@ def cut_of(view: Any, height: int, width: int, draw: Any) -> Cut:
         box = view.box(height, width, draw)
         return Cut(box, (view.size, view.size), (0, 0), bool(draw[-1]))
     if not isinstance(view, CentreCrop):
-        raise TypeError(f"{type(view).__name__} is no view that a device can cut")
+        raise TypeError(f"{type(view).__name__} cannot be cut on a device")
     short = min(height, width)
     sides = [min(side, longest_kept(short)) for side in (height, width)]
     top, left = (round((old - new) / 2) for old, new in zip((height, width), sides, strict=True))
