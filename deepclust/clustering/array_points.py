@@ -17,6 +17,7 @@ from torch import Tensor
 from deepclust.clustering.arguments import as_array
 from deepclust.clustering.exact_sums import PARTIALS, ClusterSums, grid_of, into_partials, on_grid
 from deepclust.clustering.frame import Frame
+from deepclust.clustering.fused import FusedNearest, Late
 from deepclust.clustering.nearest import squared_distances
 from deepclust.clustering.points import (
     Assignment,
@@ -225,12 +226,13 @@ class ArrayPoints:
         reach = torch.empty(self.n if distances else 0, device=self.device)
         sums, squares = self._sums(k), []
         search = SEARCHES[self.backend](centroids, _dtype(self.rows) == torch.float16)
-        size = self._tile(k)
+        late = Late(search, self.n) if isinstance(search, FusedNearest) else None
+        size = self._tile(k if late is None else 1)  # a fused search makes no scores to hold
 
         def assign(start: int) -> None:
             rows = self.read_tile(start, size)
             piece, weights = slice(start, start + len(rows)), self._weights_of(start, len(rows))
-            nearest = search(rows)
+            nearest = search(rows) if late is None else late.guess(start, rows)
             cluster_ids[piece] = nearest
             if distances:
                 reach[piece] = squared_distances(rows, centroids, nearest)
@@ -240,9 +242,38 @@ class ArrayPoints:
 
         with full_precision():
             each_tile(assign, self.n, size, self.threads, self.alive)
+        if late is not None:
+            self._settle(late, centroids, cluster_ids, reach, sums)
         self.sum_sq = sum(squares) if self.sum_sq is None else self.sum_sq
         total = sums.partials if before is None else before.partials + sums.partials
         return self._finish(cluster_ids, reach, total, centroids)
+
+    def _settle(
+        self,
+        late: Late,
+        centroids: Float32[Tensor, "k d"],
+        cluster_ids: Int32[Tensor, " n"],
+        reach: Float32[Tensor, " n"],
+        sums: ClusterSums,
+    ) -> None:
+        """Let the CPU decide the rows that a pass left open, and mend ids, distances and sums."""
+        places, rows, before, after = late.settle(cluster_ids, self._gather_here)
+        if not len(places):
+            return
+        cluster_ids[places] = after.int()
+        if len(reach):
+            reach[places] = squared_distances(rows, centroids, after)
+        # sums are exact, so taking a row off again leaves what would be there without it
+        whole = self._weights_of(0, self.n)
+        weights = torch.ones_like(places).double() if whole is None else whole[places]
+        sums.add(before, rows, -weights)
+        sums.add(after, rows, weights)
+
+    def _gather_here(self, places: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
+        """Return some rows of these points: without a wait where they lie on the device."""
+        if self.ids is None and isinstance(self.rows, Tensor):
+            return self._as_read(self.rows[places.to(self.rows.device)])
+        return self.gather(places)
 
     def sum_clusters(self, cluster_ids: Int32[Tensor, " n"], k: int) -> Assignment:
         """Sum up the rows of given clusters (-1: left out), without distances."""
@@ -325,6 +356,9 @@ class ArrayPoints:
             rows = self.rows[place.to(self.rows.device) if isinstance(place, Tensor) else place]
         else:
             rows = as_tensor(self.rows[where])
+        return self._as_read(rows)
+
+    def _as_read(self, rows: Tensor) -> Float32[Tensor, "m d"]:
         if self.frame is not None:
             rows = self.frame.narrow(rows.to(self.device))
         rows = rows.to(self.device).float()  # half as many bytes travel as the other way round

@@ -162,6 +162,23 @@ def squared_distances(
     return centroids.index_select(0, ids).sub_(rows).square_().sum(1)
 
 
+def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
+    """Return for each centroid the lowest id with the same value.
+
+    A product rounds equal columns differently when they fall into different kernels, so an argmin
+    alone does not send ties to the lowest id. Equal rows meet after a stable sort by a projection.
+    """
+    wide = centroids.double()
+    weights = torch.linspace(1, 2, wide.shape[1], dtype=torch.float64, device=wide.device)
+    order = torch.argsort((wide * weights.sqrt()).sum(1), stable=True)
+    ranked = centroids[order]
+    opens = torch.ones_like(order, dtype=torch.bool)
+    opens[1:] = (ranked[1:] != ranked[:-1]).any(1)
+    group = opens.cumsum(0) - 1
+    lowest = torch.full_like(order, len(order)).scatter_reduce_(0, group, order, "amin")
+    return torch.empty_like(order).scatter_(0, order, lowest[group])
+
+
 def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return columns [d, k] in half precision over the bias [k] in three parts, padded to 4.
 

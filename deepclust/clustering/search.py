@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from torch import Tensor
 
-from deepclust.clustering.nearest import Nearest, packed_columns, packed_rows
+from deepclust.clustering.fused import FusedNearest, works_on
+from deepclust.clustering.nearest import Nearest, first_of_equals, packed_columns, packed_rows
 from deepclust.errors import ResourceError
 
 Search: TypeAlias = Callable[[Tensor], Tensor]  # rows float32 [m, d] -> centroid ids int64 [m]
@@ -23,8 +24,15 @@ HALF_REACH = (0.5, 100.0)  # float16 is for centroids as far as this from their 
 
 
 def torch_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
-    """Return the exact search on a CPU (see `nearest.py`), one product and an argmin on a GPU."""
-    return gpu_search(centroids, half) if centroids.is_cuda else Nearest(centroids)
+    """Return the exact search of this device: `nearest.py` on a CPU, `fused.py` on a GPU.
+
+    A GPU without Triton, or one that Triton does not serve, gets the product of `gpu_search`.
+    """
+    if not centroids.is_cuda:
+        return Nearest(centroids)
+    if works_on(centroids.device):
+        return FusedNearest(centroids)
+    return gpu_search(centroids, half)
 
 
 def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
@@ -54,24 +62,6 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
         return first[torch.addmm(constant, rows - origin, columns).argmin(1)]
 
     return search
-
-
-def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
-    """Return for each centroid the lowest id with the same value.
-
-    A product rounds equal columns differently when they fall into different kernels, so an argmin
-    alone does not send ties to the lowest id. Equal rows meet after a stable sort by a projection.
-    """
-    wide = centroids.double()
-    weights = torch.linspace(1, 2, wide.shape[1], dtype=torch.float64, device=wide.device)
-    order = torch.argsort((wide * weights.sqrt()).sum(1), stable=True)
-    ranked = centroids[order]
-    opens = torch.ones_like(order, dtype=torch.bool)
-    opens[1:] = (ranked[1:] != ranked[:-1]).any(1)
-    group = opens.cumsum(0) - 1
-    first = torch.empty_like(order)
-    first[order] = order[opens][group]
-    return first
 
 
 def faiss_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:

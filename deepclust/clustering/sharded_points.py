@@ -4,7 +4,8 @@ Rank r's rows follow rank r-1's, so an id is the rank's base plus its row. An it
 2 x k x d float64, 2 k numbers and a few more. Rows and cluster ids are not sent, except the few
 that the start and the repairs need. On CPUs nearest centroids are exact and sums are on a common
 grid (`nearest.py`, `exact_sums.py`). So centroids and assignments have the same bits for every
-number of ranks, for float16 and float32 rows. On GPUs near-ties may fall either way.
+number of ranks, for float16 and float32 rows. A GPU that Triton serves decides near-ties as a CPU
+(`fused.py`), others may send them either way.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Wu et al. 2018 (arXiv 1805.01978), equation 10, with the protocol of DINO (`eval_knn.py`): cosine
 similarity, 20 neighbours, each with the vote exp(similarity / 0.07). Unlike in DINO, similarities
 are held for one tile of test x train rows at a time, so memory does not grow with their number.
+Large work is done on a GPU where there is one (`device.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from deepclust.clustering.points import in_range, unit_rows
+from deepclust.clustering.precision import full_precision
+from deepclust.evaluate.device import choose_device
 from deepclust.evaluate.frozen import Frozen
 
 TEST_ROWS = 512
@@ -29,16 +32,21 @@ def knn(
     With fewer than `neighbours` training rows all of them vote. Equal votes go to the lower class.
     """
     classes, numbers = np.unique(frozen.train.labels, return_inverse=True)
-    train, targets = unit(frozen.train.features), torch.from_numpy(numbers.astype(np.int64))
-    x, y = frozen.test.features, frozen.test.labels
-    hits = 0
-    for start in range(0, len(x), TEST_ROWS):
-        stop = start + TEST_ROWS
-        similarity, rows = nearest(unit(x[start:stop]), train, neighbours)
-        votes = torch.zeros(len(rows), len(classes), dtype=torch.float64)
-        votes.scatter_add_(1, targets[rows], (similarity.double() / temperature).exp())
-        hits += int((classes[votes.argmax(1).numpy()] == y[start:stop]).sum())
-    yield "top1", hits / len(x)
+    x, y = frozen.test.features, torch.from_numpy(frozen.test.labels.astype(np.int64))
+    device = choose_device(frozen.train.features.size * len(x))
+    train = _unit_on(frozen.train.features, device)
+    names, targets = (
+        torch.from_numpy(part.astype(np.int64)).to(device) for part in (classes, numbers)
+    )
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    with full_precision():
+        for start in range(0, len(x), TEST_ROWS):
+            stop = start + TEST_ROWS
+            similarity, rows = nearest(unit(x[start:stop]).to(device), train, neighbours)
+            votes = torch.zeros(len(rows), len(classes), dtype=torch.float64, device=device)
+            votes.scatter_add_(1, targets[rows], (similarity.double() / temperature).exp())
+            hits += (names[votes.argmax(1)] == y[start:stop].to(device)).sum()
+    yield "top1", int(hits) / len(x)
 
 
 def nearest(
@@ -46,7 +54,7 @@ def nearest(
 ) -> tuple[Float[Tensor, "b c"], Int64[Tensor, "b c"]]:
     """Return inner products and row numbers of each query's `count` best rows, best first."""
     best = queries.new_empty(len(queries), 0)
-    places = torch.empty(len(queries), 0, dtype=torch.int64)
+    places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(rows), TRAIN_ROWS):
         tile = queries @ rows[start : start + TRAIN_ROWS].T
         value, place = tile.topk(min(count, tile.shape[1]), dim=1)
@@ -54,6 +62,16 @@ def nearest(
         best, order = best.topk(min(count, best.shape[1]), dim=1)
         places = places.gather(1, order)
     return best, places
+
+
+def _unit_on(x: Float[np.ndarray, "n d"], device: torch.device) -> Float[Tensor, "n d"]:
+    """Return unit rows on the device, sent piece by piece to a GPU."""
+    if device.type == "cpu":
+        return unit(x)
+    rows = torch.empty(x.shape, dtype=torch.float32, device=device)
+    for start in range(0, len(x), TRAIN_ROWS):
+        rows[start : start + TRAIN_ROWS] = unit(x[start : start + TRAIN_ROWS]).to(device)
+    return rows
 
 
 def unit(x: Float[np.ndarray, "n d"]) -> Float[Tensor, "n d"]:

@@ -10,9 +10,10 @@ import torch
 
 from deepclust.clustering import array_points
 from deepclust.clustering.array_points import ArrayPoints
+from deepclust.clustering.nearest import first_of_equals
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.probe import probe_backend
-from deepclust.clustering.search import SEARCHES, first_of_equals, gpu_search
+from deepclust.clustering.search import SEARCHES, gpu_search
 from deepclust.errors import DataError, NumericalError, ResourceError
 
 

@@ -29,6 +29,7 @@ def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it() -> None:
         text = (Path(__file__).parents[2] / f"deepclust/recipe/shipped/{name}.yaml").read_text()
         assert "command    deepclust" in text
         assert " et al.," in text
+        assert "imagenet" not in name or "--resize-short 256" in text
 
 
 def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path) -> None:

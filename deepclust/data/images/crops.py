@@ -100,7 +100,7 @@ class CentreCrop:
         short = min(image.shape[1:])
         # 1 x 60,000 pixels would become resize x (60,000 * resize): drop what can't be seen. The
         # only difference to torchvision, of less than a pixel, in images longer than 16:1.
-        image = _centre(image, *(min(side, _LONGEST * short) for side in image.shape[1:]))
+        image = _centre(image, *(min(side, longest_kept(short)) for side in image.shape[1:]))
         if short != self.resize:
             sides = [int(self.resize * side / short) for side in image.shape[1:]]
             image = _resized(image, (0, 0, *image.shape[1:]), sides)
@@ -161,6 +161,11 @@ class RandomResizedCrop:
         box = self.box(image.shape[1], image.shape[2], draw)
         crop = _resized(image, box, [self.size, self.size])
         return crop.flip(-1) if draw[-1] else crop
+
+
+def longest_kept(short: int) -> int:
+    """Return how much a centre crop keeps of the longer side of an image."""
+    return _LONGEST * short
 
 
 def _resized(

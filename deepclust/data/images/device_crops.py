@@ -1,0 +1,186 @@
+"""Crops of whole images on a device, with the bits of the CPU's crops (`crops.py`).
+
+The antialiased resize of uint8 images is integer arithmetic in aten: int16 weights of 2^p. It goes
+along rows and then along columns, each time with a sum, a rounding shift and a clip. A device that
+has integers has the same bits. The weights are made on the CPU in float64, as aten makes them
+(aten/src/ATen/native/cpu/UpSampleKernel.cpp, `compute_index_ranges_int16_weights`).
+
+`pack` lays what the crops take of a batch's images into one block of bytes, with a table.
+`crop` makes the crops on the device of the block: by a Triton kernel on a GPU, else in torch. No
+run uses it yet: whether it saves a reader more than the larger batches cost takes a GPU to measure
+(`tools/bench/device_crops.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int16, Int32, Int64, UInt8
+from torch import Tensor
+
+from deepclust.data.images.crops import CentreCrop, RandomResizedCrop, longest_kept
+
+MOST_BITS = 22  # of a weight's fraction, in aten
+
+
+class Taps(NamedTuple):
+    """How one axis is resized: every output pixel is a weighted sum of `weights.shape[1]` inputs.
+
+    The sum is shifted right by `shift` bits, rounded half up. Weights beyond an axis are 0.
+    """
+
+    first: Int32[np.ndarray, " out"]
+    weights: Int16[np.ndarray, "out taps"]
+    shift: int
+
+
+class Cut(NamedTuple):
+    """A crop of an image: a box, resized to `sides`, of which a square from `corner` on is kept."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width
+    sides: tuple[int, int]
+    corner: tuple[int, int]
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The boxes of a batch of images and how they are resized; axis 0 is down, axis 1 across."""
+
+    pixels: UInt8[Tensor, " bytes"]
+    places: Int64[Tensor, "b 4"]  # offset of the box, strides of plane, row and column
+    turns: Int32[Tensor, "b 2"]  # flipped (0 or 1), then quarter turns counter-clockwise
+    first: Int32[Tensor, "b 2 s"]
+    weights: Int16[Tensor, "b 2 s t"]
+    shifts: Int32[Tensor, "b 2"]
+
+    def to(self, device: torch.device) -> Packed:
+        """Return a copy on the device, which the host does not wait for where it is pinned."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Packed(*(part.to(device, non_blocking=True) for part in parts))
+
+    def pin_memory(self) -> Packed:
+        """Return a copy in page-locked memory; a DataLoader calls it."""
+        return Packed(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+@functools.lru_cache(maxsize=4096)
+def taps(size: int, out: int) -> Taps:
+    """Return the weights of a bilinear, antialiased resize of one axis."""
+    scale = size / out
+    support = max(scale, 1.0)
+    most = math.ceil(support) * 2 + 1
+    centres = scale * (np.arange(out) + 0.5)
+    first = np.maximum((centres - support + 0.5).astype(np.int64), 0)
+    counts = np.minimum((centres + support + 0.5).astype(np.int64), size) - first
+    j = np.arange(most)
+    inside = j < np.clip(counts, 0, most)[:, None]
+    # the order of these operations is aten's: another one rounds otherwise
+    apart = np.abs((j + first[:, None] - centres[:, None] + 0.5) * (1.0 / support))
+    weights = np.where(inside & (apart < 1.0), 1.0 - apart, 0.0)
+    totals = np.zeros(out)
+    for column in weights.T:
+        totals += column
+    weights /= np.where(totals == 0, 1.0, totals)[:, None]
+    shift = 0
+    while shift < MOST_BITS and int(0.5 + weights.max() * 2 ** (shift + 1)) < 2**15:
+        shift += 1
+    return Taps(first.astype(np.int32), (0.5 + weights * 2**shift).astype(np.int16), shift)
+
+
+def cut_of(view: Any, height: int, width: int, draw: Any) -> Cut:
+    """Return how a view of `crops.py` cuts an image of this size."""
+    if isinstance(view, RandomResizedCrop):
+        box = view.box(height, width, draw)
+        return Cut(box, (view.size, view.size), (0, 0), bool(draw[-1]))
+    if not isinstance(view, CentreCrop):
+        raise TypeError(f"{type(view).__name__} cannot be cut on a device")
+    short = min(height, width)
+    sides = [min(side, longest_kept(short)) for side in (height, width)]
+    top, left = (round((old - new) / 2) for old, new in zip((height, width), sides, strict=True))
+    resized = [side if short == view.resize else int(view.resize * side / short) for side in sides]
+    down, across = (round((side - view.size) / 2) for side in resized)
+    return Cut((top, left, sides[0], sides[1]), (resized[0], resized[1]), (down, across))
+
+
+def pack(
+    images: Sequence[UInt8[Tensor, "3 h w"]],
+    cuts: Sequence[Cut],
+    size: int,
+    quarters: Sequence[int] | None = None,
+) -> Packed:
+    """Return what the cuts take of the images as one block; every crop is size x size."""
+    boxes = [_boxed(image, cut.box) for image, cut in zip(images, cuts, strict=True)]
+    ends = np.cumsum([box.numel() for box in boxes]).tolist()
+    pixels = torch.empty(ends[-1], dtype=torch.uint8)
+    places, axes = [], []
+    for box, cut, end in zip(boxes, cuts, ends, strict=True):
+        pixels[end - box.numel() : end].view(box.shape).copy_(box)
+        places.append([end - box.numel(), 1, 3 * box.shape[1], 3])
+        axes.append([_window(cut, axis, size) for axis in (0, 1)])
+    turns = [[int(c.flip), q % 4] for c, q in zip(cuts, quarters or [0] * len(cuts), strict=True)]
+    wide = max(axis.weights.shape[1] for pair in axes for axis in pair)
+    weights = np.zeros((len(cuts), 2, size, wide), np.int16)
+    for i, pair in enumerate(axes):
+        for j, axis in enumerate(pair):
+            weights[i, j, :, : axis.weights.shape[1]] = axis.weights
+    return Packed(
+        pixels,
+        torch.tensor(places),
+        torch.tensor(turns, dtype=torch.int32),
+        torch.from_numpy(np.array([[axis.first for axis in pair] for pair in axes])),
+        torch.from_numpy(weights),
+        torch.tensor([[axis.shift for axis in pair] for pair in axes], dtype=torch.int32),
+    )
+
+
+def crop(packed: Packed) -> UInt8[Tensor, "b 3 s s"]:
+    """Return the crops, on the device of `packed`."""
+    if packed.pixels.is_cuda:
+        from deepclust.data.images.crop_kernel import crop_by_triton
+
+        return crop_by_triton(packed)
+    return torch.stack([_crop_one(packed, i) for i in range(len(packed.places))])
+
+
+def _crop_one(packed: Packed, i: int) -> UInt8[Tensor, "3 s s"]:
+    """Return crop i in plain torch: the definition of what the kernel does."""
+    offset, plane, row, column = packed.places[i].tolist()
+    last = len(packed.pixels) - 1
+    down, across = ((packed.first[i, axis], packed.weights[i, axis]) for axis in (0, 1))
+    j = torch.arange(packed.weights.shape[-1])
+    rows, columns = (first.long()[:, None] + j for first, _ in (down, across))
+    lines = rows.flatten()
+    at = offset + lines[:, None, None] * row + columns * column
+    planes = torch.arange(3)[:, None, None, None] * plane
+    values = packed.pixels[(planes + at).clamp_(max=last)].int()  # beyond an axis the weight is 0
+    shifts = packed.shifts[i].tolist()
+    lines_done = _shifted((values * across[1].int()).sum(-1), shifts[1])
+    lines_done = lines_done.view(3, *rows.shape, -1)
+    crop = _shifted((lines_done * down[1].int()[:, :, None]).sum(2), shifts[0]).to(torch.uint8)
+    flip, quarter = packed.turns[i].tolist()
+    return (crop.flip(-1) if flip else crop).rot90(quarter, (1, 2))
+
+
+def _shifted(sums: Tensor, shift: int) -> Tensor:
+    """Return sums divided by 2^shift, rounded half up, clipped to a byte."""
+    return ((sums + (1 << (shift - 1))) >> shift).clamp_(0, 255)
+
+
+def _window(cut: Cut, axis: int, size: int) -> Taps:
+    """Return the taps of the square that is kept."""
+    whole = taps(cut.box[2 + axis], cut.sides[axis])
+    kept = slice(cut.corner[axis], cut.corner[axis] + size)
+    return Taps(whole.first[kept], whole.weights[kept], whole.shift)
+
+
+def _boxed(image: Tensor, box: tuple[int, int, int, int]) -> UInt8[Tensor, "h w 3"]:
+    """Return the part of an image that a box holds, colours last."""
+    top, left, height, width = box
+    return image[:, top : top + height, left : left + width].permute(1, 2, 0)

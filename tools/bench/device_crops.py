@@ -1,0 +1,59 @@
+"""What readers save when crops are made on the device: `python tools/bench/device_crops.py`.
+
+Times, an image: the CPU's crop; `pack`, which a reader does instead; and the crop on the device
+with the copy of the whole image (a GPU only). The images are noise of ImageNet's usual size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from deepclust.data.images.crops import RandomResizedCrop
+from deepclust.data.images.device_crops import crop, cut_of, pack
+
+
+def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """The fastest of some repeats."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def main() -> None:
+    """Print one line a way."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, value in {"batch": 64, "height": 375, "width": 500, "size": 224}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = (asked.height, asked.width, 3)
+    images = [torch.randint(0, 256, shape, dtype=torch.uint8).permute(2, 0, 1)] * asked.batch
+    view = RandomResizedCrop(asked.size)
+    draws = view.draws(0, np.arange(asked.batch))
+    cuts = [cut_of(view, asked.height, asked.width, draw) for draw in draws]
+    packed = pack(images, cuts, asked.size)
+    ways: dict[str, Callable[[], object]] = {
+        "crop on the CPU": lambda: [view(x, d) for x, d in zip(images, draws, strict=True)],
+        "pack for a device": lambda: pack(images, cuts, asked.size),
+    }
+    if torch.cuda.is_available():
+        pinned, device = packed.pin_memory(), torch.device("cuda")
+        ways["copy and crop on the device"] = lambda: crop(pinned.to(device))
+    for name, way in ways.items():
+        print(f"{1e3 * seconds(way) / asked.batch:.3f} ms an image: {name}")
+    if not torch.cuda.is_available():
+        print("copy and crop on the device: torch sees no CUDA device here")
+
+
+if __name__ == "__main__":
+    main()
