@@ -29,5 +29,5 @@ class Sobel(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 2 h w"]:
         """Edges of the grey image: channel 0 across columns, channel 1 across rows."""
         with torch.autocast(images.device.type, enabled=False):  # bf16 would blur faint edges
-            grey = images.float().mean(1, keepdim=True)
+            grey = images.to(self.filters.dtype).mean(1, keepdim=True)
             return functional.conv2d(grey, self.filters, padding=1)

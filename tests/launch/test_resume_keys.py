@@ -21,7 +21,7 @@ OTHER = {  # another value of every key that may change
     "train.ranks": "3", "train.hang": "7", "train.timeout": "8", "train.restarts": "0",
     "train.log": "7", "train.checkpoint": "5 steps", "keep.features": "0", "keep.checkpoints": "1",
     "data.workers": "1", "data.stage": "/s", "data.scratch": "/t", "data.shards": "/u",
-    "data.index": "/v", "data.read": "block", "data.max_bad": "0.5",
+    "data.index": "/v", "data.read": "block", "data.max_bad": "0.5", "cluster.final": "true",
 }  # fmt: skip
 
 

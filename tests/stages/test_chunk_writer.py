@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +79,9 @@ def test_a_batch_has_the_moments_of_its_usable_rows_and_zeros_for_the_others(
     ids = np.arange(5, 15)
     given = [type("Bad", (), {"sample_id": i, "reason": f"{i} is bad"}) for i in bad]
     chunk = _Open()
-    reasons = _add_batch(chunk, rows, ids, given, pivot)
+    loaded = SimpleNamespace(sample_ids=ids, bad=given)
+    context = SimpleNamespace(dtype=torch.float16, moments=True)
+    reasons = _add_batch(context, chunk, rows, loaded, pivot)
     if bad:
         assert reasons.pop(7) == "7 is bad"  # it was broken before its feature was not finite
     assert set(reasons) == set(bad) - {7}
@@ -89,5 +92,5 @@ def test_a_batch_has_the_moments_of_its_usable_rows_and_zeros_for_the_others(
     assert chunk.moments is not None
     assert chunk.moments.count == usable.sum()
     rows[3] = torch.nan
-    later = _add_batch(_Open(), rows, ids, given, pivot)
+    later = _add_batch(context, _Open(), rows, loaded, pivot)
     assert later[8].endswith(NOT_FINITE)
