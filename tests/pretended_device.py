@@ -328,7 +328,7 @@ def _tensor_patches(log: Log) -> dict[str, Any]:
     }
 
 
-def _cuda_patches() -> dict[str, Callable[..., Any]]:
+def _cuda_patches(log: Log) -> dict[str, Callable[..., Any]]:
     return {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -344,7 +344,9 @@ def _cuda_patches() -> dict[str, Callable[..., Any]]:
         "Stream": lambda *_: SimpleNamespace(),
         "Event": lambda *_, **__: SimpleNamespace(record=lambda *_: None),
         "stream": lambda side: contextlib.nullcontext(),
-        "current_stream": lambda device=None: SimpleNamespace(wait_event=lambda event: None),
+        "current_stream": lambda device=None: SimpleNamespace(
+            wait_event=lambda event: None, synchronize=lambda: log.wait("synchronize a stream")
+        ),
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "memory_allocated": lambda device=None: 0,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -360,7 +362,7 @@ def pretended() -> Iterator[Log]:
     with contextlib.ExitStack() as stack:
         for name, new in _tensor_patches(log).items():
             stack.enter_context(patch.object(torch.Tensor, name, new))
-        for name, new in _cuda_patches().items():
+        for name, new in _cuda_patches(log).items():
             stack.enter_context(patch.object(torch.cuda, name, new, create=True))
         stack.enter_context(patch.object(torch, "autocast", _Autocast))
         captured = "_accelerator_graph_capture_health_check"

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from scipy.special import betaincinv
 from torch import Tensor
 
 from deepclust.data.images.draws import uniform
+from deepclust.data.to_device import send
 from deepclust.recipe.sections import MixSection
 
 
@@ -84,8 +85,8 @@ def mix_images(
     own, rows = crop[: len(partners)].clone(), np.flatnonzero(partners >= 0)
     if not len(rows):
         return own
-    at, others = (torch.from_numpy(ids).to(crop.device) for ids in (rows, partners[rows]))
-    kept = _kept(draws, rows, crop.shape[-1]).to(crop.device)
+    shares = _kept(draws, rows, crop.shape[-1])
+    at, others, kept = send([rows, partners[rows], shares], crop.device)
     mixed = own.index_select(0, at) * kept + crop.index_select(0, others) * (1 - kept)
     return own.index_copy_(0, at, mixed)
 
@@ -113,7 +114,7 @@ def certain(soft: Float[Tensor, "b classes"]) -> Int64[np.ndarray, " b"]:
 
 def _kept(
     draws: Draws, rows: Int64[np.ndarray, " mixed"], side: int
-) -> Float[Tensor, "mixed 1 s s"]:
+) -> Float32[np.ndarray, "mixed 1 s s"]:
     """Return the share of the own image in every pixel of some rows."""
     top, bottom, left, right = draws.pixels(side)[rows].T[:, :, None]
     line = np.arange(side)
@@ -121,4 +122,4 @@ def _kept(
     outside = ~(down[:, :, None] & across[:, None, :])
     weights = np.broadcast_to(draws.weights[rows][:, None, None], outside.shape)
     kept = np.where(draws.boxed[rows][:, None, None], outside, weights)
-    return torch.from_numpy(kept[:, None].astype(np.float32))
+    return np.asarray(kept[:, None], np.float32)
