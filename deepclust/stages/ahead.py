@@ -72,9 +72,10 @@ class Ahead:
         stream, batch = torch.cuda.current_stream(self._device), ready.batch
         assert ready.made is not None
         stream.wait_event(ready.made)
-        tensors: tuple[Tensor, ...] = (
-            *batch.crops, batch.turns, batch.pseudo_labels, batch.labels,
+        tensors: tuple[Tensor | None, ...] = (
+            *batch.crops, batch.turns, batch.pseudo_labels, batch.labels, batch.soft,
         )  # fmt: skip
         for tensor in tensors:
-            tensor.record_stream(stream)
+            if tensor is not None:
+                tensor.record_stream(stream)
         return ready
