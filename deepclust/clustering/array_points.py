@@ -15,7 +15,14 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.arguments import as_array
-from deepclust.clustering.exact_sums import PARTIALS, ClusterSums, grid_of, into_partials, on_grid
+from deepclust.clustering.exact_sums import (
+    PARTIALS,
+    ClusterSums,
+    grid_of,
+    into_partials,
+    on_grid,
+    sums_by_id,
+)
 from deepclust.clustering.frame import Frame
 from deepclust.clustering.fused import FusedNearest, Late
 from deepclust.clustering.nearest import squared_distances
@@ -171,19 +178,25 @@ class ArrayPoints:
 
     def scan_values(self) -> tuple[Int64[np.ndarray, " b"], float]:
         """Return the ids of rows that are not finite, and the largest magnitude in the others."""
-        size, bad, largest = self._tile(1), [np.zeros(0, np.int64)], [0.0]
+        size, ranges = self._tile(1), {}
 
         def scan(start: int) -> None:
-            rows = self.read_tile(start, size)
-            low, high = (float(value) for value in torch.aminmax(rows))
-            if np.isfinite(high - low):
-                largest.append(max(high, -low))
-            else:
-                wrong = ~torch.isfinite(rows).all(1)
-                bad.append(start + wrong.nonzero().flatten().cpu().numpy())
+            ranges[start] = torch.stack(torch.aminmax(self.read_tile(start, size)))
 
         each_tile(scan, self.n, size, self.threads, self.alive)
-        return np.sort(np.concatenate(bad)), max(largest)
+        if not ranges:
+            return np.zeros(0, np.int64), 0.0
+        starts = np.sort(list(ranges))
+        ends = torch.stack([ranges[start] for start in starts.tolist()]).cpu().double().numpy()
+        low, high = ends.T
+        finite = np.isfinite(ends).all(1)
+        wrong = [self._not_finite(start, size) for start in starts[~finite].tolist()]
+        largest = np.maximum(high, -low)[finite]
+        return np.concatenate([np.zeros(0, np.int64), *wrong]), float(largest.max(initial=0.0))
+
+    def _not_finite(self, start: int, size: int) -> Int64[np.ndarray, " b"]:
+        finite = torch.isfinite(self.read_tile(start, size)).all(1)
+        return start + np.flatnonzero(~finite.cpu().numpy())
 
     def list_weights(self) -> Float64[np.ndarray, " n"] | None:
         """Return the weights of all rows, or None without weights."""
@@ -198,7 +211,7 @@ class ArrayPoints:
     def count_members(self, cluster_ids: Int32[Tensor, " n"], k: int) -> Int64[Tensor, " k"]:
         """Return the number of rows of each cluster that weigh more than nothing."""
         weighs = self.weighs()
-        return torch.bincount(cluster_ids if weighs is None else cluster_ids[weighs], minlength=k)
+        return sums_by_id(cluster_ids if weighs is None else cluster_ids[weighs], k)
 
     def max_weight(self) -> float:
         """Return the largest weight, or 1 without weights."""
@@ -244,7 +257,8 @@ class ArrayPoints:
             each_tile(assign, self.n, size, self.threads, self.alive)
         if late is not None:
             self._settle(late, centroids, cluster_ids, reach, sums)
-        self.sum_sq = sum(squares) if self.sum_sq is None else self.sum_sq
+        if self.sum_sq is None:  # on their grid, so exact in any order
+            self.sum_sq = float(torch.stack(squares).sum()) if squares else 0.0
         total = sums.partials if before is None else before.partials + sums.partials
         return self._finish(cluster_ids, reach, total, centroids)
 
@@ -376,12 +390,11 @@ class ArrayPoints:
         assert self.grids is not None
         return self.grids
 
-    def _sum_sq(self, rows: Tensor, weights: Tensor | None) -> float:
+    def _sum_sq(self, rows: Tensor, weights: Tensor | None) -> Float64[Tensor, ""]:
         """Return the sum of w |x|^2 over the rows of a tile, on its grid."""
         squares = rows.double().square_().sum(1)
-        return float(
-            on_grid(squares if weights is None else squares * weights, self._grids().sum_sq).sum()
-        )
+        squares = squares if weights is None else squares * weights
+        return on_grid(squares, self._grids().sum_sq).sum()
 
     def _sums(self, k: int) -> ClusterSums:
         zeros = torch.zeros(PARTIALS, k, self.dim, dtype=torch.float64, device=self.device)
@@ -403,9 +416,7 @@ class ArrayPoints:
         if weights is None:
             return counts, counts.double()[None]
         parts = into_partials(weights, self._grids().weights, self._grids().count)
-        return counts, torch.stack(
-            [torch.bincount(cluster_ids, part, minlength=k) for part in parts]
-        )
+        return counts, torch.stack([sums_by_id(cluster_ids, k, part) for part in parts])
 
     def _finish(
         self, cluster_ids: Tensor, distances: Tensor, sums: Tensor, centroids: Tensor

@@ -49,6 +49,21 @@ def into_partials(
     return partials
 
 
+def sums_by_id(
+    ids: Int64[Tensor, " m"] | Int32[Tensor, " m"],
+    k: int,
+    values: Float64[Tensor, " m"] | None = None,
+) -> Tensor:
+    """Return how often each id 0..k-1 occurs, int64 [k], or the sums of its values, float64 [k].
+
+    torch.bincount makes the host wait for a GPU, to see the largest id.
+    """
+    if not ids.is_cuda:
+        return torch.bincount(ids, values, minlength=k)
+    added = torch.ones_like(ids, dtype=torch.int64) if values is None else values
+    return torch.zeros(k, dtype=added.dtype, device=ids.device).index_add_(0, ids, added)
+
+
 class ClusterSums:
     """Weighted sums of the rows of each cluster, added tile by tile from any thread.
 
@@ -71,13 +86,16 @@ class ClusterSums:
     ) -> None:
         """Add rows to their clusters' sums.
 
-        Those that moved are subtracted from their old ones.
+        Those that moved are subtracted from their old ones. On a GPU the others are added as
+        zeros, since to leave them out the host would have to wait for their number.
         """
-        if before is not None:
+        if before is not None and not clusters.is_cuda:
             moved = (clusters != before).nonzero().flatten()
             rows, clusters = rows.index_select(0, moved), clusters[moved]
             before, weights = before[moved], None if weights is None else weights[moved]
         wide = rows.double()
+        if before is not None and clusters.is_cuda:
+            wide *= (clusters != before)[:, None]
         if weights is not None:
             wide *= weights[:, None]
         parts = into_partials(wide, self._grid, self._count)

@@ -235,7 +235,7 @@ def _lloyd(
     before: Assignment | None = None
     for _ in range(options.iterations):
         assignment = _assign(points, centroids, before, distances=options.tol > 0)
-        empties = (assignment.counts[fixed:] == 0).nonzero().flatten().cpu().numpy() + fixed
+        empties = np.flatnonzero((assignment.counts[fixed:] == 0).cpu().numpy()) + fixed
         if len(empties) and options.empty == "relocate" and options.tol == 0:
             assignment = _assign(points, centroids, before)  # once more, with distances
         centroids = _update(points, centroids, assignment, fixed)

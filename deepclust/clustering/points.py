@@ -157,8 +157,8 @@ def inertia_of(sum_sq: float, assignment: Assignment, centroids: Float32[Tensor,
     except where rows are much farther from the origin than from each other.
     """
     wide = centroids.double()
-    rest = (wide * (assignment.mass[:, None] * wide - 2 * assignment.sums)).sum()
-    return max(sum_sq + float(rest), 0.0) if np.isfinite(float(rest)) else float("nan")
+    rest = float((wide * (assignment.mass[:, None] * wide - 2 * assignment.sums)).sum())
+    return max(sum_sq + rest, 0.0) if np.isfinite(rest) else float("nan")
 
 
 def largest_of(distances: Float32[Tensor, " n"]) -> float:

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepclust.clustering.exact_sums import ClusterSums, grid_of, on_grid
+from deepclust.clustering.exact_sums import (
+    PARTIALS,
+    ClusterSums,
+    grid_of,
+    on_grid,
+    sums_by_id,
+)
+from tests.pretended_device import pretended
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=200), st.randoms())
@@ -46,3 +53,24 @@ def test_weighted_sums_by_cluster_equal_a_slow_reference() -> None:
         sums.add(*(torch.from_numpy(a[part]) for a in (ids, rows, weights)))
     slow = np.stack([(rows * weights[:, None])[ids == j].sum(0) for j in range(4)])
     np.testing.assert_allclose(sums.partials.sum(0), slow, rtol=1e-12, atol=1e-12)
+
+
+def test_a_card_adds_what_moved_to_the_same_bits_without_a_wait() -> None:
+    random = torch.Generator().manual_seed(3)
+    rows, weights = torch.randn(50, 4, generator=random), torch.rand(50, generator=random).double()
+    now, before = torch.randint(5, (2, 50), generator=random)
+    grid = grid_of(float(rows.abs().max()), 50)
+
+    def sums(device: str) -> torch.Tensor:
+        zeros = torch.zeros(PARTIALS, 5, 4, dtype=torch.float64, device=device)
+        both = ClusterSums(zeros, grid, 50)
+        both.add(now.to(device), rows.to(device), weights.to(device), before.int().to(device))
+        return both.partials
+
+    expected = sums("cpu")
+    with pretended() as log:
+        given = sums("cuda")
+        counts = sums_by_id(now.to("cuda"), 5)
+        assert not [wait for wait in log.waits if "exact_sums" in str(wait)]
+        assert torch.equal(given.cpu(), expected)
+        assert torch.equal(counts.cpu(), torch.bincount(now, minlength=5))
