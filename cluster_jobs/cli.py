@@ -21,7 +21,14 @@ import typer
 
 from cluster_jobs.terminal import visible
 from deepclust import __version__
-from deepclust.errors import DeepclustError, DiskError, RecipeError, lack_of_memory, redact
+from deepclust.errors import (
+    DeepclustError,
+    DiskError,
+    RecipeError,
+    lack_of_memory,
+    redact,
+    shown,
+)
 from deepclust.files import path_of
 
 if TYPE_CHECKING:
@@ -32,11 +39,14 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Pretrain image backbones by clustering.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 INTERRUPTED = 130
+BEGIN, DATA, RUNS, STAGES, RESULTS = (  # the groups of verbs in `deepclust --help`
+    "Begin here", "Data", "Runs", "One stage", "Results",
+)  # fmt: skip
 WIDE = 200  # columns of a table where there is no terminal
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
 RecipeName = Annotated[
@@ -117,7 +127,7 @@ def options(
     """Pretrain image backbones by clustering."""
 
 
-@app.command(epilog=_examples("demo", "demo --run runs/demo train.epochs=2"))
+@app.command(rich_help_panel=BEGIN, epilog=_examples("demo", "demo --run runs/demo train.epochs=2"))
 def demo(
     run_dir: Annotated[Path, typer.Option("--run", help="The run directory.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(help="The folder for the images.")] = Path("datasets"),
@@ -130,12 +140,13 @@ def demo(
 
 
 @app.command(
+    rich_help_panel=DATA,
     epilog=_examples(
         "pack photos shards --workers 8",
         "pack photos.zip more/ shards --classes last",
         "pack labels.csv shards --range 0:4095",
         "pack idx:fashion/train shards",
-    )
+    ),
 )
 def pack(
     sources: Annotated[
@@ -173,12 +184,13 @@ def pack(
 
 
 @app.command(
+    rich_help_panel=DATA,
     epilog=_examples(
         "index shards",
         "index 's3://bucket/train-{000..146}.tar' --index i",
         "index 'shards/**/*.tar' --image input.jpg --labels json.class",
         "index photos --labels last",
-    )
+    ),
 )
 def index(
     shards: Annotated[
@@ -221,7 +233,10 @@ def index(
         _log(summary.describe_check(built.manifest))
 
 
-@app.command(epilog=_examples("pretrain small-photos --run runs/a data.shards=shards cluster.k=50"))
+@app.command(
+    rich_help_panel=RUNS,
+    epilog=_examples("pretrain small-photos --run runs/a data.shards=shards cluster.k=50"),
+)
 def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None) -> None:
     """Pretrain in the foreground, on this machine."""
     from cluster_jobs import runs
@@ -233,12 +248,13 @@ def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None
 
 
 @app.command(
+    rich_help_panel=RUNS,
     epilog=_examples(
         "submit small-photos --run runs/a data.shards=shards",
         "submit my.yaml --on slurm --run runs/b slurm.nodes=2 --dry-run",
         "submit my.yaml --on ray --address http://head:8265 --run runs/c",
         "submit my.yaml --on slurm --run runs/sweep --sweep cluster.k=1000,3000",
-    )
+    ),
 )
 def submit(
     recipe: RecipeName,
@@ -279,7 +295,7 @@ def submit(
         _follow(run_dir)
 
 
-@app.command(epilog=_examples("status", "status runs/a --json"))
+@app.command(rich_help_panel=RUNS, epilog=_examples("status", "status runs/a --json"))
 def status(
     folder: Annotated[Path, typer.Argument(help="A run, or a folder of runs.")] = Path("runs"),
     as_json: Json = False,
@@ -296,25 +312,29 @@ def status(
     _print(status_table(states) if states else f"{folder} has no runs")
 
 
-@app.command(epilog=_examples("logs runs/a -f", "logs runs/a --rank 3"))
+@app.command(rich_help_panel=RUNS, epilog=_examples("logs runs/a -f -n 20", "logs runs/a --rank 3"))
 def logs(
     run_dir: RunDir,
     follow: Annotated[
         bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")
     ] = False,
     rank: Annotated[int, typer.Option(help="The rank whose log is printed.")] = 0,
+    lines: Annotated[
+        int | None,
+        typer.Option("-n", "--lines", min=0, help="The last lines of each log; default: all."),
+    ] = None,
 ) -> None:
     """Print the log of a run, until Ctrl-C, which does not stop the run."""
     from cluster_jobs.status import tail
 
     try:
-        for line in tail(run_dir, rank, follow):
+        for line in tail(run_dir, rank, follow, lines):
             typer.echo(visible(line))
     except KeyboardInterrupt:
         _log(f"detached; {run_dir} continues")
 
 
-@app.command(epilog=_examples("cancel runs/a"))
+@app.command(rich_help_panel=RUNS, epilog=_examples("cancel runs/a"))
 def cancel(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a folder of runs.")],
 ) -> None:
@@ -325,7 +345,10 @@ def cancel(
         _log(text)
 
 
-@app.command(epilog=_examples("resume runs/a", "resume runs/a --on slurm slurm.nodes=4"))
+@app.command(
+    rich_help_panel=RUNS,
+    epilog=_examples("resume runs/a", "resume runs/a --on slurm slurm.nodes=4"),
+)
 def resume(
     run_dir: RunDir,
     on: Annotated[
@@ -350,7 +373,7 @@ def resume(
     _log_finished(run_dir)
 
 
-@app.command(epilog=_examples("extract runs/a"))
+@app.command(rich_help_panel=STAGES, epilog=_examples("extract runs/a"))
 def extract(run_dir: RunDir) -> None:
     """Do one stage of a run: extract the features of the round that is due."""
     _run_stage(run_dir, "extract")
@@ -376,7 +399,8 @@ Source = Annotated[
 
 
 @app.command(
-    epilog=_examples("cluster runs/a", "cluster features.npy --k 1000 --whiten 256 --out clusters")
+    rich_help_panel=STAGES,
+    epilog=_examples("cluster runs/a", "cluster features.npy --k 1000 --whiten 256 --out clusters"),
 )
 def cluster(
     source: Source,
@@ -416,11 +440,12 @@ def cluster(
 
 
 @app.command(
+    rich_help_panel=STAGES,
     epilog=_examples(
         "vae resnet.npy vit.npy --out latents",
         "cluster latents/features.npy --k 1000 --whiten 64 --out clusters",
         "vae runs/a/rounds/0003/features/rows.npy --latent 16 --out latents",
-    )
+    ),
 )
 def vae(
     sources: Annotated[
@@ -459,13 +484,16 @@ def vae(
     _log(f"wrote {out / vae_files.FEATURES}")
 
 
-@app.command(epilog=_examples("train runs/a"))
+@app.command(rich_help_panel=STAGES, epilog=_examples("train runs/a"))
 def train(run_dir: RunDir) -> None:
     """Do one stage of a run: train until the next round is due."""
     _run_stage(run_dir, "train")
 
 
-@app.command(epilog=_examples("evaluate runs/a --train shards/train --test shards/test"))
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog=_examples("evaluate runs/a --train shards/train --test shards/test"),
+)
 def evaluate(
     run_dir: RunDir,
     train_shards: Annotated[
@@ -497,11 +525,12 @@ def evaluate(
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog=_examples(
         "assignments runs/a --out clusters.parquet",
         "assignments runs/a --folders clusters",
         "assignments runs/a --out clusters.fiftyone.json",
-    )
+    ),
 )
 def assignments(
     run_dir: RunDir,
@@ -555,7 +584,10 @@ def assignments(
         _log(f"wrote {folders}: {count} images")
 
 
-@app.command(epilog=_examples("duplicates runs/a --out duplicates.csv --similarity 0.9"))
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog=_examples("duplicates runs/a --out duplicates.csv --similarity 0.9"),
+)
 def duplicates(
     run_dir: RunDir,
     out: Out,
@@ -587,11 +619,12 @@ Images = Annotated[
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog=_examples(
         "embed runs/a --data photos --out features",
         "embed net.safetensors --data shards --out features --dtype float32",
         "embed runs/a --data shards --out whitened --whiten --format parquet",
-    )
+    ),
 )
 def embed(
     source: Annotated[
@@ -628,10 +661,11 @@ def embed(
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog=_examples(
         "predict runs/a --data new_photos --out clusters.csv",
         "predict runs/a --data shards --out clusters.parquet --round 3",
-    )
+    ),
 )
 def predict(
     run_dir: RunDir,
@@ -660,11 +694,12 @@ def predict(
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog=_examples(
         "export runs/a --format torchvision --out resnet50.pth",
         "export runs/a --out net.onnx",
         "export runs/a --format hf --out my-backbone",
-    )
+    ),
 )
 def export(
     run_dir: RunDir,
@@ -685,7 +720,9 @@ def export(
     _log(f"wrote {exported.path} ({exported.hash})\n{exported.usage}")
 
 
-@app.command(epilog=_examples("report runs/a", "report runs/a --out report.html"))
+@app.command(
+    rich_help_panel=RESULTS, epilog=_examples("report runs/a", "report runs/a --out report.html")
+)
 def report(
     run_dir: RunDir,
     out: Annotated[
@@ -704,7 +741,39 @@ def report(
     _log(f"wrote {out or file}")
 
 
-@app.command("list", epilog=_examples("list recipes", "list keys share", "list methods --json"))
+@app.command(
+    rich_help_panel=BEGIN,
+    epilog=_examples(
+        "recipe small-photos",
+        "recipe swav-fashion train.lr=0.1 > my.yaml",
+        "recipe dino-fashion --schema",
+    ),
+)
+def recipe(
+    name: RecipeName,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of its keys instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a recipe with all of its keys, as YAML that `pretrain` takes."""
+    from deepclust.recipe import Recipe
+
+    chosen = Recipe.load(name, *(overrides or []))
+    if schema:
+        typer.echo(json.dumps(type(chosen).model_json_schema(), indent=None if as_json else 2))
+    elif as_json:
+        typer.echo(json.dumps(shown(chosen.model_dump(mode="json"))))
+    else:
+        typer.echo(chosen.show(), nl=False)
+
+
+@app.command(
+    "list",
+    rich_help_panel=BEGIN,
+    epilog=_examples("list recipes", "list keys share", "list methods --json"),
+)
 def list_(
     kind: Annotated[
         str, typer.Argument(help="recipes, methods, terms, backbones or keys of a recipe.")
@@ -726,7 +795,10 @@ def list_(
     typer.echo("\n".join(listing.lines(chosen)))
 
 
-@app.command(epilog=_examples("doctor", "doctor --runs /scratch/runs", "doctor --json"))
+@app.command(
+    rich_help_panel=BEGIN,
+    epilog=_examples("doctor", "doctor --runs /scratch/runs", "doctor --json"),
+)
 def doctor(
     runs_dir: Annotated[
         Path, typer.Option("--runs", help="The folder that shall hold the runs.")
@@ -754,7 +826,7 @@ def doctor(
         raise ResourceError(f"red: {', '.join(map(str, red))}")
 
 
-@app.command(epilog=_examples("guide", "guide imagenet-on-slurm"))
+@app.command(rich_help_panel=BEGIN, epilog=_examples("guide", "guide imagenet-on-slurm"))
 def guide(
     name: Annotated[
         str | None, typer.Argument(help="The name of a guide; default: the list of guides.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -238,8 +239,11 @@ def _may_come(run_dir: Path) -> bool:
         return True
 
 
-def tail(run_dir: Path, rank: int, follow: bool) -> Iterator[str]:
-    """Yield the lines of a rank's log and of the controller's, with `follow` until the end."""
+def tail(run_dir: Path, rank: int, follow: bool, last: int | None = None) -> Iterator[str]:
+    """Yield the lines of a rank's log and of the controller's, with `follow` until the end.
+
+    `last`: of each log no more than so many of the lines that are there at first.
+    """
     folder = directory.open_run(run_dir).path / "logs"
     names = ("controller.log", f"rank-{rank:05d}.log", f"rank-{rank}.out", "cluster-worker.out")
     offsets = dict.fromkeys(names, 0)
@@ -247,8 +251,9 @@ def tail(run_dir: Path, rank: int, follow: bool) -> Iterator[str]:
         held = lock.owner(run_dir) is not None
         goes_on = held or (follow and _will_start(run_dir))
         for name in names:
-            while lines := _new_lines(folder / name, offsets):
-                yield from lines
+            lines = _all_new_lines(folder / name, offsets)
+            yield from lines if last is None else deque(lines, last)
+        last = None
         if not follow or not goes_on:
             return
         time.sleep(POLL_S if held else executor_of(run_dir).poll_s)
@@ -260,6 +265,11 @@ def _will_start(run_dir: Path) -> bool:
         return False
     job = executor_of(run_dir).state(run_dir)
     return job is not None and (job.is_pending or job.may_answer_later)
+
+
+def _all_new_lines(file: Path, offsets: dict[str, int]) -> Iterator[str]:
+    while lines := _new_lines(file, offsets):
+        yield from lines
 
 
 def _new_lines(file: Path, offsets: dict[str, int]) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from deepclust import __version__
+from deepclust import Recipe, __version__
 from deepclust.run.directory import Run
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
 VERBS = "demo pack index pretrain submit status logs cancel resume extract cluster train"
-VERBS += " evaluate assignments export report list"
+VERBS += " evaluate assignments export report list recipe doctor embed predict duplicates guide vae"
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +186,25 @@ def test_stages_can_be_run_one_by_one(shards: Path, tmp_path: Path) -> None:
     for verb in ("extract", "cluster", "train"):
         deepclust(verb, run)  # nothing is due: nothing is done
     assert Run(run).rounds() == [0]
+
+
+def test_a_printed_recipe_is_one_that_can_be_run(shards: Path, tmp_path: Path) -> None:
+    where = f"data.shards={shards}"
+    text = deepclust("recipe", "dino-fashion", where, "train.lr=0.5").stdout
+    (tmp_path / "mine.yaml").write_text(text)
+    again = Recipe.load(tmp_path / "mine.yaml")
+    assert again == Recipe.load("dino-fashion", where, "train.lr=0.5")
+    assert json.loads(deepclust("recipe", "dino-fashion", "--json").stdout)["seed"] == 0
+
+
+def test_the_schema_of_a_recipe_has_the_keys_of_its_method_with_words() -> None:
+    schema = json.loads(deepclust("recipe", "dino-fashion", "--schema").stdout)
+    method = schema["properties"]["method"]["$ref"].rpartition("/")[2]
+    assert "prototypes" in schema["$defs"][method]["properties"]
+    assert "description" in schema["$defs"]["ClusterSection"]["properties"]["k"]
+
+
+def test_the_last_lines_of_a_log_are_its_last_lines(run: Path) -> None:
+    whole = deepclust("logs", run).stdout.splitlines()
+    assert deepclust("logs", run, "-n", 2).stdout.splitlines() == whole[-2:]
+    assert deepclust("logs", run, "-n", 0).stdout == ""
