@@ -22,14 +22,15 @@ def tool() -> Iterator[Any]:
     try:
         import agreement
         import outcome
+        import speed
         import table
 
         scope: dict[str, Any] = {"__name__": "gpu_check", "__file__": str(FOLDER / "__main__.py")}
         exec(compile((FOLDER / "__main__.py").read_text(), "__main__.py", "exec"), scope)
-        yield {**scope, "agreement": agreement, "outcome": outcome, "table": table}
+        yield {**scope, "agreement": agreement, "outcome": outcome, "speed": speed, "table": table}
     finally:
         sys.path[:] = [path for path in sys.path if path != str(FOLDER)]
-        for name in ("agreement", "jobs", "machine", "outcome", "table"):
+        for name in ("agreement", "jobs", "machine", "outcome", "speed", "table"):
             sys.modules.pop(name, None)
 
 
@@ -114,3 +115,11 @@ def test_gradients_of_float32_parts_are_compared_with_float64(tool: Any, tmp_pat
     outcome = tool["agreement"].gradients(tool["Setting"](torch.device("cpu"), tmp_path))
     assert outcome.numbers["nt_xent"] < 1e-5
     assert outcome.numbers["centroids"] < 1e-5
+
+
+def test_the_checks_of_speed_measure_a_step_and_its_readers(tool: Any, tmp_path: Path) -> None:
+    setting, small = tool["Setting"](torch.device("cpu"), tmp_path), [("conv4", 8)]
+    outcome = tool["speed"].step_speed(setting, small, size=16, steps=2)
+    assert outcome.numbers["conv4"] > 0
+    outcome = tool["speed"].feeding(setting, count=64, network="conv4", size=16, batch=16)
+    assert 0 <= outcome.numbers["waiting"] <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import agreement
 import jobs
 import machine
+import speed
 from outcome import Check
 
 QUICK = 9  # the first ones, which take minutes
@@ -18,8 +19,8 @@ CHECKS = (
     Check(7, "autocast", "float32 parts have float32 gradients", agreement.gradients),
     Check(8, "views", "turns equal, colours within a level", agreement.views),
     Check(9, "small run", "as good as on the CPU, without a fallback", jobs.small_run),
-    Check(10, "feeding", "readers keep up: waiting < 5 % of a step"),
-    Check(11, "step speed", ">= 80 % of a bare loop of the same network"),
+    Check(10, "feeding", "readers keep up: waiting < 5 % of a step", speed.feeding),
+    Check(11, "step speed", ">= 80 % of a bare loop of the same network", speed.step_speed),
     Check(12, "k-means speed", "no slower than a loop of products", jobs.kmeans_speed),
     Check(13, "refresh", "seconds by stage", jobs.refresh),
     Check(14, "memory", "a round gives its memory back", jobs.memory),
