@@ -146,9 +146,7 @@ def test_a_lost_node_leaves_fewer_ranks_and_a_new_one_brings_more_at_the_next_ro
     shards: Path, tmp_path: Path
 ) -> None:
     nodes, run = Nodes(3), tmp_path / "run"
-    elastic = recipe(
-        shards, "train.epochs=8", "ray.hang=60", "ray.ranks={min: 1, max: 2}", "ray.settle=1"
-    )
+    elastic = recipe(shards, "train.epochs=8", "ray.ranks={min: 1, max: 2}", "ray.settle=1")
     elastic = elastic.replace("cluster.where=worker")
     try:
         process = begin(nodes, elastic, run)
