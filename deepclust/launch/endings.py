@@ -153,15 +153,22 @@ def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:
     """Return the fault of a process that does not answer, or of ranks that get nowhere.
 
     A rank may wait long for another one, which then has signs of life, its end among them. So
-    ranks hang when none has any, and the one that has been without for longest is named.
+    ranks hang when none has any, and the one that has been without for longest is named. While a
+    member cannot be reached its node may be dead, which a scheduler takes `LOSS_S` to say: until
+    then nobody hangs, since the others may wait for that member without a connection to it.
     """
     limits = f"{policy.hang_key}={policy.hang:g}"
     for member in (m for m in members if not m.is_over):
-        silent = now - (member.began if member.answered is None else member.answered)
-        starts = member.idle_s is None  # importing torch can keep it from answering
-        if silent > (max(policy.hang, policy.start) if starts else policy.hang):
+        silent, limit = _silent_s(member, now), policy.hang
+        if member.idle_s is None:  # importing torch can keep it from answering
+            limit = max(limit, policy.start)
+        if not member.reachable:
+            limit = max(limit, LOSS_S)
+        if silent > limit:
             text = f"no answer for {silent:.0f} s ({limits})"
             return Ending("fault", member.name, "hang", text)
+    if not all(m.reachable for m in members):
+        return None
     for group in (
         [m for m in members if m.rank != CLUSTER_WORKER],
         [m for m in members if m.rank == CLUSTER_WORKER],
@@ -172,6 +179,10 @@ def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:
             text = f"no sign of life for {idle[name]:.0f} s ({limits})"
             return Ending("fault", name, "hang", text)
     return None
+
+
+def _silent_s(member: Member, now: float) -> float:
+    return now - (member.began if member.answered is None else member.answered)
 
 
 def _idle_s(member: Member, now: float) -> float:

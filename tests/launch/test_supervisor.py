@@ -129,6 +129,17 @@ def test_a_hang_is_no_answer_or_no_sign_of_life(
     assert decided is None or (decided.kind, decided.cause) == ("fault", "hang")
 
 
+def test_silence_of_a_member_out_of_reach_is_no_hang_while_its_node_may_be_dead() -> None:
+    members = group(WORKS, LOST, WORKS)  # rank 0 waits for rank 1 without a connection to it
+    for ago in (11.0, LOSS_S - 1):
+        members[0].answered, members[0].idle_s, members[1].idle_s = NOW, ago, 0.0
+        members[1].answered = NOW - ago
+        assert classify(members, NOW, POLICY) is None
+    members[1].answered = NOW - LOSS_S - 1
+    decided = classify(members, NOW, POLICY)
+    assert (decided and decided.who, decided and decided.cause) == ("rank 1", "hang")
+
+
 def test_a_rank_that_waited_for_one_that_has_ended_has_time_to_end_too() -> None:
     members = group(WELL, WORKS, WORKS)
     members[1].idle_s = 40.0
