@@ -7,7 +7,7 @@ Weights to start from in a library's hub are such a place too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cluster_jobs import known
 from deepclust.data.shards.url import is_url
@@ -19,32 +19,42 @@ KIND = "data-places"
 
 
 def places_of(recipe: Recipe) -> list[str]:
-    """Return scheme and host (or bucket) of the URLs of `data.shards`, and a hub of weights.
+    """Return where a run of the recipe would ask: servers of shards, and a hub of weights.
 
-    What is secret in them is left out.
+    Of a URL it is scheme and host (or bucket). What is secret is left out.
     """
+    hub = [name for name in [recipe.init.weights or ""] if name.startswith(HUBS)]
+    return sorted({*_places_of_shards(recipe), *hub})
+
+
+def _places_of_shards(recipe: Recipe) -> set[str]:
     shards = recipe.data.shards
     texts = [redact(one) for one in ([shards] if isinstance(shards, str) else shards)]
     # "zip://a::http://b/c" asks b
-    places = {t if "::" in t else "/".join(t.split("/")[:3]) for t in texts if is_url(t)}
-    return sorted(places | {one for one in [recipe.init.weights or ""] if one.startswith(HUBS)})
+    return {t if "::" in t else "/".join(t.split("/")[:3]) for t in texts if is_url(t)}
 
 
 def remember_places(recipe: Recipe) -> None:
     """Note the places of a recipe that the user has given."""
-    for place in places_of(recipe):
+    _remember(places_of(recipe))
+
+
+def _remember(places: Iterable[str]) -> None:
+    for place in places:
         known.remember(KIND, place)
 
 
 def require_known_places(run: Run, overrides: Sequence[str], remote: bool) -> None:
     """Raise `RecipeError` for data or weights at a place that only a run directory has named.
 
-    `remote`: the user says that it may be read; so does an override of `data.shards`.
+    `remote`: the user says that it may be read. An override of `data.shards` names its own places.
     """
-    if remote or any(word.startswith("data.shards=") for word in overrides):
-        remember_places(run.recipe.replace(*overrides))
-        return
-    unknown = set(places_of(run.recipe)).difference(known.known(KIND))
+    recipe = run.recipe.replace(*overrides) if overrides else run.recipe
+    if remote:
+        remember_places(recipe)
+    elif any(word.startswith("data.shards=") for word in overrides):
+        _remember(_places_of_shards(recipe))
+    unknown = set(places_of(recipe)).difference(known.known(KIND))
     if unknown:
         raise RecipeError(
             f"the data or start weights of {run.path} are at {', '.join(sorted(unknown))}, which "

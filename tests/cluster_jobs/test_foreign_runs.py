@@ -199,6 +199,18 @@ def test_no_place_that_only_a_run_names_is_asked_for_data(
         assert "secret" not in str(caught.value)
 
 
+def test_no_hub_that_only_a_run_names_is_asked_for_weights(
+    tmp_path: Path, no_network: None
+) -> None:
+    run, hub = tmp_path / "run", "init.weights=hf-hub:them/net"
+    create(run, tiny_recipe(Path("/shards")).replace(hub))
+    for overrides in ([], ["data.shards=/mine"]):  # which names its own place alone
+        with pytest.raises(RecipeError, match=r"hf-hub:them/net, which you have not named"):
+            require_known_places(Run(run), overrides, remote=False)
+    remember_places(Run(run).recipe)  # as `pretrain` does with what the user has given
+    require_known_places(Run(run), [], remote=False)
+
+
 def test_a_place_that_the_user_has_named_is_known(tmp_path: Path, no_network: None) -> None:
     run = Run(tmp_path / "run")
     create(run.path, tiny_recipe(Path("/shards")).replace(f"data.shards={FOREIGN}"))
