@@ -154,8 +154,8 @@ def hang(members: list[Member], now: float, policy: Policy) -> Ending | None:
 
     A rank may wait long for another one, which then has signs of life, its end among them. So
     ranks hang when none has any, and the one that has been without for longest is named. While a
-    member cannot be reached its node may be dead, which a scheduler takes `LOSS_S` to say: until
-    then nobody hangs, since the others may wait for that member without a connection to it.
+    member cannot be reached its node may be dead, which a scheduler says after `LOSS_S` at most.
+    Until then nobody hangs: the others may wait for that member without a connection to it.
     """
     limits = f"{policy.hang_key}={policy.hang:g}"
     for member in (m for m in members if not m.is_over):

@@ -48,7 +48,8 @@ def load_weights(backbone: Backbone, source: str) -> str:
         state = dict(load_backbone(path).state_dict())
     else:
         raise DataError(
-            f"init.weights: {path} is neither a run, a checkpoint nor a file of weights"
+            f"init.weights: {source} is neither a run, a checkpoint nor a file of weights. A URL "
+            "is none: download the file. Libraries: torchvision:NAME, timm:NAME, hf-hub:REPOSITORY"
         )
     try:
         backbone.load_state_dict(state)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deepclust import pretrain
+from deepclust.errors import DataError
 from deepclust.methods import METHODS
+from deepclust.models import build_backbone
 from deepclust.models.backbone import Backbone
 from deepclust.run.directory import Run
 from deepclust.run.labels import class_names
 from deepclust.stages.build import build_method
+from deepclust.stages.warm_start import load_weights
 from deepclust.world import ALONE
 from tests.methods.cases import CASES, NAMES_OF
 from tests.tiny import final_weights, tiny_recipe
@@ -78,3 +82,9 @@ def test_labels_go_on_from_a_clustered_backbone_with_head_and_prototypes_new(
                 expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
             np.testing.assert_allclose(value, expected, atol=1e-5)
             assert name not in theirs or not np.array_equal(value, theirs[name])
+
+
+@pytest.mark.parametrize("source", ["https://host/net.pth", "runs/none", "."])
+def test_what_is_no_source_is_named_with_what_would_be_one(source: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"init.weights: {source} is neither a run")):
+        load_weights(build_backbone("conv4", image_size=16), source)
