@@ -216,8 +216,9 @@ def pixels(args: argparse.Namespace, how: str) -> tuple[Any, Any, dict[str, Any]
 
 def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, dict[str, Any]]:
     """Return features of the recipe's network: at random initialisation, or trained."""
-    from cluster_jobs.results.evaluate import fresh_embedder, load_embedder
+    from cluster_jobs.results.evaluate import load_embedder
     from deepclust.run.directory import Run
+    from deepclust.stages.saved import fresh_embedder
 
     wanted = recipe(args, kind, seed)
     if kind == "random":

@@ -125,9 +125,10 @@ def network(
     args: argparse.Namespace, kind: str, count: int, seed: int, index: Any, ids: Any, classes: Any
 ) -> tuple[Any, Any, Any]:
     """Return the recipe, the embedder, and for "supervised" the classifier of features."""
-    from cluster_jobs.results.evaluate import fresh_embedder, load_embedder
+    from cluster_jobs.results.evaluate import load_embedder
     from deepclust.run.checkpoint import load_latest
     from deepclust.run.directory import Run
+    from deepclust.stages.saved import fresh_embedder
 
     wanted = recipe(args, seed)
     if kind == "pixels":
