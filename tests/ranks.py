@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,23 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any, limit: float = 60)
         pipes = [pipe for pipe, _ in _pool()[:size]]
         for rank, pipe in enumerate(pipes):
             pipe.send((rank, size, str(Path(folder, "rendezvous")), limit, work, args))
-        answers = [pipe.recv() for pipe in pipes]
-    for result, error in answers:
-        if error is not None:
-            raise AssertionError(f"a rank failed: {error}") from (
-                result if isinstance(result, Exception) else None
-            )
-    return [result for result, _ in answers]
+        return _results(pipes)
+
+
+def _results(pipes: list[Connection]) -> list[Any]:
+    """Each rank's result, or the error of the first that fails: others may wait for it for ever."""
+    results: dict[Connection, Any] = {}
+    while len(results) < len(pipes):
+        for pipe in wait([pipe for pipe in pipes if pipe not in results]):
+            assert isinstance(pipe, Connection)
+            results[pipe], error = pipe.recv()
+            if error is not None:
+                _end_pool()
+                raised = results[pipe]
+                raise AssertionError(f"a rank failed: {error}") from (
+                    raised if isinstance(raised, Exception) else None
+                )
+    return [results[pipe] for pipe in pipes]
 
 
 @functools.cache
@@ -46,8 +56,15 @@ def _pool() -> list[tuple[Connection, Any]]:
         process = spawn.Process(target=_rank, args=(theirs,), daemon=True)
         process.start()
         ranks.append((ours, process))
-    atexit.register(lambda: [process.terminate() for _, process in ranks])
     return ranks
+
+
+@atexit.register
+def _end_pool() -> None:
+    """End the ranks; the next call starts others."""
+    for _, process in _pool() if _pool.cache_info().currsize else []:
+        process.terminate()
+    _pool.cache_clear()
 
 
 def _rank(pipe: Connection) -> None:

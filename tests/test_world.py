@@ -104,3 +104,16 @@ def test_ranks_wait_for_a_late_one_longer_than_a_collective_may() -> None:
     first, second = on_ranks(2, late, 0.5, limit=0.5)
     assert first[0] < 0.5 < second[0]
     assert second[1] < 0.5 < first[1]
+
+
+def ends(world: World) -> None:
+    """Rank 1 has an error, and the others wait for it, without a time limit."""
+    if world.rank == 1:
+        raise DiskError("full")
+    world.barrier()
+
+
+def test_an_error_of_a_rank_ends_a_test_though_the_others_wait_for_it() -> None:
+    with pytest.raises(AssertionError, match="DiskError: full"):
+        on_ranks(2, ends)
+    assert on_ranks(2, fails, 2) == ["went on"] * 2
