@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster_jobs import cli, doctor
+from cluster_jobs import doctor
+from cluster_jobs.cli import begin
 from cluster_jobs.doctor import places
 from deepclust.errors import ResourceError
 from tests.tiny import deepclust
@@ -117,5 +118,5 @@ def test_a_machine_that_passes_these_tests_is_healthy(tmp_path: Path) -> None:
 def test_something_red_ends_with_exit_code_4_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CHECKS", (("folder", FINDS["folder"]),))
     with pytest.raises(ResourceError, match="red: folder") as caught:
-        cli.doctor(Path("/proc/runs"))
+        begin.doctor(Path("/proc/runs"))
     assert caught.value.exit_code == 4

@@ -1,0 +1,55 @@
+"""Arguments that verbs share, and how a verb prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster_jobs.terminal import visible
+from deepclust.files import path_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDE = 200  # columns of a table where there is no terminal
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="The path of a recipe, or the name of a shipped one."),
+]
+RunOption = Annotated[
+    Path,
+    typer.Option(
+        "--run",
+        help="The run directory to create.",
+        metavar="DIRECTORY",
+        parser=lambda text: path_of(text, "--run"),  # an empty one would be the present folder
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c ...]", help="Keys of the recipe and their new values."),
+]
+Out = Annotated[Path, typer.Option("--out", help="The file to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def examples(*commands: str) -> str:
+    """Return the text under a verb's help."""
+    title = "Example:" if len(commands) == 1 else "Examples:"
+    return "\n\n".join([title, *(f"deepclust {command}" for command in commands)])
+
+
+def print_out(content: Table | str) -> None:
+    """Print a table or text on stdout, as wide as the terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else WIDE).print(content)
+
+
+def log(text: str) -> None:
+    """Write a line to stderr."""
+    sys.stderr.write(visible(text) + "\n")

@@ -1,0 +1,269 @@
+"""Verbs that measure a finished run, label images with it and take it elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster_jobs.cli.common import Json, Out, RunDir, examples, log
+from deepclust.errors import RecipeError
+
+if TYPE_CHECKING:
+    from deepclust.evaluate import Scores
+
+PANEL = "Results"
+verbs = typer.Typer()
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples("evaluate runs/a --train shards/train --test shards/test"),
+)
+def evaluate(
+    run_dir: RunDir,
+    train_shards: Annotated[
+        str, typer.Option("--train", help="The labelled shards, or images, to fit on.")
+    ],
+    test_shards: Annotated[
+        str, typer.Option("--test", help="The labelled shards, or images, to score on.")
+    ],
+    with_: Annotated[
+        str | None,
+        typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the run's frozen network: kNN, linear probe, clusters, prototypes, own classifier."""
+    from cluster_jobs.results.evaluate import evaluate_run
+
+    def show(scores: Scores) -> None:
+        if as_json:
+            typer.echo(json.dumps(scores))
+            return
+        from cluster_jobs.display import scores_line
+
+        for name, values in scores.items():
+            typer.echo(scores_line(name, values))
+
+    names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
+    evaluate_run(run_dir, train_shards, test_shards, names, emit=log, show=show)
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples(
+        "assignments runs/a --out clusters.parquet",
+        "assignments runs/a --folders clusters",
+        "assignments runs/a --out clusters.fiftyone.json",
+    ),
+)
+def assignments(
+    run_dir: RunDir,
+    out: Annotated[Path | None, typer.Option("--out", help="The file to write.")] = None,
+    round_: Annotated[
+        int | None, typer.Option("--round", help="The round; default: the last.")
+    ] = None,
+    folders: Annotated[
+        Path | None, typer.Option("--folders", help="A new folder: one folder of images a cluster.")
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Links to image files (default; shards are extracted).")
+    ] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copies of image files.")] = False,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="fiftyone or label-studio: JSON for it; default: by the suffix."
+        ),
+    ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Compare with the shards, if they are behind URLs.")
+    ] = False,
+) -> None:
+    """Write which image is in which cluster: a table, folders of images, or JSON for a viewer.
+
+    A method without rounds (swav, dino, dac) answers with the weights of its newest checkpoint.
+    """
+    from cluster_jobs.results import assignments, viewers
+    from cluster_jobs.results import folders as of_images
+
+    if out is None and folders is None:
+        raise RecipeError("give --out FILE.parquet or .csv, --folders DIRECTORY, or both")
+    if link and copy:
+        raise RecipeError("give --link or --copy, not both")
+    if (link or copy) and folders is None:
+        raise RecipeError("--link and --copy belong to --folders DIRECTORY")
+    if format_ is not None and out is None:
+        raise RecipeError(f"--format {format_} needs --out FILE.json")
+    if out is not None:
+        format_ = format_ or viewers.form_of(out)
+    if out is not None and format_ is None:
+        assignments.export_assignments(run_dir, out, round_, remote=remote, emit=log)
+    elif out is not None and format_ is not None:
+        viewers.write_json_of(run_dir, out, format_, round_, remote=remote, emit=log)
+    if out is not None:
+        log(f"wrote {out}")
+    if folders is not None:
+        how = "link" if link else "copy" if copy else None
+        count = of_images.write_folders(run_dir, folders, how, round_, remote=remote, emit=log)
+        log(f"wrote {folders}: {count} images")
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples("duplicates runs/a --out duplicates.csv --similarity 0.9"),
+)
+def duplicates(
+    run_dir: RunDir,
+    out: Out,
+    similarity: Annotated[
+        float, typer.Option(help="The smallest cosine of features of near duplicates.")
+    ] = 0.95,
+    deviations: Annotated[
+        float, typer.Option(help="Standard deviations that make an outlier of its cluster.")
+    ] = 4.0,
+    as_json: Json = False,
+) -> None:
+    """Write near duplicates and outliers, from the features of the last round."""
+    from cluster_jobs.display import Display
+    from cluster_jobs.results.duplicates import write_duplicates
+
+    with Display() as display:
+        counts = write_duplicates(run_dir, out, similarity, deviations, emit=log, show=display)
+    if as_json:
+        typer.echo(json.dumps(counts))
+    log(
+        f"wrote {out}: {counts['duplicates']} near duplicates in {counts['groups']} groups, "
+        f"{counts['outliers']} outliers of {counts['images']} images"
+    )
+
+
+Images = Annotated[
+    str, typer.Option("--data", help="Shards, a folder of images, or a list of them.")
+]
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples(
+        "embed runs/a --data photos --out features",
+        "embed net.safetensors --data shards --out features --dtype float32",
+        "embed runs/a --data shards --out whitened --whiten --format parquet",
+    ),
+)
+def embed(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|WEIGHTS", help="A run, or an exported backbone.")
+    ],
+    data: Images,
+    out: Annotated[Path, typer.Option("--out", help="The new folder for the features.")],
+    layer: Annotated[
+        str | None,
+        typer.Option(help="A module of the backbone, averaged over places; default: the features."),
+    ] = None,
+    whiten: Annotated[
+        bool, typer.Option("--whiten", help="Whitened unit rows, as the last round clustered them.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    format_: Annotated[str, typer.Option("--format", help="npy or parquet.")] = "npy",
+    as_json: Json = False,
+) -> None:
+    """Write features of any images, by sample id, with their keys and paths.
+
+    Given again, the command goes on where it was stopped.
+    """
+    from cluster_jobs.display import Display
+    from cluster_jobs.results.embed import EmbedOptions
+    from cluster_jobs.results.embed import embed as embed_images
+
+    options = EmbedOptions(layer, whiten, dtype, format_)
+    with Display() as display:
+        manifest = embed_images(source, data, out, options, emit=log, show=display)
+    if as_json:
+        typer.echo(json.dumps(manifest))
+    n, dim = manifest["shape"]
+    log(f"wrote {out}: {n} rows of {dim} numbers, {manifest['excluded']} without an image")
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples(
+        "predict runs/a --data new_photos --out clusters.csv",
+        "predict runs/a --data shards --out clusters.parquet --round 3",
+    ),
+)
+def predict(
+    run_dir: RunDir,
+    data: Images,
+    out: Out,
+    round_: Annotated[
+        int | None, typer.Option("--round", help="The round; default: the last.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the cluster of images that the run has never seen, as Parquet or CSV.
+
+    Columns: cluster, distance, second-best cluster and margin, and the class where seeds give one.
+    """
+    from cluster_jobs.display import Display
+    from cluster_jobs.results.predict import predict as predict_images
+
+    with Display() as display:
+        counts = predict_images(run_dir, data, out, round_, emit=log, show=display)
+    if as_json:
+        typer.echo(json.dumps(counts))
+    log(
+        f"wrote {out}: {counts['images']} images in {counts['used']} of {counts['k']} clusters, "
+        f"{counts['excluded']} without an image that can be read"
+    )
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples(
+        "export runs/a --format torchvision --out resnet50.pth",
+        "export runs/a --out net.onnx",
+        "export runs/a --format hf --out my-backbone",
+    ),
+)
+def export(
+    run_dir: RunDir,
+    out: Out,
+    format_: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="torchvision, safetensors, timm, hf (a folder), onnx or torch-export; default: "
+            "by the suffix.",
+        ),
+    ] = None,
+) -> None:
+    """Write the backbone of the newest checkpoint, and compare the file with it."""
+    from cluster_jobs.results.evaluate import export_run
+
+    exported = export_run(run_dir, out, format_, emit=log)
+    log(f"wrote {exported.path} ({exported.hash})\n{exported.usage}")
+
+
+@verbs.command(
+    rich_help_panel=PANEL, epilog=examples("report runs/a", "report runs/a --out report.html")
+)
+def report(
+    run_dir: RunDir,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file; default: RUN/report.html.")
+    ] = None,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Read images behind URLs too, which the recipe names.")
+    ] = False,
+) -> None:
+    """Write one static HTML page: curves, clusters, images."""
+    from cluster_jobs.report import write_report
+    from deepclust.files import target_of
+
+    file = target_of(out) if out else run_dir / "report.html"
+    write_report(run_dir, file, remote=remote)
+    log(f"wrote {out or file}")
