@@ -17,7 +17,6 @@ Rows run one after another in separate processes, and finished ones are kept in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -87,8 +86,7 @@ def row_file(args: argparse.Namespace, row: str) -> Path:
 
 def key(args: argparse.Namespace, row: str) -> str:
     """Return eight digits for the recipe of a row without its labels and seed."""
-    text = recipe(args, row.split(":")[0], 0, Path("labels.csv")).dump()
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return quality.digits(recipe(args, row.split(":")[0], 0, Path("labels.csv")))
 
 
 def recipe(args: argparse.Namespace, kind: str, seed: int, labels: Path) -> Any:

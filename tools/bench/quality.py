@@ -11,7 +11,8 @@ crops counted: a method with two crops of each image trains for half the epochs 
 
 Rows run one after another, each in a separate process. Finished rows are kept in --out, so the
 command can be stopped and given again. The names of rows and runs end in a hash of the resolved
-recipe, so that those of a changed recipe never mix. Every row has the same evaluators
+recipe, so that those of a changed recipe never mix. A new key of the recipe with a default, which
+means "as before", keeps them. Every row has the same evaluators
 (deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has one cluster
 for each class, on features whitened as in the recipe and, spherical, on unit rows of features as
 they are. Its scores are means of 10 starts. "shuffled" is the whole pipeline, with each round's
@@ -120,7 +121,13 @@ def arguments() -> argparse.Namespace:
 
 def recipe_key(args: argparse.Namespace, row: str) -> str:
     """Return eight digits for what a row's seeds share: the resolved recipe at seed 0."""
-    text = recipe(args, parts(row)[0], 0).dump()
+    return digits(recipe(args, parts(row)[0], 0))
+
+
+def digits(recipe: Any) -> str:
+    """Return eight digits for what a recipe sets to something else than the default."""
+    given = recipe.model_dump(mode="json", exclude_defaults=True)
+    text = json.dumps([recipe.method.name, given], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 

@@ -17,7 +17,6 @@ finished rows are kept in --out.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -78,7 +77,7 @@ def recipe(args: argparse.Namespace, seed: int, *more: str) -> Any:
 
 def key(args: argparse.Namespace) -> str:
     """Eight digits for the recipe at seed 0, in the names of rows and runs."""
-    return hashlib.blake2b(recipe(args, 0).dump().encode(), digest_size=4).hexdigest()
+    return quality.digits(recipe(args, 0))
 
 
 def row_file(args: argparse.Namespace, row: str) -> Path:
