@@ -13,6 +13,7 @@ import jinja2
 
 from cluster_jobs.report.charts import charts, reliability
 from cluster_jobs.report.checks import checks
+from cluster_jobs.report.cost import cost
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import gallery
 from deepclust.errors import RecipeError
@@ -39,6 +40,7 @@ def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
         charts=charts(run, facts),
         reliability=reliability(facts.answered),
         gallery=gallery(run, remote=remote),
+        cost=cost(run),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
     write_text(out, page)
@@ -55,7 +57,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, percent=percent)
+    environment.filters.update(number=number, percent=percent, duration=duration)
     return environment.get_template("page.html")
 
 
@@ -64,6 +66,16 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 0.4 s, 12 s, 5 min 3 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def percent(share: float | None) -> str:

@@ -19,6 +19,7 @@ from deepclust.run.directory import Run
 from deepclust.run.round_files import read_assignments
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#c8701c", "#2b8a6b", "#8a94a3"
+COLOURS = (BLUE, ORANGE, GREEN, "#8d4a9e", "#b0343c", "#5d6b2f", "#1d8ca3", GREY)
 STYLE: Any = {  # Any: matplotlib types the keys one by one, in new versions only
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "svg.hashsalt": "deepclust",  # the same run gives the same bytes
@@ -44,15 +45,20 @@ ANSWERS = (  # scalars of the metrics that tell of a collapse, and their short n
     ("prototypes_used", "used"),
 )
 MOST_POINTS = 600  # of a curve; more are averaged in runs of equal length
+MOST_ROWS = 30  # of the table of a curve
+
+Curve = tuple[str, np.ndarray, np.ndarray]  # name, x [n], y [n]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel: what it shows, how to read it, and its SVG."""
+    """A panel: what it shows, how to read it, its SVG, and the same numbers as a table."""
 
     title: str
     reading: str
     svg: Markup
+    columns: list[str]
+    rows: list[list[str]]
 
 
 def charts(run: Run, facts: Facts) -> list[Chart]:
@@ -66,18 +72,14 @@ def _loss(facts: Facts) -> Chart | None:
     if not facts.train:
         return None
     steps, losses = (_column(facts.train, name) for name in ("step", "loss"))
-    guess = facts.guess
 
-    def draw(axes: Axes) -> None:
-        axes.plot(_thin(steps), _thin(losses), color=BLUE, label="loss")
-        axes.axhline(guess, color=GREY, linestyle="--", linewidth=1.2, label="a guess")
-        axes.set_xlabel("step")
-        _legend(axes)
+    def line(axes: Axes) -> None:
+        axes.axhline(facts.guess, color=GREY, linestyle="--", linewidth=1.2, label="a guess")
 
     reading = "It should fall well below the dashed line."
     if (refresh := facts.recipe.method.round) is not None and refresh.resets:
         reading = "It falls within a round, and jumps at each new one, because the head is new."
-    return Chart("Training loss", reading, _svg(draw))
+    return _curves("Training loss", reading, "step", [("loss", steps, losses)], line)
 
 
 def _answers(facts: Facts) -> Chart | None:
@@ -86,17 +88,10 @@ def _answers(facts: Facts) -> Chart | None:
     if not known:
         return None
     steps = _column(facts.train, "step")
-
-    def draw(axes: Axes) -> None:
-        for (key, name), colour in zip(known, (BLUE, ORANGE, GREEN, GREY), strict=False):
-            axes.plot(_thin(steps), _thin(_column(facts.train, key)), color=colour, label=name)
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel("step")
-        _legend(axes)
-
+    curves = [(name, steps, _column(facts.train, key)) for key, name in known]
     reading = "A collapse is a spread near 0, or an entropy of the mean target near 0"
     reading += ", or a mean entropy that stays at 1. Entropies are shares of ln k."
-    return Chart("Signs of collapse", reading, _svg(draw))
+    return _curves("Signs of collapse", reading, "step", curves, _as_shares)
 
 
 def reliability(answered: Answered | None) -> Chart | None:
@@ -111,14 +106,11 @@ def reliability(answered: Answered | None) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated")
-        axes.plot(sure, right, marker="o", color=BLUE, label="right")
         axes.set_xlim(-0.02, 1.02)
-        axes.set_ylim(-0.02, 1.02)
-        axes.set_xlabel("confidence")
-        _legend(axes)
+        _as_shares(axes)
 
     reading = "Share of right answers by confidence: below the dashed line they are too sure."
-    return Chart("Calibration", reading, _svg(draw))
+    return _curves("Calibration", reading, "confidence", [("right", sure, right)], draw)
 
 
 def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:
@@ -169,18 +161,63 @@ def _lines(
     if not known:
         return None
     numbers = _column(rounds, "round")
+    curves = [(name, numbers, _column(rounds, key)) for key, name in known]
+    return _curves(title, reading, "round", curves, _as_shares if shares else None)
+
+
+def _curves(
+    title: str,
+    reading: str,
+    x: str,
+    curves: list[Curve],
+    more: Callable[[Axes], None] | None = None,
+) -> Chart:
+    """Return a panel of curves over `x`, points where they are few; `more` draws what else."""
+    curves = [(name, _thin(xs), _thin(ys)) for name, xs, ys in curves]
 
     def draw(axes: Axes) -> None:
-        for (key, name), colour in zip(known, (BLUE, ORANGE, GREEN), strict=False):
-            axes.plot(numbers, _column(rounds, key), marker="o", color=colour, label=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("round")
-        if shares:
-            axes.set_ylim(-0.02, 1.02)
-        if len(known) > 1:
+        for (name, xs, ys), colour in zip(curves, COLOURS, strict=False):
+            axes.plot(xs, ys, marker="o" if len(xs) <= 40 else "", color=colour, label=name)
+        _ticks(axes, np.concatenate([xs[np.isfinite(ys)] for _, xs, ys in curves]))
+        axes.set_xlabel(x)
+        if more is not None:
+            more(axes)
+        if len(axes.get_lines()) > 1:
             _legend(axes)
 
-    return Chart(title, reading, _svg(draw))
+    return Chart(title, reading, _svg(draw), *_table(x, curves))
+
+
+def _table(x: str, curves: list[Curve]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of a table of curves: by curve where their x differ."""
+    _, first, _ = curves[0]
+    if all(np.array_equal(first, xs) for _, xs, _ in curves):
+        columns = [_thin(values, MOST_ROWS) for values in (first, *(ys for _, _, ys in curves))]
+        rows = [[_shown(value) for value in row] for row in zip(*columns, strict=True)]
+        return [x, *(name for name, _, _ in curves)], rows
+    short = ((name, _thin(xs, MOST_ROWS), _thin(ys, MOST_ROWS)) for name, xs, ys in curves)
+    rows = [
+        [name, _shown(a), _shown(b)] for name, xs, ys in short for a, b in zip(xs, ys, strict=True)
+    ]
+    return ["", x, "value"], rows
+
+
+def _shown(value: float) -> str:
+    """Return a number of a table with four digits, or a dash for NaN."""
+    return "–" if np.isnan(value) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _ticks(axes: Axes, xs: np.ndarray) -> None:
+    """Mark whole numbers alone on an axis of steps or rounds, and one place as just that."""
+    if len(np.unique(xs)) == 1:
+        axes.set_xticks([float(xs[0])], [f"{xs[0]:g}"])
+    elif np.array_equal(xs, np.round(xs)):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _as_shares(axes: Axes) -> None:
+    """Let the axis go from 0 to 1."""
+    axes.set_ylim(-0.02, 1.02)
 
 
 def _sizes(run: Run, facts: Facts) -> Chart | None:
@@ -191,8 +228,10 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
     sizes = np.bincount(assignments[assignments >= 0], minlength=k)
     wide = sizes.max() > 20 * max(1, np.median(sizes))
 
+    edges = bin_edges(sizes, wide)
+
     def draw(axes: Axes) -> None:
-        axes.hist(sizes, bin_edges(sizes, wide).tolist(), color=BLUE, alpha=0.85)
+        axes.hist(sizes, edges.tolist(), color=BLUE, alpha=0.85)
         axes.axvline(sizes.mean(), color=ORANGE, linestyle="--", linewidth=1.2, label="even share")
         axes.set_xscale("log" if wide else "linear")
         axes.set_xlabel("images in a cluster")
@@ -203,7 +242,13 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
     reading = (
         f"Of round {number}{head}: {sizes.min():,} to {sizes.max():,} images in each of {k:,}."
     )
-    return Chart("Cluster sizes", reading, _svg(draw))
+    counts, _ = np.histogram(sizes, edges)
+    rows = [
+        [f"{np.ceil(low):,.0f} to {np.ceil(high) - 1:,.0f}", f"{count:,}"]
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+        if count
+    ]
+    return Chart("Cluster sizes", reading, _svg(draw), ["images in a cluster", "clusters"], rows)
 
 
 def _legend(axes: Axes) -> None:
@@ -225,8 +270,9 @@ def _column(records: list[Record], key: str) -> np.ndarray:
     return np.array([r.get(key) for r in records], dtype=np.float64)
 
 
-def _thin(values: np.ndarray) -> np.ndarray:
-    parts = np.array_split(values, min(len(values), MOST_POINTS))
+def _thin(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
+    """Return at most so many values: means of runs of equal length."""
+    parts = np.array_split(values, min(len(values), most))
     return np.array([part.mean() for part in parts])
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from cluster_jobs import cli
 from cluster_jobs.report import write_report
-from cluster_jobs.report.charts import bin_edges
+from cluster_jobs.report.charts import Chart, _curves, bin_edges, charts
+from cluster_jobs.report.cost import by_stage, cost
+from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import choose, gallery
 from deepclust.errors import DataError, RecipeError
 from deepclust.files import read_json, write_json
@@ -74,7 +76,9 @@ def test_the_page_shows_what_the_run_is_and_did(run: Path) -> None:
     fingerprint = manifest(run / "rounds" / "0002" / "assignments")["inputs"]["data"]
     for words in ("first-run", "SUCCEEDED", "resnet18_small", fingerprint, "Training loss"):
         assert words in text
-    assert text.count('<th scope="row">') == 3 + 4  # three rounds, four scores
+    rounds, scores = (text.split(f"<h2>{name}")[1] for name in ("Rounds", "Evaluations"))
+    for part, count in ((rounds, 3), (scores, 4)):
+        assert part.split("</section>")[0].count('<th scope="row">') == count
     assert "0.8765" in text
 
 
@@ -380,3 +384,37 @@ def test_a_damaged_table_of_an_evaluation_is_named(run: Path) -> None:
         write_json(file, record)
         with pytest.raises(DataError, match="scores of 'classifier' are no numbers"):
             page(run)
+
+
+def test_the_page_gives_a_curve_as_a_table_too_and_one_round_as_one_place(run: Path) -> None:
+    panels = {chart.title: chart for chart in charts(Run(run), gather(Run(run)))}
+    balance = panels["Balance"]
+    assert balance.columns == ["round", "entropy", "largest share"]
+    assert [row[0] for row in balance.rows] == ["0", "1", "2"]
+    sizes = panels["Cluster sizes"]
+    k = Run(run).recipe.clustering.k
+    assert sum(int(count.replace(",", "")) for _, count in sizes.rows) == k
+    one = panels["Agreement with the previous round"]
+    assert "0.9" not in re.sub(r"<[^>]*>", "", str(_one_place(one)))
+
+
+def _one_place(chart: Chart) -> str:
+    """Return a panel of the first point alone."""
+    curve = ("NMI", np.array([0.0, 1.0]), np.array([np.nan, 0.5]))
+    return str(_curves(chart.title, "", "round", [curve], None).svg)
+
+
+def test_the_page_says_what_each_stage_took(run: Path) -> None:
+    took = cost(Run(run))
+    assert took is not None
+    assert took.seconds == pytest.approx(sum(seconds for _, seconds in took.stages))
+    events = [
+        {"attempt": 1, "time": 0.0, "event": "started"},
+        {"attempt": 1, "time": 2.0, "event": "checkpoint", "step": 0},
+        {"attempt": 1, "time": 5.0, "event": "extracted"},
+        {"attempt": 1, "time": 6.0, "event": "training"},
+        {"attempt": 1, "time": 16.0, "event": "checkpoint", "step": 9},
+        {"attempt": 2, "time": 99.0, "event": "started"},
+        {"attempt": 2, "time": 100.0, "event": "finished"},
+    ]
+    assert by_stage(events) == {"start": 2, "extraction": 3, "other": 2, "training": 10}
