@@ -249,21 +249,29 @@ def export(
 
 
 @verbs.command(
-    rich_help_panel=PANEL, epilog=examples("report runs/a", "report runs/a --out report.html")
+    rich_help_panel=PANEL,
+    epilog=examples("report runs/a", "report runs/k=50 runs/k=100 runs/k=200 --out k.html"),
 )
 def report(
-    run_dir: RunDir,
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run; several: a page compares them.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The file; default: RUN/report.html.")
+        Path | None,
+        typer.Option("--out", help="The file; default: RUN/report.html, of several report.html."),
     ] = None,
     remote: Annotated[
         bool, typer.Option("--remote", help="Read images behind URLs too, which the recipe names.")
     ] = False,
 ) -> None:
-    """Write one static HTML page: curves, clusters, images."""
-    from cluster_jobs.report import write_report
+    """Write one static HTML page: curves, clusters, images; or several runs side by side."""
+    from cluster_jobs.report import write_comparison, write_report
     from deepclust.files import target_of
 
-    file = target_of(out) if out else run_dir / "report.html"
-    write_report(run_dir, file, remote=remote)
+    several = len(run_dirs) > 1
+    file = target_of(out or Path("report.html" if several else run_dirs[0] / "report.html"))
+    if several:
+        write_comparison(run_dirs, file)
+    else:
+        write_report(run_dirs[0], file, remote=remote)
     log(f"wrote {out or file}")

@@ -6,6 +6,7 @@ the images of the gallery. Where something is missing, a sentence says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import jinja2
 
 from cluster_jobs.report.charts import charts, reliability
 from cluster_jobs.report.checks import checks
+from cluster_jobs.report.compare import compare
 from cluster_jobs.report.cost import cost
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import gallery
@@ -29,12 +31,10 @@ def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
     Raises `RecipeError` when `run_dir` is not a run, or for another suffix than .html. Raises
     `DiskError` when `out` cannot be written.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise RecipeError(f"cannot write {out}: the report is one HTML page; name it *.html")
+    out = _page_path(out)
     run = open_run(run_dir)
     facts = gather(run)
-    page = _template().render(
+    page = _template("page.html").render(
         facts=facts,
         checks=checks(facts),
         charts=charts(run, facts),
@@ -47,8 +47,25 @@ def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
     return out
 
 
-def _template() -> jinja2.Template:
-    """Return the template of the page, which escapes every value."""
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the page that compares runs, as `write_report` does one.
+
+    Raises `RecipeError` also where a run is given twice, or too many are.
+    """
+    out = _page_path(out)
+    write_text(out, _template("compare.html").render(**vars(compare(run_dirs))))
+    return out
+
+
+def _page_path(out: Path) -> Path:
+    """Return the path of a page, if its suffix says that it is one."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RecipeError(f"cannot write {out}: the report is one HTML page; name it *.html")
+    return out
+
+
+def _template(name: str) -> jinja2.Template:
+    """Return the template of a page, which escapes every value."""
     # class names and keys may be hostile: they come with the shards
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cluster_jobs.report", "."),
@@ -58,7 +75,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, percent=percent, duration=duration)
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def number(value: float | None, digits: int = 3) -> str:

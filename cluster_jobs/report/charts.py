@@ -79,7 +79,7 @@ def _loss(facts: Facts) -> Chart | None:
     reading = "It should fall well below the dashed line."
     if (refresh := facts.recipe.method.round) is not None and refresh.resets:
         reading = "It falls within a round, and jumps at each new one, because the head is new."
-    return _curves("Training loss", reading, "step", [("loss", steps, losses)], line)
+    return curves_chart("Training loss", reading, "step", [("loss", steps, losses)], line)
 
 
 def _answers(facts: Facts) -> Chart | None:
@@ -91,7 +91,7 @@ def _answers(facts: Facts) -> Chart | None:
     curves = [(name, steps, _column(facts.train, key)) for key, name in known]
     reading = "A collapse is a spread near 0, or an entropy of the mean target near 0"
     reading += ", or a mean entropy that stays at 1. Entropies are shares of ln k."
-    return _curves("Signs of collapse", reading, "step", curves, _as_shares)
+    return curves_chart("Signs of collapse", reading, "step", curves, _as_shares)
 
 
 def reliability(answered: Answered | None) -> Chart | None:
@@ -110,7 +110,7 @@ def reliability(answered: Answered | None) -> Chart | None:
         _as_shares(axes)
 
     reading = "Share of right answers by confidence: below the dashed line they are too sure."
-    return _curves("Calibration", reading, "confidence", [("right", sure, right)], draw)
+    return curves_chart("Calibration", reading, "confidence", [("right", sure, right)], draw)
 
 
 def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:
@@ -162,10 +162,10 @@ def _lines(
         return None
     numbers = _column(rounds, "round")
     curves = [(name, numbers, _column(rounds, key)) for key, name in known]
-    return _curves(title, reading, "round", curves, _as_shares if shares else None)
+    return curves_chart(title, reading, "round", curves, _as_shares if shares else None)
 
 
-def _curves(
+def curves_chart(
     title: str,
     reading: str,
     x: str,
@@ -211,7 +211,7 @@ def _ticks(axes: Axes, xs: np.ndarray) -> None:
     """Mark whole numbers alone on an axis of steps or rounds, and one place as just that."""
     if len(np.unique(xs)) == 1:
         axes.set_xticks([float(xs[0])], [f"{xs[0]:g}"])
-    elif np.array_equal(xs, np.round(xs)):
+    elif len(xs) and np.array_equal(xs, np.round(xs)):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

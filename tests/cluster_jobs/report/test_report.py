@@ -14,7 +14,7 @@ import pytest
 
 from cluster_jobs import cli
 from cluster_jobs.report import write_report
-from cluster_jobs.report.charts import Chart, _curves, bin_edges, charts
+from cluster_jobs.report.charts import Chart, bin_edges, charts, curves_chart
 from cluster_jobs.report.cost import by_stage, cost
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import choose, gallery
@@ -401,7 +401,7 @@ def test_the_page_gives_a_curve_as_a_table_too_and_one_round_as_one_place(run: P
 def _one_place(chart: Chart) -> str:
     """Return a panel of the first point alone."""
     curve = ("NMI", np.array([0.0, 1.0]), np.array([np.nan, 0.5]))
-    return str(_curves(chart.title, "", "round", [curve], None).svg)
+    return str(curves_chart(chart.title, "", "round", [curve], None).svg)
 
 
 def test_the_page_says_what_each_stage_took(run: Path) -> None:
