@@ -273,5 +273,5 @@ def report(
     if several:
         write_comparison(run_dirs, file)
     else:
-        write_report(run_dirs[0], file, remote=remote)
+        write_report(run_dirs[0], file, remote=remote, emit=log)
     log(f"wrote {out or file}")

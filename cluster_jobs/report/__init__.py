@@ -1,4 +1,4 @@
-"""`deepclust report`: a run as one static HTML page that needs no server, network or script.
+"""`deepclust report`: a run as one static HTML page that needs no server or network.
 
 The page shows what is in the run directory. The only other files that are read are the shards, for
 the images of the gallery. Where something is missing, a sentence says so.
@@ -6,7 +6,7 @@ the images of the gallery. Where something is missing, a sentence says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -17,16 +17,19 @@ from cluster_jobs.report.checks import checks
 from cluster_jobs.report.compare import compare
 from cluster_jobs.report.cost import cost
 from cluster_jobs.report.facts import gather
-from cluster_jobs.report.gallery import gallery
+from cluster_jobs.report.gallery import Gallery, gallery
 from deepclust.errors import RecipeError
 from deepclust.files import write_text
 from deepclust.run.directory import open_run
 
 
-def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
+def write_report(
+    run_dir: Path, out: Path, *, remote: bool = False, emit: Callable[[str], None] | None = None
+) -> Path:
     """Write the page about a run in any state to `out` atomically, and return `out`.
 
-    `remote`: read the images of the gallery also where they are behind a URL.
+    `remote`: read the images of the gallery also where they are behind a URL. `emit` gets a
+    sentence about images that the page lacks.
 
     Raises `RecipeError` when `run_dir` is not a run, or for another suffix than .html. Raises
     `DiskError` when `out` cannot be written.
@@ -34,17 +37,30 @@ def write_report(run_dir: Path, out: Path, *, remote: bool = False) -> Path:
     out = _page_path(out)
     run = open_run(run_dir)
     facts = gather(run)
+    images = gallery(run, remote=remote)
     page = _template("page.html").render(
         facts=facts,
         checks=checks(facts),
         charts=charts(run, facts),
         reliability=reliability(facts.answered),
-        gallery=gallery(run, remote=remote),
+        gallery=images,
         cost=cost(run),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
     write_text(out, page)
+    for text in _lacks(images):
+        if emit is not None:
+            emit(text)
     return out
+
+
+def _lacks(images: Gallery) -> list[str]:
+    """Return a warning for pictures that the page should have."""
+    if images.failed:
+        return [f"warning: {images.note}"]
+    if images.browser is not None and (count := images.browser.missing):
+        return [f"warning: {count:,} images that the page should show cannot be decoded"]
+    return []
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:

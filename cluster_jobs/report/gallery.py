@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
 
+from cluster_jobs.report.browser import Browser, browse
 from cluster_jobs.results.assignments import open_clustered
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.image_files import open_images
@@ -60,6 +61,8 @@ class Gallery:
 
     groups: list[tuple[str, list[Card]]]
     note: str = ""
+    browser: Browser | None = None
+    failed: bool = False  # whether the note is an error
 
     @property
     def labelled(self) -> bool:
@@ -80,23 +83,23 @@ def gallery(run: Run, *, remote: bool = False) -> Gallery:
         return Gallery([], "The images of the clusters appear here after the first round.")
     try:
         with open_clustered(run, rounds[-1], only_read=True) as index:
-            return Gallery(_groups(run, rounds[-1], index))
+            return _gallery(run, rounds[-1], index)
     except Exception as error:  # a report without images is better than none
-        return Gallery([], f"The images cannot be shown: {error}")
+        return Gallery([], f"The images cannot be shown: {error}", failed=True)
 
 
-def _groups(run: Run, number: int, index: Index) -> list[tuple[str, list[Card]]]:
-    stage = run.round(number) / "assignments"
+def _gallery(run: Run, number: int, index: Index) -> Gallery:
     assignments = read_assignments(run, number)[0]
-    distances = read_array(stage, "distances.npy", dims=2)[0]
+    distances = read_array(run.round(number) / "assignments", "distances.npy", dims=2)[0]
     sizes = np.bincount(assignments[assignments >= 0])
     classes = seeded_classes(run, number)
     seeds = [None] * len(sizes) if classes is None else classes.tolist()
     most = run.recipe.data.max_pixels
-    return [
+    groups = [
         (title, [_card(index, int(i), seeds[i], assignments, distances, most) for i in chosen])
         for title, chosen in choose(sizes, seed=number).items()
     ]
+    return Gallery(groups, browser=browse(index, assignments, distances, seeds, most))
 
 
 def choose(sizes: Int64[np.ndarray, " k"], seed: int) -> dict[str, Int64[np.ndarray, " c"]]:

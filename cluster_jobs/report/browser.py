@@ -1,0 +1,163 @@
+"""All clusters of the last round, for the page to filter and sort, and the cluster of every key.
+
+Each cluster has its size, most frequent class, purity and tightness, the images nearest to its
+centroid, and those furthest from it. The page draws a few clusters at a time (browser.js). What is
+in it is bounded: thumbnails, clusters and keys, and a sentence says what was left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+from PIL import Image
+
+from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.read.image_files import open_images
+from deepclust.data.shards.index import Index
+
+MOST_IMAGES = 6000  # in all, some 1.4 KB each
+MOST_CLUSTERS = 2000
+MOST_KEYS = 200_000
+SIDE = 48  # pixels
+FEWEST, MOST = 2, 12  # images of a cluster, of which a third are the furthest
+
+
+@dataclass(frozen=True)
+class Browser:
+    """The clusters as the page's script takes them, the keys by sample, and what was left out."""
+
+    clusters: list[dict[str, Any]]
+    keys: dict[str, list[Any]] | None
+    note: str = ""
+    missing: int = 0  # images that could not be read
+
+    @property
+    def labelled(self) -> bool:
+        """Whether clusters have a most frequent class."""
+        return any(cluster["purity"] is not None for cluster in self.clusters)
+
+
+@dataclass
+class _Order:
+    """Sample ids by cluster, the nearest to the centroid first."""
+
+    assignments: Int32[np.ndarray, " n"]
+    distances: Float32[np.ndarray, " n"]
+    ids: Int64[np.ndarray, " n"] = field(init=False)
+    starts: Int64[np.ndarray, " k1"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = np.lexsort((self.distances, self.assignments))
+        k = int(self.assignments.max(initial=-1)) + 1
+        self.starts = np.searchsorted(self.assignments[self.ids], np.arange(k + 1))
+
+    def members(self, cluster: int) -> Int64[np.ndarray, " m"]:
+        return self.ids[self.starts[cluster] : self.starts[cluster + 1]]
+
+
+def browse(
+    index: Index,
+    assignments: Int32[np.ndarray, " n"],
+    distances: Float32[np.ndarray, " n"],
+    seeds: list[str | None],
+    max_pixels: int,
+) -> Browser:
+    """Return the largest clusters with their images, and the cluster of each key."""
+    order = _Order(assignments, distances)
+    sizes = np.diff(order.starts)
+    shown = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)][:MOST_CLUSTERS]
+    each = int(np.clip(MOST_IMAGES // max(1, len(shown)), FEWEST, MOST))
+    clusters, missing = [], 0
+    with _Reader(index, max_pixels) as reader:
+        for cluster in shown.tolist():
+            members = order.members(cluster)
+            record = _record(index, cluster, members, distances, seeds)
+            far = min(each // 3, max(0, len(members) - each))
+            record["near"] = reader.thumbnails(members[: each - far])
+            record["far"] = reader.thumbnails(members[::-1][:far])
+            clusters.append(record)
+        missing = reader.missing
+    return Browser(clusters, _keys(index, assignments), _note(index, sizes, len(shown)), missing)
+
+
+def _record(
+    index: Index,
+    cluster: int,
+    members: Int64[np.ndarray, " m"],
+    distances: Float32[np.ndarray, " n"],
+    seeds: list[str | None],
+) -> dict[str, Any]:
+    """Return the numbers of a cluster; None where there are no labels."""
+    labels = np.zeros(0, np.int64) if index.labels is None else index.labels[members]
+    labels = labels[labels >= 0]
+    counts = np.bincount(labels) if len(labels) else np.zeros(0, np.int64)
+    name = None
+    if len(counts):
+        most = int(counts.argmax())
+        name = index.class_names[most] if index.class_names else f"class {most}"
+    return {
+        "id": cluster,
+        "size": len(members),
+        "class": name,
+        "purity": round(float(counts.max() / len(labels)), 4) if len(counts) else None,
+        "distance": round(float(np.nanmean(distances[members])), 4),
+        "seed": seeds[cluster] if cluster < len(seeds) else None,
+    }
+
+
+class _Reader:
+    """Reads images of an index and makes them small; counts those that cannot be read."""
+
+    def __init__(self, index: Index, max_pixels: int) -> None:
+        self.index, self.max_pixels, self.missing = index, max_pixels, 0
+
+    def __enter__(self) -> _Reader:
+        self.files = open_images(self.index, patience_s=2.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.files.close()
+
+    def thumbnails(self, sample_ids: Int64[np.ndarray, " m"]) -> list[list[str]]:
+        """Return a key and a data URI for each image that can be read."""
+        made = []
+        for sample_id in sample_ids.tolist():
+            where = self.index.locate(np.array([sample_id]))
+            try:
+                pixels = decode(self.files.read(*(int(c[0]) for c in where)), self.max_pixels)
+            except DecodeError:
+                self.missing += 1
+                continue
+            made.append([self.index.keys[sample_id], _uri(pixels.permute(1, 2, 0).numpy())])
+        return made
+
+
+def _uri(pixels: np.ndarray) -> str:
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(buffer, "JPEG", quality=72)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _keys(index: Index, assignments: Int32[np.ndarray, " n"]) -> dict[str, list[Any]] | None:
+    """Return all keys and their clusters, or None where they are too many for a page."""
+    if len(index) > MOST_KEYS:
+        return None
+    return {"keys": [index.keys[i] for i in range(len(index))], "clusters": assignments.tolist()}
+
+
+def _note(index: Index, sizes: Int64[np.ndarray, " k"], shown: int) -> str:
+    """Return what is not on the page, and where it is."""
+    used, parts = int(np.count_nonzero(sizes)), []
+    if used > shown:
+        parts.append(f"The {shown:,} largest of {used:,} clusters are here.")
+    if len(index) > MOST_KEYS:
+        parts.append(f"{len(index):,} keys are too many to search here.")
+    if parts:
+        parts.append("`deepclust assignments` writes them all.")
+    return " ".join(parts)
