@@ -16,6 +16,7 @@
   const [order, filter, key] = ["order", "filter", "key"].map((name) => root.querySelector(`[name=${name}]`));
   const [cards, state, answer] = ["cards", "state-of", "answer"].map((name) => root.querySelector(`.${name}`));
   let page = 0;
+  let only = null; // the cluster of a key
 
   const make = (tag, text, name) => {
     const element = document.createElement(tag);
@@ -51,7 +52,8 @@
   const wanted = () => {
     const text = filter.value.trim().toLowerCase();
     const named = (one) => [one.class, one.seed].some((name) => name && name.toLowerCase().includes(text));
-    const all = data.clusters.filter((one) => !text || String(one.id) === text || named(one));
+    const fits = (one) => !text || String(one.id) === text || named(one);
+    const all = data.clusters.filter((one) => (only === null ? fits(one) : one.id === only));
     return all.sort(ORDERS[order.value]);
   };
 
@@ -73,11 +75,12 @@
     if (at < 0) { answer.textContent = `No key contains ${text}.`; return; }
     const cluster = data.keys.clusters[at];
     answer.textContent = cluster < 0 ? `${data.keys.keys[at]} was excluded.` : `${data.keys.keys[at]} is in cluster ${cluster}.`;
-    if (cluster >= 0) { filter.value = String(cluster); page = 0; draw(); }
+    if (cluster >= 0) { only = cluster; page = 0; draw(); }
   };
 
-  order.addEventListener("change", () => { page = 0; draw(); });
-  filter.addEventListener("input", () => { page = 0; draw(); });
+  const again = () => { only = null; page = 0; draw(); };
+  order.addEventListener("change", again);
+  filter.addEventListener("input", again);
   root.querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); if (key) find(); });
   root.querySelector("[name=before]").addEventListener("click", () => { page -= 1; draw(); });
   root.querySelector("[name=after]").addEventListener("click", () => { page += 1; draw(); });
