@@ -18,6 +18,7 @@ from cluster_jobs.report.compare import compare
 from cluster_jobs.report.cost import cost
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import Gallery, gallery
+from cluster_jobs.report.map import feature_map
 from deepclust.errors import RecipeError
 from deepclust.files import write_text
 from deepclust.run.directory import open_run
@@ -37,11 +38,11 @@ def write_report(
     out = _page_path(out)
     run = open_run(run_dir)
     facts = gather(run)
-    images = gallery(run, remote=remote)
+    images, drawn = gallery(run, remote=remote), feature_map(run)
     page = _template("page.html").render(
         facts=facts,
         checks=checks(facts),
-        charts=charts(run, facts),
+        charts=[*charts(run, facts), *([drawn] if drawn else [])],
         reliability=reliability(facts.answered),
         gallery=images,
         cost=cost(run),

@@ -185,7 +185,7 @@ def curves_chart(
         if len(axes.get_lines()) > 1:
             _legend(axes)
 
-    return Chart(title, reading, _svg(draw), *_table(x, curves))
+    return Chart(title, reading, svg(draw), *_table(x, curves))
 
 
 def _table(x: str, curves: list[Curve]) -> tuple[list[str], list[list[str]]]:
@@ -248,7 +248,7 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
         if count
     ]
-    return Chart("Cluster sizes", reading, _svg(draw), ["images in a cluster", "clusters"], rows)
+    return Chart("Cluster sizes", reading, svg(draw), ["images in a cluster", "clusters"], rows)
 
 
 def _legend(axes: Axes) -> None:
@@ -276,12 +276,12 @@ def _thin(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
     return np.array([part.mean() for part in parts])
 
 
-def _svg(draw: Callable[[Axes], None]) -> Markup:
+def svg(draw: Callable[[Axes], None]) -> Markup:
     """Draw on a fresh figure (no pyplot, no global state) and return its <svg> element."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.7, 2.5), layout="constrained")
         draw(figure.add_subplot())
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    return Markup(svg[svg.index("<svg") :])
+        figure.savefig(text, format="svg", dpi=160, transparent=True, metadata={"Date": None})
+    drawn = text.getvalue()
+    return Markup(drawn[drawn.index("<svg") :])
