@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster_jobs import job_file
 from cluster_jobs.data_places import remember_places, require_known_places
-from cluster_jobs.executors import executor, executor_of
+from cluster_jobs.executors import executor, executor_of, require_packages
 from cluster_jobs.executors.base import Plan, Sweep
 from cluster_jobs.status import Status, find_runs
 from cluster_jobs.status import follow as follow_log
@@ -42,6 +42,7 @@ def submit(
 
     A dry run only makes the plan.
     """
+    require_packages(on)
     where = executor(on)
     plan: Plan = where.prepare(Recipe.load(source, *overrides), run_dir)
     if not dry_run:
@@ -60,6 +61,7 @@ def submit_sweep(
     dry_run: bool = False,
 ) -> Sweep[Any]:
     """Submit a run for every point of a sweep, into one folder, and return their plans."""
+    require_packages(on)
     where = executor(on)
     plans = [
         where.prepare(Recipe.load(source, *overrides, *point), run_dir)
@@ -81,6 +83,7 @@ def resume(run_dir: Path, overrides: Sequence[str], on: str, remote: bool = Fals
     """Continue a run in the background of an executor (`remote`: see `data_places`)."""
     refuse_queued(run_dir)
     require_known_places(directory.open_run(run_dir), overrides, remote)
+    require_packages(on)
     executor(on).resume(run_dir, list(overrides))
 
 

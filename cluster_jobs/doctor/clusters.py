@@ -15,7 +15,7 @@ RAY = "import ray; print(ray.__version__)"
 
 def ray(_folder: Path) -> Finding:
     """Check that Ray can be imported; a cluster that the environment names is not reached."""
-    tried = attempt(RAY, "pip install --upgrade 'ray[default]'", worst=YELLOW)
+    tried = attempt(RAY, "pip install --upgrade 'deepclust[ray]'", worst=YELLOW)
     address = os.environ.get("RAY_ADDRESS")
     if tried.state == GREEN and address:
         return Finding(GREEN, f"{tried.seen}, RAY_ADDRESS={address}")

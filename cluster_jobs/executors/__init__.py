@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, cast
 
 from cluster_jobs import job_file
 from cluster_jobs.executors.base import Executor
-from deepclust.errors import RecipeError
+from deepclust.errors import RecipeError, ResourceError
 from deepclust.files import import_named
 
 EXECUTORS = {
@@ -15,6 +16,19 @@ EXECUTORS = {
     "ray": "cluster_jobs.executors.ray",
     "slurm": "cluster_jobs.executors.slurm",
 }
+NEEDS = {"ray": ("ray",), "slurm": ("submitit", "ray")}  # packages of the extra of that name
+
+
+def require_packages(name: str) -> None:
+    """Raise `ResourceError` where packages of an executor are missing, with what installs them.
+
+    Runs can be listed, and their files read, without them.
+    """
+    missing = [one for one in NEEDS.get(name, ()) if importlib.util.find_spec(one) is None]
+    if missing:
+        raise ResourceError(
+            f"--on {name} needs {' and '.join(missing)}: pip install 'deepclust[{name}]'"
+        )
 
 
 def executor(name: str) -> Executor[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -12,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from cluster_jobs import job_file
-from cluster_jobs.executors import EXECUTORS, executor
+from cluster_jobs import job_file, runs
+from cluster_jobs.executors import EXECUTORS, executor, require_packages
 from deepclust import Recipe, pretrain
-from deepclust.errors import RecipeError
+from deepclust.errors import RecipeError, ResourceError
 from deepclust.run import lock
 from tests.killing import training
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
@@ -125,3 +126,17 @@ def test_a_run_of_an_executor_from_outside_resumes_bit_for_bit_after_kill_9(
     deepclust("logs", run_dir, "-f")
     assert state(run_dir)["state"] == "SUCCEEDED"
     assert_same_run(run_dir, tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_missing_extra_names_itself_when_a_run_would_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, lacks: str
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        "cluster_jobs.executors.importlib.util.find_spec",
+        lambda one: None if one == lacks else there(one),
+    )
+    with pytest.raises(ResourceError, match=rf"needs {lacks}: pip install 'deepclust\[{name}\]'"):
+        runs.submit("small-photos", tmp_path / "run", name, ["data.shards=x"])
+    require_packages("local")
