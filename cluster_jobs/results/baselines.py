@@ -68,7 +68,7 @@ def baselines(
 def _measured(name: str, frozen: Frozen, wanted: list[str], emit: Emit) -> Scores:
     try:
         return evaluate(frozen, wanted, lambda text: emit(f"baseline {name}: {text}"))
-    except DeepclustError:  # all of them failed, and each was told
+    except DeepclustError:  # all of them failed, and each said why
         return {}
 
 

@@ -3,7 +3,7 @@
 A score that one of these reaches too says nothing about pretraining. Pixels are those that the
 network sees, averaged to at most SIDE x SIDE places. Pixels and random weights are measured on at
 most MOST_ROWS images of each split, drawn by the seed. So their cost is bounded: one more pass over
-these images. More training rows would make them a little better, so their number is told.
+these images. More training rows would make them a little better, so their number is said.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def knn(
     classes, numbers = np.unique(frozen.train.labels, return_inverse=True)
     x, y = frozen.test.features, torch.from_numpy(frozen.test.labels.astype(np.int64))
     device = choose_device(frozen.train.features.size * len(x))
-    train = _unit_on(frozen.train.features, device)
+    train = rows_on(frozen.train.features, device)
     names, targets = (
         torch.from_numpy(part.astype(np.int64)).to(device) for part in (classes, numbers)
     )
@@ -65,7 +65,7 @@ def nearest(
     return best, places
 
 
-def _unit_on(x: Float[np.ndarray, "n d"], device: torch.device) -> Float[Tensor, "n d"]:
+def rows_on(x: Float[np.ndarray, "n d"], device: torch.device) -> Float[Tensor, "n d"]:
     """Return unit rows on the device, sent piece by piece to a GPU."""
     if device.type == "cpu":
         return unit(x)
