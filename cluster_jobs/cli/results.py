@@ -44,6 +44,9 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option(help="Score pixels, random weights and the commonest class too.")
     ] = True,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="A linear probe of every layer or block too.")
+    ] = False,
     backbone: Annotated[
         str | None, typer.Option(help="The network of WEIGHTS that do not say it.")
     ] = None,
@@ -55,6 +58,7 @@ def evaluate(
 
     Pixels, random weights and the commonest class are scored beside it.
     """
+    from cluster_jobs.results.baselines import Beside
     from cluster_jobs.results.evaluate import evaluate_run
     from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
     from deepclust.stages.weights import Network
@@ -68,15 +72,16 @@ def evaluate(
         typer.echo("\n".join(scores_lines(scores)))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
+    beside = Beside(baselines, layers)
     network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
     if is_weights(source):
-        show(evaluate_weights(source, *shards, network, names, log, baselines))
+        show(evaluate_weights(source, *shards, network, names, log, beside))
         return
     if network != Network():
         raise RecipeError(
             f"{source} is not a file of weights: leave --backbone, --size and --sobel out"
         )
-    evaluate_run(Path(source), *shards, names, log, show, baselines)
+    evaluate_run(Path(source), *shards, names, log, show, beside)
 
 
 @verbs.command(

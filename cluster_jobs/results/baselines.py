@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ from deepclust.files import read_record, write_json
 from deepclust.methods.embed import Embedder
 
 Emit = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is measured beside the features of a network."""
+
+    baselines: bool = True
+    layers: bool = False
+
+
 FIELDS = {"facts": dict, "scores": dict}
 
 

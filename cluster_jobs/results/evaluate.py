@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster_jobs.results.baselines import baselines
+from cluster_jobs.results.baselines import Beside, baselines
+from cluster_jobs.results.layers import layer_scores
 from cluster_jobs.results.shards import open_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, DeepclustError, redact
@@ -49,6 +50,7 @@ from deepclust.stages.saved import embedder_of, fresh_embedder, newest
 from deepclust.stages.warm_start import export_meta
 
 log = logging.getLogger("deepclust")
+BASELINES = Beside()
 SUFFIXES = {  # others hold safetensors
     ".pth": "torchvision", ".pt": "torchvision", ".onnx": "onnx", ".pt2": "torch-export",
 }  # fmt: skip
@@ -61,14 +63,14 @@ def evaluate_run(
     names: Iterable[str] | None = None,
     emit: Callable[[str], None] = log.warning,
     show: Callable[[Scores], None] = lambda scores: None,
-    beside: bool = True,
+    beside: Beside = BASELINES,
 ) -> Scores:
     """Evaluate a run's newest network on labelled shards and return the scores by evaluator.
 
     `show` is given them before they go into `evaluations/STEP.json`, beside those of other
     evaluators on the same shards. `names` are evaluators (default: all). `emit` is given the reason
     for each that is left out, and what is odd about the checkpoint or the labels. It is also given
-    the reason why the scores could not be recorded. `beside` them are those of baselines.
+    the reason why the scores could not be recorded. `beside` says what else.
     """
     names = None if names is None else list(names)
     for name in names or ():
@@ -80,8 +82,10 @@ def evaluate_run(
         for note in frozen.notes:
             emit(f"note: {note}")
         scores = evaluate(frozen, names, emit)
-        if beside:
-            indexes = (index, test_index)
+        indexes = (index, test_index)
+        if beside.layers:
+            scores["layers"] = layer_scores(frozen, indexes, embedder_of(run, checkpoint), emit)
+        if beside.baselines:
             scores["baselines"] = _baselines(run, frozen, indexes, names, emit)
     show(scores)
     shards = {"train": redact(train), "test": redact(test)}

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from cluster_jobs.results.baselines import baselines
+from cluster_jobs.results.baselines import Beside, baselines
+from cluster_jobs.results.layers import layer_scores
 from cluster_jobs.results.shards import open_measured
 from deepclust.errors import DeepclustError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
@@ -21,6 +22,7 @@ from deepclust.models import start_weights
 from deepclust.stages.weights import Network, fresh_of, weights_embedder
 
 log = logging.getLogger("deepclust")
+BASELINES = Beside()
 NO_RUN = "weights alone have no labelled seeds. Evaluate the run that they are of"
 
 
@@ -36,7 +38,7 @@ def evaluate_weights(
     network: Network,
     names: Iterable[str] | None = None,
     emit: Callable[[str], None] = log.warning,
-    beside: bool = True,
+    beside: Beside = BASELINES,
 ) -> Scores:
     """Evaluate weights on labelled shards as `evaluate_run` does, and return the scores.
 
@@ -57,7 +59,9 @@ def evaluate_weights(
         for note in frozen.notes:
             emit(f"note: {note}")
         scores = evaluate(frozen, names, emit)
-        if beside:
+        if beside.layers:
+            scores["layers"] = layer_scores(frozen, (index, test_index), embedder, emit)
+        if beside.baselines:
             try:
                 scores["baselines"] = baselines(
                     frozen, (index, test_index), lambda: fresh_of(embedder), names, None, emit

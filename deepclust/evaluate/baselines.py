@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -54,16 +54,23 @@ def freeze_baselines(
         widths.append(own.shape[1])
         return torch.cat([own, pixels(images)], 1)
 
-    parts = [_drawn(split, frozen.seed) for split in (frozen.train, frozen.test)]
-    rows = [
-        embed_samples(both, index, data, part.sample_ids)[0]
-        for index, part in zip(indexes, parts, strict=True)
-    ]
-    columns = {RANDOM: slice(0, widths[0]), PIXELS: slice(widths[0], None)}
-    return {
-        name: _measured(frozen, parts, [x[:, columns[name]] for x in rows])
-        for name in (PIXELS, RANDOM)
-    }
+    sample = remeasured(frozen, indexes, data, both)
+    columns = {PIXELS: slice(widths[0], None), RANDOM: slice(0, widths[0])}
+    return {name: _columns(sample, part) for name, part in columns.items()}
+
+
+def remeasured(
+    frozen: Frozen, indexes: tuple[Index, Index], data: Data, embed: Embed, most: int | None = None
+) -> Frozen:
+    """Return the same labelled images with other features, at most `most` of each split.
+
+    They are drawn by the seed. The default is MOST_ROWS.
+    """
+    train, test = (
+        _embedded(_drawn(split, frozen.seed, most or MOST_ROWS), index, data, embed)
+        for split, index in zip((frozen.train, frozen.test), indexes, strict=True)
+    )
+    return Frozen(frozen.classes, train, test, dim=frozen.dim, seed=frozen.seed)
 
 
 def pixels(images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b d"]:
@@ -80,15 +87,21 @@ def rows_of(frozen: Frozen) -> dict[str, float]:
     }
 
 
-def _drawn(split: Split, seed: int) -> Split:
-    """Return at most MOST_ROWS labelled samples of a split, in order, without their features."""
+def _drawn(split: Split, seed: int, most: int) -> Split:
+    """Return at most `most` labelled samples of a split, in order, without their features."""
     rows = np.arange(len(split.labels))
-    if len(rows) > MOST_ROWS:
+    if len(rows) > most:
         random = generator(seed, "evaluate", "baselines")
-        rows = np.sort(random.choice(rows, MOST_ROWS, replace=False))
+        rows = np.sort(random.choice(rows, most, replace=False))
     return Split(np.zeros((len(rows), 0), np.float32), split.labels[rows], split.sample_ids[rows])
 
 
-def _measured(frozen: Frozen, parts: list[Split], rows: list[Float[np.ndarray, "n d"]]) -> Frozen:
-    train, test = (replace(part, features=x) for part, x in zip(parts, rows, strict=True))
-    return Frozen(frozen.classes, train, test, dim=frozen.dim, seed=frozen.seed)
+def _embedded(split: Split, index: Index, data: Data, embed: Embed) -> Split:
+    return replace(split, features=embed_samples(embed, index, data, split.sample_ids)[0])
+
+
+def _columns(frozen: Frozen, part: slice) -> Frozen:
+    train, test = (
+        replace(split, features=split.features[:, part]) for split in (frozen.train, frozen.test)
+    )
+    return replace(frozen, train=train, test=test)

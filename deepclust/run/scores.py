@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
-def flat_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return values by evaluator, of which each one of each baseline is one too."""
-    baselines = scores.get("baselines")
-    if not isinstance(baselines, dict):  # a record may come from anybody
-        return scores
-    flat = {name: values for name, values in scores.items() if name != "baselines"}
+def flat_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by evaluator, of which each layer and each one of each baseline is one too."""
+    baselines, layers = scores.get("baselines", {}), scores.get("layers", {})
+    if not isinstance(baselines, dict) or not isinstance(layers, dict):  # it may be from anybody
+        return dict(scores)
+    flat = {name: values for name, values in scores.items() if name not in ("baselines", "layers")}
+    flat |= {f"layer {name}": values for name, values in layers.items()}
     for baseline, values in baselines.items():
         if baseline == "rows":
             continue

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cluster_jobs.display import scores_lines
+from cluster_jobs.report.facts import _scores as facts_scores
 from cluster_jobs.results import evaluate as of_run
+from cluster_jobs.results.baselines import Beside
 from cluster_jobs.results.evaluate import evaluate_run, labelled_features
 from deepclust import open_index, pretrain
 from deepclust.evaluate import baselines as measured
@@ -96,7 +98,7 @@ def test_baselines_use_a_sample_of_many_images_and_say_so(
 def test_without_baselines_there_are_none_and_others_need_no_images(
     run_dir: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = evaluate_run(run_dir, str(shards), str(shards), ["knn"], beside=False)
+    alone = evaluate_run(run_dir, str(shards), str(shards), ["knn"], beside=Beside(baselines=False))
     assert set(alone) == {"knn"}
     monkeypatch.setattr(of_run, "fresh_embedder", None)
     toy = evaluate_run(run_dir, str(shards), str(shards), ["tests.toys.evaluator"])
@@ -123,3 +125,14 @@ def test_every_score_has_a_line_with_its_interval(scores: dict[str, Any]) -> Non
         assert " ± 0.0" in line
     assert flat_scores({"baselines": {"majority": 1}}) == {"baseline majority": 1}
     assert flat_scores({"baselines": 3}) == {"baselines": 3}
+
+
+def test_every_layer_is_probed_on_request(run_dir: Path, shards: Path) -> None:
+    beside = Beside(baselines=False, layers=True)
+    scores = evaluate_run(run_dir, str(shards), str(shards), ["knn"], beside=beside)
+    assert len(scores["layers"]) > 1
+    for name, values in scores["layers"].items():
+        assert values["rows"] == 120
+        assert 0.25 < values["top1"] <= 1
+        assert any(line.startswith(f"layer {name}: top1") for line in scores_lines(scores))
+    assert facts_scores(Run(run_dir))[0]
