@@ -20,10 +20,17 @@ verbs = typer.Typer()
 
 @verbs.command(
     rich_help_panel=PANEL,
-    epilog=examples("evaluate runs/a --train shards/train --test shards/test"),
+    epilog=examples(
+        "evaluate runs/a --train shards/train --test shards/test",
+        "evaluate torchvision:resnet50 --train shards/train --test shards/test",
+        "evaluate moco.pth --backbone resnet50 --train shards/train --test shards/test",
+    ),
 )
 def evaluate(
-    run_dir: RunDir,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN|WEIGHTS", help="A run, a file of weights, torchvision:NAME."),
+    ],
     train_shards: Annotated[
         str, typer.Option("--train", help="The labelled shards, or images, to fit on.")
     ],
@@ -34,22 +41,47 @@ def evaluate(
         str | None,
         typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Score pixels, random weights and the commonest class too.")
+    ] = True,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="A linear probe of every layer or block too.")
+    ] = False,
+    backbone: Annotated[
+        str | None, typer.Option(help="The network of WEIGHTS that do not say it.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of images for WEIGHTS.")] = None,
+    sobel: Annotated[bool, typer.Option("--sobel", help="WEIGHTS see Sobel gradients.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score the run's frozen network: kNN, linear probe, clusters, prototypes, own classifier."""
+    """Score a frozen network: kNN, linear probes, retrieval, clusters, a run's own classifier.
+
+    Pixels, random weights and the commonest class are scored beside it.
+    """
+    from cluster_jobs.results.baselines import Beside
     from cluster_jobs.results.evaluate import evaluate_run
+    from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
+    from deepclust.stages.weights import Network
 
     def show(scores: Scores) -> None:
         if as_json:
             typer.echo(json.dumps(scores))
             return
-        from cluster_jobs.display import scores_line
+        from cluster_jobs.display import scores_lines
 
-        for name, values in scores.items():
-            typer.echo(scores_line(name, values))
+        typer.echo("\n".join(scores_lines(scores)))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
-    evaluate_run(run_dir, train_shards, test_shards, names, emit=log, show=show)
+    beside = Beside(baselines, layers)
+    network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
+    if is_weights(source):
+        show(evaluate_weights(source, *shards, network, names, log, beside))
+        return
+    if network != Network():
+        raise RecipeError(
+            f"{source} is not a file of weights: leave --backbone, --size and --sobel out"
+        )
+    evaluate_run(Path(source), *shards, names, log, show, beside)
 
 
 @verbs.command(

@@ -47,6 +47,21 @@ def open_shards(shards: Shards, run: Run) -> Iterator[Index]:
 
 
 @contextlib.contextmanager
+def open_measured(shards: Shards, data: Data) -> Iterator[Index]:
+    """Yield the labelled index of shards for no run: beside them, or one that is gone afterwards.
+
+    Raises what `open_index` raises.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            index = open_labelled(shards, data)
+        # nothing can be written beside them
+        except (DiskError, RecipeError, MissingError, LabelsChangedError):
+            index = _open_temporarily(shards, data, stack)
+        yield index
+
+
+@contextlib.contextmanager
 def open_own(run: Run, *, only_read: bool = False, remote: bool = True) -> Iterator[Index]:
     """Yield the index of the shards that a run is trained on, with the labels that it uses.
 
@@ -60,7 +75,7 @@ def open_own(run: Run, *, only_read: bool = False, remote: bool = True) -> Itera
         try:
             index = open_data_index(run.recipe.data, run.path, build=not only_read)
         except (MissingError, LabelsChangedError):
-            index = _open_temporarily(run.recipe.data.shards, run, stack)
+            index = _open_temporarily(run.recipe.data.shards, run.recipe.data, stack)
         except (DiskError, RecipeError):
             index = _open_elsewhere(run.recipe.data.shards, run, stack)
         yield index
@@ -104,9 +119,9 @@ def _open_elsewhere(shards: Shards, run: Run, stack: contextlib.ExitStack) -> In
     with contextlib.suppress(DiskError, DataError, OSError):
         refuse_links_out(run.path)
         return open_labelled(shards, data, run.path / "evaluations" / f"index-{name}")
-    return _open_temporarily(shards, run, stack)
+    return _open_temporarily(shards, data, stack)
 
 
-def _open_temporarily(shards: Shards, run: Run, stack: contextlib.ExitStack) -> Index:
+def _open_temporarily(shards: Shards, data: Data, stack: contextlib.ExitStack) -> Index:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="deepclust-"))
-    return open_labelled(shards, run.recipe.data, Path(folder) / "index")
+    return open_labelled(shards, data, Path(folder) / "index")

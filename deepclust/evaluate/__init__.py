@@ -16,7 +16,9 @@ from deepclust.evaluate.clusters import clusters, spherical_clusters
 from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, Value, freeze
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
+from deepclust.evaluate.low_shot import low_shot_1, low_shot_10
 from deepclust.evaluate.nearest_prototype import prototypes
+from deepclust.evaluate.retrieval import retrieval
 from deepclust.files import import_named
 
 Evaluator: TypeAlias = Callable[[Frozen], Iterator[tuple[str, Value]]]
@@ -25,6 +27,9 @@ Scores: TypeAlias = dict[str, dict[str, Any]]  # values by evaluator and name, a
 EVALUATORS: dict[str, Evaluator] = {
     "knn": knn,
     "linear": linear,
+    "low_shot_1": low_shot_1,
+    "low_shot_10": low_shot_10,
+    "retrieval": retrieval,
     "clusters": clusters,
     "spherical_clusters": spherical_clusters,
     "prototypes": prototypes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,11 @@ class Alone(nn.Module):
         features: Tensor = self.trunk(images)
         return features
 
+    @classmethod
+    def on(cls, backbone: Backbone, device: torch.device) -> Self:
+        """Return it on a device, in evaluation mode and in the memory layout of extraction."""
+        return cls(backbone).to(device).eval().to(memory_format=torch.channels_last)
+
 
 def best_device() -> torch.device:
     """Return a GPU, if there is one, else the CPU."""
@@ -84,8 +89,7 @@ def file_embedder(path: Path) -> Embedder:
         data = Data(shards="", size=backbone.image_size, **facts)
     except ValueError as error:  # anybody may have written the header
         raise DataError(f"{path}: its header describes no images: {error}") from error
-    net = Alone(backbone).to(device).eval().to(memory_format=torch.channels_last)
-    return Embedder(cast(Method, net), data, "auto", device)
+    return Embedder(cast(Method, Alone.on(backbone, device)), data, "auto", device)
 
 
 def newest(run: Run, tell: Tell) -> Checkpoint:

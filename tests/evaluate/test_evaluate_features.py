@@ -13,19 +13,23 @@ from deepclust.evaluate.frozen import freeze
 from tests.evaluate.blobs import splits
 
 
-def test_every_evaluator_answers_under_its_name_but_two_need_more_than_features() -> None:
+def test_every_evaluator_answers_under_its_name_but_three_need_more_than_these_features() -> None:
     reasons: list[str] = []
     scores = evaluate(freeze(*splits(200)), emit=reasons.append)
-    assert list(EVALUATORS) == [*scores, "prototypes", "classifier"]
-    assert list(scores) == ["knn", "linear", "clusters", "spherical_clusters"]
+    assert set(EVALUATORS) == {*scores, "low_shot_1", "prototypes", "classifier"}
+    assert list(scores) == [name for name in EVALUATORS if name in scores]
     assert reasons == [
+        "low_shot_1 is not evaluated: 1% of 200 training rows are 0 of each of 4 classes, and 2 "
+        "are needed. Evaluate on more images",
         "prototypes is not evaluated: no labelled seeds were given",
         "classifier is not evaluated: no classifier was given",
     ]
     assert {"top1"} <= set(scores["knn"]) & set(scores["linear"])
     assert {"nmi", "ari", "accuracy"} <= set(scores["clusters"])
     assert all(
-        isinstance(value, float) for numbers in scores.values() for value in numbers.values()
+        isinstance(value, list if name == "interval" else float)
+        for numbers in scores.values()
+        for name, value in numbers.items()
     )
 
 
@@ -40,7 +44,7 @@ def test_an_evaluator_that_is_requested_and_cannot_run_is_an_error() -> None:
 
 def test_an_unknown_evaluator_is_answered_with_the_known_ones() -> None:
     with pytest.raises(
-        RecipeError, match="'svm'; choose from knn, linear, clusters, spherical_clusters"
+        RecipeError, match="'svm'; choose from knn, linear, low_shot_1, low_shot_10, retrieval"
     ):
         evaluate_features(*splits(100), names=["svm"])
 
