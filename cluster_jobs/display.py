@@ -20,6 +20,7 @@ from rich.table import Table
 
 from cluster_jobs.status import Status
 from cluster_jobs.terminal import visible
+from deepclust.run.scores import flat_scores
 
 PLAIN_EVERY_S = 10.0
 ROUND_COLUMNS = {
@@ -151,8 +152,23 @@ def round_table(statistics: list[dict[str, Any]]) -> Table:
 
 def scores_line(evaluator: str, values: dict[str, Any]) -> str:
     """Return an evaluator's numbers as a line; tables are in the report and in --json."""
-    numbers = [f"{k} {v:.4f}" for k, v in values.items() if not isinstance(v, dict)]
+    numbers: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, list):  # the interval of the number before it
+            numbers[-1:] = [f"{one} ± {(value[1] - value[0]) / 2:.4f}" for one in numbers[-1:]]
+        elif not isinstance(value, dict):
+            numbers.append(f"{name} {value:.4f}")
     return f"{evaluator}: {', '.join(numbers)}"
+
+
+def scores_lines(scores: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a line for every evaluator, and below them for those of each baseline."""
+    lines = [scores_line(name, values) for name, values in flat_scores(scores).items()]
+    rows = scores.get("baselines", {}).get("rows")
+    if rows:
+        counts = f"{rows['train']:,.0f} training and {rows['test']:,.0f} test images"
+        lines.append(f"(pixels and random weights: {counts})")
+    return lines
 
 
 def status_table(states: list[Status]) -> Table:

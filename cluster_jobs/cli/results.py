@@ -34,6 +34,9 @@ def evaluate(
         str | None,
         typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Score pixels, random weights and the commonest class too.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Score the run's frozen network: kNN, linear probe, clusters, prototypes, own classifier."""
@@ -43,13 +46,12 @@ def evaluate(
         if as_json:
             typer.echo(json.dumps(scores))
             return
-        from cluster_jobs.display import scores_line
+        from cluster_jobs.display import scores_lines
 
-        for name, values in scores.items():
-            typer.echo(scores_line(name, values))
+        typer.echo("\n".join(scores_lines(scores)))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
-    evaluate_run(run_dir, train_shards, test_shards, names, emit=log, show=show)
+    evaluate_run(run_dir, train_shards, test_shards, names, log, show, baselines)
 
 
 @verbs.command(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cluster_jobs.demo.fashion_mnist import fetch
-from cluster_jobs.display import Display, command_line, round_table, scores_line
+from cluster_jobs.display import Display, command_line, round_table, scores_lines
 from deepclust.data.pack.pack import pack
 from deepclust.launch.start import pretrain, resume
 from deepclust.recipe import Recipe
@@ -47,8 +47,8 @@ def _conclude(run_dir: Path, shards: dict[str, Path]) -> None:
     page = write_report(run_dir, run_dir / "report.html")
     console = Console()
     console.print(round_table(directory.Run(run_dir).metrics("round")))
-    for name, values in scores.items():
-        console.print(scores_line(name, values))
+    for line in scores_lines(scores):
+        console.print(line)
     commands = (
         command_line("status", run_dir),
         command_line("assignments", run_dir, "--out", "clusters.parquet"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from deepclust.run.directory import ENVIRONMENT, Run, has_file
 from deepclust.run.events import Number
 from deepclust.run.labels import class_names
 from deepclust.run.round_files import read_facts, read_statistics
+from deepclust.run.scores import flat_scores
 from deepclust.stages.trained import seeded_supers
 
 Record = dict[str, Any]
@@ -47,6 +48,7 @@ class Score:
     measure: str
     value: float
     source: str
+    interval: list[float] | None = None  # 95 %, low and high
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ def _tiles(status: Status, rounds: list[Record], scores: list[Score]) -> list[Ti
     for key, name in (("nmi_previous", "NMI to previous round"), ("nmi_labels", "NMI to labels")):
         if rounds and rounds[-1].get(key) is not None:
             tiles.append(Tile(name, f"{rounds[-1][key]:.3f}"))
-    first = {score.evaluator: score for score in reversed(scores) if score.measure == "top1"}
+    top1 = [score for score in reversed(scores) if score.measure == "top1"]
+    first = {score.evaluator: score for score in top1 if not score.evaluator.startswith("baseline")}
     tiles += [Tile(f"{name} top-1", f"{score.value:.1%}") for name, score in first.items()]
     if status.images_per_s:
         tiles.append(Tile("images a second", f"{status.images_per_s:,.0f}"))
@@ -275,13 +278,16 @@ def _scores(run: Run) -> tuple[list[Score], dict[tuple[str, str], Record]]:
     for file in sorted((run.path / "evaluations").glob("*.json"), reverse=True):
         record = read_record(file, {"step": int, "train": str, "test": str, "scores": dict})
         source = f"step {record['step']:,}: {record['train']} → {record['test']}"
-        for evaluator, values in record["scores"].items():
+        for evaluator, values in flat_scores(record["scores"]).items():
             if not isinstance(values, dict) or not all(map(_is_value, values.values())):
                 raise DataError(
                     f"{file} is damaged: its scores of {evaluator[:80]!r} are no numbers"
                 )
             for name, value in values.items():
-                if isinstance(value, dict):
+                if isinstance(value, list):
+                    own = scores[-1:] if scores and scores[-1].evaluator == evaluator else []
+                    scores[len(scores) - len(own) :] = [replace(one, interval=value) for one in own]
+                elif isinstance(value, dict):
                     tables.setdefault((evaluator, name), {**value, "source": source})
                 else:
                     scores.append(Score(evaluator, name, value, source))
@@ -289,7 +295,12 @@ def _scores(run: Run) -> tuple[list[Score], dict[tuple[str, str], Record]]:
 
 
 def _is_value(value: Any) -> bool:
-    """Return whether a value is a number, or a whole table (`deepclust.evaluate.frozen.Table`)."""
+    """Return whether a value is a number, an interval of two, or a whole table.
+
+    See `deepclust.evaluate.frozen.Value`.
+    """
+    if isinstance(value, list):
+        return len(value) == 2 and all(fits(one, Number) for one in value)
     if not isinstance(value, dict):
         return fits(value, Number)
     rows, columns, values = (value.get(key) for key in ("rows", "columns", "values"))

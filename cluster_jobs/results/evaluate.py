@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster_jobs.results.baselines import baselines
 from cluster_jobs.results.shards import open_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, DeepclustError, redact
@@ -36,6 +37,7 @@ from deepclust.launch.start import is_finished
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe.sections import Data
+from deepclust.run import labels
 from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, open_run
 from deepclust.run.links import refuse_links_out
@@ -43,7 +45,7 @@ from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.answers import columns_of
 from deepclust.stages.classifier import head_of
 from deepclust.stages.export import Exported, Head, export_backbone
-from deepclust.stages.saved import embedder_of, newest
+from deepclust.stages.saved import embedder_of, fresh_embedder, newest
 from deepclust.stages.warm_start import export_meta
 
 log = logging.getLogger("deepclust")
@@ -59,23 +61,28 @@ def evaluate_run(
     names: Iterable[str] | None = None,
     emit: Callable[[str], None] = log.warning,
     show: Callable[[Scores], None] = lambda scores: None,
+    beside: bool = True,
 ) -> Scores:
     """Evaluate a run's newest network on labelled shards and return the scores by evaluator.
 
     `show` is given them before they go into `evaluations/STEP.json`, beside those of other
     evaluators on the same shards. `names` are evaluators (default: all). `emit` is given the reason
     for each that is left out, and what is odd about the checkpoint or the labels. It is also given
-    the reason why the scores could not be recorded.
+    the reason why the scores could not be recorded. `beside` them are those of baselines.
     """
     names = None if names is None else list(names)
     for name in names or ():
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
     checkpoint = newest_checkpoint(run, emit)
-    frozen = _freeze(run, checkpoint, train, test)
-    for note in frozen.notes:
-        emit(f"note: {note}")
-    scores = evaluate(frozen, names, emit)
+    with open_shards(train, run) as index, open_shards(test, run) as test_index:
+        frozen = _freeze(run, checkpoint, index, test_index)
+        for note in frozen.notes:
+            emit(f"note: {note}")
+        scores = evaluate(frozen, names, emit)
+        if beside:
+            indexes = (index, test_index)
+            scores["baselines"] = _baselines(run, frozen, indexes, names, emit)
     show(scores)
     shards = {"train": redact(train), "test": redact(test)}
     record = {"step": checkpoint.state.step, **shards, "scores": scores}
@@ -88,13 +95,35 @@ def evaluate_run(
     return scores
 
 
-def _freeze(run: Run, checkpoint: Checkpoint, train: str, test: str) -> Frozen:
+def _freeze(run: Run, checkpoint: Checkpoint, train: Index, test: Index) -> Frozen:
     """Return the frozen features of both sets of shards, with the run's seeds where it has any."""
     dim = run.recipe.cluster.dim if run.recipe.cluster else DIM
     embedder = embedder_of(run, checkpoint)
-    with open_shards(train, run) as index, open_shards(test, run) as test_index:
-        frozen = freeze_shards(embedder, index, test_index, run.recipe.data, dim=dim)
-        return _with_seeds(_with_answers(frozen, run, embedder), run, index)
+    frozen = freeze_shards(embedder, train, test, run.recipe.data, dim=dim)
+    return _with_seeds(_with_answers(frozen, run, embedder), run, train)
+
+
+def _baselines(
+    run: Run,
+    frozen: Frozen,
+    indexes: tuple[Index, Index],
+    names: list[str] | None,
+    emit: Callable[[str], None],
+) -> Scores:
+    """Return the scores of baselines, or of none where the images can be read no more."""
+    recipe = run.recipe
+    facts = recipe.model_dump(mode="json", include={"backbone", "method", "seed"})
+    facts["data"] = recipe.data.model_dump(mode="json", include={"size", "resize", "mean", "std"})
+    try:
+        refuse_links_out(run.path)
+        kept = (run.path / "evaluations", {"network": facts})
+        classes = labels.class_names(run)
+        return baselines(
+            frozen, indexes, lambda: fresh_embedder(recipe, classes), names, kept, emit
+        )
+    except (DeepclustError, OSError) as error:  # what was trained has its scores already
+        emit(f"warning: there are no baselines: {error}")
+        return {}
 
 
 def export_run(
@@ -196,5 +225,15 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
     with contextlib.suppress(DataError, FileNotFoundError):  # a damaged record is replaced
         before = read_record(path, fields)
     if before is not None and all(before[split] == record[split] for split in shards):
-        record = {**record, "scores": {**before["scores"], **record["scores"]}}
+        record = {**record, "scores": _joined(before["scores"], record["scores"])}
     write_json(path, record)
+
+
+def _joined(before: Scores, now: Scores) -> Scores:
+    """Return the scores of both, where those of now are newer, with the baselines of both."""
+    both = {**before, **now}
+    old, new = before.get("baselines"), now.get("baselines")
+    if isinstance(old, dict) and isinstance(new, dict):
+        joined = {name: {**old.get(name, {}), **values} for name, values in new.items()}
+        both["baselines"] = {**old, **joined}
+    return both

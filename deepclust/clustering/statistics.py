@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from scipy.optimize import linear_sum_assignment
 
 from deepclust.clustering.match_ids import Matching, contingency, hungarian, match
@@ -108,12 +108,29 @@ def accuracy(clusters: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"]) ->
     samples of clusters that stay without a class count as wrong.
     """
     table = contingency(np.asarray(clusters), np.asarray(classes))
+    return _share(table, *_matched(table))
+
+
+def match_classes(
+    clusters: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Return which samples, none excluded, are in the cluster of their class: see `accuracy`."""
+    (known, a), (_, b) = (np.unique(ids, return_inverse=True) for ids in (clusters, classes))
+    partners = np.full(len(known), -1)
+    rows, columns = _matched(contingency(a, b))
+    partners[rows] = columns
+    matched: Bool[np.ndarray, " n"] = partners[a] == b
+    return matched
+
+
+def _matched(table: sparse.csr_array) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """Return the pairs of rows and columns whose counts have the greatest sum."""
     if table.shape[0] * table.shape[1] > DENSE:  # as many classes as images, say
         partners = hungarian(table)
         rows = np.flatnonzero(partners >= 0)
-        return _share(table, rows, partners[rows])
+        return rows, partners[rows]
     rows, columns = linear_sum_assignment(table.toarray(), maximize=True)
-    return _share(table, rows, columns)
+    return rows, columns
 
 
 def reassigned(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deepclust.errors import DataError
 from deepclust.evaluate.frozen import Answers, Frozen, Skipped, Table, Value
+from deepclust.evaluate.interval import with_interval
 
 BINS = 15
 TILE = 2**22  # logits held at a time
@@ -75,6 +76,8 @@ def classifier(frozen: Frozen) -> Iterator[tuple[str, Value]]:
             "name the classes of both alike"
         )
     matched = _match(judged)
+    closed = judged.closed == judged.truth
+    yield from with_interval("top1", closed, frozen.seed)
     yield from _scores(judged, matched, bool((frozen.answers.class_of < 0).any()))
     yield "classes", _by_class(judged, matched, frozen.answers.labels)
     yield "calibration", _calibration(judged)
@@ -86,7 +89,6 @@ def _scores(
     judged: Judged, matched: Int64[np.ndarray, " n"], has_free: bool
 ) -> Iterator[tuple[str, float]]:
     closed = judged.closed == judged.truth
-    yield "top1", float(closed.mean())
     yield "recall", float(_recalls(judged, closed).mean())
     known = judged.known
     bins = _bins(judged)

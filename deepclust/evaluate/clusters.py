@@ -15,25 +15,33 @@ inertias within 1 % of each other and NMIs that differ by 0.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
-from deepclust.clustering.statistics import accuracy, ari, nmi
+from deepclust.clustering.statistics import ari, match_classes, nmi
 from deepclust.clustering.whiten import Whitening
-from deepclust.evaluate.frozen import Frozen
+from deepclust.evaluate.frozen import Frozen, Value
+from deepclust.evaluate.interval import with_interval
 from deepclust.evaluate.knn import unit
 from deepclust.world import derive
 
-SCORES = {"nmi": nmi, "ari": ari, "accuracy": accuracy}
+Score = Callable[[Int[np.ndarray, " n"], Int[np.ndarray, " n"]], float]
+SCORES: dict[str, Score] = {
+    "nmi": nmi,  # geometric
+    "nmi_arithmetic": normalized_mutual_info_score,
+    "ami": adjusted_mutual_info_score,  # Vinh et al. 2010, arithmetic: 0 by chance
+    "ari": ari,
+}
 
 
-def clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, float]]:
-    """Yield "nmi" (geometric), "ari" and "accuracy" (Hungarian matching) of the test rows.
+def clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, Value]]:
+    """Yield SCORES and "accuracy" (Hungarian matching) with its interval, of the test rows.
 
     Each is a mean over the restarts. The training labels give nothing but the number of their
     classes, which is k. The whitening keeps `frozen.dim` directions, or all if there are fewer.
@@ -45,7 +53,7 @@ def clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, float]]:
     yield from _scores(frozen, whiten(train), whiten(test), restarts, spherical=False)
 
 
-def spherical_clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, float]]:
+def spherical_clusters(frozen: Frozen, restarts: int = 10) -> Iterator[tuple[str, Value]]:
     """Yield the scores of `clusters`, of spherical k-means on the unit rows of the features.
 
     Nothing is centred or whitened. Raises what `kmeans` raises, as for rows of zeros.
@@ -60,7 +68,7 @@ def _scores(
     test: Float[np.ndarray, "m d"],
     restarts: int,
     spherical: bool,
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, Value]]:
     k, points = len(np.unique(frozen.train.labels)), ArrayPoints(test)
     partitions = []
     for restart in range(restarts):
@@ -69,3 +77,5 @@ def _scores(
         partitions.append(points.assign_to(torch.as_tensor(fitted.centroids)).cluster_ids.numpy())
     for name, score in SCORES.items():
         yield name, float(np.mean([score(one, frozen.test.labels) for one in partitions]))
+    right = [match_classes(one, frozen.test.labels) for one in partitions]
+    yield from with_interval("accuracy", np.mean(right, 0), frozen.seed)

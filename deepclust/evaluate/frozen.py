@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias, TypedDict
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.crops import CentreCrop, Crop
@@ -64,7 +64,7 @@ class Table(TypedDict):
     values: list[list[float | None]]
 
 
-Value: TypeAlias = float | Table  # what an evaluator yields under a name
+Value: TypeAlias = float | list[float] | Table  # a number, an interval [low, high], a table
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,18 @@ def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
     sample_ids = np.flatnonzero(labels >= 0)
     if len(sample_ids) == 0:
         raise DataError(f"no sample of {folder_of(index)} has a label. {LABEL}")
+    rows, usable = embed_samples(embed, index, data, sample_ids)
+    sample_ids = sample_ids[usable]
+    return Split(rows[usable], labels[sample_ids], sample_ids)
+
+
+def embed_samples(
+    embed: Embed, index: Index, data: Data, sample_ids: Int64[np.ndarray, " n"]
+) -> tuple[Float32[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
+    """Return features of samples, and whether the image of each could be read.
+
+    Raises `DataError` for more unreadable images than `data.max_bad` allows.
+    """
     parts = np.array_split(sample_ids, max(1, len(sample_ids) // data.extract_batch))
     crops = (Crop(CentreCrop(data.size, data.short_side)),)
     requests = (Request(part, positions=part, key=0, crops=crops) for part in parts)
@@ -186,9 +198,7 @@ def embed_labelled(embed: Embed, index: Index, data: Data) -> Split:
                 )
     finally:
         loader.close()
-    usable = np.concatenate(readable)
-    sample_ids = sample_ids[usable]
-    return Split(np.concatenate(rows)[usable], labels[sample_ids], sample_ids)
+    return np.concatenate(rows), np.concatenate(readable)
 
 
 def class_names(index: Index) -> dict[int, str]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from deepclust.clustering.points import in_range, unit_rows
 from deepclust.clustering.precision import full_precision
 from deepclust.evaluate.device import choose_device
-from deepclust.evaluate.frozen import Frozen
+from deepclust.evaluate.frozen import Frozen, Value
+from deepclust.evaluate.interval import with_interval
 
 TEST_ROWS = 512
 TRAIN_ROWS = 16_384  # a tile of similarities is 32 MiB
@@ -26,8 +27,8 @@ TRAIN_ROWS = 16_384  # a tile of similarities is 32 MiB
 
 def knn(
     frozen: Frozen, neighbours: int = 20, temperature: float = 0.07
-) -> Iterator[tuple[str, float]]:
-    """Yield ("top1", share of the test rows whose class wins the vote of their neighbours).
+) -> Iterator[tuple[str, Value]]:
+    """Yield "top1", the share of the test rows whose class wins the vote of their neighbours.
 
     With fewer than `neighbours` training rows all of them vote. Equal votes go to the lower class.
     """
@@ -38,15 +39,15 @@ def knn(
     names, targets = (
         torch.from_numpy(part.astype(np.int64)).to(device) for part in (classes, numbers)
     )
-    hits = torch.zeros((), dtype=torch.int64, device=device)
+    hits = np.zeros(len(x), bool)
     with full_precision():
         for start in range(0, len(x), TEST_ROWS):
             stop = start + TEST_ROWS
             similarity, rows = nearest(unit(x[start:stop]).to(device), train, neighbours)
             votes = torch.zeros(len(rows), len(classes), dtype=torch.float64, device=device)
             votes.scatter_add_(1, targets[rows], (similarity.double() / temperature).exp())
-            hits += (names[votes.argmax(1)] == y[start:stop].to(device)).sum()
-    yield "top1", int(hits) / len(x)
+            hits[start:stop] = (names[votes.argmax(1)].cpu() == y[start:stop]).numpy()
+    yield from with_interval("top1", hits, frozen.seed)
 
 
 def nearest(

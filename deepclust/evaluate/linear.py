@@ -16,14 +16,15 @@ from collections.abc import Iterator
 import numpy as np
 import threadpoolctl
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from deepclust.errors import DataError
 from deepclust.evaluate.device import choose_device, standardised
-from deepclust.evaluate.frozen import Frozen
+from deepclust.evaluate.frozen import Frozen, Value
+from deepclust.evaluate.interval import with_interval
 from deepclust.evaluate.logistic import Fit
 from deepclust.world import generator
 
@@ -32,7 +33,7 @@ TOLERANCE = 3e-4  # of the mean gradient: within 0.2 % top-1 of 1e-4 on Fashion-
 MAX_ITERATIONS = 500
 
 
-def linear(frozen: Frozen) -> Iterator[tuple[str, float]]:
+def linear(frozen: Frozen) -> Iterator[tuple[str, Value]]:
     """Yield "top1" on the test rows, "C" (chosen on a tenth of the training rows) and "converged".
 
     The last is 0.0 where L-BFGS stopped at MAX_ITERATIONS. Raises `DataError` when there are
@@ -42,16 +43,16 @@ def linear(frozen: Frozen) -> Iterator[tuple[str, float]]:
     held_out = _draw_held_out(train.labels, frozen.seed)
     device = choose_device(train.features.size * len(frozen.classes))
     solve = _on_cpu if device.type == "cpu" else functools.partial(on_device, device=device)
-    top1, strength, converged = solve(frozen, held_out)
-    yield "top1", top1
+    right, strength, converged = solve(frozen, held_out)
+    yield from with_interval("top1", right, frozen.seed)
     yield "C", strength
     yield "converged", float(converged)
 
 
 def on_device(
     frozen: Frozen, held_out: Int64[np.ndarray, " h"], device: torch.device
-) -> tuple[float, float, bool]:
-    """Return top-1, C and whether the last fit converged, computed on the device."""
+) -> tuple[Bool[np.ndarray, " m"], float, bool]:
+    """Return which test rows are right, C and whether the last fit converged, by the device."""
     classes, numbers = np.unique(frozen.train.labels, return_inverse=True)
     x, facts = standardised(frozen.train.features, device)
     y = torch.from_numpy(numbers.astype(np.int64)).to(device)
@@ -71,11 +72,14 @@ def on_device(
     # a class without a training row cannot be answered: it counts as wrong
     known = np.searchsorted(classes, frozen.test.labels).clip(max=len(classes) - 1)
     known = np.where(classes[known] == frozen.test.labels, known, -1)
-    return fit.top1(test, torch.from_numpy(known).to(device)), best, fit.converged
+    right = fit.right(test, torch.from_numpy(known).to(device))
+    return right.cpu().numpy(), best, fit.converged
 
 
-def _on_cpu(frozen: Frozen, held_out: Int64[np.ndarray, " h"]) -> tuple[float, float, bool]:
-    """Return top-1, C and whether the last fit converged, by scikit-learn."""
+def _on_cpu(
+    frozen: Frozen, held_out: Int64[np.ndarray, " h"]
+) -> tuple[Bool[np.ndarray, " m"], float, bool]:
+    """Return which test rows are right, C and whether the last fit converged, by scikit-learn."""
     scaler, y = StandardScaler(), frozen.train.labels
     # float64 rows far from the origin are centred before they are narrowed
     x = scaler.fit_transform(_floats(frozen.train.features)).astype(np.float32)
@@ -87,8 +91,8 @@ def _on_cpu(frozen: Frozen, held_out: Int64[np.ndarray, " h"]) -> tuple[float, f
         warnings.simplefilter("ignore", ConvergenceWarning)  # "converged" reports it
         best = _choose_strength(model, x, y, held_out)
         model.set_params(C=best).fit(x, y)
-        top1 = float(model.score(test, frozen.test.labels))
-    return top1, best, bool(model.n_iter_.max() < MAX_ITERATIONS)
+        right = model.predict(test) == frozen.test.labels
+    return right, best, bool(model.n_iter_.max() < MAX_ITERATIONS)
 
 
 def _floats(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from deepclust.clustering.precision import full_precision
@@ -29,11 +29,13 @@ class Fit:
 
     def top1(self, x: Float32[Tensor, "n d"], y: Int64[Tensor, " n"]) -> float:
         """Return the share of rows whose likeliest class is theirs."""
+        return float(self.right(x, y).sum()) / len(x)
+
+    def right(self, x: Float32[Tensor, "n d"], y: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Return which rows' likeliest class is theirs."""
         with full_precision():
-            hits = sum(
-                (_logits(self.weights, x[t]).argmax(1) == y[t]).sum() for t in self._tiles(x)
-            )
-        return float(hits) / len(x)
+            tiles = [_logits(self.weights, x[t]).argmax(1) == y[t] for t in self._tiles(x)]
+        return torch.cat(tiles)
 
     def _tiles(self, x: Tensor) -> list[slice]:
         size = max(1, LOGITS // self.weights.shape[1])

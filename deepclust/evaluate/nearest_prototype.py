@@ -18,10 +18,11 @@ from deepclust.clustering import class_prototypes
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError
-from deepclust.evaluate.frozen import Frozen, Skipped
+from deepclust.evaluate.frozen import Frozen, Skipped, Value
+from deepclust.evaluate.interval import with_interval
 
 
-def prototypes(frozen: Frozen) -> Iterator[tuple[str, float]]:
+def prototypes(frozen: Frozen) -> Iterator[tuple[str, Value]]:
     """Yield "top1" and "recall" (the mean over the test rows' classes) of the nearest prototype.
 
     A test row of a class without a labelled seed counts as wrong.
@@ -45,7 +46,7 @@ def prototypes(frozen: Frozen) -> Iterator[tuple[str, float]]:
     points = ArrayPoints(whiten(test.features))
     nearest = points.assign_to(torch.from_numpy(centres.rows)).cluster_ids.numpy()
     right = known[nearest] == test.labels
-    yield "top1", float(right.mean())
+    yield from with_interval("top1", right, frozen.seed)
     _, targets = np.unique(test.labels, return_inverse=True)
     recalls = np.bincount(targets, weights=right) / np.bincount(targets)
     yield "recall", float(recalls.mean())

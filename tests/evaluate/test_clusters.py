@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import (
+    adjusted_mutual_info_score,
+    adjusted_rand_score,
+    normalized_mutual_info_score,
+)
 
 from deepclust.clustering.kmeans import kmeans
+from deepclust.clustering.statistics import accuracy
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError
 from deepclust.evaluate.clusters import clusters, spherical_clusters
@@ -32,6 +37,12 @@ def test_scores_are_those_of_scikit_learn_for_the_nearest_centroids() -> None:
     expected = normalized_mutual_info_score(y, labels, average_method="geometric")
     assert values["nmi"] == pytest.approx(expected, abs=1e-6)
     assert values["ari"] == pytest.approx(adjusted_rand_score(y, labels), abs=1e-6)
+    assert values["ami"] == pytest.approx(adjusted_mutual_info_score(y, labels), abs=1e-6)
+    arithmetic = normalized_mutual_info_score(y, labels)
+    assert values["nmi_arithmetic"] == pytest.approx(arithmetic, abs=1e-6)
+    low, high = values["interval"]
+    assert low < values["accuracy"] < high
+    assert values["accuracy"] == pytest.approx(accuracy(labels, y))
 
 
 def test_spherical_scores_are_those_of_the_centroid_of_the_largest_cosine() -> None:
@@ -49,14 +60,16 @@ def test_spherical_scores_do_not_depend_on_the_length_of_a_row() -> None:
     train, (x, y) = splits(400, noise=0.8)
     longer = x * np.random.default_rng(0).uniform(0.1, 10, (len(x), 1)).astype(np.float32)
     a, b = (dict(spherical_clusters(freeze(train, test))) for test in ((x, y), (longer, y)))
+    assert a.pop("interval") == pytest.approx(b.pop("interval"), abs=1e-9)
     assert a == pytest.approx(b, abs=1e-9)
 
 
 def test_blobs_far_apart_are_recovered_exactly() -> None:
-    perfect = {"nmi": 1.0, "ari": 1.0, "accuracy": 1.0}
     frozen = freeze(*splits(400, noise=0.05))
     for protocol in (clusters, spherical_clusters):
-        assert dict(protocol(frozen, restarts=1)) == pytest.approx(perfect, abs=1e-9)
+        values = dict(protocol(frozen, restarts=1))
+        assert values.pop("interval") == [1.0, 1.0]
+        assert values == pytest.approx(dict.fromkeys(values, 1.0), abs=1e-9)
 
 
 def test_the_whitening_keeps_dim_directions_or_all_of_fewer() -> None:

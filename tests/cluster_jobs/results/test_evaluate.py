@@ -58,7 +58,7 @@ def test_the_toy_evaluator_measures_a_run_without_an_edit_of_the_package(
     done = deepclust(
         "evaluate", run_dir, "--train", shards, "--test", shards, "--with", f"knn,{TOY}", "--json"
     )
-    assert json.loads(done.stdout).keys() == {"knn", TOY}
+    assert json.loads(done.stdout).keys() == {"knn", TOY, "baselines"}
     assert json.loads(done.stdout)[TOY] == scores[TOY]
 
 
@@ -67,13 +67,13 @@ def test_the_record_keeps_the_scores_of_other_evaluators_on_the_same_shards(
 ) -> None:
     evaluate_run(run_dir, str(shards), str(shards), [TOY])
     knn = evaluate_run(run_dir, str(shards), str(shards), ["knn"])
-    (file,) = (run_dir / "evaluations").iterdir()
+    (file,) = (run_dir / "evaluations").glob("*.json")
     record = json.loads(file.read_text())
     assert {TOY, "knn"} <= set(record["scores"])
     assert record["scores"]["knn"] == knn["knn"]
     others = str(tiny_shards(tmp_path / "others", n=60))
     evaluate_run(run_dir, others, others, ["knn"])
-    assert set(json.loads(file.read_text())["scores"]) == {"knn"}
+    assert set(json.loads(file.read_text())["scores"]) == {"knn", "baselines"}
 
 
 def test_what_is_evaluated_is_what_was_clustered(run_dir: Path, shards: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_needs_seeds_is_skipped_with_a_reason_in_a_run_without_them(
 ) -> None:
     reasons: list[str] = []
     scores = evaluate_run(run_dir, str(shards), str(shards), emit=reasons.append)
-    assert set(scores) == {"knn", "linear", "clusters", "spherical_clusters"}
+    assert set(scores) == {"knn", "linear", "clusters", "spherical_clusters", "baselines"}
     why = f"is not evaluated: {run_dir} was trained without labelled seeds"
     assert reasons == [f"{name} {why}" for name in ("prototypes", "classifier")]
     with pytest.raises(DataError, match="prototypes cannot be evaluated"):
@@ -213,7 +213,7 @@ def test_a_method_that_answers_classes_is_judged_by_its_own_answers(
     assert classes["rows"] == index.class_names
     assert sum(row[0] for row in classes["values"]) == 60
     assert sum(map(sum, scores["confusion"]["values"])) == 120
-    (file,) = (toy_run / "evaluations").iterdir()
+    (file,) = (toy_run / "evaluations").glob("*.json")
     assert json.loads(file.read_text())["scores"]["classifier"] == scores
     line = scores_line("classifier", scores)
     assert "top1" in line

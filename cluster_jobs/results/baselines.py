@@ -1,0 +1,109 @@
+"""Baselines of an evaluation, kept beside it: they depend on the images, not on what was trained.
+
+They lie in `evaluations/baselines/HASH.json`, by a hash of everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepclust.data.shards.index import Index
+from deepclust.errors import DataError, DeepclustError
+from deepclust.evaluate import Scores, evaluate
+from deepclust.evaluate.baselines import (
+    COMPARED,
+    MOST_ROWS,
+    compared,
+    freeze_baselines,
+    majority,
+    rows_of,
+)
+from deepclust.evaluate.frozen import Frozen
+from deepclust.files import read_record, write_json
+from deepclust.methods.embed import Embedder
+
+Emit = Callable[[str], None]
+FIELDS = {"facts": dict, "scores": dict}
+
+
+def baselines(
+    frozen: Frozen,
+    indexes: tuple[Index, Index],
+    fresh: Callable[[], Embedder],
+    names: list[str] | None,
+    kept: tuple[Path, dict[str, Any]] | None,
+    emit: Emit,
+) -> Scores:
+    """Return {"majority": {"top1": ...}, "rows": ..., "pixels": {"knn": {...}}, "random_weights"}.
+
+    `names` are the evaluators whose scores they stand beside (default: all). `fresh` gives the
+    network before training. `kept` is a folder, and the facts of the network that the scores depend
+    on. A baseline that cannot be measured is left out, and `emit` is given the reason.
+    """
+    answered: Scores = {"majority": dict(majority(frozen))}
+    wanted = compared(COMPARED if names is None else names)
+    if not wanted:
+        return answered
+    facts = {**({} if kept is None else kept[1]), **_facts(frozen, indexes)}
+    file = None if kept is None else kept[0] / "baselines" / f"{_hash(facts)}.json"
+    known = {} if file is None else _known(file, facts)
+    missing = [name for name in wanted if any(name not in one for one in known.values())]
+    if missing or not known:
+        embedder = fresh()
+        frozens = freeze_baselines(frozen, indexes, embedder.data, embedder)
+        for name, one in frozens.items():
+            measured = _measured(name, one, missing or wanted, emit)
+            known[name] = {**known.get(name, {}), **measured}
+        if file is not None:
+            _keep(file, {"facts": facts, "scores": known}, emit)
+    own = {name: {n: one[n] for n in wanted if n in one} for name, one in known.items()}
+    return {**answered, "rows": rows_of(frozen), **own}
+
+
+def _measured(name: str, frozen: Frozen, wanted: list[str], emit: Emit) -> Scores:
+    try:
+        return evaluate(frozen, wanted, lambda text: emit(f"baseline {name}: {text}"))
+    except DeepclustError:  # all of them failed, and each was told
+        return {}
+
+
+def _facts(frozen: Frozen, indexes: tuple[Index, Index]) -> dict[str, Any]:
+    """Return what pixels and labels of both splits are, as JSON has it."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for split in (frozen.train, frozen.test):
+        hashed.update(split.sample_ids.tobytes() + split.labels.tobytes())
+    return {
+        "data": [index.fingerprint for index in indexes],
+        "labels": hashed.hexdigest(),
+        "classes": frozen.classes,
+        "dim": frozen.dim,
+        "seed": frozen.seed,
+        "most_rows": MOST_ROWS,
+    }
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def _known(file: Path, facts: dict[str, Any]) -> Scores:
+    """Return the scores that are kept of these facts: none from a damaged file."""
+    with contextlib.suppress(DataError, FileNotFoundError):
+        record = read_record(file, FIELDS)
+        if record["facts"] == facts:
+            return dict(record["scores"])
+    return {}
+
+
+def _keep(file: Path, record: dict[str, Any], emit: Emit) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
+    except (DeepclustError, OSError) as error:
+        emit(f"warning: the baselines are not kept: {error}")
