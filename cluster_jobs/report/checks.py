@@ -104,7 +104,7 @@ def knows_seeds(facts: Facts) -> Check | None:
 
 
 def _is_late(facts: Facts, step: int | None) -> bool:
-    """Return whether a step is late enough for a verdict; an unknown one is taken to be."""
+    """Return whether a step is late enough to judge a run; an unknown one is taken to be."""
     return step is None or step >= ENOUGH or facts.status.state == "SUCCEEDED"
 
 
