@@ -20,7 +20,10 @@ def extract(run_dir: RunDir) -> None:
     _run_stage(run_dir, "extract")
 
 
-Clusters = Annotated[int | None, typer.Option("--k", help="The number of clusters.")]
+Clusters = Annotated[
+    str | None,
+    typer.Option("--k", metavar="K[,K...]", help="The number of clusters; several are compared."),
+]
 Whiten = Annotated[int | None, typer.Option(help="PCA-whiten the rows to this many dimensions.")]
 Iterations = Annotated[int, typer.Option(help="The number of updates of the centroids.")]
 Seed = Annotated[int, typer.Option(help="The seed of the initial centroids.")]
@@ -41,7 +44,11 @@ Source = Annotated[
 
 @verbs.command(
     rich_help_panel=PANEL,
-    epilog=examples("cluster runs/a", "cluster features.npy --k 1000 --whiten 256 --out clusters"),
+    epilog=examples(
+        "cluster runs/a",
+        "cluster features.npy --k 1000 --whiten 256 --out clusters",
+        "cluster runs/a --k 50,100,200,500",
+    ),
 )
 def cluster(
     source: Source,
@@ -61,13 +68,33 @@ def cluster(
 ) -> None:
     """Cluster any features by k-means, or do the clustering stage of a run.
 
-    The options are for a file of features. A run has them in its recipe.
+    The options are for a file of features. A run has them in its recipe. With several numbers
+    after --k, the features are clustered with each and the results are compared.
     """
-    from cluster_jobs.results import cluster_file
+    from cluster_jobs.results import choose_k, cluster_file
 
+    ks = choose_k.parse_ks(k)
     options = cluster_file.Options(
-        k, whiten, iterations, seed, init, spherical, empty, min_size, backend, device, ids
+        ks[0] if ks else None,
+        whiten,
+        iterations,
+        seed,
+        init,
+        spherical,
+        empty,
+        min_size,
+        backend,
+        device,
+        ids,
     )
+    if len(ks) > 1:
+        compared = choose_k.compare(source, out, ks, options)
+        if as_json:
+            typer.echo(json.dumps(compared))
+            return
+        print_out(choose_k.summary(compared))
+        choose_k.advise()
+        return
     if not cluster_file.is_features(source):
         cluster_file.refuse_options(source, options, out)
         _run_stage(source, "cluster")

@@ -1,17 +1,25 @@
 """Checks of a clustering run: what users ask about it, answered in sentences.
 
-Each check returns a result, or None where it is too early. The limits are rules of thumb that
-colour a sentence and stop nothing.
+Each check returns a result, or None where it is too early or cannot be known. The limits are rules
+of thumb that colour a sentence and stop nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import NamedTuple
 
-from cluster_jobs.report.facts import Facts
+from cluster_jobs.report.facts import Facts, Score
 from deepclust.run.collapse import KEYS, LINES, collapsed
 
+ENOUGH = 100  # steps before which a loss or a score says nothing about a run
+JUDGES = 30  # held-out labels, fewer of which judge nothing
+JUDGED_BY = ("knn", "linear")  # evaluators whose baselines are compared
+BASELINES = {  # by their names in the scores: majority has one score for all evaluators
+    "pixels {}": "pixels", "random_weights {}": "random weights", "random {}": "random weights",
+    "majority": "the commonest class",
+}  # fmt: skip
 STUCK = 0.97  # of a guess: no better than a guess
 CROWDED = 0.2  # share of the images in one cluster
 LOST = 0.001  # share of the samples that could not be used
@@ -28,14 +36,107 @@ class Check(NamedTuple):
 def checks(facts: Facts) -> list[Check]:
     """Return the results of all checks for which it is not too early."""
     table: tuple[Callable[[Facts], Check | None], ...] = (
-        learns, spread_out, balanced, settles, filled, whole,
+        beats_baselines, knows_seeds, learns, spread_out, balanced, settles, filled, whole,
     )  # fmt: skip
     return [result for check in table if (result := check(facts)) is not None]
 
 
+def beats_baselines(facts: Facts) -> Check | None:
+    """Check whether the newest scores are above those of pixels, random weights and majority.
+
+    A difference inside of both 95 % intervals is none. It is too early before `ENOUGH` steps,
+    unless the run has ended.
+    """
+    newest = [one for one in facts.scores if one.source == facts.scores[0].source]
+    top1 = {one.evaluator: one for one in newest if one.measure == "top1"}
+    results = []
+    for evaluator in JUDGED_BY:
+        own, beside = top1.get(evaluator), _baselines(top1, evaluator)
+        if own is not None and beside and _is_late(facts, own.step):
+            results.append(_compared(own, beside))
+    known = [result for result in results if result is not None]
+    return min(known, key=lambda check: check.good, default=None)
+
+
+def _baselines(top1: dict[str, Score], evaluator: str) -> list[tuple[str, Score]]:
+    """Return the baselines of an evaluator, each with what it is called in a sentence."""
+    names = {f"baseline {name}".format(evaluator): text for name, text in BASELINES.items()}
+    return [(text, top1[name]) for name, text in names.items() if name in top1]
+
+
+def _compared(own: Score, beside: list[tuple[str, Score]]) -> Check | None:
+    """Return what is said of a score beside those of baselines: None where it is inside of one."""
+    text, best = max(beside, key=lambda one: one[1].value)
+    (low, high), (best_low, best_high) = (
+        (one.value, one.value) if one.interval is None else one.interval for one in (own, best)
+    )
+    numbers = f"{own.evaluator} top-1 is {own.value:.1%}, and {best.value:.1%} for {text}"
+    if high < best_low:
+        return Check(
+            False,
+            f"Worse than {text}: {numbers}. The features are not worth using: lower train.lr, "
+            "train longer, or use more images.",
+        )
+    if low > best_high:
+        return Check(True, f"Better than every baseline: {numbers}.")
+    return None
+
+
+def knows_seeds(facts: Facts) -> Check | None:
+    """Check a seeded run by its held-out labels, if enough of them were left."""
+    seeds = facts.seeds or {}
+    counts = [sum(row) for row in seeds.get("confusion") or []][: len(seeds.get("classes") or [])]
+    share, n = seeds.get("accuracy"), sum(counts)
+    if share is None or n < JUDGES:
+        return None
+    guess = max(counts) / n
+    noise = 2 * sqrt(guess * (1 - guess) / n)  # two standard errors of a guess
+    text = f"Of {n:,} held-out labels {share:.1%} are nearest to a prototype of their class"
+    if share <= guess:
+        return Check(
+            False,
+            f"{text}, no more than the commonest class has, {guess:.1%}. Check the labels, or "
+            "raise seeds.pin_from so that features are better when labels seed them.",
+        )
+    if share <= guess + noise:
+        return None
+    return Check(True, f"{text}; the commonest class has {guess:.1%}.")
+
+
+def _is_late(facts: Facts, step: int | None) -> bool:
+    """Return whether a step is late enough to judge a run; an unknown one is taken to be."""
+    return step is None or step >= ENOUGH or facts.status.state == "SUCCEEDED"
+
+
+def _losses(facts: Facts) -> list[float]:
+    """Return the losses that can be judged: of rounds, or of lines where there are no rounds.
+
+    A round has a fresh classifier, so the mean of its first steps is that of a guess. The newest
+    round counts when it has seen `ENOUGH` steps, or the run has ended. Nothing counts before the
+    warm-up is over.
+    """
+    last = facts.train[-1] if facts.train else {}
+    epoch = last.get("epoch")
+    warm = epoch is None or epoch >= facts.recipe.train.warmup
+    if not warm or not _is_late(facts, last.get("step")):
+        return []
+    if not facts.rounds:
+        return [one["loss"] for one in facts.train if one["loss"] is not None]
+    trained = [one for one in facts.rounds if one["loss"] is not None]
+    if trained and not _is_late(facts, _steps_of(facts, trained[-1].get("round"))):
+        trained = trained[:-1]
+    return [one["loss"] for one in trained]
+
+
+def _steps_of(facts: Facts, number: int | None) -> int | None:
+    """Return over how many steps the metrics of a round go, None where they do not say."""
+    steps = [one["step"] for one in facts.train if one.get("round") == number and "step" in one]
+    return steps[-1] - steps[0] if number is not None and steps else None
+
+
 def learns(facts: Facts) -> Check | None:
     """Check whether the network beats a guess, whose loss is ln of the number of answers."""
-    trained = [one["loss"] for one in facts.rounds or facts.train if one["loss"] is not None]
+    trained = _losses(facts)
     if not trained:
         return None
     loss, guess = trained[-1], facts.guess
@@ -61,6 +162,8 @@ def spread_out(facts: Facts) -> Check | None:
 
 def balanced(facts: Facts) -> Check | None:
     """Check that no cluster holds far more images than the others, in any head."""
+    if knows_seeds(facts) is not None:  # the sizes of seeded clusters are those of classes
+        return None
     shares = [one["largest_share"] for one in facts.heads or facts.rounds[-1:]]
     if not shares or None in shares:
         return None

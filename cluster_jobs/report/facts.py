@@ -49,6 +49,7 @@ class Score:
     value: float
     source: str
     interval: list[float] | None = None  # 95 %, low and high
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def _scores(run: Run) -> tuple[list[Score], dict[tuple[str, str], Record]]:
                 elif isinstance(value, dict):
                     tables.setdefault((evaluator, name), {**value, "source": source})
                 else:
-                    scores.append(Score(evaluator, name, value, source))
+                    scores.append(Score(evaluator, name, value, source, step=record["step"]))
     return scores, tables
 
 

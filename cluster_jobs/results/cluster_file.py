@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from jaxtyping import Int64
 from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
@@ -102,21 +103,23 @@ def cluster_features(source: Path, out: Path | None, options: Options) -> dict[s
             f"a file of features needs the number of clusters and a folder for them: "
             f"deepclust cluster {source} --k 1000 --out clusters"
         )
-    _check_options(options)
-    device = _device(options.device)
+    check_options(options)
+    device = device_of(options.device)
     rows = open_rows(source)
-    _check_count(source, rows, options.k, options.min_size)
+    check_count(source, len(rows), options.k, options.min_size)
     if options.ids is not None:
         check_names(options.ids, len(rows))
-    _check_target(out)
-    job = _Job(source, rows, options, device)
+    check_target(out)
+    job = Job(source, rows, options, device)
     sweep(out)  # of one that was killed
-    atomic_folder(out, job.fill, lambda: _check_target(out))
+    atomic_folder(out, job.fill, lambda: check_target(out))
     return dict(read_json(out / "statistics.json"))
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A file of rows with what is to be done with it."""
+
     source: Path
     rows: np.ndarray
     options: Options
@@ -129,10 +132,10 @@ class _Job:
 
     def _fill(self, folder: Path) -> None:
         began = time.monotonic()
-        with _named_errors(self.source):
-            rows = self._whiten(folder)
+        with named_errors(self.source):
+            rows = self.whiten(folder)
             whitened = time.monotonic()
-            result = self._cluster(rows)
+            result = self.cluster(rows)
         clustered = time.monotonic()
         (folder / "whitened.npy").unlink(missing_ok=True)
         _log("writing")
@@ -146,7 +149,7 @@ class _Job:
         }
         write_json(folder / "statistics.json", {**self._facts(result), "seconds": seconds})
 
-    def _whiten(self, folder: Path) -> np.ndarray:
+    def whiten(self, folder: Path) -> np.ndarray:
         """Return the rows to cluster: those given, or whitened ones on disk in `folder`."""
         n, width = self.rows.shape
         dim = self.options.whiten
@@ -161,7 +164,10 @@ class _Job:
         _project(whitening, self.rows, folder / "whitened.npy")
         return np.lib.format.open_memmap(folder / "whitened.npy", mode="r")
 
-    def _cluster(self, rows: np.ndarray) -> KMeansResult:
+    def cluster(
+        self, rows: np.ndarray, valid: Int64[np.ndarray, " m"] | None = None
+    ) -> KMeansResult:
+        """Return the k-means of all rows, or of the `valid` ones alone."""
         chosen = self.options
         assert chosen.k is not None
         _log(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
@@ -172,7 +178,8 @@ class _Job:
         for note in notes:
             _log(f"warning: {note}{instead}")
         options, frame = chosen.kmeans(backend), frame_of(rows, spherical=chosen.spherical)
-        points = ArrayPoints(rows, device=device).framed(frame)
+        whole = ArrayPoints(rows, device=device)
+        points = (whole if valid is None else whole.select(valid)).framed(frame)
         given = given_start(points, options)
         result = solve_kmeans(points, options, given, scaled(_Passes(), frame))
         return widened(result, frame)
@@ -232,7 +239,7 @@ def _write_table(path: Path, result: KMeansResult, ids: Path | None) -> None:
             writer.write_table(pa.table(list(map(pa.array, columns)), schema=schema))
 
 
-def _check_options(options: Options) -> None:
+def check_options(options: Options) -> None:
     """Raise `RecipeError` for values that the recipe's `cluster` section refuses."""
     names = ("k", "iterations", "init", "empty", "min_size", "backend", "device")
     chosen = {name: getattr(options, name) for name in names}
@@ -248,7 +255,8 @@ def _check_options(options: Options) -> None:
         raise RecipeError("; ".join(lines)) from None
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of `--device`, or raise `ResourceError` for a GPU that is not there."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(f"--device {name}: torch sees no GPU here. Use --device cpu or auto.")
     return torch.device(
@@ -256,16 +264,17 @@ def _device(name: str) -> torch.device:
     )
 
 
-def _check_count(source: Path, rows: np.ndarray, k: int, min_size: int) -> None:
-    if k * min_size > len(rows):
+def check_count(source: Path, count: int, k: int, min_size: int) -> None:
+    """Raise `DataError` for more clusters than `count` rows can fill."""
+    if k * min_size > count:
         each = f" of at least {min_size} rows" if min_size > 1 else ""
         raise DataError(
-            f"{k} clusters{each} need {k * min_size} rows, but {source} has only {len(rows)}. "
-            f"Set --k to at most {len(rows) // min_size}."
+            f"{k} clusters{each} need {k * min_size} rows, but {source} has only {count}. "
+            f"Set --k to at most {count // min_size}."
         )
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
     """Raise `RecipeError` if `out` exists, since nothing is ever overwritten."""
     with disk_errors(out):
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -274,7 +283,7 @@ def _check_target(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(source: Path) -> Iterator[None]:
+def named_errors(source: Path) -> Iterator[None]:
     """Let errors of the clustering name the file, and options instead of recipe keys."""
     try:
         yield

@@ -75,7 +75,7 @@ def build_vaes(
     rows that are not finite or all equal, and `RunDiffersError` where `out` is of another job.
     """
     chosen = _device(device)
-    files = [_file_of(source) for source in sources]
+    files = [rows_file(source) for source in sources]
     rows = [open_rows(file) for file in files]
     _check_rows(files, rows, options)
     job = _Job(files, rows, out, options.of_rows(len(rows[0])), chosen)
@@ -87,7 +87,7 @@ def build_vaes(
         return read_record(out / MANIFEST, RESULTS)
 
 
-def _file_of(source: Path) -> Path:
+def rows_file(source: Path) -> Path:
     """Return the file of rows that a source means."""
     if not source.is_dir():
         return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Backbone(nn.Module):
     name: the name given to `build_backbone`. dim: width of a feature row. image_size: pixels it was
     built for. torchvision: the function in torchvision.models that loads `export_state()`
     (classifier aside), or None. meta: the header of an exported file, empty for other networks.
+    preprocess: from an image to what the network was trained on, None for other networks.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Backbone(nn.Module):
         self.image_size = image_size
         self.torchvision = torchvision
         self.meta: dict[str, Any] = {}
+        self.preprocess: Callable[[Any], Tensor] | None = None
         self.sobel = Sobel() if sobel else None
         self.net = net
         self.activation: nn.Module = nn.ReLU() if relu else nn.Identity()

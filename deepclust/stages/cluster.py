@@ -54,6 +54,7 @@ from deepclust.stages.round_sinkhorn import label_round
 from deepclust.world import ALONE, World, derive
 
 POLL_S = 0.05
+FEW = 10  # images of a cluster, on average
 ROWS = re.compile(r"rows(-\d+)?\.npy")
 
 
@@ -98,10 +99,22 @@ def make_context(
         seeds = recipe.seeds, load(index, recipe.seeds, recipe.seed)
         seeded_round.check(run, recipe, seeds[1])
         notes += seeds[1].notes
+    notes += note_of_k(config.k, len(index))
     config = config.model_copy(update={"backend": backend})
     context = ClusterContext(run, config, refresh, recipe.seed, index, seeds, usable, report, world)
     context.warn(notes)
     return context
+
+
+def note_of_k(k: int, n: int) -> list[str]:
+    """Return a warning where clusters are too small on average, and which k would do."""
+    if k * FEW <= n:
+        return []
+    fix = f"cluster.k={n // FEW} or less gives {FEW}" if n >= 2 * FEW else "More images would do"
+    return [
+        f"cluster.k={k} for {n:,} images is {n / k:.1f} a cluster: so few images are learnt by "
+        f"heart, and clusters change with the draw. {fix}"
+    ]
 
 
 def solve_whitening(context: ClusterContext, number: int) -> None:

@@ -34,6 +34,7 @@ from deepclust import files
 from deepclust.errors import DataError, NumericalError, RecipeError
 from deepclust.models import Backbone, build_backbone, libraries
 from deepclust.stages import export_elsewhere as elsewhere
+from deepclust.stages.preprocess import Preprocess
 
 FORMATS = ("torchvision", "safetensors", *elsewhere.TARGETS)
 HEADER = "deepclust"  # the key of our JSON in a safetensors header
@@ -126,7 +127,8 @@ def load_backbone(path: str | Path) -> Backbone:
 
     It is on the CPU, in eval mode. `net(images)` takes normalised float images [b, 3, h, w] to
     features [b, net.dim]. `net.meta` is the header, where `mean` and `std` say how images were
-    normalised in training. Nothing in the file is executed.
+    normalised in training. `net.preprocess(image)` does it (`stages.preprocess`). Nothing in the
+    file is executed.
 
     Raises `DataError` for a file that is broken or not such an export.
     """
@@ -154,7 +156,7 @@ def read_export(path: str | Path) -> tuple[Backbone, dict[str, Tensor]]:
             f"{path}: holds {name}, written by deepclust {meta['version']}, and this is deepclust "
             f"{deepclust.__version__}, which cannot build it: {why}"
         ) from error
-    backbone.meta = meta
+    backbone.meta, backbone.preprocess = meta, Preprocess(meta)
     return backbone.eval(), head
 
 

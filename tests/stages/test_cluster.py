@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,3 +192,18 @@ def test_the_memory_of_a_round_is_given_back_on_a_gpu(
     )
     cluster.cluster_features(context, 0)
     assert len(calls) == given_back
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "words"),
+    [
+        (100, 1000, None),
+        (101, 1000, "9.9 a cluster.*cluster.k=100 or less gives 10"),
+        (3, 19, "More images would do"),
+    ],
+)
+def test_a_k_that_is_large_for_the_images_is_warned_of_with_one_that_would_do(
+    k: int, n: int, words: str | None
+) -> None:
+    notes = cluster.note_of_k(k, n)
+    assert not notes if words is None else re.search(words, notes[0])
