@@ -67,7 +67,7 @@ def run(context: Context) -> None:
             context.emit("training", round=state.round, segment=state.segment, step=state.step)
             state = train_segment(trainer, plan, targets, state).after_segment()
             if timeline.save_due(state):
-                trainer.save(state)
+                trainer.begin_save(state)
         trainer.save(state)
         average.settle(trainer, targets, state)
         finish(context, trainer)
@@ -75,6 +75,7 @@ def run(context: Context) -> None:
             make_final_round(context, trainer, state)
     finally:
         trainer.loader.close()
+        trainer.writer.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
 

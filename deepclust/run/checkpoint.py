@@ -7,17 +7,15 @@ renamed with a warning, and the one before it is used.
 Of some parameters every rank owns a slice (`world.Owned`). Each rank saves its slices into a file,
 `owned-RRRRR.safetensors`, and rank 0 moves all of them into the folder before it appears. They are
 read by ranges, so another number of ranks can go on. Without slices only rank 0 saves.
+`checkpoint_writer` writes, this file reads.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deepclust.errors import DataError, DeepclustError
-from deepclust.files import (
-    disk_errors,
-    file_hash,
-    read_record,
-    reading,
-    set_aside,
-    sync,
-    write_json,
-    write_tensors,
-)
-from deepclust.run.directory import Run, is_done, numbered, prune, verify
+from deepclust.files import read_record, reading, set_aside
+from deepclust.run.directory import Run, is_done, numbered, verify
 from deepclust.run.signs import unwatched
-from deepclust.world import ALONE, Owned, World
+from deepclust.world import Owned
 
 Tensors = dict[str, Tensor]
 OwnedTensors = dict[str, tuple[Tensor, Owned]]
-HASH = ".blake2b"  # beside an owner's file while it waits for its place
 _REMEDY = (
     "Copy the missing file back, or delete the folder: `resume` then uses the checkpoint before it."
 )
@@ -74,99 +62,6 @@ class State:
     def in_round(self, number: int) -> State:
         """Return the state at the same place of another round."""
         return State(self.step, self.segment, self.offset, number, self.samples)
-
-
-def save(
-    run: Run,
-    state: State,
-    parts: dict[str, Tensors],
-    keep: int,
-    owned: OwnedTensors | None = None,
-    world: World = ALONE,
-) -> bool:
-    """Write a checkpoint unless this step has one; then drop all but the newest `keep`.
-
-    Return whether it was written. With `owned` (this rank's slices, by names that all ranks have)
-    every rank calls, and an error on one is an error on all. Without it only rank 0 calls. `parts`
-    are rank 0's.
-    """
-    folder = run.path / "checkpoints" / f"{state.step:08d}"
-    if owned:
-        return _save_together(run, folder, state, parts, keep, owned, world)
-    if is_done(folder):
-        return False
-    _commit(run, folder, state, parts, keep, [])
-    return True
-
-
-def _commit(
-    run: Run, folder: Path, state: State, parts: dict[str, Tensors], keep: int, written: list[Path]
-) -> None:
-    """Publish what is given, and the owners' files, in one rename."""
-
-    def fill(partial: Path) -> None:
-        for name, tensors in parts.items():
-            write_tensors(partial / f"{name}.safetensors", tensors, alive=run.alive)
-        for file in written:
-            os.rename(file, partial / file.name)
-        write_json(partial / "state.json", asdict(state))
-
-    hashes = {file.name: file.with_suffix(HASH).read_text() for file in written}
-    run.commit(folder, fill, {"step": state.step, "round": state.round}, hashes=hashes)
-    prune(run.checkpoints(), keep, run.alive)
-
-
-def _save_together(
-    run: Run,
-    folder: Path,
-    state: State,
-    parts: dict[str, Tensors],
-    keep: int,
-    owned: OwnedTensors,
-    world: World,
-) -> bool:
-    """Write all ranks' slices into a scratch folder, then let rank 0 publish."""
-    # a writer of an earlier attempt cannot know the name; a new holder of the run sweeps `.*.tmp`
-    name = f".owned-{folder.name}-{run.token}-{secrets.token_hex(4)}.tmp"
-    done, name = world.broadcast_object((is_done(folder), name))
-    if done:
-        return False
-    scratch = folder.with_name(name)
-    files = [scratch / f"owned-{rank:05d}.safetensors" for rank in range(world.size)]
-
-    def publish() -> None:
-        if world.is_first:
-            _commit(run, folder, state, parts, keep, files)
-
-    try:
-        _attempt(world, folder, lambda: _write_owned(files[world.rank], owned, run.alive))
-        _attempt(world, folder, publish)
-    finally:
-        if world.is_first:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return True
-
-
-def _attempt(world: World, folder: Path, work: Callable[[], None]) -> None:
-    """Do this rank's work, then wait for all; raise on all ranks when it failed on one."""
-    error = None
-    try:
-        work()
-    except Exception as raised:
-        error = raised
-    world.barrier()  # without a time limit: disks differ
-    world.raise_all(error, f"checkpoint {folder}")
-
-
-def _write_owned(file: Path, owned: OwnedTensors, alive: Callable[[], None]) -> None:
-    tensors = {name: tensor for name, (tensor, _) in owned.items()}
-    ranges = {name: asdict(own) for name, (_, own) in owned.items()}
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, tensors, {"owned": json.dumps(ranges)}, alive)
-        sync(file, alive)  # on this rank's machine, where rank 0 cannot flush it
-        # rank 0 would hash for all, one by one
-        file.with_suffix(HASH).write_text(file_hash(file, alive))
 
 
 def load(

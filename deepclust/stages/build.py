@@ -28,6 +28,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.named import part_of
 from deepclust.run import checkpoint, labels
 from deepclust.run.checkpoint import State
+from deepclust.run.checkpoint_writer import CheckpointWriter
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
@@ -37,7 +38,7 @@ from deepclust.stages.average import Average
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
-from deepclust.stages.train_state import put_back
+from deepclust.stages.train_state import check_finite_weights, put_back
 from deepclust.world import World
 
 Ignore: TypeAlias = Callable[[torch.nn.Module, list[str]], None]
@@ -99,10 +100,21 @@ def build_trainer(context: Context) -> Trainer:
         method=method,
         model=wrap_ddp(method, world, compiled=recipe.train.compile),
         optimizers=Optimizers(parameter_groups(method), recipe.train, method.owned(), world),
+        writer=build_writer(context),
         report=context.report,
         stopping=context.stopping,
         metrics=Metrics(run) if world.is_first else None,
     )
+
+
+def build_writer(context: Context) -> CheckpointWriter:
+    """Return what writes the run's checkpoints, and says that one is there."""
+
+    def done(step: int) -> None:
+        context.report.event("checkpoint", step=step)
+
+    keep = context.recipe.keep.checkpoints
+    return CheckpointWriter(context.run, keep, context.world, done, check_finite_weights)
 
 
 def build_method(

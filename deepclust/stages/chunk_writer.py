@@ -12,9 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 C = TypeVar("C")
 
 
@@ -53,17 +50,3 @@ class ChunkWriter(Generic[C]):
                 self.settle()
         finally:
             self._pool.shutdown()
-
-
-def to_host(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors on the CPU, with one wait for the GPU for all of them."""
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return list(tensors)
-    copies = [
-        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-            tensor, non_blocking=True
-        )
-        for tensor in tensors
-    ]
-    torch.cuda.current_stream(tensors[0].device).synchronize()
-    return copies

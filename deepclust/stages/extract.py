@@ -30,10 +30,11 @@ from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import create_empty, write_json
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run, is_done
+from deepclust.run.host_copies import to_host
 from deepclust.run.reporting import Report
 from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
-from deepclust.stages.chunk_writer import ChunkWriter, to_host
+from deepclust.stages.chunk_writer import ChunkWriter
 from deepclust.stages.progress import StageProgress
 from deepclust.stages.unusable import check_bad, count_bad, not_finite
 from deepclust.world import World

@@ -27,6 +27,7 @@ from deepclust.methods.embed import Embedder, autocast
 from deepclust.optim.optimizers import Optimizers
 from deepclust.recipe import Recipe
 from deepclust.run.checkpoint import State
+from deepclust.run.checkpoint_writer import CheckpointWriter
 from deepclust.run.collapse import Watch
 from deepclust.run.directory import Run
 from deepclust.run.reporting import Metrics, Report
@@ -34,7 +35,7 @@ from deepclust.stages.ahead import Ahead, Ready
 from deepclust.stages.average import average_of
 from deepclust.stages.batches import Feed
 from deepclust.stages.schedule import Timeline
-from deepclust.stages.train_state import save
+from deepclust.stages.train_state import begin_save
 from deepclust.world import World, derive
 
 
@@ -54,18 +55,26 @@ class Trainer:
     method: Method
     model: torch.nn.Module
     optimizers: Optimizers
+    writer: CheckpointWriter
     report: Report
     stopping: Callable[[], bool]
     metrics: Metrics | None  # of the first rank
     watch: Watch = field(default_factory=Watch)
 
-    def save(self, state: State) -> None:
-        """Write a checkpoint unless the step has one.
+    def begin_save(self, state: State) -> None:
+        """Begin a checkpoint unless the step has one; it is written while the training goes on.
 
         All ranks call it.
         """
-        keep = self.recipe.keep.checkpoints
-        save(state, self.run, keep, self.world, self.report, self.method, self.optimizers)
+        begin_save(state, self.writer, self.method, self.optimizers)
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint unless the step has one, and wait until it is there.
+
+        All ranks call it.
+        """
+        self.begin_save(state)
+        self.writer.settle()
 
     @property
     def embedder(self) -> Embedder:
@@ -124,6 +133,7 @@ def train_segment(
     while state.offset < plan.steps:
         rate = train_step(trainer, meter, parts, targets, state)
         judge_bad(trainer, meter, state)
+        trainer.writer.poll()
         state = state.after_step(config.batch)
 
         # Ranks agree on a stop where they meet for the metrics. A single rank stops at once.
@@ -137,11 +147,13 @@ def train_segment(
         report_bad(trainer, totals.bad, meter, state)
         log_metrics(trainer, totals, meter, plan, state, rate)
         meter = Meter(trainer.loader.waited)
-        if totals.stop or (save_due and not at_end):
-            trainer.save(state)
+        if save_due and not at_end:
+            trainer.begin_save(state)
         if totals.stop:
+            trainer.save(state)
             trainer.world.barrier()  # no rank leaves before the first has written
             raise RequeueWanted(f"stopped on request at step {state.step}; resume continues there")
+    trainer.writer.settle()
     return state
 
 

@@ -16,35 +16,21 @@ from deepclust.methods.base import Method
 from deepclust.optim.optimizers import MOMENTUM, Optimizers
 from deepclust.run import checkpoint
 from deepclust.run.checkpoint import OwnedTensors, State, Tensors
-from deepclust.run.directory import Run
-from deepclust.run.reporting import Report
-from deepclust.world import World
+from deepclust.run.checkpoint_writer import CheckpointWriter
 
 
-def save(
-    state: State,
-    run: Run,
-    keep: int,
-    world: World,
-    report: Report,
-    method: Method,
-    optimizers: Optimizers,
+def begin_save(
+    state: State, writer: CheckpointWriter, method: Method, optimizers: Optimizers
 ) -> None:
-    """Save a checkpoint unless the step has one, and keep the newest.
+    """Begin a checkpoint unless the step has one.
 
     All ranks call it.
     """
-    if not (world.is_first or method.owned()):
+    owned = method.owned()
+    if not (writer.world.is_first or owned):
         return
     parts, slices = split(method, optimizers)
-    weights = parts["model"] | {name: tensor for name, (tensor, _) in slices.items()}
-    error = _not_finite(weights, state)
-    if slices:
-        world.raise_all(error, f"step {state.step}")
-    elif error is not None:
-        raise error
-    if checkpoint.save(run, state, parts, keep, slices, world) and world.is_first:
-        report.event("checkpoint", step=state.step)
+    writer.put(state, parts, slices)
 
 
 def split(method: Method, optimizers: Optimizers) -> tuple[dict[str, Tensors], OwnedTensors]:
@@ -78,13 +64,12 @@ def put_back(
     optimizers.load_state(parts)
 
 
-def _not_finite(tensors: Tensors, state: State) -> NumericalError | None:
-    """Return an error in place of weights that no resume could go on from."""
+def check_finite_weights(state: State, tensors: Tensors) -> None:
+    """Raise NumericalError in place of weights that no resume could go on from."""
     broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    if not broken:
-        return None
-    return NumericalError(
-        f"at step {state.step} the weights are not finite ({broken[0]}); nothing was saved and "
-        "the checkpoint before is sound. Lower train.lr in a new run that starts from it "
-        "(init.weights)."
-    )
+    if broken:
+        raise NumericalError(
+            f"at step {state.step} the weights are not finite ({broken[0]}); nothing was saved "
+            "and the checkpoint before is sound. Lower train.lr in a new run that starts from it "
+            "(init.weights)."
+        )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepclust.methods.parts.bank import Bank
-from deepclust.run import checkpoint
+from deepclust.run import checkpoint, checkpoint_writer
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -83,7 +83,7 @@ def go_on(world: World, folder: str, token: str, done: int) -> np.ndarray:
         bank.rows.copy_(saved["model/bank.rows"])
     train(bank, world, 1, slice(done, done + 2))
     slices = {"model/bank.rows": (bank.rows, bank.range)}
-    checkpoint.save(run, State(step=done + 2), {"model": {}}, 9, slices, world)
+    checkpoint_writer.save(run, State(step=done + 2), {"model": {}}, 9, slices, world)
     return bank.rows.numpy()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from deepclust.errors import DataError, DeepclustError, RunHeldError
 from deepclust.files import read_json, write_json
-from deepclust.run import checkpoint
+from deepclust.run import checkpoint, checkpoint_writer
 from deepclust.run.checkpoint import OwnedTensors, State
 from deepclust.run.directory import Run, seal, sweep
 from deepclust.run.lock import hold
@@ -31,7 +31,7 @@ def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save(run: Run, step: int, keep: int = 3) -> bool:
-    return checkpoint.save(run, State(step=step, segment=1, offset=2), parts(step), keep)
+    return checkpoint_writer.save(run, State(step=step, segment=1, offset=2), parts(step), keep)
 
 
 def test_what_is_saved_is_loaded(run: Run) -> None:
@@ -107,7 +107,7 @@ def slices(world: World, shift: float = 0.0) -> OwnedTensors:
 
 def save_owned(world: World, run: Run, step: int) -> bool:
     whole = parts(step) if world.is_first else {}
-    saved = checkpoint.save(run, State(step=step), whole, 3, slices(world, step), world)
+    saved = checkpoint_writer.save(run, State(step=step), whole, 3, slices(world, step), world)
     world.barrier()  # gloo: who leaves early is missed by those who still join
     return saved
 
@@ -135,7 +135,7 @@ def test_owned_rows_are_read_by_any_number_of_ranks(run: Run, writers: int, read
 
 def test_without_owned_tensors_no_rank_waits_for_another(run: Run) -> None:
     far = World(rank=0, size=64)  # any collective would fail: there is no group
-    assert checkpoint.save(run, State(step=1), parts(1), 3, {}, far)
+    assert checkpoint_writer.save(run, State(step=1), parts(1), 3, {}, far)
     assert sorted(f.name for f in run.checkpoints()[0].glob("*.safetensors")) == [
         "body.safetensors",
         "model.safetensors",
@@ -177,7 +177,7 @@ def attempt(world: World, run: Run, spoil: int) -> str:
         weight, own = owned["model/sub.weight"]
         owned["model/sub.weight"] = (weight.to("meta"), own)
     try:
-        checkpoint.save(run, State(step=1), parts(1), 3, owned, world)
+        checkpoint_writer.save(run, State(step=1), parts(1), 3, owned, world)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "saved"

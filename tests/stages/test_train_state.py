@@ -11,7 +11,7 @@ import torch
 from deepclust.methods.base import Method
 from deepclust.optim.optimizers import MOMENTUM, Optimizers
 from deepclust.recipe.sections import TrainSection
-from deepclust.run import checkpoint
+from deepclust.run import checkpoint, checkpoint_writer
 from deepclust.run.checkpoint import OwnedTensors, State, Tensors
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -95,7 +95,7 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(run: Run, kind: str, old
     if old:
         parts, slices = old_format(parts, slices, optimizers)
         assert "head/sub_head.weight" in slices
-    checkpoint.save(run, State(step=2), parts, 3, slices)
+    checkpoint_writer.save(run, State(step=2), parts, 3, slices)
     latest = checkpoint.load_latest(run, pytest.fail)
     assert latest is not None
     other, restored = build(kind)
@@ -109,7 +109,7 @@ def save_trained(world: World, run: Run, kind: str) -> None:
     one, optimizers = build(kind, world)
     train(one, optimizers, first=0)
     parts, slices = split(one, optimizers)
-    checkpoint.save(run, State(step=2), parts if world.is_first else {}, 3, slices, world)
+    checkpoint_writer.save(run, State(step=2), parts if world.is_first else {}, 3, slices, world)
     world.barrier()
 
 
