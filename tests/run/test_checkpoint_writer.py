@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepclust.errors import DiskError, NumericalError
+from deepclust.errors import DiskError, NumericalError, RunHeldError
 from deepclust.files import read_json, write_json
 from deepclust.run import checkpoint
 from deepclust.run.checkpoint import State
@@ -107,7 +107,7 @@ def test_a_writer_that_lost_the_run_publishes_nothing(held: Run) -> None:
     lock = run.path / "lock.json"
     write_json(lock, {**read_json(lock), "token": "another"})
     run.go.set()
-    with pytest.raises(Exception, match="another controller|taken"):
+    with pytest.raises(RunHeldError, match="taken over by another controller"):
         writer.settle()
     assert run.checkpoints() == []
 
