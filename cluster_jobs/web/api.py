@@ -20,7 +20,7 @@ from cluster_jobs import runs as verbs
 from cluster_jobs.results.assignments import export_assignments
 from cluster_jobs.web.answers import Answer, NotThereError
 from cluster_jobs.web.clusters import Views
-from cluster_jobs.web.folder import ENDED, Runs
+from cluster_jobs.web.folder import Runs
 from cluster_jobs.web.live import event_text, last_offset, lines_from, stream
 from cluster_jobs.web.upload import Networks
 from deepclust.errors import RecipeError
@@ -74,13 +74,8 @@ def list_runs(
     request: Request, state: str = "", text: str = "", offset: Offset = 0, limit: Limit = 100
 ) -> Response:
     """List the runs, by state and by a text in their name."""
-    every = runs_of(request).statuses()
-    chosen = [
-        one for one in every
-        if state.upper() in ("", one.state) and text.lower() in one.name.lower()
-    ]  # fmt: skip
-    page = [one.as_dict() for one in chosen[offset : offset + limit]]
-    return Answer({"total": len(chosen), "runs": page})
+    total, page = runs_of(request).page(state, text, offset, limit)
+    return Answer({"total": total, "runs": [one.as_dict() for one in page]})
 
 
 @router.get("/runs/{name}")
@@ -174,7 +169,7 @@ def _streamed(request: Request, run: Run, file: Path, lines: int | None) -> Resp
     offset = int(seen) if seen.isascii() and seen.isdecimal() and len(seen) < 17 else first
 
     def is_over() -> bool:
-        return runs.status(run).state in ENDED
+        return runs.is_over(run)
 
     headers = {"X-Accel-Buffering": "no"}
     is_log = lines is not None

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster_jobs import job_file
 from cluster_jobs.status import Status, find_runs, status
 from cluster_jobs.web.answers import NotThereError
 from deepclust.errors import RecipeError
@@ -69,13 +70,24 @@ class Runs:
         except (OSError, ValueError):  # a name too long, or not of this file system
             return None
 
-    def statuses(self) -> list[Status]:
-        """Return the status of every run, by name. Links to folders are left out."""
+    def every(self, text: str = "") -> list[Run]:
+        """Return the runs with a text in their name, sorted. Links to folders are left out."""
         runs = [run for run in find_runs(self.root) if self.is_run or not run.path.is_symlink()]
         names = {run.path.name for run in runs}
-        for gone in [name for name in self._known if name not in names]:
+        for gone in [name for name in list(self._known) if name not in names]:
             self._known.pop(gone, None)
-        return [self.status(run) for run in runs]
+        return [run for run in runs if text.lower() in run.path.name.lower()]
+
+    def page(self, state: str, text: str, offset: int, limit: int) -> tuple[int, list[Status]]:
+        """Return how many runs are in a state ("": any), and the status of those of a page.
+
+        Without a state only those of the page are read: the first look at a recipe takes time.
+        """
+        runs = self.every(text)
+        if not state:
+            return len(runs), [self.status(run) for run in runs[offset : offset + limit]]
+        chosen = [one for one in map(self.status, runs) if one.state == state.upper()]
+        return len(chosen), chosen[offset : offset + limit]
 
     def status(self, run: Run) -> Status:
         """Return the status of a run: as it was, where nothing has changed since it ended."""
@@ -89,6 +101,13 @@ class Runs:
         with self._lock:
             self._known[name] = stamp, time.monotonic(), state
         return state
+
+    def is_over(self, run: Run) -> bool:
+        """Return whether a run has ended, or nobody is known who would start it."""
+        now = self.status(run)
+        if now.state == "PENDING" and now.owner is None:
+            return not job_file.read(run.path)
+        return now.state in ENDED
 
     def _read(self, run: Run) -> Status:
         try:

@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster_jobs.web.answers import Answer, http_status, http_text
+from deepclust.errors import DeepclustError
 
 READING = ("GET", "HEAD")
 MOST_BODY, MOST_UPLOAD = 2**20, 2**24  # bytes
@@ -65,12 +66,10 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        request, started = Request(scope), False
+        request = Request(scope)
 
         async def answer(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message = {**message, "headers": _headers(message["headers"])}
             await send(message)
 
@@ -82,11 +81,6 @@ class Guard:
                 return
         except TooLargeError as error:
             refused = _refuse(request, 413, str(error))
-        except Exception as error:  # a damaged run is the user's news, not the server's end
-            if started:
-                raise
-            traceback.print_exc(file=sys.stderr)
-            refused = _refuse(request, http_status(error), http_text(error))
         await refused(scope, receive, answer)
 
     def _refusal(self, request: Request) -> Response | None:
@@ -146,6 +140,32 @@ class Guard:
             secure=request.url.scheme == "https",
         )  # fmt: skip
         return answer
+
+
+@dataclass
+class Errors:
+    """The innermost layer: an error becomes an answer with its text, also for a damaged run."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, by its error where there is one."""
+        started = False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            if not isinstance(error, DeepclustError):
+                traceback.print_exc(file=sys.stderr)
+            refused = _refuse(Request(scope), http_status(error), http_text(error))
+            await refused(scope, receive, send)
 
 
 def known_hosts(host: str) -> frozenset[str]:

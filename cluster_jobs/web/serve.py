@@ -38,7 +38,7 @@ def make_app(folder: Path, token: str, host: str = "127.0.0.1", read_only: bool 
     from cluster_jobs.web.answers import Answer
     from cluster_jobs.web.clusters import Views
     from cluster_jobs.web.folder import Runs
-    from cluster_jobs.web.guard import Guard, known_hosts
+    from cluster_jobs.web.guard import Errors, Guard, known_hosts
     from cluster_jobs.web.upload import Networks
 
     # FastAPI's own pages of the API load scripts from elsewhere: /api.html is ours
@@ -53,6 +53,7 @@ def make_app(folder: Path, token: str, host: str = "127.0.0.1", read_only: bool 
         return Answer({"error": ", ".join(said)}, 422)
 
     app.add_exception_handler(RequestValidationError, refuse)
+    app.add_middleware(Errors)
     app.include_router(api.router)
     app.include_router(pages.router)
     return Guard(app, token, read_only, known_hosts(host))

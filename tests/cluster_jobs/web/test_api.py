@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from PIL import Image
 from pyarrow.parquet import read_table
 from starlette.testclient import TestClient
 
+from cluster_jobs.web import folder as web_folder
 from cluster_jobs.web import guard
 from cluster_jobs.web.folder import Runs
 from cluster_jobs.web.live import last_offset, lines_from
@@ -79,7 +78,7 @@ def test_events_and_logs_stream_until_the_run_has_ended(web: TestClient) -> None
     said = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert said == web.get("/api/runs/first/events").json()["events"]
     assert text.endswith("event: end\ndata: \n\n")
-    last = [line for line in text.splitlines() if line.startswith("id: ")][0][4:]
+    last = next(line for line in text.splitlines() if line.startswith("id: "))[4:]
     rest = web.get("/api/runs/first/events/stream", headers={"Last-Event-ID": last}).text
     assert rest.count("id: ") == text.count("id: ") - 1
     assert web.get("/api/runs/first/logs?lines=2").text == "two\nthree\n"
@@ -183,7 +182,7 @@ def test_a_body_is_bounded_with_or_without_its_length(
     assert web.post(path, content=b"x" * 1000).status_code == 422
 
 
-NAMES = ["..", "%2e%2e", "..%2fruns", "first%2f..", "%00", ".hidden", "a" * 5000, "link", "inner"]
+NAMES = ["..", "%2e%2e", "..%2fruns", "first%2f..", "%00", ".hidden", "a" * 300, "link", "inner"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -267,19 +266,18 @@ def test_a_submission_is_planned_and_what_is_wrong_with_it_is_said(folder: Path)
         assert web.post("/api/runs/first/resume").status_code < 500
 
 
-def test_a_thousand_runs_are_listed_without_reading_them_again(
-    folder: Path, tmp_path: Path
+def test_the_list_reads_the_runs_of_its_page_alone_and_each_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(1000):
-        run = tmp_path / f"run-{number:04d}"
-        run.mkdir()
-        for name in ("recipe.yaml", "events.jsonl", "metrics.jsonl"):
-            os.link(folder / "first" / name, run / name)
-    runs = Runs(tmp_path)
-    began = time.perf_counter()
-    assert len(runs.statuses()) == 1000
-    middle = time.perf_counter()
-    runs.statuses()
-    first, second = middle - began, time.perf_counter() - middle
-    print(f"1,000 runs: {first:.3f} s, then {second:.3f} s")
-    assert second < first
+    for number in range(5):
+        shutil.copytree(folder / "first", tmp_path / f"run-{number}")
+    runs, seen = Runs(tmp_path), []
+    read = web_folder.status
+    monkeypatch.setattr(web_folder, "status", lambda run: seen.append(run.path.name) or read(run))
+    for _ in range(2):
+        total, page = runs.page("", "RUN", 1, 2)
+        assert total == 5
+        assert [one.name for one in page] == ["run-1", "run-2"]
+    assert seen == ["run-1", "run-2"]
+    (tmp_path / "run-1" / "events.jsonl").write_text("")
+    assert runs.page("", "", 1, 1)[1][0].state == "PENDING"
