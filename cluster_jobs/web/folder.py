@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster_jobs import job_file
+from cluster_jobs.executors import executor_of
 from cluster_jobs.status import Status, find_runs, status
 from cluster_jobs.web.answers import NotThereError
 from deepclust.errors import RecipeError
@@ -63,9 +63,10 @@ class Runs:
     def _path(self, name: str) -> Path | None:
         if self.is_run:
             return self.root if name == self.root.name else None
-        plain = name and "/" not in name and "\0" not in name and not name.startswith(".")
         path = self.root / name
         try:
+            fits = 0 < len(os.fsencode(name)) < 256
+            plain = fits and not {"/", "\0"} & {*name} and not name.startswith(".")
             return path if plain and os.path.realpath(path) == str(path) else None
         except (OSError, ValueError):  # a name too long, or not of this file system
             return None
@@ -106,7 +107,8 @@ class Runs:
         """Return whether a run has ended, or nobody is known who would start it."""
         now = self.status(run)
         if now.state == "PENDING" and now.owner is None:
-            return not job_file.read(run.path)
+            job = executor_of(run.path).state(run.path)
+            return job is None
         return now.state in ENDED
 
     def _read(self, run: Run) -> Status:

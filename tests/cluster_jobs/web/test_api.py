@@ -263,7 +263,8 @@ def test_a_submission_is_planned_and_what_is_wrong_with_it_is_said(folder: Path)
             got = web.post("/api/runs", json=wanted | change)
             assert 400 <= got.status_code < 500
             assert says in got.json()["error"]
-        assert web.post("/api/runs/first/resume").status_code < 500
+        assert web.post("/api/runs/first/resume", json={"on": "moon"}).status_code == 422
+        assert web.post("/api/runs/none/resume").status_code == 404
 
 
 def test_the_list_reads_the_runs_of_its_page_alone_and_each_once(
