@@ -129,6 +129,26 @@ def logs(
         log(f"detached; {run_dir} continues")
 
 
+@verbs.command(
+    rich_help_panel=PANEL, epilog=examples("serve runs", "serve runs --port 9000 --read-only")
+)
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs, or a run.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="0.0.0.0 listens to other machines.")] = "127.0.0.1",
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Refuse to submit, cancel and resume.")
+    ] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Of the link; default: a new one.", show_default=False)
+    ] = None,
+) -> None:
+    """Show runs and their clusters in a browser, and answer programs, until Ctrl-C."""
+    from cluster_jobs.web.serve import serve
+
+    serve(folder, host, port, token, read_only, log)
+
+
 @verbs.command(rich_help_panel=PANEL, epilog=examples("cancel runs/a"))
 def cancel(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a folder of runs.")],

@@ -1,0 +1,227 @@
+"""The clusters of a round to look at: a table of all, the members of one, and their pictures.
+
+What is read is kept for a few runs: 16 bytes a sample and the mapped columns of the index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from cluster_jobs.results.assignments import open_clustered
+from cluster_jobs.web.answers import NotThereError
+from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.read.image_files import open_images
+from deepclust.data.shards.index import Index
+from deepclust.data.shards.keys import read_keys
+from deepclust.errors import DataError, RecipeError
+from deepclust.run.directory import Run
+from deepclust.run.round_files import read_array, read_assignments
+from deepclust.stages.trained import choose_round, seeded_classes
+
+MOST_VIEWS = 4
+MOST_HITS = 200
+SORTS = ("size", "purity", "tightness", "id")
+ORDERS = ("near", "far")
+Record = dict[str, Any]
+
+
+@dataclass
+class View:
+    """One clustering of a run, of n samples in k clusters."""
+
+    index: Index
+    assignments: np.ndarray  # int32 [n]
+    distances: np.ndarray  # float32 [n]
+    names: list[str | None]  # of seeded clusters
+    max_pixels: int
+    ids: np.ndarray = field(init=False)  # by cluster, the nearest to the centroid first
+    starts: np.ndarray = field(init=False)  # [k + 1]
+
+    def __post_init__(self) -> None:
+        self.ids = np.lexsort((self.distances, self.assignments)).astype(np.int64)
+        k = max(int(self.assignments.max(initial=-1)) + 1, len(self.names))
+        self.starts = np.searchsorted(self.assignments[self.ids], np.arange(k + 1))
+        self.purity, self.majority = _purity(self.index.labels, self.assignments, k)
+        sizes, sums = self.sizes, np.zeros(k)
+        known = self.assignments >= 0
+        np.add.at(sums, self.assignments[known], self.distances[known])
+        self.tightness = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.nan)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The images of each cluster [k]."""
+        return np.diff(self.starts)
+
+    def members(self, cluster: int) -> np.ndarray:
+        """Return the sample ids of a cluster, the nearest to its centroid first."""
+        if not 0 <= cluster < len(self.starts) - 1:
+            raise NotThereError(f"there is no cluster {cluster}: {len(self.starts) - 1} there are")
+        return self.ids[self.starts[cluster] : self.starts[cluster + 1]]
+
+    def page(self, sort: str, descending: bool, offset: int, limit: int) -> Record:
+        """Return the clusters of a page, in an order of SORTS; those without a value come last."""
+        if sort not in SORTS:
+            raise RecipeError(f"sort is one of {', '.join(SORTS)}, not {sort[:50]!r}")
+        columns = {"size": self.sizes, "purity": self.purity, "tightness": self.tightness}
+        values = columns.get(sort, np.arange(len(self.sizes))).astype(np.float64)
+        order = np.argsort(-values if descending else values, kind="stable")
+        chosen = order[offset : offset + limit].tolist()
+        return {"total": len(order), "clusters": [self.cluster(one) for one in chosen]}
+
+    def cluster(self, cluster: int) -> Record:
+        """Return the numbers of a cluster."""
+        members, label = self.members(cluster), int(self.majority[cluster])
+        names = self.index.class_names
+        named = None if label < 0 else names[label] if names else f"class {label}"
+        return {
+            "id": cluster,
+            "size": len(members),
+            "class": named,
+            "purity": float(self.purity[cluster]),
+            "tightness": float(self.tightness[cluster]),
+            "seed": self.names[cluster] if cluster < len(self.names) else None,
+            "samples": members[:4].tolist(),
+        }
+
+    def images(self, cluster: int, order: str, offset: int, limit: int) -> Record:
+        """Return the members of a cluster: the nearest to the centroid first, or the furthest."""
+        if order not in ORDERS:
+            raise RecipeError(f"order is one of {', '.join(ORDERS)}, not {order[:50]!r}")
+        members = self.members(cluster)
+        members = members[::-1] if order == "far" else members
+        chosen = members[offset : offset + limit].tolist()
+        return {"total": len(members), "images": [self.image(one) for one in chosen]}
+
+    def image(self, sample_id: int) -> Record:
+        """Return what is known of an image."""
+        if not 0 <= sample_id < len(self.index):
+            raise NotThereError(f"there is no image {sample_id}: {len(self.index):,} there are")
+        label = -1 if self.index.labels is None else int(self.index.labels[sample_id])
+        names = self.index.class_names
+        return {
+            "id": sample_id,
+            "key": self.index.keys[sample_id],
+            "cluster": int(self.assignments[sample_id]),
+            "distance": float(self.distances[sample_id]),
+            "class": None if label < 0 else names[label] if names else f"class {label}",
+        }
+
+    def search(self, text: str) -> list[Record]:
+        """Return the images with a text in their key, shard by shard, up to a bound."""
+        hits: list[int] = []
+        shards = range(len(self.index.bases) - 1)
+        if not text:
+            return []
+        for base, keys in zip(self.index.bases, read_keys(self.index.folder, shards), strict=False):
+            mask = pc.match_substring(keys, text, ignore_case=True)
+            places = np.flatnonzero(np.asarray(mask)) + int(base)
+            hits += places[: MOST_HITS - len(hits)].tolist()
+            if len(hits) >= MOST_HITS:
+                break
+        return [self.image(one) for one in hits]
+
+    def picture(self, sample_id: int, side: int) -> bytes:
+        """Return an image as JPEG, made small. It is decoded, never handed on as it is."""
+        self.image(sample_id)
+        files = open_images(self.index, patience_s=2.0)
+        try:
+            where = self.index.locate(np.array([sample_id]))
+            pixels = decode(files.read(*(int(column[0]) for column in where)), self.max_pixels)
+        except DecodeError as error:
+            raise DataError(f"image {sample_id} cannot be decoded: {error}") from error
+        finally:
+            files.close()
+        image, buffer = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
+        image.thumbnail((side, side))
+        image.save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+
+def _purity(
+    labels: np.ndarray | None, assignments: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the share of the most frequent label of each cluster [k], and the label (-1: none)."""
+    purity, majority = np.full(k, np.nan), np.full(k, -1)
+    if labels is None:
+        return purity, majority
+    known = (assignments >= 0) & (labels >= 0)
+    if not known.any():
+        return purity, majority
+    clusters, own = assignments[known].astype(np.int64), labels[known].astype(np.int64)
+    width = int(own.max()) + 1
+    pairs, counts = np.unique(clusters * width + own, return_counts=True)
+    totals = np.bincount(clusters, minlength=k)
+    order = np.argsort(counts, kind="stable")  # of each cluster the largest count is written last
+    at = pairs[order] // width
+    purity[at], majority[at] = counts[order] / totals[at], pairs[order] % width
+    return purity, majority
+
+
+@dataclass
+class _Entry:
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    view: View | None = None
+    close: Callable[[], None] = lambda: None
+    is_closed: bool = False
+
+
+class Views:
+    """The clusterings that were looked at last; each is used by one request at a time."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def open(self, run: Run, round_: int | None, head: int) -> Iterator[View]:
+        """Yield a round's clustering (default: the last). URLs of a run's recipe are not read."""
+        number = choose_round(run, round_)
+        seen = (run.round(number) / "assignments" / "manifest.json").stat()
+        key = (run.path, number, head, seen.st_mtime_ns, seen.st_ino)
+        while True:
+            entry = self._entry(key)
+            with entry.lock:
+                if entry.is_closed:
+                    continue
+                if entry.view is None:
+                    entry.view, entry.close = _read(run, number, head)
+                yield entry.view
+                return
+
+    def _entry(self, key: tuple[Any, ...]) -> _Entry:
+        with self._lock:
+            entry = self._entries.setdefault(key, _Entry())
+            self._entries.move_to_end(key)
+            old = self._entries.popitem(last=False)[1] if len(self._entries) > MOST_VIEWS else None
+        if old is not None:
+            with old.lock:
+                old.is_closed = True
+                old.close()
+        return entry
+
+
+def _read(run: Run, number: int, head: int) -> tuple[View, Callable[[], None]]:
+    """Return a clustering of a run, and what closes its index."""
+    with contextlib.ExitStack() as stack:
+        index = stack.enter_context(open_clustered(run, number, only_read=True, remote=False))
+        assignments = read_assignments(run, number)
+        if not 0 <= head < len(assignments):
+            raise NotThereError(f"there is no head {head}: {len(assignments)} there are")
+        distances = read_array(run.round(number) / "assignments", "distances.npy", dims=2)
+        if distances.shape != assignments.shape or assignments.shape[1] != len(index):
+            raise DataError(f"round {number} of {run.path} does not fit its images")
+        classes = seeded_classes(run, number)
+        names = [] if classes is None else classes[:-1].tolist()
+        most = run.recipe.data.max_pixels
+        view = View(index, assignments[head], distances[head], names, most)
+        return view, stack.pop_all().close

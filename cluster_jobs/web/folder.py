@@ -1,0 +1,154 @@
+"""The runs of a folder by name, and their status, which is read again when its files change.
+
+A name leads to a folder in the folder, never out of it. A run with a link out of itself is not
+shown, because the server would read what the link names for anyone with the token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster_jobs.executors import executor_of
+from cluster_jobs.status import Status, find_runs, status
+from cluster_jobs.web.answers import NotThereError
+from deepclust.errors import RecipeError
+from deepclust.files import path_of
+from deepclust.run import directory
+from deepclust.run.directory import Run
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a run that is made here
+WATCHED = ("", "recipe.yaml", "events.jsonl", "metrics.jsonl", "rounds")
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED", "DIED")
+FRESH_S = 2.0  # how old the status of a run may be that goes on
+
+Stamp = tuple[int, ...]
+
+
+class Runs:
+    """The runs in a folder, or the one that the folder is."""
+
+    def __init__(self, folder: Path) -> None:
+        find_runs(folder)  # raises for what is no folder
+        self.root = Path(os.path.realpath(folder))
+        self.is_run = directory.exists(self.root)
+        self._known: dict[str, tuple[Stamp, float, Status]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, name: str) -> Run:
+        """Return a run by its name, or raise `NotThereError`."""
+        path = self._path(name)
+        if path is None or not directory.exists(path):
+            raise NotThereError(f"there is no run {name[:100]!r}")
+        if link := link_out(path):
+            raise NotThereError(f"{name} is not shown: {link} is a link that leads out of the run")
+        return Run(path)
+
+    def new(self, name: str) -> Path:
+        """Return the path of a run to be made, or raise `RecipeError`."""
+        if self.is_run:
+            raise RecipeError(f"{self.root} is a run: serve a folder of runs to submit others")
+        if not NAME.fullmatch(name):
+            raise RecipeError(
+                f"{name[:100]!r} is no name of a run: take letters, digits, '.', '_' and '-'"
+            )
+        if os.path.lexists(self.root / name):
+            raise RecipeError(f"there is a run {name!r} already: choose another name")
+        return path_of(str(self.root / name), "run")
+
+    def _path(self, name: str) -> Path | None:
+        if self.is_run:
+            return self.root if name == self.root.name else None
+        path = self.root / name
+        try:
+            fits = 0 < len(os.fsencode(name)) < 256
+            plain = fits and not {"/", "\0"} & {*name} and not name.startswith(".")
+            return path if plain and os.path.realpath(path) == str(path) else None
+        except (OSError, ValueError):  # a name too long, or not of this file system
+            return None
+
+    def every(self, text: str = "") -> list[Run]:
+        """Return the runs with a text in their name, sorted. Links to folders are left out."""
+        runs = [run for run in find_runs(self.root) if self.is_run or not run.path.is_symlink()]
+        names = {run.path.name for run in runs}
+        for gone in [name for name in list(self._known) if name not in names]:
+            self._known.pop(gone, None)
+        return [run for run in runs if text.lower() in run.path.name.lower()]
+
+    def page(self, state: str, text: str, offset: int, limit: int) -> tuple[int, list[Status]]:
+        """Return how many runs are in a state ("": any), and the status of those of a page.
+
+        Without a state only those of the page are read: the first look at a recipe takes time.
+        """
+        runs = self.every(text)
+        if not state:
+            return len(runs), [self.status(run) for run in runs[offset : offset + limit]]
+        chosen = [one for one in map(self.status, runs) if one.state == state.upper()]
+        return len(chosen), chosen[offset : offset + limit]
+
+    def status(self, run: Run) -> Status:
+        """Return the status of a run: as it was, where nothing has changed since it ended."""
+        name, stamp = run.path.name, stamp_of(run.path)
+        known = self._known.get(name)
+        if known is not None and known[0] == stamp:
+            _, read, state = known
+            if state.state in ENDED or time.monotonic() - read < FRESH_S:
+                return state
+        state = self._read(run)
+        with self._lock:
+            self._known[name] = stamp, time.monotonic(), state
+        return state
+
+    def is_over(self, run: Run) -> bool:
+        """Return whether a run has ended, or nobody is known who would start it."""
+        now = self.status(run)
+        if now.state == "PENDING" and now.owner is None:
+            job = executor_of(run.path).state(run.path)
+            return job is None
+        return now.state in ENDED
+
+    def _read(self, run: Run) -> Status:
+        try:
+            link = link_out(run.path)
+        except OSError:  # of another user: the status says so
+            link = None
+        if link:
+            return Status(run.path.name, "FAILED", "", 0, reason=f"{link} leads out of the run")
+        return status(run)
+
+
+def stamp_of(run_dir: Path) -> Stamp:
+    """Return times and sizes that change when a run's status does."""
+    return tuple(part for name in WATCHED for part in _facts(run_dir / name if name else run_dir))
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    try:
+        seen = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return 0, 0
+    return seen.st_mtime_ns, seen.st_size
+
+
+def link_out(run_dir: Path) -> Path | None:
+    """Return a link in a run that leads out of it, to a file or a folder, or None."""
+    inside = os.path.realpath(run_dir)
+    for link in _links(inside):
+        if os.path.commonpath([inside, os.path.realpath(link)]) != inside:
+            return Path(link)
+    return None
+
+
+def _links(folder: str) -> Iterator[str]:
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    yield entry.path
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
