@@ -70,7 +70,7 @@ class CheckpointWriter:
         self._job: Job | None = None
         self._written: Future[None] = Future()
         self._published: Future[None] = Future()
-        self._told = False
+        self._said = False
         self._ending = threading.Event()  # the other ranks' files are waited for no longer
 
     def put(self, state: State, parts: Parts, owned: OwnedTensors | None = None) -> bool:
@@ -89,14 +89,14 @@ class CheckpointWriter:
         if exists:
             return False
         self._job = _copied(Job(state, folder, parts, owned or {}, folder.with_name(name)))
-        self._told = False
+        self._said = False
         self._written = self._pool.submit(self._write, self._job)
         self._published = self._pool.submit(self._publish, self._job, self._written)
         return True
 
     def poll(self) -> None:
         """Raise what kept this rank's thread from writing; no rank waits for another."""
-        if self._job is None or self._told or not self._published.done():
+        if self._job is None or self._said or not self._published.done():
             return
         self._published.result()
         self._tell(self._job)
@@ -133,9 +133,9 @@ class CheckpointWriter:
         self.world.raise_all(error, f"checkpoint {job.folder}")
 
     def _tell(self, job: Job) -> None:
-        if self.world.is_first and not self._told:
+        if self.world.is_first and not self._said:
             self.done(job.state.step)
-        self._told = True
+        self._said = True
 
     def _write(self, job: Job) -> None:
         """Refuse or write this rank's slices (in the thread)."""
