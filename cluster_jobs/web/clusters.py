@@ -131,7 +131,7 @@ class View:
         return [self.image(one) for one in hits]
 
     def picture(self, sample_id: int, side: int) -> bytes:
-        """Return an image as JPEG, made small. It is decoded, never handed on as it is."""
+        """Return an image decoded, made small, and written as JPEG."""
         self.image(sample_id)
         files = open_images(self.index, patience_s=2.0)
         try:
@@ -184,7 +184,7 @@ class Views:
 
     @contextlib.contextmanager
     def open(self, run: Run, round_: int | None, head: int) -> Iterator[View]:
-        """Yield a round's clustering (default: the last). URLs of a run's recipe are not read."""
+        """Yield a round's clustering (default: the last) without reading the URLs of its recipe."""
         number = choose_round(run, round_)
         seen = (run.round(number) / "assignments" / "manifest.json").stat()
         key = (run.path, number, head, seen.st_mtime_ns, seen.st_ino)

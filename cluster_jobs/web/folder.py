@@ -33,7 +33,7 @@ class Runs:
     """The runs in a folder, or the one that the folder is."""
 
     def __init__(self, folder: Path) -> None:
-        find_runs(folder)  # raises for what is no folder
+        find_runs(folder)  # raises where there is not a folder
         self.root = Path(os.path.realpath(folder))
         self.is_run = directory.exists(self.root)
         self._known: dict[str, tuple[Stamp, float, Status]] = {}
@@ -54,7 +54,7 @@ class Runs:
             raise RecipeError(f"{self.root} is a run: serve a folder of runs to submit others")
         if not NAME.fullmatch(name):
             raise RecipeError(
-                f"{name[:100]!r} is no name of a run: take letters, digits, '.', '_' and '-'"
+                f"{name[:100]!r} cannot name a run: take letters, digits, '.', '_' and '-'"
             )
         if os.path.lexists(self.root / name):
             raise RecipeError(f"there is a run {name!r} already: choose another name")
@@ -72,7 +72,7 @@ class Runs:
             return None
 
     def every(self, text: str = "") -> list[Run]:
-        """Return the runs with a text in their name, sorted. Links to folders are left out."""
+        """Return the runs with a text in their name, sorted, without links to folders."""
         runs = [run for run in find_runs(self.root) if self.is_run or not run.path.is_symlink()]
         names = {run.path.name for run in runs}
         for gone in [name for name in list(self._known) if name not in names]:

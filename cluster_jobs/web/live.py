@@ -84,7 +84,7 @@ async def stream(
 
 
 def event_text(line: str) -> str | None:
-    """Return a line of events.jsonl as JSON for a browser, or None where it is no event."""
+    """Return a line of events.jsonl as JSON for a browser, or None for another line."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

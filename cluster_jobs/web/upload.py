@@ -39,7 +39,7 @@ class Networks:
             try:
                 pixels = decode(data, section.max_pixels)
             except DecodeError as error:
-                raise DataError(f"this is no image that can be read: {error}") from error
+                raise DataError(f"this cannot be read as an image: {error}") from error
             crop = CentreCrop(section.size, section.short_side)(pixels)
             row = labeller.rows(crop[None]).cpu()
             labels = label(labeller.rule, row)

@@ -250,7 +250,7 @@ def test_a_submission_is_planned_and_what_is_wrong_with_it_is_said(folder: Path)
         assert planned.status_code == 201
         assert not (folder / "second").exists()
         wrong = [
-            ({"name": "../second"}, "no name"),
+            ({"name": "../second"}, "cannot name"),
             ({"name": "first"}, "already"),
             ({"recipe": "/etc/passwd"}, "no recipe"),
             ({"text": "a: ["}, "give the name"),
