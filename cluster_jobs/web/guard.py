@@ -43,6 +43,7 @@ HEADERS = {
 }
 ENTER = (
     "<!doctype html><html lang=en><meta charset=utf-8><title>deepclust</title>"
+    '<link rel=icon href="data:,">'
     '<meta http-equiv=refresh content="0; url={0}"><a href="{0}">Go on to the runs</a></html>'
 )
 
