@@ -11,6 +11,7 @@ from math import sqrt
 from typing import NamedTuple
 
 from cluster_jobs.report.facts import Facts, Score
+from deepclust.evaluate.baselines import OWN
 from deepclust.run.collapse import KEYS, LINES, collapsed
 
 ENOUGH = 100  # steps before which a loss or a score says nothing about a run
@@ -51,7 +52,8 @@ def beats_baselines(facts: Facts) -> Check | None:
     top1 = {one.evaluator: one for one in newest if one.measure == "top1"}
     results = []
     for evaluator in JUDGED_BY:
-        own, beside = top1.get(evaluator), _baselines(top1, evaluator)
+        same = top1.get(f"baseline {OWN} {evaluator}")  # on the rows of the baselines
+        own, beside = same or top1.get(evaluator), _baselines(top1, evaluator)
         if own is not None and beside and _is_late(facts, own.step):
             results.append(_compared(own, beside))
     known = [result for result in results if result is not None]
@@ -70,7 +72,9 @@ def _compared(own: Score, beside: list[tuple[str, Score]]) -> Check | None:
     (low, high), (best_low, best_high) = (
         (one.value, one.value) if one.interval is None else one.interval for one in (own, best)
     )
-    numbers = f"{own.evaluator} top-1 is {own.value:.1%}, and {best.value:.1%} for {text}"
+    numbers = (
+        f"{own.evaluator.split()[-1]} top-1 is {own.value:.1%}, and {best.value:.1%} for {text}"
+    )
     if high < best_low:
         return Check(
             False,

@@ -19,10 +19,12 @@ from deepclust.evaluate import Scores, evaluate
 from deepclust.evaluate.baselines import (
     COMPARED,
     MOST_ROWS,
+    OWN,
     compared,
     freeze_baselines,
     majority,
     rows_of,
+    same_rows,
 )
 from deepclust.evaluate.frozen import Frozen
 from deepclust.files import read_record, write_json
@@ -39,6 +41,7 @@ class Beside:
     layers: bool = False
 
 
+JUDGES = ("knn", "linear")  # evaluators that depend on the number of training rows
 FIELDS = {"facts": dict, "scores": dict}
 
 
@@ -54,7 +57,8 @@ def baselines(
 
     `names` are the evaluators whose scores they stand beside (default: all). `fresh` gives the
     network before training. `kept` is a folder, and the facts of the network that the scores depend
-    on. A baseline that cannot be measured is left out, and `emit` is given the reason.
+    on. Where baselines are measured on a part of the rows, "this_network" has the network's scores
+    on these. A baseline that cannot be measured is left out, and `emit` is given the reason.
     """
     answered: Scores = {"majority": dict(majority(frozen))}
     wanted = compared(COMPARED if names is None else names)
@@ -72,8 +76,10 @@ def baselines(
             known[name] = {**known.get(name, {}), **measured}
         if file is not None:
             _keep(file, {"facts": facts, "scores": known}, emit)
-    own = {name: {n: one[n] for n in wanted if n in one} for name, one in known.items()}
-    return {**answered, "rows": rows_of(frozen), **own}
+    beside = {name: {n: one[n] for n in wanted if n in one} for name, one in known.items()}
+    if (cut := same_rows(frozen)) is not None and (judges := [n for n in wanted if n in JUDGES]):
+        beside[OWN] = _measured(OWN, cut, judges, emit)
+    return {**answered, "rows": rows_of(frozen), **beside}
 
 
 def _measured(name: str, frozen: Frozen, wanted: list[str], emit: Emit) -> Scores:

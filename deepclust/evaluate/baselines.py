@@ -3,7 +3,7 @@
 A score that one of these reaches too says nothing about pretraining. Pixels are those that the
 network sees, averaged to at most SIDE x SIDE places. Pixels and random weights are measured on at
 most MOST_ROWS images of each split, drawn by the seed. So their cost is bounded: one more pass over
-these images. More training rows would make them a little better, so their number is said.
+these images. Where that is a part, the network is scored on the same images again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from deepclust.world import generator
 MOST_ROWS = 10_000
 SIDE = 32
 PIXELS, RANDOM = "pixels", "random_weights"
+OWN = "this_network"  # on the rows of the baselines, where these are fewer
 COMPARED = ("knn", "linear", "clusters", "spherical_clusters")  # the evaluators of baselines
 
 
@@ -87,13 +88,30 @@ def rows_of(frozen: Frozen) -> dict[str, float]:
     }
 
 
+def same_rows(frozen: Frozen) -> Frozen | None:
+    """Return the network's own features of the images that baselines are measured on.
+
+    None where these are all: then its scores are comparable as they are. With more training rows
+    any features would look better beside baselines.
+    """
+    if max(len(frozen.train.labels), len(frozen.test.labels)) <= MOST_ROWS:
+        return None
+    train, test = (_taken(split, frozen.seed, MOST_ROWS) for split in (frozen.train, frozen.test))
+    return replace(frozen, train=train, test=test)
+
+
 def _drawn(split: Split, seed: int, most: int) -> Split:
     """Return at most `most` labelled samples of a split, in order, without their features."""
+    return _taken(replace(split, features=np.zeros((len(split.labels), 0), np.float32)), seed, most)
+
+
+def _taken(split: Split, seed: int, most: int) -> Split:
+    """Return at most `most` samples of a split, drawn by the seed, in order."""
     rows = np.arange(len(split.labels))
     if len(rows) > most:
         random = generator(seed, "evaluate", "baselines")
         rows = np.sort(random.choice(rows, most, replace=False))
-    return Split(np.zeros((len(rows), 0), np.float32), split.labels[rows], split.sample_ids[rows])
+    return Split(split.features[rows], split.labels[rows], split.sample_ids[rows])
 
 
 def _embedded(split: Split, index: Index, data: Data, embed: Embed) -> Split:

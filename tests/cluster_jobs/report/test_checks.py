@@ -176,6 +176,13 @@ def test_the_file_of_an_evaluation_is_read_for_its_baselines(tmp_path: Path) -> 
     result = beats_baselines(replace(facts(), scores=_scores(Run(tmp_path))[0]))
     assert result.text.startswith("Worse than pixels: knn top-1 is 20.0%, and 30.0%")
 
+    # more training rows than baselines have: the score on the same rows counts
+    scores["knn"] = {"top1": 0.4}
+    scores["baselines"]["this_network"] = {"knn": {"top1": 0.2, "interval": [0.19, 0.21]}}
+    write_json(tmp_path / "evaluations" / "00000500.json", record)
+    result = beats_baselines(replace(facts(), scores=_scores(Run(tmp_path))[0]))
+    assert result.text.startswith("Worse than pixels: knn top-1 is 20.0%, and 30.0%")
+
 
 def seeded(accuracy: float | None, row: int) -> Facts:
     record = {

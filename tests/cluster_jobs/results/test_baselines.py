@@ -93,6 +93,14 @@ def test_baselines_use_a_sample_of_many_images_and_say_so(
     scores = evaluate_run(run_dir, str(shards), str(shards), ["knn"])
     assert scores["baselines"]["rows"] == {"train": 50.0, "test": 50.0}
     assert "(pixels and random weights: 50 training and 50 test images)" in scores_lines(scores)
+    assert 0 < scores["baselines"]["this_network"]["knn"]["top1"] <= 1
+    assert "baseline this_network knn" in flat_scores(scores)
+
+
+def test_the_network_is_not_scored_again_where_baselines_have_all_rows(
+    scores: dict[str, Any],
+) -> None:
+    assert "this_network" not in scores["baselines"]
 
 
 def test_without_baselines_there_are_none_and_others_need_no_images(
