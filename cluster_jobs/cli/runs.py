@@ -43,6 +43,39 @@ def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None
 @verbs.command(
     rich_help_panel=PANEL,
     epilog=examples(
+        "estimate small-photos data.shards=shards",
+        "estimate swav-resnet50-imagenet --device h100 --samples 1281167 train.ranks=64",
+    ),
+)
+def estimate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="A GPU by name; default: a short run measures this machine.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="The number of images, instead of data.shards.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would take: time by stage, GPU-hours, memory, disk, network."""
+    from cluster_jobs.estimate import estimate as estimate_run
+    from cluster_jobs.estimate.devices import device_of
+    from cluster_jobs.estimate.show import lines
+    from deepclust.recipe import Recipe
+    from deepclust.stages.data_index import open_data_index
+
+    known = None if device is None else device_of(device)
+    where = [] if samples is None else ["data.shards=not-read"]
+    chosen = Recipe.load(recipe, *where, *(overrides or []))
+    source = samples if samples is not None else open_data_index(chosen.data)
+    made = estimate_run(chosen, source, known)
+    typer.echo(json.dumps(made.as_dict()) if as_json else "\n".join(lines(made)))
+
+
+@verbs.command(
+    rich_help_panel=PANEL,
+    epilog=examples(
         "submit small-photos --run runs/a data.shards=shards",
         "submit my.yaml --on slurm --run runs/b slurm.nodes=2 --dry-run",
         "submit my.yaml --on ray --address http://head:8265 --run runs/c",

@@ -19,6 +19,7 @@ from cluster_jobs.report.cost import cost
 from cluster_jobs.report.facts import gather
 from cluster_jobs.report.gallery import Gallery, gallery
 from cluster_jobs.report.map import feature_map
+from cluster_jobs.terminal import duration
 from deepclust.errors import RecipeError
 from deepclust.files import write_text
 from deepclust.run.directory import open_run
@@ -100,16 +101,6 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: 0.4 s, 12 s, 5 min 3 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def percent(share: float | None) -> str:

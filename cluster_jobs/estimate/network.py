@@ -1,0 +1,67 @@
+"""The size of a recipe's networks: parameters, and what one image takes, from a pass on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepclust.models import build_backbone
+from deepclust.recipe import Recipe
+from deepclust.recipe.declare import Pass
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone: parameters, feature width, and for an image of a step what it takes."""
+
+    parameters: int
+    width: int
+    step_flops: float  # of all crops, forward and backward
+    extract_flops: float  # of one image forward, at data.size
+    outputs: float  # numbers that all layers write for one image forward, at data.size
+    activations: float  # the same for an image's trained crops, kept for the backward
+
+
+def measure(recipe: Recipe) -> Network:
+    """Return the size of the recipe's backbone, and what its method sends through it."""
+    sizes = [kind.size for kind in recipe.method.crops(recipe.data)]
+    name, sobel = recipe.backbone.name, recipe.backbone.sobel
+    backbone = build_backbone(name, sobel=sobel, image_size=recipe.data.size, seed=0, sizes=sizes)
+    backbone.eval()  # batch norm of one image
+    passes = recipe.cost(backbone.dim).passes
+    known = {size: _pass(backbone, size) for size in {recipe.data.size, *(p.size for p in passes)}}
+    return Network(
+        parameters=sum(one.numel() for one in backbone.parameters()),
+        width=backbone.dim,
+        step_flops=sum(_flops(one) * known[one.size][0] for one in passes),
+        extract_flops=known[recipe.data.size][0],
+        outputs=known[recipe.data.size][1],
+        activations=sum(one.count * known[one.size][1] for one in passes if one.trained),
+    )
+
+
+def _flops(one: Pass) -> int:
+    """Return forward passes of a step: a backward costs two."""
+    return one.count * (3 if one.trained else 1)
+
+
+def _pass(backbone: nn.Module, size: int) -> tuple[float, float]:
+    """Return the operations of an image forward, and the numbers of all layers' outputs."""
+    kept = 0
+
+    def keep(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal kept
+        if isinstance(output, Tensor) and not list(module.children()):
+            kept += output.numel()
+
+    hooks = [module.register_forward_hook(keep) for module in backbone.modules()]
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(torch.zeros(1, 3, size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return float(counter.get_total_flops()), float(kept)
