@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -162,7 +163,7 @@ class Loader:
             persistent_workers=True,
         )
         try:
-            with worker_processes.collect_started(self._processes):
+            with worker_processes.collect_started(self._processes), _unwarned():
                 batches = iter(self._loader)
         except (OSError, MemoryError, EOFError) as error:
             self._stop()
@@ -171,16 +172,17 @@ class Loader:
         return batches
 
     def _torch_loader(self, batches: Batches | Sender, **for_workers: Any) -> DataLoader[Sent]:
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=self._requests,
-            num_workers=self._workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else it draws from, and so moves, the global one
-            **for_workers,
-        )
+        with _unwarned():
+            return DataLoader(
+                batches,
+                batch_size=None,
+                sampler=self._requests,
+                num_workers=self._workers,
+                collate_fn=_unchanged,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else it draws from, and so moves, the global one
+                **for_workers,
+            )
 
     def _next(self, batches: Iterator[Sent]) -> Loaded | None:
         """Return the next batch, None after the last one."""
@@ -285,6 +287,14 @@ def _clean_up(processes: list[BaseProcess], cache: shard_cache.ShardCache | None
     worker_processes.end(processes)
     if cache is not None:
         cache.close()
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Keep torch from warning of more readers than cores: `deepclust doctor` says how many fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def _unchanged(sent: Any) -> Any:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_every_reader_says_that_it_is_up(loader):
 def until_up(loader: Loader) -> None:
     while loader.patience.starting:
         time.sleep(0.01)
+
+
+def test_more_readers_than_cores_are_no_warning_of_torch(index, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = Loader(index, 2, read="offset", scratch=tmp_path / "scratch")
+        assert len(list(loader.stream(requests(2)))) == 2
+        loader.close()
 
 
 def test_an_error_of_a_reader_arrives_as_it_was_raised(loader, tmp_path):
