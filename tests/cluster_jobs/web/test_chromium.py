@@ -82,6 +82,25 @@ def test_a_browser_walks_from_the_link_to_an_image_and_finds_a_key(
     assert all(url.startswith(address) for url in asked)
 
 
+def test_a_browser_reads_the_report_and_plans_a_run(page: Page, address: str, root: Path) -> None:
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(f"{address}/?token={TOKEN}")
+    page.wait_for_selector("table")
+    page.click("text=first")
+    page.click("text=Report")
+    page.wait_for_selector("#browser article")
+    page.goto(f"{address}/submit")
+    page.fill("input[name=name]", "planned")
+    page.select_option("select[name=recipe]", "small-photos")
+    page.fill("textarea[name=keys]", f"data.shards={root / 'shards'}\ntrain.epochs=3")
+    page.click("button")
+    page.wait_for_selector("pre")
+    assert "epochs: 3" in page.inner_text("pre")
+    assert not (root / "runs" / "planned").exists()
+    assert said == []
+
+
 def test_a_browser_without_the_token_sees_nothing(page: Page, address: str) -> None:
     page.context.clear_cookies()
     answer = page.goto(f"{address}/runs/first")
