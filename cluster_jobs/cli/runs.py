@@ -54,7 +54,8 @@ def estimate(
         str | None, typer.Option(help="A GPU by name; default: a short run measures this machine.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="The number of images, instead of data.shards.")
+        int | None,
+        typer.Option(min=1, help="The number of images, instead of data.shards."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -8,6 +8,8 @@ ones pay for what starts.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from webdataset.writer import TarWriter
 
+from cluster_jobs.estimate.counts import centroids_of_a_row
 from cluster_jobs.estimate.speeds import Speeds
 from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.index import Index
@@ -60,8 +63,8 @@ def speeds_of_run(run: Run, count: int) -> Speeds:
     solve = [e["cluster"] for e in at.get("published", [])]
     pairs = np.inf
     if cluster is not None and solve:
-        rows = count * cluster.k * (cluster.iterations + 1)
-        pairs = rows / max(solve[-1], 1e-3)
+        compared = count * sum(centroids_of_a_row(run.recipe))
+        pairs = compared * (cluster.iterations + 1) / max(solve[-1], 1e-3)
     return Speeds(
         start=first - events[0]["time"],
         trained=trained,
@@ -131,14 +134,21 @@ def _write_part(index: Index, count: int, folder: Path, seed: int) -> None:
 
 def _run(recipe: Path, run_dir: Path) -> None:
     command = [sys.executable, "-m", "cluster_jobs.cli", "pretrain", str(recipe)]
+    process = subprocess.Popen(
+        [*command, "--run", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            [*command, "--run", str(run_dir)], capture_output=True, text=True, timeout=LIMIT_S
-        )
-    except subprocess.TimeoutExpired:
-        raise ResourceError(
-            f"the short run did not end in {LIMIT_S:.0f} s: give --device, or fewer data.workers"
-        ) from None
-    if done.returncode:
-        end = "\n".join(done.stderr.strip().splitlines()[-3:])
+        _, said = process.communicate(timeout=LIMIT_S)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGTERM)  # the run ends its ranks and readers
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ResourceError(
+                f"the short run did not end in {LIMIT_S:.0f} s: give --device, or a smaller "
+                "train.batch"
+            ) from None
+        raise
+    if process.returncode:
+        end = "\n".join(said.strip().splitlines()[-3:])
         raise ResourceError(f"the short run that measures this machine failed: {end}")

@@ -42,7 +42,7 @@ def count(recipe: Recipe, samples: int) -> Counts:
         extractions=extractions,
         checkpoints=1 + math.ceil(steps / max(1, each)),
         iterations=0 if cluster is None else cluster.iterations + 1,
-        pairs=() if cluster is None else _pairs(recipe),
+        pairs=() if cluster is None else centroids_of_a_row(recipe),
     )
 
 
@@ -60,7 +60,7 @@ def _walk(timeline: Timeline) -> tuple[int, int]:
     return state.step, rounds
 
 
-def _pairs(recipe: Recipe) -> tuple[float, ...]:
+def centroids_of_a_row(recipe: Recipe) -> tuple[float, ...]:
     """Return the centroids a row is compared with: in two levels, those of its super-cluster."""
     cluster, refresh = recipe.clustering, recipe.method.round
     heads = 1 if refresh is None else refresh.heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -94,6 +95,24 @@ def test_a_short_run_gives_the_speeds_of_its_stages(final_run: Path) -> None:
     assert min(speeds.trained, speeds.extracted, speeds.pairs) > 0
     made = seconds(run.recipe, count(run.recipe, samples), speeds)
     assert set(made) == {"start", "extraction", "clustering", "training", "checkpoints"}
+
+
+@pytest.mark.parametrize("method", ["demo", "deepercluster", "deepcluster-v2", "sela"])
+def test_a_clustering_of_levels_and_heads_takes_what_it_took(method: str) -> None:
+    recipe = imagenet(f"{method}-fashion")
+    run = SimpleNamespace(recipe=recipe, events=lambda: EVENTS, metrics=lambda kind: STEPS)
+    speeds = speeds_of_run(run, 60_000)  # type: ignore[arg-type]
+    counts = replace(count(recipe, 60_000), rounds=1)
+    assert seconds(recipe, counts, speeds)["clustering"] == pytest.approx(5.0)
+
+
+EVENTS = [  # of a run that clusters for 2 s in a round of 5 s after its extraction
+    {"event": "started", "time": 0.0}, {"event": "unit", "time": 1.0},
+    {"event": "extracted", "time": 3.0}, {"event": "clustered", "time": 7.0},
+    {"event": "published", "time": 7.5, "cluster": 2.0}, {"event": "waited", "time": 8.0},
+    {"event": "training", "time": 8.5},
+]  # fmt: skip
+STEPS = [{"step": step, "images_per_s": 100.0} for step in (2, 4, 6)]
 
 
 def test_the_short_run_does_the_same_work_for_an_image(shards: Path) -> None:
