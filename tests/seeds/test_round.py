@@ -235,11 +235,12 @@ def test_evaluation_judges_the_prototypes_of_the_runs_own_shards_only(
     seeded: Path, shards: Path, tmp_path: Path
 ) -> None:
     messages: list[str] = []
-    own = evaluate_run(seeded, str(shards), str(shards), emit=messages.append)
+    names = ["prototypes", "knn"]
+    own = evaluate_run(seeded, str(shards), str(shards), names, emit=messages.append)
     assert own["prototypes"]["top1"] > 0.5
     assert messages == []
     others = str(tiny_shards(tmp_path / "others", n=120))
-    foreign = evaluate_run(seeded, others, str(shards), emit=messages.append)
+    foreign = evaluate_run(seeded, others, str(shards), names, emit=messages.append)
     assert "prototypes" not in foreign
     assert foreign["knn"]
     assert "are not the shards" in messages[0]

@@ -63,9 +63,12 @@ class Patience:
         deadline = time.monotonic() + START_S
         while self.starting and readers and time.monotonic() < deadline:
             self.alive()
-            if up.poll(LOOK_S):
-                up.recv_bytes()
-                readers -= 1
+            try:
+                if up.poll(LOOK_S):
+                    up.recv_bytes()
+                    readers -= 1
+            except (EOFError, OSError):  # a reader that was killed never says that it is up
+                break
         self.starting = False
 
     def end(self) -> DeepclustError | None:

@@ -199,6 +199,19 @@ def test_silence_while_readers_come_up_is_no_hang(monkeypatch):
         assert isinstance(limits.end(), ResourceError)
 
 
+def test_readers_that_are_killed_before_they_are_up_end_the_wait(monkeypatch):
+    monkeypatch.setattr(patience, "LOOK_S", 0.01)
+    limits = patience.Patience(limit_s=0.05, alive=lambda: None)
+    up, ready = multiprocessing.Pipe(duplex=False)
+    limits.let_start(up, readers=2)
+    ready.send_bytes(b"1")
+    ready.close()  # as the last reader's end is closed by a kill
+    deadline = time.monotonic() + 10
+    while limits.starting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_every_reader_says_that_it_is_up(loader):
     list(loader.stream(requests()))
     until_up(loader)
