@@ -241,7 +241,7 @@ class Loader:
     def _stop(self) -> None:
         self._end_requests()
         self._loader = None
-        self.patience.starting = False
+        self.patience.end_start()
         if self._watch is not None:
             self._watch.close()
             self._watch = None

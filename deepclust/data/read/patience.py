@@ -38,7 +38,7 @@ class Patience:
         alive: Callable[[], object] = never,
     ) -> None:
         self.stopping, self.limit_s, self.alive = stopping, limit_s, alive
-        self.starting = False
+        self._up: Connection | None = None  # from readers that come up
         self._began: float | None = None
         self._asked: float | None = None
 
@@ -56,20 +56,28 @@ class Patience:
 
     def let_start(self, up: Connection, readers: int) -> None:
         """Show life until as many readers have sent a byte, and allow `START_S` for it."""
-        self.starting = True
+        self._up = up
         threading.Thread(target=self._await_start, args=(up, readers), daemon=True).start()
+
+    @property
+    def starting(self) -> bool:
+        """Whether readers come up."""
+        return self._up is not None
+
+    def end_start(self) -> None:
+        """Wait no longer for readers that come up."""
+        self._up = None
 
     def _await_start(self, up: Connection, readers: int) -> None:
         deadline = time.monotonic() + START_S
-        while self.starting and readers and time.monotonic() < deadline:
-            self.alive()
-            try:
+        with contextlib.suppress(EOFError, OSError):  # a killed reader never says that it is up
+            while self._up is up and readers and time.monotonic() < deadline:
+                self.alive()
                 if up.poll(LOOK_S):
                     up.recv_bytes()
                     readers -= 1
-            except (EOFError, OSError):  # a reader that was killed never says that it is up
-                break
-        self.starting = False
+        if self._up is up:  # not that of readers which were started since
+            self._up = None
 
     def end(self) -> DeepclustError | None:
         """Return why the present wait is over, or None while it may go on."""

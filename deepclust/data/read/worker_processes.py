@@ -42,7 +42,8 @@ def set_up(ready: connection.Connection, _worker: int) -> None:
     # the thread that sends would drop a batch that it cannot pickle, and the rank would wait for it
     queues.Queue._on_queue_feeder_error = staticmethod(_end_with_lost_batch)  # type: ignore[attr-defined]
     threading.Thread(target=_follow_parent, daemon=True).start()
-    ready.send_bytes(b"1")
+    with contextlib.suppress(OSError):  # nobody waits for it any more
+        ready.send_bytes(b"1")
 
 
 def _end_with_lost_batch(error: Exception, _batch: object) -> None:

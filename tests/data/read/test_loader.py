@@ -210,6 +210,11 @@ def test_readers_that_are_killed_before_they_are_up_end_the_wait(monkeypatch):
     while limits.starting:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    later, _open = multiprocessing.Pipe(duplex=False)
+    limits.let_start(later, readers=1)
+    limits._await_start(up, 1)  # the first wait, which ends late, leaves the second alone
+    assert limits.starting
+    limits.end_start()
 
 
 def test_every_reader_says_that_it_is_up(loader):
