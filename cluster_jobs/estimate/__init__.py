@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from cluster_jobs.estimate.calibrate import calibrate
 from cluster_jobs.estimate.counts import Counts, count
 from cluster_jobs.estimate.devices import Device, speeds_of
@@ -67,7 +69,7 @@ def estimate(recipe: Recipe, source: Index | int, device: Device | None) -> Esti
         raise RecipeError("--samples needs --device: only images can measure this machine")
     else:
         speeds = calibrate(recipe, source)
-    on_gpu = device is not None
+    on_gpu = device is not None or torch.cuda.is_available()
     return Estimate(
         counts=counts,
         network=network,
@@ -101,7 +103,7 @@ def _too_large(recipe: Recipe, made: Sizes, device: Device) -> list[str]:
     """Return a sentence for what does not fit into the GPU, with the key that makes it fit."""
     if made.gpu <= device.memory:
         return []
-    text = f"training needs {made.gpu / 1e9:.0f} GB of a {device.name} with "
+    text = f"training needs {made.gpu / 1e9:.0f} GB of the {device.name}'s "
     text += f"{device.memory / 1e9:.0f} GB"
     parts = recipe.train.accumulate
     while 2 * parts * recipe.train.ranks <= recipe.train.batch:

@@ -24,7 +24,7 @@ BY_ROUND = (  # statistics of a round that are compared, and what they are
     ("nmi_previous", "NMI to the previous round"),
     ("entropy_ratio", "Entropy of the sizes / ln k"),
 )
-IGNORED = ("data.workers", "track")  # no result depends on them
+IGNORED = ("data.workers",)  # no result depends on it
 MOST = 12  # runs on a page
 
 

@@ -35,6 +35,8 @@ Limit = Annotated[int, Query(ge=1, le=500)]
 RoundNumber = Annotated[int | None, Query(alias="round", ge=0, le=2**31)]
 Head = Annotated[int, Query(ge=0, le=2**16)]
 Log = Literal["controller", "rank", "cluster-worker"]
+Rank = Annotated[int, Query(ge=0, le=10**6)]
+Lines = Annotated[int, Query(ge=1, le=10_000, description="the last ones")]
 
 
 class Submission(BaseModel):
@@ -135,8 +137,8 @@ def get_logs(
     request: Request,
     name: str,
     log: Log = "rank",
-    rank: Annotated[int, Query(ge=0, le=10**6)] = 0,
-    lines: Annotated[int, Query(ge=1, le=10_000)] = 200,
+    rank: Rank = 0,
+    lines: Lines = 200,
 ) -> Response:
     """Return the last lines of a log as plain text."""
     file = log_of(runs_of(request).run(name), log, rank)
@@ -149,8 +151,8 @@ def stream_logs(
     request: Request,
     name: str,
     log: Log = "rank",
-    rank: Annotated[int, Query(ge=0, le=10**6)] = 0,
-    lines: Annotated[int, Query(ge=1, le=10_000)] = 200,
+    rank: Rank = 0,
+    lines: Lines = 200,
 ) -> Response:
     """Stream the last lines of a log and those that follow, until the run has ended."""
     run = runs_of(request).run(name)
