@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cluster_jobs.results.baselines import Beside, baselines
-from cluster_jobs.results.layers import layer_scores
+from cluster_jobs.results.layers import check_layers, layer_scores
 from cluster_jobs.results.shards import open_shards
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, DeepclustError, redact
@@ -77,6 +77,8 @@ def evaluate_run(
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
     checkpoint = newest_checkpoint(run, emit)
+    if beside.layers:
+        check_layers(embedder_of(run, checkpoint))
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
         frozen = _freeze(run, checkpoint, index, test_index)
         for note in frozen.notes:

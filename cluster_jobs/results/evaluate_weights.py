@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster_jobs.results.baselines import Beside, baselines
-from cluster_jobs.results.layers import layer_scores
+from cluster_jobs.results.layers import check_layers, layer_scores
 from cluster_jobs.results.shards import open_measured
 from deepclust.errors import DeepclustError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
@@ -53,6 +53,8 @@ def evaluate_weights(
     workers = min(embedder.data.workers, cores())
     embedder = replace(embedder, data=embedder.data.model_copy(update={"workers": workers}))
     data = embedder.data
+    if beside.layers:
+        check_layers(embedder)
     with open_measured(train, data) as index, open_measured(test, data) as test_index:
         frozen = freeze_shards(embedder, index, test_index, data)
         frozen = replace(frozen, seeds_missing=NO_RUN, answers_missing=NO_RUN)

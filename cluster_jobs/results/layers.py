@@ -15,6 +15,11 @@ from deepclust.methods.embed import Embedder
 MOST_ROWS = 5_000  # of each split: 180 MB of 9,000 numbers
 
 
+def check_layers(embedder: Embedder) -> None:
+    """Raise `RecipeError` for a network whose layers are not known, before anything is measured."""
+    next(layers_of(embedder.method.trunk, embedder))
+
+
 def layer_scores(
     frozen: Frozen,
     indexes: tuple[Index, Index],

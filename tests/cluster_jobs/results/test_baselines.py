@@ -15,6 +15,7 @@ from cluster_jobs.results import evaluate as of_run
 from cluster_jobs.results.baselines import Beside
 from cluster_jobs.results.evaluate import evaluate_run, labelled_features
 from deepclust import open_index, pretrain
+from deepclust.errors import RecipeError
 from deepclust.evaluate import baselines as measured
 from deepclust.evaluate import evaluate_features
 from deepclust.run.directory import Run
@@ -133,6 +134,17 @@ def test_every_score_has_a_line_with_its_interval(scores: dict[str, Any]) -> Non
         assert " ± 0.0" in line
     assert flat_scores({"baselines": {"majority": 1}}) == {"baseline majority": 1}
     assert flat_scores({"baselines": 3}) == {"baselines": 3}
+
+
+def test_a_network_of_unknown_layers_is_refused_before_images_are_read(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(net: object) -> None:
+        raise RecipeError("its layers are not known")
+
+    monkeypatch.setattr("deepclust.evaluate.layers._modules", unknown)
+    with pytest.raises(RecipeError, match="not known"):
+        evaluate_run(run_dir, "/no/shards", "/no/shards", ["knn"], beside=Beside(layers=True))
 
 
 def test_every_layer_is_probed_on_request(run_dir: Path, shards: Path) -> None:
