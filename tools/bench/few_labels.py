@@ -41,6 +41,8 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # the method of a row, and its
     "cm-vat": ("supervised", (CM, VAT)),
     "entropy": ("supervised", ENTROPY),
     "entropy-locality": ("supervised", (*ENTROPY, "terms.locality.weight=0.1")),
+    "suave": ("suave", ()),
+    "daino": ("daino", ()),
     "seeded": ("deepcluster", ("seeds.pin_from=1", "seeds.refine=4")),
     "mean-deepcluster-v2": ("deepcluster-v2", ()),
     "mean-swav": ("swav", ()),
@@ -68,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
     args = parser.parse_args()
     kept = "validation" if args.validate else "rows"
-    args.out = args.out or args.work / f"{args.data}-few-{kept}"
+    args.out = args.out or quality.MEASURED / f"{args.data}-few-{kept}"
     return args
 
 

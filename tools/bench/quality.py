@@ -9,15 +9,15 @@
 All methods have their shipped recipe, the same backbone, and the same number of images through it,
 crops counted: a method with two crops of each image trains for half the epochs of one with one.
 
-Rows run one after another, each in a separate process. Finished rows are kept in --out, so the
-command can be stopped and given again. The names of rows and runs end in a hash of the resolved
-recipe, so that those of a changed recipe never mix. A new key of the recipe with a default, which
-means "as before", keeps them. Every row has the same evaluators
-(deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has one cluster
-for each class, on features whitened as in the recipe and, spherical, on unit rows of features as
-they are. Its scores are means of 10 starts. "shuffled" is the whole pipeline, with each round's
-pseudo-labels permuted between the images. With --validate test images are not touched: probes are
-fitted on five of six training images and scored on the sixth.
+Rows run one after another, each in a separate process. Finished rows are kept in --out, which is
+part of the repository, so the table can be filled over many days and machines. The names of rows
+and runs end in a hash of the resolved recipe, so that those of a changed recipe never mix. A new
+key of the recipe with a default, which means "as before", keeps them. Every row has the same
+evaluators (deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has
+one cluster for each class, on features whitened as in the recipe and, spherical, on unit rows of
+features as they are. Its scores are means of 10 starts. "shuffled" is the whole pipeline, with
+each round's pseudo-labels permuted between the images. With --validate test images are not touched:
+probes are fitted on five of six training images and scored on the sixth.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ROOT / "tools/bench/measured"
 BUDGET = {"fashion": 16, "photos": 32}  # crops of each image through the network
 METHODS = (
     "deepcluster", "deepercluster", "deepcluster-v2", "sela",
@@ -115,7 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
     args = parser.parse_args()
     kept = "validation" if args.validate else "rows"
-    args.out = args.out or args.work / f"{args.data}-{kept}"
+    args.out = args.out or MEASURED / f"{args.data}-{kept}"
     return args
 
 
@@ -125,8 +126,11 @@ def recipe_key(args: argparse.Namespace, row: str) -> str:
 
 
 def digits(recipe: Any) -> str:
-    """Return eight digits for what a recipe sets to something else than the default."""
-    given = recipe.model_dump(mode="json", exclude_defaults=True)
+    """Return eight digits for what a recipe sets to something else than the default.
+
+    Where the shards lie is left out, because every machine has them in another place.
+    """
+    given = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"data": {"shards"}})
     text = json.dumps([recipe.method.name, given], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
