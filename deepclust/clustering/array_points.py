@@ -25,7 +25,8 @@ from deepclust.clustering.exact_sums import (
 )
 from deepclust.clustering.frame import Frame
 from deepclust.clustering.fused import FusedNearest, Late
-from deepclust.clustering.nearest import squared_distances
+from deepclust.clustering.kept_rows import KeptRows, may_keep
+from deepclust.clustering.nearest import Nearest, squared_distances
 from deepclust.clustering.points import (
     Assignment,
     Rows,
@@ -36,14 +37,22 @@ from deepclust.clustering.points import (
     unit_rows,
 )
 from deepclust.clustering.precision import full_precision
-from deepclust.clustering.search import SEARCHES
-from deepclust.clustering.tiles import do_nothing, each_tile
+from deepclust.clustering.residence import (
+    MAX_TILE_ROWS,
+    MEMORY,
+    copied,
+    is_on,
+    resident,
+    type_of,
+)
+from deepclust.clustering.search import SEARCHES, Search
+from deepclust.clustering.tiles import Tile, do_nothing, each_tile
 from deepclust.errors import DataError, NumericalError
 
 # numbers of a tile: what a core's cache holds, and on a GPU (not measured there) what keeps it busy
 # between launches, half a GB of scores; 2**23 would be 104 rows for 80,000 centroids
 TILE = {"cpu": 2**21, "cuda": 2**27}
-MAX_TILE_ROWS = 65_536  # rows of a tile
+FEW_ROWS = 16_384  # so few are cut into one tile a thread: a tile costs a millisecond
 GATHERED = 4096  # rows of a memory map that are read between two signs of life
 
 
@@ -82,7 +91,7 @@ class ArrayPoints:
             raise DataError(f"features must be an array [n, d], got shape {tuple(rows.shape)}")
         home = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
         self.device = torch.device(device) if device is not None else home
-        self.rows = _resident(rows, self.device, alive)
+        self.rows = resident(rows, self.device, alive)
         self.ids: Int64[np.ndarray, " n"] | None = None  # of a view: its rows
         self.n = self.n_local = len(rows)
         self.dim = int(rows.shape[1])
@@ -94,6 +103,7 @@ class ArrayPoints:
         self.frame: Frame | None = None
         self.grids: Grids | None = None  # see `exact_sums.py`
         self.sum_sq: float | None = None  # sum of w |x|^2, from the first pass
+        self.kept: KeptRows | None = None  # packed rows, from the first pass
 
     def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Return copies of some rows, float32 on the points' device."""
@@ -113,20 +123,20 @@ class ArrayPoints:
         Every pass reads them. An array that did not fit may have a view that does.
         """
         free = MEMORY.get(self.device.type)
-        if free is None or _is_on(self.rows, self.device):
+        if free is None or is_on(self.rows, self.device):
             return self
         ids = np.arange(self.n) if self.ids is None else self.ids
         if self.n * self.rows[:1].nbytes >= free(self.device):
             return self
         weights = self._weights_of(0, self.n)
-        self.rows = _copied(self.rows, self.device, self.alive, ids)
+        self.rows = copied(self.rows, self.device, self.alive, ids)
         self.weights, self.ids = weights, None
         return self
 
     def note(self) -> str | None:
         """Return what a user should know of rows that are not in the device's own memory."""
         free = MEMORY.get(self.device.type)
-        if free is None or _is_on(self.rows, self.device) or not self.n:
+        if free is None or is_on(self.rows, self.device) or not self.n:
             return None
         need = self.n * self.rows[:1].nbytes
         return (
@@ -161,13 +171,12 @@ class ArrayPoints:
     def _copy(self) -> ArrayPoints:
         """Return the same rows without what is known of their values."""
         view = copy.copy(self)
-        view.grids, view.sum_sq = None, None
+        view.grids, view.sum_sq, view.kept = None, None, None
         return view
 
     def read_tile(self, start: int, size: int) -> Float32[Tensor, "m d"]:
         """Return at most `size` rows from `start` on, float32 on the points' device."""
-        piece = slice(start, min(start + size, self.n))
-        return self._read(piece if self.ids is None else self.ids[piece])
+        return self._at(slice(start, min(start + size, self.n)))
 
     def check_finite(self) -> None:
         """Raise `NumericalError` naming the first rows that hold NaN or infinity."""
@@ -238,20 +247,28 @@ class ArrayPoints:
         cluster_ids = torch.empty(self.n, dtype=torch.int32, device=self.device)
         reach = torch.empty(self.n if distances else 0, device=self.device)
         sums, squares = self._sums(k), []
-        search = SEARCHES[self.backend](centroids, _dtype(self.rows) == torch.float16)
+        search = self._search(centroids)
         late = Late(search, self.n) if isinstance(search, FusedNearest) else None
         size = self._tile(k if late is None else 1)  # a fused search makes no scores to hold
 
         def assign(start: int) -> None:
-            rows = self.read_tile(start, size)
-            piece, weights = slice(start, start + len(rows)), self._weights_of(start, len(rows))
-            nearest = search(rows) if late is None else late.guess(start, rows)
+            piece = slice(start, min(start + size, self.n))
+            tile, weights = Tile(piece, self._at), self._weights_of(start, piece.stop - start)
+            if late is not None:
+                nearest = late.guess(start, tile.rows)
+            elif self.kept is not None and isinstance(search, Nearest):
+                nearest = self.kept.nearest(search, tile)
+            else:
+                nearest = search(tile.rows)
             cluster_ids[piece] = nearest
             if distances:
-                reach[piece] = squared_distances(rows, centroids, nearest)
+                reach[piece] = squared_distances(tile.rows, centroids, nearest)
             if self.sum_sq is None:
-                squares.append(self._sum_sq(rows, weights))
-            sums.add(nearest, rows, weights, None if before is None else before.cluster_ids[piece])
+                squares.append(self._sum_sq(tile.rows, weights))
+            if before is None:
+                sums.add(nearest, tile.rows, weights)
+            else:
+                sums.move(before.cluster_ids[piece], nearest, tile, weights)
 
         with full_precision():
             each_tile(assign, self.n, size, self.threads, self.alive)
@@ -261,6 +278,17 @@ class ArrayPoints:
             self.sum_sq = float(torch.stack(squares).sum()) if squares else 0.0
         total = sums.partials if before is None else before.partials + sums.partials
         return self._finish(cluster_ids, reach, total, centroids)
+
+    def _search(self, centroids: Float32[Tensor, "k d"]) -> Search:
+        """Return this pass's search; one that packs the rows finds them packed the next time."""
+        if self.kept is not None:
+            return Nearest(centroids, origin=self.kept.origin)
+        search = SEARCHES[self.backend](centroids, type_of(self.rows) == torch.float16)
+        if isinstance(search, Nearest) and search.half:
+            in_memory = self.n * self.rows[:1].nbytes if isinstance(self.rows, Tensor) else 0
+            if may_keep(self.n, search.width, in_memory):
+                self.kept = KeptRows.empty(self.n, search)
+        return search
 
     def _settle(
         self,
@@ -364,10 +392,16 @@ class ArrayPoints:
             wide *= weights
         return float(on_grid(wide, grid_of(bound, n)).sum())
 
+    def _at(self, where: slice | Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
+        """Return the rows at a range of these points, or at some of their places."""
+        place = where if isinstance(where, slice) else where.cpu().numpy()
+        return self._read(place if self.ids is None else self.ids[place])
+
     def _read(self, where: slice | np.ndarray) -> Float32[Tensor, "m d"]:
-        if isinstance(self.rows, Tensor):
-            place = where if isinstance(where, slice) else torch.from_numpy(where)
-            rows = self.rows[place.to(self.rows.device) if isinstance(place, Tensor) else place]
+        if isinstance(self.rows, Tensor) and isinstance(where, slice):
+            rows = self.rows[where]
+        elif isinstance(self.rows, Tensor):  # 4 times as fast as rows[places] on a CPU
+            rows = self.rows.index_select(0, torch.from_numpy(where).to(self.rows.device))
         else:
             rows = as_tensor(self.rows[where])
         return self._as_read(rows)
@@ -381,7 +415,10 @@ class ArrayPoints:
     def _tile(self, k: int) -> int:
         """Return the rows of a tile of k scores each: few enough for cache and threads."""
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
-        share = -(-self.n // (4 * self.threads))
+        turns = (
+            4 if self.n > FEW_ROWS else 1
+        )  # several a thread, where a tile is worth its overhead
+        share = -(-self.n // (turns * self.threads))
         return min(max(min(size, share), 64), MAX_TILE_ROWS)
 
     def _grids(self) -> Grids:
@@ -428,51 +465,6 @@ class ArrayPoints:
             return replace(assignment, inertia=self.weighted_sum(distances, bound, self.n))
         assert self.sum_sq is not None
         return replace(assignment, inertia=inertia_of(self.sum_sq, assignment, centroids))
-
-
-def _free_on_gpu(device: torch.device) -> int:
-    """Return the bytes that rows may take: most of what is free, with what torch keeps unused."""
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(0.8 * free)
-
-
-MEMORY: dict[str, Callable[[torch.device], int]] = {"cuda": _free_on_gpu}  # apart from the host's
-
-
-def _resident(rows: Rows, device: torch.device, alive: Callable[[], None]) -> Rows:
-    """Return rows that can be sliced cheaply: on the GPU if they fit there, else where they are."""
-    free = MEMORY.get(device.type)
-    if free is not None and not _is_on(rows, device):
-        return _copied(rows, device, alive) if rows.nbytes < free(device) else rows
-    if isinstance(rows, np.ndarray) and rows.flags.writeable and rows.flags.c_contiguous:
-        return torch.from_numpy(rows) if rows.dtype.isnative else rows  # shares memory
-    return rows.detach() if isinstance(rows, Tensor) else rows
-
-
-def _is_on(rows: Rows, device: torch.device) -> bool:
-    return isinstance(rows, Tensor) and rows.device.type == device.type
-
-
-def _dtype(rows: Rows) -> torch.dtype:
-    """Return the type of rows, of a memory map too, whose own type NumPy gives."""
-    return as_tensor(rows[:0]).dtype
-
-
-def _copied(
-    rows: Rows,
-    device: torch.device,
-    alive: Callable[[], None] = do_nothing,
-    ids: Int64[np.ndarray, " m"] | None = None,
-) -> Tensor:
-    """Return a copy on the device, of all rows or some, made in pieces: it may not fit the host."""
-    n = len(rows) if ids is None else len(ids)
-    copy = torch.empty((n, *rows.shape[1:]), dtype=_dtype(rows), device=device)
-    for start in range(0, n, MAX_TILE_ROWS):
-        piece = slice(start, start + MAX_TILE_ROWS)
-        copy[piece] = as_tensor(rows[piece if ids is None else ids[piece]])
-        alive()
-    return copy
 
 
 def _weights(weights: Rows, n: int) -> Float64[Tensor, " n"]:

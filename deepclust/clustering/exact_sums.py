@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float32, Float64, Int32, Int64
 from torch import Tensor
 
+from deepclust.clustering.tiles import Tile
+
 BITS = 51  # one less than the 52 of the fraction, since `on_grid` needs the next one
 
 
@@ -37,6 +39,7 @@ def on_grid(values: Float64[Tensor, " *shape"], grid: float) -> Float64[Tensor, 
 
 
 PARTIALS = 2
+BLOCK = 2**16  # numbers that a CPU's core has in its cache, in float64, with their parts
 
 
 def into_partials(
@@ -67,8 +70,8 @@ def sums_by_id(
 class ClusterSums:
     """Weighted sums of the rows of each cluster, added tile by tile from any thread.
 
-    `before`: the clusters of an earlier pass. The sums are then the changes since, from the rows
-    that moved alone. Added to the earlier sums they give the same bits, with much less work.
+    They start with the sums of an earlier pass, or with zeros. After an earlier pass only the rows
+    that moved are added and taken off, which gives the same bits with much less work.
     """
 
     def __init__(self, partials: Float64[Tensor, "partials k d"], grid: float, count: int) -> None:
@@ -82,24 +85,38 @@ class ClusterSums:
         clusters: Int64[Tensor, " m"],
         rows: Float32[Tensor, "m d"],
         weights: Float64[Tensor, " m"] | None,
-        before: Int32[Tensor, " m"] | None = None,
+        before: Int64[Tensor, " m"] | None = None,
     ) -> None:
-        """Add rows to their clusters' sums.
+        """Add rows to their clusters' sums, and take them off those of the clusters `before`."""
+        size = len(rows) if rows.is_cuda else max(1, BLOCK // rows.shape[1])
+        for start in range(0, len(rows), size):
+            piece = slice(start, start + size)
+            wide = rows[piece].double()
+            if weights is not None:
+                wide *= weights[piece, None]
+            parts = into_partials(wide, self._grid, self._count)
+            with self._lock:
+                self.partials.index_add_(1, clusters[piece], parts)
+                if before is not None:
+                    self.partials.index_add_(1, before[piece], parts, alpha=-1)
 
-        Those that moved are subtracted from their old ones. On a GPU the others are added as
-        zeros, since to leave them out the host would have to wait for their number.
+    def move(
+        self,
+        before: Int32[Tensor, " m"],
+        clusters: Int64[Tensor, " m"],
+        tile: Tile,
+        weights: Float64[Tensor, " m"] | None,
+    ) -> None:
+        """Move the rows of a tile from their clusters `before` to new ones.
+
+        On a GPU those that stay are added as zeros, since to leave them out the host would have to
+        wait for their number.
         """
-        if before is not None and not clusters.is_cuda:
-            moved = (clusters != before).nonzero().flatten()
-            rows, clusters = rows.index_select(0, moved), clusters[moved]
-            before, weights = before[moved], None if weights is None else weights[moved]
-        wide = rows.double()
-        if before is not None and clusters.is_cuda:
-            wide *= (clusters != before)[:, None]
-        if weights is not None:
-            wide *= weights[:, None]
-        parts = into_partials(wide, self._grid, self._count)
-        with self._lock:
-            self.partials.index_add_(1, clusters, parts)
-            if before is not None:
-                self.partials.index_add_(1, before.long(), parts, alpha=-1)
+        moved = clusters != before
+        if clusters.is_cuda:
+            stays = moved.double() if weights is None else moved * weights
+            self.add(clusters, tile.rows, stays, before.long())
+            return
+        places = moved.nonzero().flatten()
+        weights = None if weights is None else weights[places]
+        self.add(clusters[places], tile.take(places), weights, before[places].long())

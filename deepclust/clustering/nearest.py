@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -33,6 +33,10 @@ from torch import Tensor
 
 # rows (ascending) and centroids that can be their nearest
 Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
+# rows of a tile in bfloat16, less the origin, for a product; and a bound of their lengths
+Packed: TypeAlias = tuple[Tensor, Float32[Tensor, " m"]]
+# rows float32 [c, d] at some places of a tile
+Take: TypeAlias = Callable[[Int64[Tensor, " c"]], Float32[Tensor, "c d"]]
 
 U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
 SCORES = 2**22  # float32 scores made at once, and
@@ -43,54 +47,83 @@ CROWD = 32  # a row with more candidates than this in bfloat16 is left to float3
 class Nearest:
     """Search among centroids: called with rows float32 [m, d], it returns their ids, int64 [m]."""
 
-    def __init__(self, centroids: Float32[Tensor, "k d"], half: bool | None = None) -> None:
-        """Prepare the search. `half`: guess in bfloat16; None: if that is faster on this CPU."""
+    def __init__(
+        self,
+        centroids: Float32[Tensor, "k d"],
+        half: bool | None = None,
+        origin: Float32[Tensor, " d"] | None = None,
+    ) -> None:
+        """Prepare the search.
+
+        half: guess in bfloat16 (None: if that is faster on this CPU). origin: what is subtracted
+        from rows that are packed (None: the mean centroid, which makes the bounds tightest).
+        """
         self.centroids = centroids
         self._kept = threading.local()
         wide = centroids.double()
-        self.origin = wide.mean(0).float()
-        offsets = wide - self.origin
+        self.mean = wide.mean(0).float()
+        self.origin = self.mean if origin is None else origin
+        offsets = wide - self.mean
         squares = offsets.square().sum(1)
         self.reach = float(squares.max().sqrt())
-        # score = (x - o).e - |e|^2 / 2: the largest is nearest. Their mean over the centroids is
+        # score = (x - m).e - |e|^2 / 2: the largest is nearest. Their mean over the centroids is
         # made zero, so the largest is never negative: bfloat16 can be compared as int16.
         bias = (squares.mean() - squares) / 2
         self.columns = offsets.float().T.contiguous()
         self.bias = bias.float()
         self.half = half_is_faster() if half is None else half
-        self.packed = packed_columns(self.columns, bias, torch.bfloat16) if self.half else None
-        self.error = 0.0  # of a bfloat16 product, for a row of length one
-        if self.packed is not None:
-            lost = (
-                (offsets - self.packed[: offsets.shape[1]].T.double()).square().sum(1).max().sqrt()
-            )
-            self.error = 1.01 * (U16 + 2 * offsets.shape[1] * U32) * self.reach + 1.01 * float(lost)
+        self.width = -(-(offsets.shape[1] + 3) // 4) * 4  # of a packed row
+        self.packed: Tensor | None = None
+        if self.half:
+            self._prepare_half(offsets, bias)
+
+    def _prepare_half(self, offsets: Tensor, bias: Tensor) -> None:
+        """Pack the centroids, and bound the error of a product with them."""
+        shift = self.mean.double() - self.origin.double()  # (x - m).e = (x - o).e - (m - o).e
+        self.shift = 1.01 * float(torch.linalg.vector_norm(shift))
+        self.packed = packed_columns(self.columns, bias - offsets @ shift, torch.bfloat16)
+        dim = offsets.shape[1]
+        lost = (offsets - self.packed[:dim].T.double()).square().sum(1).max().sqrt()
+        # of a product, for a row of length one
+        self.error = 1.01 * (U16 + 2 * dim * U32) * self.reach + 1.01 * float(lost)
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of every row."""
-        guesses: list[Pairs] = []
-        left = torch.arange(len(rows))
+
+        def take(places: Tensor) -> Tensor:
+            return rows.index_select(0, places)  # 4 times as fast as rows[places]
+
         if self.packed is not None:
-            pairs, left = self._guess(rows)
-            guesses.append(pairs)
+            return self.search(self.pack(rows), take)
+        return self._settle(len(rows), [], torch.arange(len(rows)), take)
+
+    def pack(self, rows: Float32[Tensor, "m d"]) -> Packed:
+        """Return rows as `search` wants them."""
+        assert self.packed is not None
+        tile = packed_rows(rows, self.origin, self.packed)
+        lengths = torch.linalg.vector_norm(tile[:, : rows.shape[1]], dim=1, dtype=torch.float32)
+        return tile, 1.01 * lengths
+
+    def search(self, packed: Packed, take: Take) -> Int64[Tensor, " m"]:
+        """Return the nearest centroid of packed rows; `take` reads those that are left open."""
+        pairs, left = self._guess(*packed)
+        return self._settle(len(packed[0]), [pairs], left, take)
+
+    def _settle(self, m: int, guesses: list[Pairs], left: Tensor, take: Take) -> Tensor:
+        """Return the nearest of m rows, those in `left` by float32 scores."""
         block = min(256, max(1, SCORES // len(self.centroids)))
         parts = (part for part in torch.split(left, block) if len(part))
-        guesses += (self._score(rows, part) for part in parts)
-        return torch.from_numpy(self._decide(rows, guesses))
+        guesses += (self._score(take(part), part) for part in parts)
+        return torch.from_numpy(self._decide(m, guesses, take))
 
-    def _guess(self, rows: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
+    def _guess(self, tile: Tensor, lengths: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
         """Return candidates by a bfloat16 product, and the rows that it leaves undecided."""
         assert self.packed is not None
-        dim = rows.shape[1]
-        tile = packed_rows(rows, self.origin, self.packed)
-        scores, mask = self._space(len(rows))
+        scores, mask = self._space(len(tile))
         torch.mm(tile, self.packed, out=scores)
         whole = scores.view(torch.int16).numpy()
         best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
-        lengths = 1.01 * torch.linalg.vector_norm(tile[:, :dim], dim=1, dtype=torch.float32)
-        product = self.error * lengths + 8 * U32 * self.reach**2
-        differences = (dim + 4) * U32 * (self.reach + lengths) ** 2  # what decides rounds as well
-        lowest = best - 2.02 * (product + U16 * best.abs() + differences)
+        lowest = best - 2.02 * (self._bound(lengths) + U16 * best.abs())
         unclear = ~(lowest > 0)
         floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
         floor[unclear] = torch.iinfo(torch.int16).max
@@ -102,6 +135,12 @@ class Nearest:
             rows_of, ids = rows_of[keep], ids[keep]
             unclear |= torch.from_numpy(crowded)
         return (rows_of, ids), unclear.nonzero().flatten()
+
+    def _bound(self, lengths: Tensor) -> Tensor:
+        """Return how far scores of rows of these lengths, and what decides, may be off."""
+        dim = len(self.columns)
+        product = self.error * lengths + 8 * U32 * self.reach * (self.reach + self.shift)
+        return product + (dim + 4) * U32 * (self.reach + self.shift + lengths) ** 2
 
     def _space(self, size: int) -> tuple[Tensor, np.ndarray]:
         """Return a thread's scores and mask of a tile.
@@ -115,9 +154,9 @@ class Nearest:
             kept.mask = np.empty((size, k), bool)
         return kept.scores[:size], kept.mask[:size]
 
-    def _score(self, rows: Tensor, part: Int64[Tensor, " u"]) -> Pairs:
-        """Return candidates of some rows by a float32 product."""
-        centred = rows.index_select(0, part).sub_(self.origin)
+    def _score(self, rows: Float32[Tensor, "u d"], part: Int64[Tensor, " u"]) -> Pairs:
+        """Return candidates of some rows, at the places `part`, by a float32 product."""
+        centred = rows.sub_(self.mean)
         lengths = torch.linalg.vector_norm(centred, dim=1)
         scores = torch.addmm(self.bias, centred, self.columns)
         product = (2 * rows.shape[1] + 16) * U32 * (self.reach + lengths) ** 2
@@ -125,28 +164,29 @@ class Nearest:
         places, ids = _true_entries((scores >= lowest[:, None]).numpy())
         return part.numpy()[places], ids
 
-    def _decide(self, rows: Tensor, guesses: list[Pairs]) -> Int64[np.ndarray, " m"]:
+    def _decide(self, m: int, guesses: list[Pairs], take: Take) -> Int64[np.ndarray, " m"]:
         """Return each row's only candidate, or the one at the smallest distance, ties by id."""
-        nearest = np.zeros(len(rows), np.int64)  # 0 where distances overflow
+        nearest = np.zeros(m, np.int64)  # 0 where distances overflow
         for places, ids in guesses:
-            alone = np.ones(len(places), bool)
-            same = places[1:] == places[:-1]
-            alone[1:] &= ~same
-            alone[:-1] &= ~same
-            nearest[places[alone]] = ids[alone]
-            rest = np.flatnonzero(~alone)
+            nearest[places] = ids
+            several = np.zeros(
+                len(places) + 1, bool
+            )  # whether a pair is of the row of the one before
+            np.equal(places[1:], places[:-1], out=several[1:-1])
+            rest = np.flatnonzero(several[1:] | several[:-1])
             for part in _whole_rows(places[rest]):
                 chosen = rest[part]
-                self._compare(rows, places[chosen], ids[chosen], nearest)
+                self._compare(take, places[chosen], ids[chosen], nearest)
         return nearest
 
-    def _compare(self, rows: Tensor, places: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
+    def _compare(self, take: Take, places: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
         """Write the nearest of each row's candidates.
 
         Both arrays ascend within a row.
         """
-        chosen = rows.index_select(0, torch.from_numpy(places))  # 4 times as fast as rows[places]
-        distances = squared_distances(chosen, self.centroids, torch.from_numpy(ids)).numpy()
+        distances = squared_distances(
+            take(torch.from_numpy(places)), self.centroids, torch.from_numpy(ids)
+        ).numpy()
         starts = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
         least = np.minimum.reduceat(distances, starts)
         counts = np.diff(np.r_[starts, len(places)])

@@ -12,12 +12,34 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
 
 
 def do_nothing() -> None:
     """Do nothing: the default of callbacks that show that a long pass goes on."""
+
+
+@dataclass
+class Tile:
+    """The rows of one tile, read when they are asked for: many passes need few of them."""
+
+    piece: slice
+    read: Callable[[slice | Int64[Tensor, " m"]], Float32[Tensor, "m d"]]  # rows at these places
+
+    @functools.cached_property
+    def rows(self) -> Float32[Tensor, "m d"]:
+        """Return all rows."""
+        return self.read(self.piece)
+
+    def take(self, places: Int64[Tensor, " c"]) -> Float32[Tensor, "c d"]:
+        """Return copies of the rows at some places of the tile."""
+        if "rows" in self.__dict__:
+            return self.rows.index_select(0, places)  # 4 times as fast as rows[places]
+        return self.read(places + self.piece.start)
 
 
 def each_tile(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.clustering import array_points
+from deepclust.clustering import residence
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.nearest import first_of_equals
 from deepclust.clustering.points import unit_rows
@@ -200,9 +200,9 @@ def test_a_gpus_search_finds_the_nearest_too() -> None:
 def test_rows_for_a_device_are_copied_in_pieces(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(array_points, "MAX_TILE_ROWS", 64)
+    monkeypatch.setattr(residence, "MAX_TILE_ROWS", 64)
     np.save(tmp_path / "x.npy", noise(500).astype(np.float16))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    copy = array_points._copied(mapped, torch.device("cpu"))
+    copy = residence.copied(mapped, torch.device("cpu"))
     assert copy.dtype == torch.float16
     np.testing.assert_array_equal(copy, mapped)

@@ -1,0 +1,67 @@
+"""Rows packed in bfloat16 and kept between the passes of k-means, where memory allows.
+
+The exact search of a CPU (`nearest.py`) guesses from a bfloat16 product. Packing reads and writes
+every row, which takes longer than the product itself when there are few centroids. Rows do not
+change between passes, so they are packed once, about the mean of the first centroids. Later passes
+read a row itself only if its guess is open or if it changed its cluster.
+
+Nothing here can change a result: the error bounds hold for any origin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from deepclust.clustering.nearest import Nearest
+from deepclust.clustering.tiles import Tile
+
+MOST = 2**28  # bytes that may be kept; of rows that are in memory, as much as they take there
+SHARE = 0.25  # of the memory that is free, because other ranks of this machine keep theirs
+
+
+@dataclass
+class KeptRows:
+    """Packed rows [n, width] and a bound of each row's length [n], about one origin [d]."""
+
+    origin: Float32[Tensor, " d"]
+    rows: Tensor
+    lengths: Float32[Tensor, " n"]
+    packed: Bool[np.ndarray, " n"]  # which rows are there already
+
+    @classmethod
+    def empty(cls, n: int, search: Nearest) -> KeptRows:
+        """Return room for n rows, about the origin of a search."""
+        rows = torch.empty(n, search.width, dtype=torch.bfloat16)
+        return cls(search.origin, rows, torch.empty(n), np.zeros(n, bool))
+
+    def nearest(self, search: Nearest, tile: Tile) -> Int64[Tensor, " m"]:
+        """Return the nearest centroid of every row of a tile, by a search about this origin.
+
+        Rows that are not there yet are packed and kept.
+        """
+        piece = tile.piece
+        if not self.packed[piece].all():
+            self.rows[piece], self.lengths[piece] = search.pack(tile.rows)
+            self.packed[piece] = True
+        return search.search((self.rows[piece], self.lengths[piece]), tile.take)
+
+
+def may_keep(n: int, width: int, in_memory: int) -> bool:
+    """Return whether n packed rows may be kept, beside rows of `in_memory` bytes (0: a file)."""
+    need = n * (2 * width + 5)
+    return need <= max(MOST, in_memory) and need <= SHARE * _free_memory()
+
+
+def _free_memory() -> float:
+    """Return the bytes that programs can get without swapping; infinite where no one says."""
+    try:
+        with open("/proc/meminfo") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        return 1024.0 * int(facts["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float("inf")
