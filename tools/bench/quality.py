@@ -16,8 +16,9 @@ key of the recipe with a default, which means "as before", keeps them. Every row
 evaluators (deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has
 one cluster for each class, on features whitened as in the recipe and, spherical, on unit rows of
 features as they are. Its scores are means of 10 starts. "shuffled" is the whole pipeline, with
-each round's pseudo-labels permuted between the images. With --validate test images are not touched:
-probes are fitted on five of six training images and scored on the sixth.
+each round's pseudo-labels permuted between the images. "simclr+deepcluster" is the second method
+from the weights of the first, each with half of the images. With --validate test images are not
+touched: probes are fitted on five of six training images and scored on the sixth.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ DATA = {  # the shipped recipe of a method, that of DeepCluster, and what all ha
 }
 CLUSTERED = ["train.lr=0.3", "train.head_lr=0.1"]
 OWN = {"photos": {"deepcluster": CLUSTERED, "deepercluster": [*CLUSTERED, "cluster.supers=4"]}}
-KINDS = ("random", *METHODS, "shuffled")
+CHAINS = {
+    "dino+deepcluster": ("dino", "deepcluster"),
+    "simclr+deepcluster": ("simclr", "deepcluster"),
+}
+KINDS = ("random", *METHODS, *CHAINS, "shuffled")
 COLUMNS = {
     "20-NN": ("knn", "top1"),
     "linear": ("linear", "top1"),
@@ -128,9 +133,11 @@ def recipe_key(args: argparse.Namespace, row: str) -> str:
 def digits(recipe: Any) -> str:
     """Return eight digits for what a recipe sets to something else than the default.
 
-    Where the shards lie is left out, because every machine has them in another place.
+    Folders are left out, because every machine has others. The name of a start ends in its digits.
     """
     given = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"data": {"shards"}})
+    if start := given.get("init", {}).get("weights"):
+        given["init"]["weights"] = Path(start).name
     text = json.dumps([recipe.method.name, given], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
@@ -188,7 +195,19 @@ def shards(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
-    """Return the recipe of a kind of rows, DeepCluster's for those that train nothing."""
+    """Return the recipe of a kind of rows, DeepCluster's for those that train nothing.
+
+    Of a chain it is the second method's, with the first one's as a start that is yet to train.
+    """
+    if kind not in CHAINS:
+        return of_method(args, kind, seed, BUDGET[args.data])
+    first, second = (of_method(args, one, seed, BUDGET[args.data] // 2) for one in CHAINS[kind])
+    start = args.work / f"{args.data}-{kind}-{seed}-{digits(first)}-first"
+    return second.replace(f"init.weights={start}")
+
+
+def of_method(args: argparse.Namespace, kind: str, seed: int, budget: int) -> Any:
+    """Return the recipe of a method that sees every image `budget` times, crops counted."""
     from deepclust import Recipe
 
     by_method, plain, overrides = DATA[args.data]
@@ -202,7 +221,7 @@ def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
     if any(text.startswith("train.epochs=") for text in args.overrides):
         return chosen
     crops = sum(one.count for one in chosen.method.crops(chosen.data))
-    return chosen.replace(f"train.epochs={max(1, BUDGET[args.data] // crops)}")
+    return chosen.replace(f"train.epochs={max(1, budget // crops)}")
 
 
 def flatten(images: Any) -> Any:
@@ -236,6 +255,9 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
         return (*embed_splits(args, fresh_embedder(wanted), wanted.data), {})
     name = f"{kind}-{seed}"
     run_dir = args.work / f"{args.data}-{name}-{recipe_key(args, name)}"
+    if kind in CHAINS:
+        first = of_method(args, CHAINS[kind][0], seed, BUDGET[args.data] // 2)
+        train_run(first, Path(wanted.init.weights), shuffled=False)
     train_run(wanted, run_dir, shuffled=kind == "shuffled")
     run = Run(run_dir)
     facts = cost(run, wanted.train.batch)
