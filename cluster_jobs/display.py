@@ -88,6 +88,8 @@ class Display:
             self._show_progress(record)
         elif record["event"] == "clustered":
             self._line(_round_line(record))
+        elif record["event"] == "evaluated":
+            self._line(_evaluated_line(record))
         elif record["event"] == "loaded":
             self._line(f"start weights: {record['text']}")
         elif record["event"] in ("warning", "replaced"):
@@ -139,6 +141,13 @@ def _round_line(record: dict[str, Any]) -> str:
     return f"round {record['round']}: " + " · ".join(facts)
 
 
+def _evaluated_line(record: dict[str, Any]) -> str:
+    """Return the score of an evaluation, and which step has the best so far."""
+    is_best = record["best"] == record["step"]
+    best = "the best so far" if is_best else f"the best is step {record['best']}"
+    return f"epoch {record['epoch']:.3g}: kNN top-1 {record['top1']:.1%} · {best}"
+
+
 def round_table(statistics: list[dict[str, Any]]) -> Table:
     """Return the table with a line for each round that a finished run shows."""
     table = Table(title="rounds")
@@ -174,7 +183,7 @@ def scores_lines(scores: dict[str, dict[str, Any]]) -> list[str]:
 def status_table(states: list[Status]) -> Table:
     """Return a table with a line for each run."""
     columns = ("run", "state", "phase", "round", "epoch", "loss", "images/s", "clusters", "moved")
-    table = Table(*columns, "NMI of labels", "note")
+    table = Table(*columns, "NMI of labels", "kNN", "note")
     for state in states:
         table.add_row(
             escape(visible(state.name)),
@@ -187,9 +196,17 @@ def status_table(states: list[Status]) -> Table:
             _cell(state.clusters, "{} of " + str(state.k)),
             _cell(state.reassigned, "{:.1%}"),
             _cell(state.nmi_labels, "{:.3f}"),
+            _cell(state.knn, "{:.1%}" + _best_of(state)),
             escape(visible("; ".join(filter(None, [state.collapse, state.owner or state.reason])))),
         )
     return table
+
+
+def _best_of(state: Status) -> str:
+    """Return the best score and its step, where it is not the newest."""
+    if state.best_knn is None or state.best_knn == state.knn:
+        return ""
+    return f" (best {state.best_knn:.1%} at step {state.best_step})"
 
 
 def _cell(value: Any, shape: str) -> str:

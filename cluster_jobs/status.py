@@ -63,6 +63,9 @@ class Status:
     k: int | None = None
     reassigned: float | None = None  # share of the images in another cluster than a round before
     nmi_labels: float | None = None  # where the shards have labels
+    knn: float | None = None  # top-1 on labelled images, of the newest evaluation (train.evaluate)
+    best_knn: float | None = None  # of the checkpoint that is kept as the best
+    best_step: int | None = None
     collapse: str | None = None  # what the metrics say about one
     owner: str | None = None
     reason: str = ""
@@ -118,6 +121,9 @@ def _status(run: Run) -> Status:
     last = trained[-1] if trained else {}
     clustered = next((e for e in reversed(events) if e["event"] == "clustered"), None)
     newest: Record = clustered or {}
+    evaluated = [event for event in events if event["event"] == "evaluated"]
+    score: Record = evaluated[-1] if evaluated else {}
+    tops = {event["step"]: event["top1"] for event in evaluated}
     return Status(
         name=run.path.resolve().name,
         state=state,
@@ -132,6 +138,9 @@ def _status(run: Run) -> Status:
         k=newest.get("k"),
         reassigned=newest.get("reassigned"),
         nmi_labels=newest.get("nmi_labels"),
+        knn=score.get("top1"),
+        best_knn=tops.get(score.get("best")),
+        best_step=score.get("best"),
         collapse=collapsed(trained),
         owner=owner,
         reason=reason,

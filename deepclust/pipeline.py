@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import time
 
-from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
-
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.files import remove_folder
-from deepclust.methods.base import Method, Targets
+from deepclust.methods.base import Targets
 from deepclust.methods.parts.bank import find_bank
 from deepclust.run import final_round
 from deepclust.run.checkpoint import State
@@ -34,6 +31,7 @@ from deepclust.stages import average, cluster, warm_start
 from deepclust.stages.bank import fill_bank, write_bank
 from deepclust.stages.build import Context, build_trainer, restore
 from deepclust.stages.classifier import head_of
+from deepclust.stages.during import evaluate_now, is_recorded, norm_statistics
 from deepclust.stages.export import Head, export_backbone
 from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project, write_no_rows
@@ -50,6 +48,8 @@ def run(context: Context) -> None:
         if context.world.is_first and not timeline.finished(state):
             final_round.drop(context.run)  # one of a shorter run, or of a checkpoint that was lost
         context.world.barrier()
+        if timeline.evaluate_due(state) and not is_recorded(trainer, state):
+            evaluate_now(trainer, state)  # a kill came between the checkpoint and the record
         while not timeline.finished(state):
             if timeline.refresh_due(state):
                 trainer.save(state)
@@ -68,6 +68,8 @@ def run(context: Context) -> None:
             state = train_segment(trainer, plan, targets, state).after_segment()
             if timeline.save_due(state):
                 trainer.begin_save(state)
+            if timeline.evaluate_due(state):
+                evaluate_now(trainer, state)
         trainer.save(state)
         average.settle(trainer, targets, state)
         finish(context, trainer)
@@ -197,15 +199,6 @@ def take_first_rows(context: Context, trainer: Trainer, number: int) -> None:
     if not context.world.broadcast_object(is_done(features)):
         make_features(context, trainer, number)
     fill_bank(extraction(context, trainer, number), bank)
-
-
-def norm_statistics(method: Method) -> list[Tensor]:
-    """Return the running statistics of all batch norms.
-
-    Other buffers may differ between ranks.
-    """
-    norms = (module for module in method.modules() if isinstance(module, _NormBase))
-    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def tidy(context: Context, trainer: Trainer, number: int) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 PANEL = "Results"
 verbs = typer.Typer()
+Best = Annotated[
+    bool, typer.Option("--best", help="The best checkpoint by kNN (train.evaluate), not the last.")
+]
 
 
 @verbs.command(
@@ -52,6 +55,7 @@ def evaluate(
     ] = None,
     size: Annotated[int | None, typer.Option(help="Pixels of images for WEIGHTS.")] = None,
     sobel: Annotated[bool, typer.Option("--sobel", help="WEIGHTS see Sobel gradients.")] = False,
+    best: Best = False,
     as_json: Json = False,
 ) -> None:
     """Score a frozen network: kNN, linear probes, retrieval, clusters, a run's own classifier.
@@ -75,13 +79,15 @@ def evaluate(
     beside = Beside(baselines, layers)
     network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
     if is_weights(source):
+        if best:
+            raise RecipeError(f"{source} is not a run: leave --best out")
         show(evaluate_weights(source, *shards, network, names, log, beside))
         return
     if network != Network():
         raise RecipeError(
             f"{source} is not a file of weights: leave --backbone, --size and --sobel out"
         )
-    evaluate_run(Path(source), *shards, names, log, show, beside)
+    evaluate_run(Path(source), *shards, names, log, show, beside, best)
 
 
 @verbs.command(
@@ -234,6 +240,7 @@ def predict(
     round_: Annotated[
         int | None, typer.Option("--round", help="The round; default: the last.")
     ] = None,
+    best: Best = False,
     as_json: Json = False,
 ) -> None:
     """Write the cluster of images that the run has never seen, as Parquet or CSV.
@@ -243,8 +250,10 @@ def predict(
     from cluster_jobs.display import Display
     from cluster_jobs.results.predict import predict as predict_images
 
+    if best and round_ is not None:
+        raise RecipeError("give --best or --round, not both")
     with Display() as display:
-        counts = predict_images(run_dir, data, out, round_, emit=log, show=display)
+        counts = predict_images(run_dir, data, out, round_, emit=log, show=display, best=best)
     if as_json:
         typer.echo(json.dumps(counts))
     log(
@@ -272,11 +281,12 @@ def export(
             "by the suffix.",
         ),
     ] = None,
+    best: Best = False,
 ) -> None:
     """Write the backbone of the newest checkpoint, and compare the file with it."""
     from cluster_jobs.results.evaluate import export_run
 
-    exported = export_run(run_dir, out, format_, emit=log)
+    exported = export_run(run_dir, out, format_, emit=log, best=best)
     log(f"wrote {exported.path} ({exported.hash})\n{exported.usage}")
 
 

@@ -64,7 +64,13 @@ class Chart:
 def charts(run: Run, facts: Facts) -> list[Chart]:
     """Return the panels that there are numbers for."""
     seeded = facts.recipe.seeds is not None
-    panels = [_loss(facts), _answers(facts), *_by_round(facts.rounds, seeded), _sizes(run, facts)]
+    panels = [
+        _loss(facts),
+        _evaluated(facts),
+        _answers(facts),
+        *_by_round(facts.rounds, seeded),
+        _sizes(run, facts),
+    ]
     return [panel for panel in panels if panel is not None]
 
 
@@ -80,6 +86,21 @@ def _loss(facts: Facts) -> Chart | None:
     if (refresh := facts.recipe.method.round) is not None and refresh.resets:
         reading = "It falls within a round, and jumps at each new one, because the head is new."
     return curves_chart("Training loss", reading, "step", [("loss", steps, losses)], line)
+
+
+def _evaluated(facts: Facts) -> Chart | None:
+    """Return the panel of kNN during training, with the best step, where it was measured."""
+    if not facts.evaluated:
+        return None
+    steps, top1 = (_column(facts.evaluated, name) for name in ("step", "top1"))
+    best = int(facts.evaluated[-1]["best"])
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(best, color=ORANGE, linestyle="--", linewidth=1.2, label="best")
+        _as_shares(axes)
+
+    reading = f"Top-1 of 20-NN on labelled images. The checkpoint of step {best} is kept in best/."
+    return curves_chart("kNN during training", reading, "step", [("kNN", steps, top1)], draw)
 
 
 def _answers(facts: Facts) -> Chart | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -93,6 +93,7 @@ class Facts:
     exports: list[Export]
     commands: list[tuple[str, str]]
     classes: int = 0  # of the labels in its batches
+    evaluated: list[Record] = field(default_factory=list)  # by kNN, while it was trained
 
     @property
     def guess(self) -> float:
@@ -126,6 +127,7 @@ def gather(run: Run) -> Facts:
         ],
         commands=_commands(run, recipe, status.state),
         classes=len(class_names(run)),
+        evaluated=run.metrics("evaluate"),
     )
 
 

@@ -39,6 +39,7 @@ from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
 from deepclust.recipe.sections import Data
 from deepclust.run import labels
+from deepclust.run.best import load_best
 from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, open_run
 from deepclust.run.links import refuse_links_out
@@ -64,8 +65,11 @@ def evaluate_run(
     emit: Callable[[str], None] = log.warning,
     show: Callable[[Scores], None] = lambda scores: None,
     beside: Beside = BASELINES,
+    best: bool = False,
 ) -> Scores:
     """Evaluate a run's newest network on labelled shards and return the scores by evaluator.
+
+    With `best` it is the network of the best checkpoint (`train.evaluate`).
 
     `show` is given them before they go into `evaluations/STEP.json`, beside those of other
     evaluators on the same shards. `names` are evaluators (default: all). `emit` is given the reason
@@ -76,7 +80,7 @@ def evaluate_run(
     for name in names or ():
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
-    checkpoint = newest_checkpoint(run, emit)
+    checkpoint = _chosen(run, emit, best)
     if beside.layers:
         check_layers(embedder_of(run, checkpoint))
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
@@ -137,8 +141,11 @@ def export_run(
     out: Path,
     format_: str | None = None,
     emit: Callable[[str], None] = log.warning,
+    best: bool = False,
 ) -> Exported:
     """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
+
+    With `best` it is that of the best checkpoint (`train.evaluate`).
 
     In safetensors its classifier is beside it, where it answers classes.
 
@@ -146,7 +153,7 @@ def export_run(
     """
     format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
     file, run = target_of(out), open_run(run_dir)
-    method = load_embedder(run, emit).method
+    method = embedder_of(run, _chosen(run, emit, best)).method
     head = head_of(run, run.recipe, method)
     if isinstance(head, str) and run.recipe.seeds is not None and format_ == "safetensors":
         emit(f"note: the file has no classifier: {head}")
@@ -169,6 +176,15 @@ def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
     """Return features and labels of every readable, labelled sample, in sample order."""
     split = embed_labelled(embed, index, data)
     return split.features, split.labels
+
+
+def _chosen(run: Run, emit: Callable[[str], None], best: bool) -> Checkpoint:
+    """Return the newest checkpoint, or the best, and tell which step that is."""
+    if not best:
+        return newest_checkpoint(run, emit)
+    checkpoint = load_best(run)
+    emit(f"note: these are the weights of step {checkpoint.state.step}, the best by kNN")
+    return checkpoint
 
 
 def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:

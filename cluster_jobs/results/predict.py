@@ -26,7 +26,7 @@ from deepclust.files import target_of
 from deepclust.run.directory import Run, has_file, manifest, open_run
 from deepclust.run.round_files import read_array, read_assignments
 from deepclust.stages.labelling import Labels, label
-from deepclust.stages.trained import Labeller, labeller_of
+from deepclust.stages.trained import Labeller, best_labeller_of, labeller_of
 
 SCHEMA = pa.schema(
     {
@@ -51,6 +51,7 @@ def predict(
     *,
     emit: Callable[[str], None],
     show: Show = lambda record: None,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Write the cluster of every image of `source` to `out`, and return what was counted.
 
@@ -60,11 +61,13 @@ def predict(
         second     the second-best cluster
         margin     by how much its distance is larger
 
+    With `best` the weights are those of the best checkpoint (`train.evaluate`).
+
     Raises `RecipeError` for a run without clusters or another suffix, `DataError` for no images.
     """
     check_suffix(out)
     run, place = open_run(run_dir), target_of(out).parent
-    labeller = labeller_of(run, round, emit)
+    labeller = best_labeller_of(run, emit) if best else labeller_of(run, round, emit)
     with tempfile.TemporaryDirectory(dir=place, prefix=".deepclust-") as scratch:
         index = open_given(source, run.recipe.data, Path(scratch) / "index")
         made = rows_of(Path(scratch), index, run.recipe.data, way_of(labeller), show)

@@ -139,7 +139,7 @@ def freeze_shards(embed: Embed, train: Index, test: Index, data: Data, dim: int 
     """
     splits = [embed_labelled(embed, index, data) for index in (train, test)]
     names = [class_names(index) for index in (train, test)]
-    classes, notes = _join_classes(names, (train, test))
+    classes, notes = join_classes(names, (train, test))
     number = {name: i for i, name in enumerate(classes)}
     fit, score = (
         replace(split, labels=np.array([number[own[y]] for y in split.labels.tolist()], np.int64))
@@ -213,7 +213,7 @@ def class_names(index: Index) -> dict[int, str]:
     return {**names, **digits}
 
 
-def _join_classes(
+def join_classes(
     names: list[dict[int, str]], indexes: tuple[Index, Index]
 ) -> tuple[list[str], list[str]]:
     """Return the classes of both tables, and notes on what is odd about them."""

@@ -15,6 +15,8 @@ MAY_CHANGE = {
     "train.restarts": "when to give up",
     "train.log": "what is written",
     "train.checkpoint": "what is written",
+    "train.evaluate": "what is measured",
+    "train.evaluate_data": "what is measured",
     "cluster.final": "what is made after the last step",
     "keep.features": "what stays on disk",
     "keep.checkpoints": "what stays on disk",

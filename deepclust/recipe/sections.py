@@ -462,6 +462,16 @@ class TrainSection(Section):
     checkpoint: CheckpointText = Field(
         "1 epoch", description='"n epochs" or "n steps" between checkpoints'
     )
+    evaluate: CheckpointText | None = Field(
+        None,
+        description='"n epochs" or "n steps" between scores of kNN on labelled images; the best '
+        "checkpoint by them is kept in best/; default: none",
+    )
+    evaluate_data: str | None = Field(
+        None,
+        description="labelled shards or images for it; default: a fifth of the labelled images of "
+        "data.shards, which the other four fifths are the neighbours of",
+    )
     log: int = Field(20, ge=1, description="steps between two lines of metrics")
     timeout: float = Field(1800.0, gt=0, description="seconds a collective may wait for a rank")
     hang: float = Field(600.0, gt=0, description="seconds without a sign of life that are a hang")
@@ -480,6 +490,8 @@ class TrainSection(Section):
             raise ValueError(f"betas are two numbers from 0, less than 1; got {self.betas}")
         if self.lr_end and self.schedule != "cosine":
             raise ValueError(f"lr_end belongs to schedule=cosine, not to {self.schedule}")
+        if self.evaluate_data is not None and self.evaluate is None:
+            raise ValueError('evaluate_data is for evaluate: set train.evaluate="1 epoch" too')
         if self.average_from is not None and self.average_from >= self.epochs:
             raise ValueError(
                 f"average_from {self.average_from} is not before the end, epochs={self.epochs}"

@@ -226,10 +226,12 @@ def load_average(folder: Path, alive: Callable[[], None] = unwatched) -> Tensors
 def counting_weights(run: Run, saved: Checkpoint) -> Tensors:
     """Return the weights of a checkpoint that are evaluated and exported.
 
-    They are the average of a run that ended there and wants one, else those that were trained.
+    They are the average of a run that ended there and wants one, else those that were trained. A
+    best checkpoint was scored as it was trained.
     """
     folder = average_dir(run, saved.state.step)
-    if run.recipe.train.average_from is None or not is_done(folder):
+    is_best = saved.folder.parent.name == "best"
+    if run.recipe.train.average_from is None or is_best or not is_done(folder):
         return saved.parts["model"]
     return load_average(folder, run.alive)
 

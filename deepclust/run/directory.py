@@ -320,7 +320,13 @@ def sweep(run_dir: Path) -> None:
 
     Call it only while holding the run's lock: without it, another process may be writing them.
     """
-    for pattern in ("checkpoints/.*.tmp", "rounds/*/.*.tmp", "rounds/*/raw/.*.tmp", ".*.tmp"):
+    for pattern in (
+        "checkpoints/.*.tmp",
+        "best/.*.tmp",
+        "rounds/*/.*.tmp",
+        "rounds/*/raw/.*.tmp",
+        ".*.tmp",
+    ):
         for leftover in run_dir.glob(pattern):
             plain = leftover.is_dir() and not leftover.is_symlink()
             shutil.rmtree(leftover) if plain else leftover.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ EventName: TypeAlias = Literal[
     "training",  # a segment of training begins
     "replaced",  # unreadable samples had others in their place
     "checkpoint",  # a step is saved
+    "evaluated",  # a step is scored by kNN; `best` is the step of the best score so far
     "warning",
     "exported",  # the backbone is written
     "finished",
@@ -54,6 +55,7 @@ FIELDS: dict[EventName, dict[str, Any]] = {
     "training": {"round": int, "segment": int, "step": int},
     "replaced": {"step": int, "count": int, "first": list},
     "checkpoint": {"step": int},
+    "evaluated": {"step": int, "epoch": Number, "round": int, "top1": Number, "best": int},
     "warning": {"text": str},
     "exported": {"file": str, "hash": str},
     "finished": {"epochs": int},
@@ -65,6 +67,7 @@ NAMES: tuple[EventName, ...] = get_args(EventName)
 NUMBERS: dict[str, dict[str, Any]] = {  # of metrics.jsonl, what a record of a kind has at least
     "train": {"step": int, "round": int, "loss": Number},
     "round": {"step": int},
+    "evaluate": {"step": int, "top1": Number, "best": int},
 }
 SHOWN = ("reassigned", "nmi_labels")  # of a round, where it has them
 

@@ -36,6 +36,7 @@ from deepclust.seeds.table import SeedTable, load
 from deepclust.stages import cluster, warm_start, whole
 from deepclust.stages.average import Average
 from deepclust.stages.batches import Feed
+from deepclust.stages.during import open_watched
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
 from deepclust.stages.train_state import check_finite_weights, put_back
@@ -104,6 +105,7 @@ def build_trainer(context: Context) -> Trainer:
         report=context.report,
         stopping=context.stopping,
         metrics=Metrics(run) if world.is_first else None,
+        watched=open_watched(recipe, context.index, run, world),
     )
 
 

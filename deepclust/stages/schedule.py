@@ -46,6 +46,7 @@ class Timeline:
     checkpoint: Cadence
     clusters: bool = True  # False: an online method, whose segments are epochs without rounds
     average_from: float | None = None
+    evaluate: Cadence | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
@@ -74,6 +75,7 @@ class Timeline:
             checkpoint=parse_cadence(train.checkpoint),
             clusters=config is not None,
             average_from=train.average_from,
+            evaluate=None if train.evaluate is None else parse_cadence(train.evaluate),
         )
 
     def now(self, state: State) -> Now:
@@ -90,7 +92,15 @@ class Timeline:
 
     def save_due(self, state: State) -> bool:
         """Return whether a state is one to save, by `train.checkpoint`."""
-        every = self.checkpoint
+        return self._is_due(self.checkpoint, state)
+
+    def evaluate_due(self, state: State) -> bool:
+        """Return whether a state is one to evaluate, by `train.evaluate`; the last one is too."""
+        if self.evaluate is None or state.step == 0:
+            return False
+        return self.finished(state) or self._is_due(self.evaluate, state)
+
+    def _is_due(self, every: Cadence, state: State) -> bool:
         if every.unit == self.every.unit == "epoch":  # segments are epochs
             return state.offset == 0 and state.segment % every.count == 0
         steps = every.count * (self.epoch_steps if every.unit == "epoch" else 1)

@@ -34,6 +34,7 @@ from deepclust.run.reporting import Metrics, Report
 from deepclust.stages.ahead import Ahead, Ready
 from deepclust.stages.average import average_of
 from deepclust.stages.batches import Feed
+from deepclust.stages.during import Watched, evaluate_now
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train_state import begin_save
 from deepclust.world import World, derive
@@ -60,6 +61,7 @@ class Trainer:
     stopping: Callable[[], bool]
     metrics: Metrics | None  # of the first rank
     watch: Watch = field(default_factory=Watch)
+    watched: Watched | None = None  # labelled images to evaluate on, if the recipe wants it
 
     def begin_save(self, state: State) -> None:
         """Begin a checkpoint unless the step has one; it is written while the training goes on.
@@ -139,16 +141,19 @@ def train_segment(
         # Ranks agree on a stop where they meet for the metrics. A single rank stops at once.
         at_end = state.offset == plan.steps
         save_due = trainer.timeline.save_due(state)
+        score_due = trainer.timeline.evaluate_due(state) and not at_end
         asked = trainer.world.size == 1 and trainer.stopping()
-        if not (state.step % config.log == 0 or at_end or save_due or asked):
+        if not (state.step % config.log == 0 or at_end or save_due or score_due or asked):
             continue
         totals = reduce_totals(trainer, meter)
         check_finite(trainer, totals, meter, plan, state)
         report_bad(trainer, totals.bad, meter, state)
         log_metrics(trainer, totals, meter, plan, state, rate)
-        meter = Meter(trainer.loader.waited)
         if save_due and not at_end:
             trainer.begin_save(state)
+        if score_due:
+            evaluate_now(trainer, state)
+        meter = Meter(trainer.loader.waited)
         if totals.stop:
             trainer.save(state)
             trainer.world.barrier()  # no rank leaves before the first has written

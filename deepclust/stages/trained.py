@@ -29,6 +29,9 @@ from deepclust.files import reading
 from deepclust.methods.base import Method
 from deepclust.methods.embed import Embedder
 from deepclust.recipe.sections import Data
+from deepclust.run import final_round
+from deepclust.run.best import load_best
+from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, has_file, manifest, open_run
 from deepclust.run.round_files import read_facts
 from deepclust.stages.answers import columns_of
@@ -80,14 +83,51 @@ def labeller_of(run: Run, round: int | None = None, tell: Tell = log.warning) ->
     if run.recipe.cluster is None and run.recipe.assigns:
         if round is not None:
             raise RecipeError(NO_ROUNDS.format(run.path, run.recipe.method.name))
-        embedder = embedder_of(run, newest(run, tell))
-        width = embedder.answered(no_image(run.recipe.data)).shape[1]
-        classes = answered_classes(run, embedder.method)
-        return Labeller(embedder, Answers(width), None, None, classes)
+        return _by_answers(run, newest(run, tell))
     number = choose_round(run, round)
-    embedder = embedder_of(run, checkpoint_of_round(run, number, tell))
-    classes = seeded_classes(run, number)
-    return Labeller(embedder, rule_of(run, number), projection_of(run, number), number, classes)
+    return _by_round(run, checkpoint_of_round(run, number, tell), number)
+
+
+def best_labeller_of(run: Run, tell: Tell = log.warning) -> Labeller:
+    """Return the labeller of a run's best checkpoint, by the round that its weights made.
+
+    Where none was made with them it is the round that they were trained on, and `tell` hears it.
+    Raises `RecipeError` for a run without clusters, or without a best checkpoint.
+    """
+    saved = load_best(run)
+    if run.recipe.cluster is None and run.recipe.assigns:
+        return _by_answers(run, saved)
+    choose_round(run, None)  # raises for a run without clusters
+    number = made_with(run, saved.state.step)
+    if number is None:
+        number = saved.state.round
+        tell(
+            f"warning: no round was made with the weights of step {saved.state.step}, the best by "
+            f"kNN. The clusters are of round {number}, which they were trained on"
+        )
+    return _by_round(run, saved, number)
+
+
+def made_with(run: Run, step: int) -> int | None:
+    """Return the newest round whose features were made with the weights of a step, if any."""
+    begun: dict[int, int] = {}
+    for event in run.events() if not run.recipe.clustering.overlap else ():
+        if event["event"] == "training":
+            begun.setdefault(event["round"], event["step"])
+    made = [n for n in run.rounds() if step == (final_round.step_of(run, n) or begun.get(n))]
+    return made[-1] if made else None
+
+
+def _by_answers(run: Run, saved: Checkpoint) -> Labeller:
+    embedder = embedder_of(run, saved)
+    width = embedder.answered(no_image(run.recipe.data)).shape[1]
+    classes = answered_classes(run, embedder.method)
+    return Labeller(embedder, Answers(width), None, None, classes)
+
+
+def _by_round(run: Run, saved: Checkpoint, number: int) -> Labeller:
+    rule, projection = rule_of(run, number), projection_of(run, number)
+    return Labeller(embedder_of(run, saved), rule, projection, number, seeded_classes(run, number))
 
 
 NO_ROUNDS = (

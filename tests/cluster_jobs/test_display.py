@@ -27,6 +27,15 @@ def shown(*records: dict[str, object]) -> str:
     return screen.getvalue()
 
 
+@pytest.mark.parametrize(("best", "words"), [(40, "the best so far"), (20, "the best is step 20")])
+def test_an_evaluation_says_its_score_and_the_best(best: int, words: str) -> None:
+    record = {"event": "evaluated", "step": 40, "epoch": 2.0, "round": 1, "top1": 0.5, "best": best}
+    screen = io.StringIO()
+    with Display(Console(file=screen, width=200)) as display:
+        display(record)
+    assert screen.getvalue() == f"epoch 2: kNN top-1 50.0% · {words}\n"
+
+
 def test_any_stage_shows_how_far_it_is() -> None:
     record = {"stage": "cluster", "round": 3, "done": 4, "of": 20, "inertia": 0.51234567}
     text = shown({**record, "moved": 1234, "eta": 3725.0})
