@@ -1,4 +1,4 @@
-"""Evaluation of a run's frozen network on labelled shards, and the export of its backbone.
+"""Evaluation of a run's frozen network on labelled shards.
 
 What needs a run directory is here: the newest checkpoint, the recipe, the labelled seeds. The
 evaluators in `deepclust.evaluate` see a `Frozen`, and know no run.
@@ -33,7 +33,7 @@ from deepclust.evaluate.frozen import (
     folder_of,
     freeze_shards,
 )
-from deepclust.files import read_record, target_of, write_json
+from deepclust.files import read_record, write_json
 from deepclust.launch.start import is_finished
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
@@ -44,16 +44,10 @@ from deepclust.run.directory import Run, open_run
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.answers import columns_of
-from deepclust.stages.classifier import head_of
-from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.saved import embedder_of, fresh_embedder, newest
-from deepclust.stages.warm_start import export_meta
 
 log = logging.getLogger("deepclust")
 BASELINES = Beside()
-SUFFIXES = {  # others hold safetensors
-    ".pth": "torchvision", ".pt": "torchvision", ".onnx": "onnx", ".pt2": "torch-export",
-}  # fmt: skip
 
 
 def evaluate_run(
@@ -130,29 +124,6 @@ def _baselines(
     except (DeepclustError, OSError) as error:  # what was trained has its scores already
         emit(f"warning: there are no baselines: {error}")
         return {}
-
-
-def export_run(
-    run_dir: Path,
-    out: Path,
-    format_: str | None = None,
-    emit: Callable[[str], None] = log.warning,
-) -> Exported:
-    """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
-
-    In safetensors its classifier is beside it, where it answers classes.
-
-    `emit` is given what to know about it, such as that a newer one cannot be read.
-    """
-    format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
-    file, run = target_of(out), open_run(run_dir)
-    method = load_embedder(run, emit).method
-    head = head_of(run, run.recipe, method)
-    if isinstance(head, str) and run.recipe.seeds is not None and format_ == "safetensors":
-        emit(f"note: the file has no classifier: {head}")
-    own = head if isinstance(head, Head) else None
-    exported = export_backbone(method.trunk, file, format_, meta=export_meta(run), head=own)
-    return replace(exported, path=out)
 
 
 def load_embedder(run: Run, emit: Callable[[str], None] = log.warning) -> Embedder:

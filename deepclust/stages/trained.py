@@ -50,7 +50,8 @@ log = logging.getLogger("deepclust")
 class Labeller:
     """What says which cluster an image is in: the network of a run, and the rule for its rows.
 
-    `round` is that of the rule, None for a method's own answers. `classes` has the class name of
+    `round` is that of the rule, None for a method's own answers. `step` is that of the weights.
+    `classes` has the class name of
     each cluster [k + 1], None for free ones and in the last place.
     """
 
@@ -58,6 +59,7 @@ class Labeller:
     rule: Rule
     projection: Projection | None
     round: int | None
+    step: int
     classes: np.ndarray | None
 
     @property
@@ -80,14 +82,16 @@ def labeller_of(run: Run, round: int | None = None, tell: Tell = log.warning) ->
     if run.recipe.cluster is None and run.recipe.assigns:
         if round is not None:
             raise RecipeError(NO_ROUNDS.format(run.path, run.recipe.method.name))
-        embedder = embedder_of(run, newest(run, tell))
+        saved = newest(run, tell)
+        embedder = embedder_of(run, saved)
         width = embedder.answered(no_image(run.recipe.data)).shape[1]
         classes = answered_classes(run, embedder.method)
-        return Labeller(embedder, Answers(width), None, None, classes)
+        return Labeller(embedder, Answers(width), None, None, saved.state.step, classes)
     number = choose_round(run, round)
-    embedder = embedder_of(run, checkpoint_of_round(run, number, tell))
-    classes = seeded_classes(run, number)
-    return Labeller(embedder, rule_of(run, number), projection_of(run, number), number, classes)
+    saved = checkpoint_of_round(run, number, tell)
+    embedder, classes = embedder_of(run, saved), seeded_classes(run, number)
+    projection, step = projection_of(run, number), saved.state.step
+    return Labeller(embedder, rule_of(run, number), projection, number, step, classes)
 
 
 NO_ROUNDS = (
