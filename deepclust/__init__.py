@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepclust.recipe import Recipe
     from deepclust.stages.classifier import load_classifier
     from deepclust.stages.export import load_backbone
+    from deepclust.stages.export_clusters import load_clusters
     from deepclust.stages.trained import load_run
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "kmeans": "deepclust.clustering.kmeans",
     "load_backbone": "deepclust.stages.export",
     "load_classifier": "deepclust.stages.classifier",
+    "load_clusters": "deepclust.stages.export_clusters",
     "load_run": "deepclust.stages.trained",
 }
 
@@ -43,6 +45,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "kmeans",
     "load_backbone",
     "load_classifier",
+    "load_clusters",
     "load_run",
 ]
 

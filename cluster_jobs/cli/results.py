@@ -266,7 +266,7 @@ def predict(
     rich_help_panel=PANEL,
     epilog=examples(
         "export runs/a --format torchvision --out resnet50.pth",
-        "export runs/a --out net.onnx",
+        "export runs/a --out clusters.onnx --classifier",
         "export runs/a --format hf --out my-backbone",
     ),
 )
@@ -282,11 +282,21 @@ def export(
         ),
     ] = None,
     best: Best = False,
+    classifier: Annotated[
+        bool,
+        typer.Option("--classifier", help="The clusters too: images to clusters in one ONNX file."),
+    ] = False,
+    card: Annotated[
+        Path | None,
+        typer.Option("--card", help="A file for the model card (of hf it is README.md)."),
+    ] = None,
 ) -> None:
     """Write the backbone of the newest checkpoint, and compare the file with it."""
-    from cluster_jobs.results.evaluate import export_run
+    from cluster_jobs.results.export import export_run
 
-    exported = export_run(run_dir, out, format_, emit=log, best=best)
+    exported = export_run(
+        run_dir, out, format_, emit=log, best=best, classifier=classifier, card=card
+    )
     log(f"wrote {exported.path} ({exported.hash})\n{exported.usage}")
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a run's frozen network on labelled shards, and the export of its backbone.
+"""Evaluation of a run's frozen network on labelled shards.
 
 What needs a run directory is here: the newest checkpoint, the recipe, the labelled seeds. The
 evaluators in `deepclust.evaluate` see a `Frozen`, and know no run.
@@ -33,7 +33,7 @@ from deepclust.evaluate.frozen import (
     folder_of,
     freeze_shards,
 )
-from deepclust.files import read_record, target_of, write_json
+from deepclust.files import read_record, write_json
 from deepclust.launch.start import is_finished
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
@@ -45,16 +45,10 @@ from deepclust.run.directory import Run, open_run
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.answers import columns_of
-from deepclust.stages.classifier import head_of
-from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.saved import embedder_of, fresh_embedder, newest
-from deepclust.stages.warm_start import export_meta
 
 log = logging.getLogger("deepclust")
 BASELINES = Beside()
-SUFFIXES = {  # others hold safetensors
-    ".pth": "torchvision", ".pt": "torchvision", ".onnx": "onnx", ".pt2": "torch-export",
-}  # fmt: skip
 
 
 def evaluate_run(
@@ -80,7 +74,7 @@ def evaluate_run(
     for name in names or ():
         find_evaluator(name)  # an unknown one is an error before the images are read
     run = open_run(run_dir)
-    checkpoint = _chosen(run, emit, best)
+    checkpoint = chosen_checkpoint(run, emit, best)
     if beside.layers:
         check_layers(embedder_of(run, checkpoint))
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
@@ -136,32 +130,6 @@ def _baselines(
         return {}
 
 
-def export_run(
-    run_dir: Path,
-    out: Path,
-    format_: str | None = None,
-    emit: Callable[[str], None] = log.warning,
-    best: bool = False,
-) -> Exported:
-    """Export the backbone of a run's newest checkpoint, in a format (default: that of the suffix).
-
-    With `best` it is that of the best checkpoint (`train.evaluate`).
-
-    In safetensors its classifier is beside it, where it answers classes.
-
-    `emit` is given what to know about it, such as that a newer one cannot be read.
-    """
-    format_ = format_ or SUFFIXES.get(Path(out).suffix, "safetensors")
-    file, run = target_of(out), open_run(run_dir)
-    method = embedder_of(run, _chosen(run, emit, best)).method
-    head = head_of(run, run.recipe, method)
-    if isinstance(head, str) and run.recipe.seeds is not None and format_ == "safetensors":
-        emit(f"note: the file has no classifier: {head}")
-    own = head if isinstance(head, Head) else None
-    exported = export_backbone(method.trunk, file, format_, meta=export_meta(run), head=own)
-    return replace(exported, path=out)
-
-
 def load_embedder(run: Run, emit: Callable[[str], None] = log.warning) -> Embedder:
     """Return the map from images to features of a run's newest readable checkpoint."""
     return embedder_of(run, newest_checkpoint(run, emit))
@@ -178,7 +146,7 @@ def labelled_features(embed: Embed, index: Index, data: Data) -> Labelled:
     return split.features, split.labels
 
 
-def _chosen(run: Run, emit: Callable[[str], None], best: bool) -> Checkpoint:
+def chosen_checkpoint(run: Run, emit: Callable[[str], None], best: bool) -> Checkpoint:
     """Return the newest checkpoint, or the best, and tell which step that is."""
     if not best:
         return newest_checkpoint(run, emit)

@@ -26,7 +26,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.named import part_of, section_of
 from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.run.directory import Run
-from deepclust.stages.answers import columns_of, parts_of, try_answer
+from deepclust.stages.answers import Columns, columns_of, parts_of, try_answer
 from deepclust.stages.export import CLASSIFIER, Head, read_export, weights_hash
 from deepclust.world import ALONE
 
@@ -60,15 +60,17 @@ class Classifier(nn.Module):
         return [self.id2label[i] for i in self(images).argmax(1).tolist()]
 
 
-def head_of(run: Run, recipe: Recipe, method: Method) -> Head | str:
+def head_of(run: Run, recipe: Recipe, method: Method, columns: Columns | None = None) -> Head | str:
     """Return what an export of a run's backbone has beside it, or why it can have nothing.
+
+    `columns` are those of its logits, by default the classes of its seeds.
 
     The parts are those of `answers.parts_of`. They are built again here as `load_classifier` does,
     and must give the same logits, which rules out methods with a parameter outside a module.
     """
-    columns = columns_of(run, recipe, method)
-    if isinstance(columns, str):
-        return columns
+    known = columns_of(run, recipe, method) if columns is None else columns
+    if isinstance(known, str):
+        return known
     parts = tuple(f"{part}." for part in parts_of(method))
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -78,8 +80,8 @@ def head_of(run: Run, recipe: Recipe, method: Method) -> Head | str:
     about = {
         "method": recipe.method.model_dump(mode="json"),
         "cluster": None if recipe.cluster is None else [recipe.cluster.k, recipe.cluster.dim],
-        "names": columns.names,
-        "classes": list(columns.classes),
+        "names": known.names,
+        "classes": list(known.classes),
         "weights": weights_hash(tensors),
     }
     try:

@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from deepclust.stages.preprocess import Preprocess
 FORMATS = ("torchvision", "safetensors", *elsewhere.TARGETS)
 HEADER = "deepclust"  # the key of our JSON in a safetensors header
 CLASSIFIER = "classifier"  # the key of what says how to build one, and with a slash its tensors
+CLUSTERS = "clusters"  # likewise, of what tells the cluster of features
+PARTS = (CLASSIFIER, CLUSTERS)
 KEYS = {  # what we put in it
     **dict.fromkeys(("name", "version", "weights"), str),
     **dict.fromkeys(("dim", "image_size"), int),
@@ -50,9 +52,9 @@ REMEDY = "Write one with `deepclust export RUN --format safetensors --out FILE`.
 
 @dataclass(frozen=True)
 class Head:
-    """A classifier that travels with a backbone: what the header says of it, and its tensors.
+    """What travels with a backbone (`PARTS`): what the header says of it, and its tensors.
 
-    `check` raises for a file of which it does not read the same classifier.
+    `check` raises for a file of which it does not read the same.
     """
 
     about: dict[str, Any]
@@ -81,11 +83,14 @@ def export_backbone(
     *,
     meta: dict[str, Any],
     head: Head | None = None,
+    clusters: Head | None = None,
+    beside: Mapping[str, bytes] = elsewhere.NOTHING,
 ) -> Exported:
     """Write the backbone to `path` atomically, after it was read back and compared.
 
     `meta` are JSON values for the safetensors header beside ours (KEYS), such as `mean` and `std`
-    of the images. A torchvision file has no place for them, nor for the classifier in `head`.
+    of the images. A torchvision file has no place for them, nor for the classifier in `head` or the
+    rule in `clusters`. A folder gets the files `beside`.
 
     Raises `RecipeError` for a format that cannot hold this backbone, `NumericalError` for weights
     that are not finite, `DiskError` for a full disk.
@@ -96,7 +101,8 @@ def export_backbone(
     _check_finite(state)
     weights = weights_hash(state)
     if format in elsewhere.TARGETS:
-        usage = elsewhere.write(_plain(backbone), path, format, meta)
+        elsewhere.write(_plain(backbone), path, format, meta, beside)
+        usage = usage_of(backbone, path, format)
         file = path / "model.safetensors" if path.is_dir() else path
         return Exported(path, format, files.file_hash(file), weights, usage)
     with files.atomic_file(path) as partial:
@@ -104,12 +110,14 @@ def export_backbone(
             partial.write_bytes(_pth(state))
             reloaded = _load_torchvision(backbone, partial)
         else:
-            partial.write_bytes(_with_header(backbone, state, weights, meta, head))
+            parts = {CLASSIFIER: head, CLUSTERS: clusters}
+            given = {name: part for name, part in parts.items() if part is not None}
+            partial.write_bytes(_with_header(backbone, state, weights, meta, given))
             reloaded = load_backbone(partial)
-            if head is not None:
-                head.check(partial)
+            for part in given.values():
+                part.check(partial)
         _check_same(backbone, reloaded)
-    usage = _usage(backbone, path, format, head)
+    usage = usage_of(backbone, path, format, head)
     return Exported(path, format, files.file_hash(path), weights, usage)
 
 
@@ -135,15 +143,13 @@ def load_backbone(path: str | Path) -> Backbone:
     return read_export(path)[0]
 
 
-def read_export(path: str | Path) -> tuple[Backbone, dict[str, Tensor]]:
-    """Return the backbone of an export as `load_backbone`, and the tensors of its classifier."""
+def read_export(path: str | Path, part: str = CLASSIFIER) -> tuple[Backbone, dict[str, Tensor]]:
+    """Return the backbone of an export as `load_backbone`, and the tensors of one of `PARTS`."""
     path = files.path_of(path, "path")
     meta = _read_header(path)
     with files.reading(path, REMEDY):
         tensors = safetensors.torch.load_file(path)
-    own = f"{CLASSIFIER}/"
-    head = {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
-    state = {k: v for k, v in tensors.items() if not k.startswith(own)}
+    state = {k: v for k, v in tensors.items() if not k.startswith(tuple(f"{p}/" for p in PARTS))}
     if weights_hash(state) != meta["weights"]:
         raise DataError(f"{path}: the weights are not those that were exported. Export it again.")
     name, size = meta["name"], meta["image_size"]
@@ -157,7 +163,13 @@ def read_export(path: str | Path) -> tuple[Backbone, dict[str, Tensor]]:
             f"{deepclust.__version__}, which cannot build it: {why}"
         ) from error
     backbone.meta, backbone.preprocess = meta, Preprocess(meta)
-    return backbone.eval(), head
+    return backbone.eval(), part_of(tensors, part)
+
+
+def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return the tensors of one of `PARTS`, by their names in it."""
+    own = f"{part}/"
+    return {k.removeprefix(own): v for k, v in tensors.items() if k.startswith(own)}
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
@@ -204,14 +216,14 @@ def _with_header(
     state: dict[str, Tensor],
     weights: str,
     meta: dict[str, Any],
-    head: Head | None,
+    parts: dict[str, Head],
 ) -> bytes:
-    """Return the bytes of a safetensors file, with the classifier if there is one."""
+    """Return the bytes of a safetensors file, with what travels with the backbone."""
     header = _header(backbone, weights, meta)
-    if head is not None:
-        _check_finite(head.tensors, "classifier")
-        header[CLASSIFIER] = head.about
-        state = {**state, **{f"{CLASSIFIER}/{name}": t for name, t in head.tensors.items()}}
+    for name, part in parts.items():
+        _check_finite(part.tensors, name)
+        header[name] = part.about
+        state = {**state, **{f"{name}/{key}": tensor for key, tensor in part.tensors.items()}}
     return safetensors.torch.save(state, metadata={HEADER: json.dumps(header)})
 
 
@@ -284,7 +296,10 @@ def _plain(backbone: Backbone) -> Backbone:
     return plain.to(memory_format=torch.contiguous_format)
 
 
-def _usage(backbone: Backbone, path: Path, format: str, head: Head | None) -> str:
+def usage_of(backbone: Backbone, path: Path, format: str, head: Head | None = None) -> str:
+    """Return lines that load what was written to a path."""
+    if format in elsewhere.TARGETS:
+        return elsewhere.TARGETS[format].usage(backbone, path)
     if format == "safetensors" and head is not None:
         return (
             "from deepclust import load_backbone, load_classifier\n"

@@ -17,9 +17,10 @@ import importlib.util
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -31,11 +32,13 @@ import deepclust
 from deepclust import files
 from deepclust.errors import DataError, RecipeError
 from deepclust.models import Backbone, libraries
+from deepclust.stages import export_program
+from deepclust.stages.export_program import Traced
 
 SAME_IN_TIMM = ("resnet", "resnext", "wide_resnet", "densenet")  # of torchvision's, by name
-INPUT, OUTPUT = "images", "features"
+OUTPUT = "features"
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
 TOLERANCE = 1e-3  # of the largest feature: other kernels sum in another order
-OPSET = 18
 
 Reloaded = Callable[[Float[Tensor, "b 3 s s"]], Float[Tensor, "b dim"]]
 
@@ -67,10 +70,17 @@ def check(backbone: Backbone, format: str) -> None:
         )
 
 
-def write(backbone: Backbone, path: Path, format: str, meta: dict[str, Any]) -> str:
-    """Write a backbone, read it back and compare, and return lines that load it.
+def write(
+    backbone: Backbone,
+    path: Path,
+    format: str,
+    meta: dict[str, Any],
+    beside: Mapping[str, bytes] = NOTHING,
+) -> None:
+    """Write a backbone, read it back and compare.
 
-    `path` is a new file, or a new folder for `hf`. `backbone` is in eval mode, on the CPU.
+    `path` is a new file, or a new folder for `hf`, which gets the files `beside` too. `backbone` is
+    in eval mode, on the CPU.
     """
     target = TARGETS[format]
     if format == "timm" and path.suffix != ".safetensors":
@@ -82,6 +92,8 @@ def write(backbone: Backbone, path: Path, format: str, meta: dict[str, Any]) -> 
         with quiet():
             target.write(backbone, place, meta)
             compare(backbone, target.read(backbone, place))
+        for name, content in beside.items():
+            (place / name).write_bytes(content)
 
     if target.folder:
         if path.exists():
@@ -90,7 +102,6 @@ def write(backbone: Backbone, path: Path, format: str, meta: dict[str, Any]) -> 
     else:
         with files.atomic_file(path) as partial:
             fill(partial)
-    return target.usage(backbone, path)
 
 
 def timm_name(backbone: Backbone) -> str | None:
@@ -205,56 +216,33 @@ def model_card(backbone: Backbone, meta: dict[str, Any]) -> str:
 
 
 def _write_onnx(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
-    import onnx
-
-    program = torch.onnx.export(
-        backbone, (_example(backbone),), dynamo=True, opset_version=OPSET, verbose=False,
-        input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=_any_batch(),
-    )  # fmt: skip
-    assert program is not None
-    model = program.model_proto
-    for key, value in {**meta, "name": backbone.name, "size": backbone.image_size}.items():
-        model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
-    path.write_bytes(model.SerializeToString())
+    export_program.write_onnx(_traced(backbone, meta), path)
 
 
 def _read_onnx(backbone: Backbone, path: Path) -> Reloaded:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+    outputs = export_program.read_onnx(path)
+    return lambda images: outputs(images)[0]
 
 
 def _onnx_usage(backbone: Backbone, path: Path) -> str:
-    return (
-        f"import onnxruntime\nnet = onnxruntime.InferenceSession({str(path)!r})\n"
-        f'features = net.run(None, {{"{INPUT}": images}})[0]'
-    )
+    return export_program.onnx_usage(path, (OUTPUT,))
 
 
 def _write_program(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
-    shapes = _any_batch()
-    program = torch.export.export(backbone, (_example(backbone),), dynamic_shapes=shapes)
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={"deepclust.json": json.dumps(meta)})
+    export_program.write_program(_traced(backbone, meta), path)
 
 
 def _read_program(backbone: Backbone, path: Path) -> Reloaded:
-    with path.open("rb") as file:
-        module: nn.Module = torch.export.load(file).module()
-    return module
+    outputs = export_program.read_program(path)
+    return lambda images: outputs(images)[0]
 
 
 def _program_usage(backbone: Backbone, path: Path) -> str:
-    return f"import torch\nnet = torch.export.load({str(path)!r}).module()"
+    return export_program.program_usage(path, (OUTPUT,))
 
 
-def _example(backbone: Backbone) -> Float[Tensor, "2 3 s s"]:
-    return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
-
-
-def _any_batch() -> dict[str, Any]:
-    return {"images": {0: torch.export.Dim("batch", min=1)}}
+def _traced(backbone: Backbone, meta: dict[str, Any]) -> Traced:
+    return Traced(backbone, backbone.image_size, (OUTPUT,), {**meta, "name": backbone.name})
 
 
 TARGETS: dict[str, Target] = {

@@ -53,7 +53,8 @@ log = logging.getLogger("deepclust")
 class Labeller:
     """What says which cluster an image is in: the network of a run, and the rule for its rows.
 
-    `round` is that of the rule, None for a method's own answers. `classes` has the class name of
+    `round` is that of the rule, None for a method's own answers. `step` is that of the weights.
+    `classes` has the class name of
     each cluster [k + 1], None for free ones and in the last place.
     """
 
@@ -61,6 +62,7 @@ class Labeller:
     rule: Rule
     projection: Projection | None
     round: int | None
+    step: int
     classes: np.ndarray | None
 
     @property
@@ -122,12 +124,13 @@ def _by_answers(run: Run, saved: Checkpoint) -> Labeller:
     embedder = embedder_of(run, saved)
     width = embedder.answered(no_image(run.recipe.data)).shape[1]
     classes = answered_classes(run, embedder.method)
-    return Labeller(embedder, Answers(width), None, None, classes)
+    return Labeller(embedder, Answers(width), None, None, saved.state.step, classes)
 
 
 def _by_round(run: Run, saved: Checkpoint, number: int) -> Labeller:
-    rule, projection = rule_of(run, number), projection_of(run, number)
-    return Labeller(embedder_of(run, saved), rule, projection, number, seeded_classes(run, number))
+    embedder, classes = embedder_of(run, saved), seeded_classes(run, number)
+    projection, step = projection_of(run, number), saved.state.step
+    return Labeller(embedder, rule_of(run, number), projection, number, step, classes)
 
 
 NO_ROUNDS = (

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from cluster_jobs.report import write_report
 from cluster_jobs.results.baselines import Beside
-from cluster_jobs.results.evaluate import evaluate_run, export_run
+from cluster_jobs.results.evaluate import evaluate_run
+from cluster_jobs.results.export import export_run
 from cluster_jobs.results.predict import predict
 from cluster_jobs.status import status
 from deepclust import Recipe, open_index, pretrain

@@ -33,7 +33,8 @@ from safetensors.numpy import load_file
 from cluster_jobs import status
 from cluster_jobs.report import write_report
 from cluster_jobs.results.assignments import export_assignments
-from cluster_jobs.results.evaluate import evaluate_run, export_run
+from cluster_jobs.results.evaluate import evaluate_run
+from cluster_jobs.results.export import export_run
 from deepclust import pretrain
 from deepclust.errors import DeepclustError, RequeueWanted
 from deepclust.files import append_json, read_json, read_jsonl, write_json

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from cluster_jobs.display import scores_line
 from cluster_jobs.results.evaluate import (
     evaluate_run,
-    export_run,
     labelled_features,
     load_embedder,
 )
+from cluster_jobs.results.export import export_run
 from deepclust import load_backbone, load_classifier, open_index, pretrain
 from deepclust.data.shards import index_build
 from deepclust.errors import DataError, DiskError, RecipeError
