@@ -115,7 +115,8 @@ def first_line(text: str) -> str:
 
 
 def _status(run: Run) -> Status:
-    owner, events = lock.owner(run.path), run.events()
+    owner = lock.owner(run.path)
+    events = [event for event in run.events() if event["event"] != "notified"]
     state, reason, code = _state(run, owner, events)
     trained, rounds = run.metrics("train"), run.rounds()
     last = trained[-1] if trained else {}

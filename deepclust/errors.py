@@ -2,11 +2,12 @@
 
 A message names what is wrong, where, and the fix. Errors in our own code are `assert`s.
 
-A URL holds credentials beside the name of a thing (user:password@, a signed ?query). `ray.env` and
-the lines of `slurm.setup` hold keys of services. They are used as they are. Whatever is shown,
-logged or written, except `recipe.yaml` itself, passes through `redact` or `shown`. `redact` takes
-the URLs of a text apart. Libraries also quote parts of them: "url: /x?sig=...". So it hides the
-secrets of all URLs that this process has met (`remember`) wherever they are.
+A URL holds credentials beside the name of a thing (user:password@, a signed ?query). `ray.env`,
+the lines of `slurm.setup` and the words of `notify` hold keys of services. They are used as they
+are. Whatever is shown, logged or written, except `recipe.yaml` itself, passes through `redact` or
+`shown`. `redact` takes the URLs of a text apart. Libraries also quote parts of them:
+"url: /x?sig=...". So it hides the secrets of all URLs that this process has met (`remember`)
+wherever they are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _SECRET_WORD = re.compile(
 _SECRET_NAME = re.compile(r"(?i)token|passw|pwd|secret|key|credential|auth|signature")
 _ENVIRONMENT = "ray.env"
 _COMMANDS = ("slurm.setup", "slurm.sbatch")
+_WEBHOOK, _ALARM = "notify.webhook", "notify.command"  # whose secrets are in paths, too
 
 _secrets: dict[str, None] = {}  # longest first when they are used
 
@@ -226,7 +228,25 @@ def shown(value: Any, key: str = "") -> Any:
         return [shown(one, key) for one in value]
     if not isinstance(value, str):
         return value
+    if key.startswith(_WEBHOOK):
+        return _server(value)
+    if key.startswith(_ALARM):
+        return _program(value)
     return command(value) if key.startswith(_COMMANDS) else redact(value)
+
+
+def _server(webhook: str) -> str:
+    """Return the server of a webhook, or the variable that holds it, without the rest."""
+    if webhook.startswith("$"):
+        return webhook
+    scheme, separator, rest = redact(webhook).partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}/{HIDDEN}" if separator else HIDDEN
+
+
+def _program(line: str) -> str:
+    """Return the first word of a shell command, without the others."""
+    first, *others = command(line).split(maxsplit=1)[:2] or [HIDDEN]
+    return f"{_server(first) if '://' in first else first} {HIDDEN}" if others else first
 
 
 def command(line: str) -> str:

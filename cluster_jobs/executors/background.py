@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from cluster_jobs import job_file
 from deepclust.errors import ResourceError, error_of
 from deepclust.files import disk_errors, open_append
 from deepclust.run import lock
@@ -49,6 +50,14 @@ def stop(run_dir: Path, pid: int) -> str:
             f"{run_dir / 'lock.json'} names process {pid}, which has no file of the run open: it "
             f"is not its controller, and was not stopped. If it is, end it with `kill {pid}`."
         )
+    job_file.ask_to_cancel(run_dir)  # so that no alarm takes it for a preemption
+    try:
+        return _end(run_dir, pid)
+    finally:
+        job_file.forget_cancel(run_dir)
+
+
+def _end(run_dir: Path, pid: int) -> str:
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + CANCEL_PATIENCE_S
     while lock.owner_pid(run_dir) == pid:

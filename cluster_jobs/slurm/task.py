@@ -30,9 +30,10 @@ from cluster_jobs.slurm.spec import SlurmSpec, slurm_spec
 from cluster_jobs.slurm.srun_transport import another_start
 from deepclust.errors import DeepclustError, RequeueWanted, ResourceError, RunHeldError
 from deepclust.files import read_json, write_json
-from deepclust.launch.policy import WITHOUT_PROGRESS, progress_on_disk
+from deepclust.launch.policy import WITHOUT_PROGRESS, Policy, progress_on_disk
 from deepclust.launch.signals import HELD_BACK, collected_signals
 from deepclust.launch.start import is_finished
+from deepclust.launch.supervisor import Supervisor
 from deepclust.run import directory
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -163,7 +164,9 @@ def _stop_recorded(path: Path) -> Iterator[None]:
         yield
     except DeepclustError as error:
         with suppress(RunHeldError), hold(path) as token:
-            Run(path, token).event("stopped", kind=type(error).__name__, text=str(error))
+            supervisor = Supervisor(Run(path, token), Policy(), lambda: False)
+            supervisor.event("stopped", kind=type(error).__name__, text=str(error))
+            supervisor.alarms.settle()
         raise
 
 

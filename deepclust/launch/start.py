@@ -27,7 +27,7 @@ from deepclust.launch.supervisor import Show, Supervisor, attempts_of
 from deepclust.optim.schedule import learning_rate
 from deepclust.recipe import HUBS, PATHS, Recipe, differences
 from deepclust.recipe.may_change import MAY_CHANGE, may_change
-from deepclust.recipe.sections import PLACES, SHARDS, Section
+from deepclust.recipe.sections import BESIDE, PLACES, SHARDS, Section
 from deepclust.run import directory, lock
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
@@ -251,9 +251,9 @@ def check_changes(run: Run, recipe: Recipe) -> None:
     if refused:
         pairs = {key: shown(list(values), key) for key, values in refused.items()}
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in pairs.items())
+        free = ", ".join([*MAY_CHANGE, *(f"{name}.*" for name in (*PLACES, *BESIDE))])
         raise errors.RunDiffersError(
-            f"resume may change {', '.join([*MAY_CHANGE, *(f'{name}.*' for name in PLACES)])} and "
-            f"a larger train.epochs, but not\n{lines}\n"
+            f"resume may change {free} and a larger train.epochs, but not\n{lines}\n"
             "Start a new run instead; init.weights and init.assignments carry over what you want."
         )
 
@@ -287,7 +287,7 @@ def _attempt(supervisor: Supervisor, stage: str | None) -> Ending:
     from deepclust.launch.worker import work
     from deepclust.run.reporting import DirectReport
 
-    report = DirectReport(supervisor.run, supervisor.show)
+    report = DirectReport(supervisor.run, supervisor.tell)
     with borrowed_process():
         work(supervisor.run, roles[0], report, supervisor.asked)
     return Ending("finished")

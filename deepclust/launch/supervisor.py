@@ -12,10 +12,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from deepclust.errors import RequeueWanted
+from deepclust.launch.alarms import Alarms
 from deepclust.launch.endings import Ending, Member, Record, classify
 from deepclust.launch.policy import Budget, Policy, progress_on_disk
 from deepclust.launch.role import Role
@@ -72,6 +73,10 @@ class Supervisor:
     policy: Policy
     asked: Callable[[], bool]  # whether we are asked to stop
     show: Show = lambda record: None
+    alarms: Alarms = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.alarms = Alarms(lambda: self.run)
 
     def control(self, attempt: Callable[[], Ending]) -> None:
         """Make attempts until one finishes the run.
@@ -149,7 +154,12 @@ class Supervisor:
         """Write an event, then log it and show it."""
         self.run.event(name, **fields)
         log.info("%s %s", name, fields)
-        self.show({"event": name, **fields})
+        self.tell({"event": name, **fields})
+
+    def tell(self, record: Record) -> None:
+        """Show a record, and raise an alarm where `notify` asks for one."""
+        self.alarms.see(record)
+        self.show(record)
 
     @contextlib.contextmanager
     def recorded(self, stage: str | None = None) -> Iterator[None]:
@@ -158,8 +168,10 @@ class Supervisor:
             yield
         except BaseException as error:
             self.event("stopped", kind=type(error).__name__, text=str(error) or "interrupted")
+            self.alarms.settle()
             raise
         if stage is None:
             self.event("finished", epochs=self.run.recipe.train.epochs)
         else:
             self.event("stopped", kind="Stage", text=f"only the stage {stage} was requested")
+        self.alarms.settle()

@@ -6,7 +6,7 @@ data is judged by their fingerprint, when they are opened.
 
 from __future__ import annotations
 
-from deepclust.recipe.sections import PLACES
+from deepclust.recipe.sections import BESIDE, PLACES
 
 MAY_CHANGE = {
     "train.ranks": "the global batch stays the same",
@@ -34,6 +34,6 @@ MAY_CHANGE = {
 def may_change(key: str, *, longer: bool) -> bool:
     """Return whether a key may change on resume; `train.epochs` may only become more."""
     top = key.partition(".")[0]
-    # the section of a place, and the entries of a dictionary of shards
-    known = key in MAY_CHANGE or top in PLACES or key.startswith("data.shards.")
+    # the section of a place, what happens beside a run, and the entries of a dictionary of shards
+    known = key in MAY_CHANGE or top in (*PLACES, *BESIDE) or key.startswith("data.shards.")
     return known or (longer and key == "train.epochs")

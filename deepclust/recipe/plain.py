@@ -36,6 +36,9 @@ def parse(text: str, source: str) -> Any:
     return tree
 
 
+_TRUTH, _TEXT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:str"
+
+
 class _DoubledKey(Exception):
     """A mapping has a key twice; YAML forbids it, and the last would win in silence."""
 
@@ -46,6 +49,8 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag == _TRUTH:  # YAML reads the key "on" as true
+                key.tag = _TEXT
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines and key.value != "<<":  # two merges lose nothing
                 raise _DoubledKey(

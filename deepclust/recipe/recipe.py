@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from deepclust.errors import DataError, RecipeError, holds_secrets, shown
 from deepclust.files import atomic_file, path_of, read_bytes, write_text
+from deepclust.recipe.beside import NotifySection
 from deepclust.recipe.chosen import Terms, choose_sections, default_method
 from deepclust.recipe.declare import Cost
 from deepclust.recipe.misfit import misfit
@@ -61,6 +62,7 @@ class Recipe(Section):
     train: TrainSection
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
+    notify: NotifySection | None = None
     # PLACES, for cluster_jobs alone, which checks them
     ray: dict[str, Any] = {}
     slurm: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
 
-from deepclust.errors import RecipeError
+from deepclust.errors import RecipeError, shown
 from deepclust.recipe.named import nearest
 from deepclust.recipe.plain import short
 
@@ -60,7 +60,10 @@ def _explain(items: Sequence[Any], model: type[BaseModel]) -> list[str]:
     for item in items:
         location = [str(part) for part in item["loc"]]
         key = ".".join(part for part in location if not TYPE.fullmatch(part))
-        got = "" if isinstance(item["input"], dict) else f" (got {short(repr(item['input']))})"
+        given = item["input"]
+        if isinstance(given, str | list):
+            given = shown(given, key)
+        got = "" if isinstance(given, dict) else f" (got {short(repr(given))})"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message, got = f"unknown key{nearest(location[-1], _keys_at(model, location[:-1]))}", ""

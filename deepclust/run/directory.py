@@ -98,7 +98,7 @@ class Run:
 
         Of a run that goes on only a folder without DONE counts: it may be about to make it again.
         """
-        events = self.events()
+        events = [event for event in self.events() if event["event"] != "notified"]
         last = max((e["round"] for e in events if e["event"] == "clustered"), default=-1)
         folder = self.round(last) / "assignments"
         ended = any(event["event"] == "finished" for event in events[-3:])

@@ -34,6 +34,7 @@ EventName: TypeAlias = Literal[
     "exported",  # the backbone is written
     "finished",
     "stopped",  # an attempt ended before the run was finished
+    "notified",  # an alarm was sent, or why not; it may come after the run's end
 ]
 Number = (int, float)
 SECONDS = dict.fromkeys(("prepare", "read", "cluster", "write"), Number)
@@ -56,13 +57,15 @@ FIELDS: dict[EventName, dict[str, Any]] = {
     "replaced": {"step": int, "count": int, "first": list},
     "checkpoint": {"step": int},
     "evaluated": {"step": int, "epoch": Number, "round": int, "top1": Number, "best": int},
-    "warning": {"text": str},
+    "warning": {"text": str, "about": str},
     "exported": {"file": str, "hash": str},
     "finished": {"epochs": int},
     "stopped": {"kind": str, "text": str},
+    "notified": {"incident": str, "by": str, "sent": bool, "text": str},
 }
 OPEN: set[EventName] = {"clustered"}  # all of statistics.json are fields of it
-OPTIONAL = {("started", "job"), ("exported", "hash")}  # of Slurm alone; of later versions
+# of Slurm alone; of later versions; of a collapse
+OPTIONAL = {("started", "job"), ("exported", "hash"), ("warning", "about")}
 NAMES: tuple[EventName, ...] = get_args(EventName)
 NUMBERS: dict[str, dict[str, Any]] = {  # of metrics.jsonl, what a record of a kind has at least
     "train": {"step": int, "round": int, "loss": Number},

@@ -304,4 +304,4 @@ def log_metrics(
     trainer.metrics.record("train", state.step, **values)
     trainer.report.progress(step=state.step, done=state.offset, of=plan.steps, **values)
     if (text := trainer.watch.note(values)) is not None:
-        trainer.report.event("warning", text=f"step {state.step}: {text}")
+        trainer.report.event("warning", text=f"step {state.step}: {text}", about="collapse")

@@ -28,6 +28,8 @@ OVERRIDES = (
     f"ray.env={{AWS_SECRET_ACCESS_KEY: {SECRET}, OTHER: {SECRET}}}",
     f"slurm.setup=[export HF_TOKEN={SECRET}, module load cuda]",
     f"slurm.sbatch={{export: 'ALL,TOKEN={SECRET}'}}",
+    f"notify.webhook=https://hooks.host/services/{SECRET}",
+    f"notify.command=curl https://hooks.host/{SECRET}",
 )
 
 
