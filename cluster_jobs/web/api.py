@@ -34,6 +34,7 @@ Offset = Annotated[int, Query(ge=0, le=2**53)]
 Limit = Annotated[int, Query(ge=1, le=500)]
 RoundNumber = Annotated[int | None, Query(alias="round", ge=0, le=2**31)]
 Head = Annotated[int, Query(ge=0, le=2**16)]
+RunSort = Literal["name", "state", "epoch", "loss", "nmi_labels", "images_per_s"]
 Log = Literal["controller", "rank", "cluster-worker"]
 Rank = Annotated[int, Query(ge=0, le=10**6)]
 Lines = Annotated[int, Query(ge=1, le=10_000, description="the last ones")]
@@ -73,10 +74,16 @@ def views_of(request: Request) -> Views:
 
 @router.get("/runs")
 def list_runs(
-    request: Request, state: str = "", text: str = "", offset: Offset = 0, limit: Limit = 100
+    request: Request,
+    state: str = "",
+    text: str = "",
+    sort: RunSort = "name",
+    descending: bool = False,
+    offset: Offset = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Response:
-    """List the runs, by state and by a text in their name."""
-    total, page = runs_of(request).page(state, text, offset, limit)
+    """List the runs, by state and by a text in their name, sorted."""
+    total, page = runs_of(request).page(state, text, offset, limit, sort, descending)
     return Answer({"total": total, "runs": [one.as_dict() for one in page]})
 
 

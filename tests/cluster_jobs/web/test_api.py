@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,34 @@ def test_the_list_reads_the_runs_of_its_page_alone_and_each_once(
     assert seen == ["run-1", "run-2"]
     (tmp_path / "run-1" / "events.jsonl").write_text("")
     assert runs.page("", "", 1, 1)[1][0].state == "PENDING"
+
+
+def test_runs_are_sorted_and_those_without_a_value_come_last(folder: Path, tmp_path: Path) -> None:
+    for name, loss in {"a": 2.0, "b": 1.0, "c": 3.0}.items():
+        shutil.copytree(folder / "first", tmp_path / name)
+        line = {"kind": "train", "attempt": 1, "step": 10**6, "round": 2, "loss": loss}
+        with (tmp_path / name / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+    shutil.copytree(folder / "first", tmp_path / "d")
+    (tmp_path / "d" / "metrics.jsonl").unlink()
+    with client(tmp_path) as web:
+        for query, order in {"sort=loss": "bacd", "sort=loss&descending=true": "cabd",
+                             "descending=true": "dcba"}.items():  # fmt: skip
+            got = web.get(f"/api/runs?{query}").json()["runs"]
+            assert "".join(one["name"] for one in got) == order
+        assert web.get("/api/runs?sort=colour").status_code == 422
+
+
+def test_many_who_ask_at_once_read_a_run_that_goes_on_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "first", tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").write_text("")
+    runs, seen = Runs(tmp_path), []
+    read = web_folder.status
+    monkeypatch.setattr(web_folder, "FRESH_S", 600.0)
+    monkeypatch.setattr(web_folder, "status", lambda run: seen.append(run.path.name) or read(run))
+    with ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(runs.status, [runs.run("run")] * 50))
+    assert {one.state for one in states} == {"PENDING"}
+    assert seen == ["run"]
