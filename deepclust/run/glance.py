@@ -32,7 +32,7 @@ def epochs_in(file: Path) -> int | None:
     """
     try:
         text = read_bytes(file, MOST_TEXT).decode("utf-8", "replace")
-    except DataError:  # whoever reads the YAML says what is wrong with it
+    except DataError:  # the reader of the YAML says what is wrong with it
         return None
     if not text.startswith(MARK):
         return None
@@ -66,7 +66,7 @@ def newest_metrics(file: Path, kind: str, count: int) -> list[Record]:
 
 def attempt_of(record: Record) -> int:
     """Return the attempt that has written a record of metrics."""
-    return int(record.get("attempt", record.get("incarnation", 0)))  # the name in older runs
+    return int(record.get("attempt", record.get("incarnation", 0)) or 0)  # the older name
 
 
 def _last(lines: list[bytes], kind: str, most: int) -> list[Record]:
