@@ -23,8 +23,9 @@ from deepclust.errors import (
 from deepclust.files import open_regular, reading
 from deepclust.launch.start import is_finished
 from deepclust.run import directory, lock
-from deepclust.run.collapse import collapsed
+from deepclust.run.collapse import LINES, collapsed
 from deepclust.run.directory import Run
+from deepclust.run.glance import newest_metrics
 
 Record = dict[str, Any]
 MOST_READ = 2**26  # bytes of a log that are printed at a time
@@ -90,8 +91,9 @@ def find_runs(folder: Path) -> list[Run]:
 def _may_be_run(folder: Path) -> bool:
     """Return whether a folder holds a recipe, or may hold one that we cannot see."""
     try:
-        return "recipe.yaml" in os.listdir(folder)
-    except NotADirectoryError:
+        os.lstat(folder / "recipe.yaml")
+        return True
+    except (NotADirectoryError, FileNotFoundError):
         return False
     except OSError:  # of another user: a line says so
         return folder.is_dir()
@@ -118,7 +120,7 @@ def _status(run: Run) -> Status:
     owner = lock.owner(run.path)
     events = [event for event in run.events() if event["event"] != "notified"]
     state, reason, code = _state(run, owner, events)
-    trained, rounds = run.metrics("train"), run.rounds()
+    trained, rounds = newest_metrics(run.path / "metrics.jsonl", "train", LINES), run.rounds()
     last = trained[-1] if trained else {}
     clustered = next((e for e in reversed(events) if e["event"] == "clustered"), None)
     newest: Record = clustered or {}
@@ -153,7 +155,7 @@ def _state(run: Run, owner: str | None, events: list[Record]) -> tuple[str, str,
     """Return state, reason and exit code, by the lock, the queue and the newest event."""
     if owner and lock.owner_job(run.path) is None:
         return _controlled(events)
-    if is_finished(run):
+    if is_finished(run, events):
         return _controlled(events) if owner else ("SUCCEEDED", "", 0)
     job = executor_of(run.path).state(run.path)
     # a job that its queue has ended may still hold the lock, until its heartbeat is old

@@ -176,11 +176,15 @@ def serve(
     token: Annotated[
         str | None, typer.Option(help="Of the link; default: a new one.", show_default=False)
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name of this machine that links may use, as behind a proxy."),
+    ] = None,
 ) -> None:
     """Show runs and their clusters in a browser, and answer programs, until Ctrl-C."""
     from cluster_jobs.web.serve import serve
 
-    serve(folder, host, port, token, read_only, log)
+    serve(folder, host, port, token, read_only, log, allow_host or ())
 
 
 @verbs.command(rich_help_panel=PANEL, epilog=examples("cancel runs/a"))

@@ -26,12 +26,29 @@ ITERATIONS = 500  # of t-SNE: some seconds
 
 def feature_map(run: Run) -> Chart | None:
     """Return the panel, or None where the last round has no features on disk."""
+    found = map_of(run)
+    if found is None:
+        return None
+    way, _, places, clusters = found
+    known = read_assignments(run, run.rounds()[-1])[0] >= 0
+    return _chart(way, places, clusters, int(np.count_nonzero(known)))
+
+
+def has_map(run: Run) -> bool:
+    """Return whether the features of the last round are on disk."""
+    stages = [run.round(number) / "features" for number in run.rounds()[-1:]]
+    return any(is_done(stage) and has_file(stage, "rows.npy") for stage in stages)
+
+
+Places = tuple[str, Int64[np.ndarray, " m"], Float32[np.ndarray, "m 2"], Int32[np.ndarray, " m"]]
+
+
+def map_of(run: Run) -> Places | None:
+    """Return how the map was made, and of its images the sample ids, places and clusters."""
+    if not has_map(run):
+        return None
     rounds = run.rounds()
-    if not rounds:
-        return None
     stage = run.round(rounds[-1]) / "features"
-    if not is_done(stage) or not has_file(stage, "rows.npy"):
-        return None
     rows, clusters = read_array(stage, "rows.npy", dims=2), read_assignments(run, rounds[-1])[0]
     if len(rows) != len(clusters):
         raise DataError(f"{stage} has {len(rows)} rows for {len(clusters)} samples")
@@ -39,7 +56,7 @@ def feature_map(run: Run) -> Chart | None:
     if len(ids) < 3 or rows.shape[1] < 2:
         return None
     way, places = flat(np.asarray(rows[ids], np.float32), derive(0, "report", "map"))
-    return _chart(way, places, clusters[ids], len(np.flatnonzero(clusters >= 0)))
+    return way, ids, places, clusters[ids]
 
 
 def _drawn(clusters: Int32[np.ndarray, " n"], number: int) -> Int64[np.ndarray, " m"]:

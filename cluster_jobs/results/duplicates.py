@@ -86,7 +86,7 @@ def write_duplicates(
         raise RecipeError("--similarity is in (0, 1], and --deviations above 0")
     run = open_run(run_dir)
     number = choose_round(run, round)
-    rows = _rows(run, number)
+    rows = kept_rows(run, number)
     clusters = np.asarray(read_assignments(run, number)[0])
     distances = read_array(run.round(number) / "assignments", "distances.npy", dims=2)[0]
     same = near_duplicates(rows, clusters, similarity, show)
@@ -100,7 +100,7 @@ def write_duplicates(
     return {"images": len(clusters), **counts, "outliers": int(outliers.sum()), "round": number}
 
 
-def _rows(run: Run, number: int) -> np.ndarray:
+def kept_rows(run: Run, number: int) -> np.ndarray:
     """Return the features of a round, memory-mapped, or raise `RecipeError` with a remedy."""
     stage = run.round(number) / "features"
     if not is_done(stage) or not has_file(stage, "rows.npy"):

@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 
 from cluster_jobs import runs as verbs
 from cluster_jobs.results.assignments import export_assignments
-from cluster_jobs.web.answers import Answer, NotThereError
+from cluster_jobs.web.answers import Answer
 from cluster_jobs.web.clusters import Views
 from cluster_jobs.web.folder import Runs
 from cluster_jobs.web.live import event_text, last_offset, lines_from, stream
@@ -34,6 +34,7 @@ Offset = Annotated[int, Query(ge=0, le=2**53)]
 Limit = Annotated[int, Query(ge=1, le=500)]
 RoundNumber = Annotated[int | None, Query(alias="round", ge=0, le=2**31)]
 Head = Annotated[int, Query(ge=0, le=2**16)]
+RunSort = Literal["name", "state", "epoch", "loss", "nmi_labels", "images_per_s"]
 Log = Literal["controller", "rank", "cluster-worker"]
 Rank = Annotated[int, Query(ge=0, le=10**6)]
 Lines = Annotated[int, Query(ge=1, le=10_000, description="the last ones")]
@@ -73,10 +74,16 @@ def views_of(request: Request) -> Views:
 
 @router.get("/runs")
 def list_runs(
-    request: Request, state: str = "", text: str = "", offset: Offset = 0, limit: Limit = 100
+    request: Request,
+    state: str = "",
+    text: str = "",
+    sort: RunSort = "name",
+    descending: bool = False,
+    offset: Offset = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Response:
-    """List the runs, by state and by a text in their name."""
-    total, page = runs_of(request).page(state, text, offset, limit)
+    """List the runs, by state and by a text in their name, sorted."""
+    total, page = runs_of(request).page(state, text, offset, limit, sort, descending)
     return Answer({"total": total, "runs": [one.as_dict() for one in page]})
 
 
@@ -195,12 +202,14 @@ def get_clusters(
     head: Head = 0,
     sort: str = "size",
     descending: bool = True,
+    text: Annotated[str, Query(max_length=500, description="in the name of its class")] = "",
+    least: Annotated[int, Query(ge=0, le=2**53, description="images")] = 0,
     offset: Offset = 0,
     limit: Limit = 50,
 ) -> Response:
-    """Return a page of the clusters of a round (default: the last), sorted."""
+    """Return a page of the clusters of a round (default: the last), sorted and filtered."""
     with views_of(request).open(runs_of(request).run(name), round_, head) as view:
-        return Answer(view.page(sort, descending, offset, limit))
+        return Answer(view.page(sort, descending, offset, limit, text, least))
 
 
 @router.get("/runs/{name}/clusters/{cluster}/images")
@@ -292,13 +301,20 @@ def submit(request: Request, submission: Submission) -> Response:
     return Answer({"name": submission.name, "plan": submitted(request, submission)}, 201)
 
 
+def known_recipe(name: str) -> str:
+    """Return the name of a shipped recipe, or raise `RecipeError`: never a path."""
+    if name not in shipped():
+        raise RecipeError(f"no recipe {name[:100]!r}{nearest(name, shipped())}")
+    return name
+
+
 def submitted(request: Request, wanted: Submission) -> str:
     """Submit a run, or only plan it, and return its plan."""
     run_dir = runs_of(request).new(wanted.name)
     if bool(wanted.recipe) == bool(wanted.text):
         raise RecipeError("give the name of a recipe, or a recipe's text")
-    if wanted.recipe and wanted.recipe not in shipped():
-        raise RecipeError(f"no recipe {wanted.recipe[:100]!r}{nearest(wanted.recipe, shipped())}")
+    if wanted.recipe:
+        known_recipe(wanted.recipe)
     with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
         source = wanted.recipe
         if wanted.text:
@@ -325,9 +341,3 @@ def resume(request: Request, name: str, how: Resumption | None = None) -> Respon
     how = how or Resumption()
     verbs.resume(runs_of(request).run(name).path, how.overrides, how.on)
     return Answer({"text": f"{name} is resumed"})
-
-
-@router.get("/{rest:path}", include_in_schema=False)
-def nothing(rest: str) -> Response:
-    """Say that there is no such address."""
-    raise NotThereError(f"there is no /api/{rest[:100]}: see /openapi.json")

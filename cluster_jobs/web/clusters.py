@@ -25,12 +25,12 @@ from deepclust.data.shards.index import Index
 from deepclust.data.shards.keys import read_keys
 from deepclust.errors import DataError, RecipeError
 from deepclust.run.directory import Run
-from deepclust.run.round_files import read_array, read_assignments
+from deepclust.run.round_files import last_round_before, read_array, read_assignments
 from deepclust.stages.trained import choose_round, seeded_classes
 
 MOST_VIEWS = 4
 MOST_HITS = 200
-SORTS = ("size", "purity", "tightness", "id")
+SORTS = ("size", "purity", "tightness", "drift", "id")
 ORDERS = ("near", "far")
 Record = dict[str, Any]
 
@@ -44,6 +44,7 @@ class View:
     distances: np.ndarray  # float32 [n]
     names: list[str | None]  # of seeded clusters
     max_pixels: int
+    before: np.ndarray | None = None  # int32 [n]: the clusters of the round before
     ids: np.ndarray = field(init=False)  # by cluster, the nearest to the centroid first
     starts: np.ndarray = field(init=False)  # [k + 1]
 
@@ -52,6 +53,8 @@ class View:
         k = max(int(self.assignments.max(initial=-1)) + 1, len(self.names))
         self.starts = np.searchsorted(self.assignments[self.ids], np.arange(k + 1))
         self.purity, self.majority = _purity(self.index.labels, self.assignments, k)
+        # the share of a cluster's images that were not in one cluster together a round before
+        self.drift = 1 - _purity(self.before, self.assignments, k)[0]
         sizes, sums = self.sizes, np.zeros(k)
         known = self.assignments >= 0
         np.add.at(sums, self.assignments[known], self.distances[known])
@@ -68,27 +71,45 @@ class View:
             raise NotThereError(f"there is no cluster {cluster}: {len(self.starts) - 1} there are")
         return self.ids[self.starts[cluster] : self.starts[cluster + 1]]
 
-    def page(self, sort: str, descending: bool, offset: int, limit: int) -> Record:
-        """Return the clusters of a page, in an order of SORTS; those without a value come last."""
+    def page(
+        self, sort: str, descending: bool, offset: int, limit: int, text: str = "", least: int = 0
+    ) -> Record:
+        """Return the clusters of a page, in an order of SORTS; those without a value come last.
+
+        `text`: only clusters with it in the name of their class or seed. `least`: their size.
+        """
         if sort not in SORTS:
             raise RecipeError(f"sort is one of {', '.join(SORTS)}, not {sort[:50]!r}")
-        columns = {"size": self.sizes, "purity": self.purity, "tightness": self.tightness}
-        values = columns.get(sort, np.arange(len(self.sizes))).astype(np.float64)
+        columns = {
+            "size": self.sizes, "purity": self.purity, "tightness": self.tightness,
+            "drift": self.drift, "id": np.arange(len(self.sizes)),
+        }  # fmt: skip
+        values = columns[sort].astype(np.float64)
         order = np.argsort(-values if descending else values, kind="stable")
-        chosen = order[offset : offset + limit].tolist()
-        return {"total": len(order), "clusters": [self.cluster(one) for one in chosen]}
+        order = order[self.sizes[order] >= least]
+        chosen = [one for one in order.tolist() if not text or self._is_named(one, text.lower())]
+        page = [self.cluster(one) for one in chosen[offset : offset + limit]]
+        return {"total": len(chosen), "clusters": page}
+
+    def _is_named(self, cluster: int, text: str) -> bool:
+        seed = self.names[cluster] if cluster < len(self.names) else None
+        named = self._class(int(self.majority[cluster]))
+        return any(text in name.lower() for name in (seed, named) if name) or text == str(cluster)
+
+    def _class(self, label: int) -> str | None:
+        names = self.index.class_names
+        return None if label < 0 else names[label] if names else f"class {label}"
 
     def cluster(self, cluster: int) -> Record:
         """Return the numbers of a cluster."""
-        members, label = self.members(cluster), int(self.majority[cluster])
-        names = self.index.class_names
-        named = None if label < 0 else names[label] if names else f"class {label}"
+        members = self.members(cluster)
         return {
             "id": cluster,
             "size": len(members),
-            "class": named,
+            "class": self._class(int(self.majority[cluster])),
             "purity": float(self.purity[cluster]),
             "tightness": float(self.tightness[cluster]),
+            "drift": float(self.drift[cluster]),
             "seed": self.names[cluster] if cluster < len(self.names) else None,
             "samples": members[:4].tolist(),
         }
@@ -107,13 +128,12 @@ class View:
         if not 0 <= sample_id < len(self.index):
             raise NotThereError(f"there is no image {sample_id}: {len(self.index):,} there are")
         label = -1 if self.index.labels is None else int(self.index.labels[sample_id])
-        names = self.index.class_names
         return {
             "id": sample_id,
             "key": self.index.keys[sample_id],
             "cluster": int(self.assignments[sample_id]),
             "distance": float(self.distances[sample_id]),
-            "class": None if label < 0 else names[label] if names else f"class {label}",
+            "class": self._class(label),
         }
 
     def search(self, text: str) -> list[Record]:
@@ -223,5 +243,13 @@ def _read(run: Run, number: int, head: int) -> tuple[View, Callable[[], None]]:
         classes = seeded_classes(run, number)
         names = [] if classes is None else classes[:-1].tolist()
         most = run.recipe.data.max_pixels
-        view = View(index, assignments[head], distances[head], names, most)
+        before = _before(run, number, assignments.shape, head)
+        view = View(index, assignments[head], distances[head], names, most, before)
         return view, stack.pop_all().close
+
+
+def _before(run: Run, number: int, shape: tuple[int, ...], head: int) -> np.ndarray | None:
+    """Return the assignments of the round before, or None where none is there of that shape."""
+    earlier = last_round_before(run, number)
+    found = None if earlier is None else read_assignments(run, earlier)
+    return None if found is None or found.shape != shape else found[head]

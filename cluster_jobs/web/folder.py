@@ -24,6 +24,7 @@ from deepclust.run.directory import Run
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a run that is made here
 WATCHED = ("", "recipe.yaml", "events.jsonl", "metrics.jsonl", "rounds")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED", "DIED")
+SORTS = ("name", "state", "epoch", "loss", "nmi_labels", "images_per_s")
 FRESH_S = 2.0  # how old the status of a run may be that goes on
 
 Stamp = tuple[int, ...]
@@ -37,7 +38,7 @@ class Runs:
         self.root = Path(os.path.realpath(folder))
         self.is_run = directory.exists(self.root)
         self._known: dict[str, tuple[Stamp, float, Status]] = {}
-        self._lock = threading.Lock()
+        self._reading: dict[str, threading.Lock] = {}
 
     def run(self, name: str) -> Run:
         """Return a run by its name, or raise `NotThereError`."""
@@ -77,31 +78,48 @@ class Runs:
         names = {run.path.name for run in runs}
         for gone in [name for name in list(self._known) if name not in names]:
             self._known.pop(gone, None)
+            self._reading.pop(gone, None)
         return [run for run in runs if text.lower() in run.path.name.lower()]
 
-    def page(self, state: str, text: str, offset: int, limit: int) -> tuple[int, list[Status]]:
+    def page(
+        self, state: str, text: str, offset: int, limit: int, sort: str = "name", down: bool = False
+    ) -> tuple[int, list[Status]]:
         """Return how many runs are in a state ("": any), and the status of those of a page.
 
-        Without a state only those of the page are read: the first look at a recipe takes time.
+        By name and without a state only those of the page are read.
         """
+        if sort not in SORTS:
+            raise RecipeError(f"sort is one of {', '.join(SORTS)}, not {sort[:50]!r}")
         runs = self.every(text)
-        if not state:
+        if not state and sort == "name":
+            runs = runs[::-1] if down else runs
             return len(runs), [self.status(run) for run in runs[offset : offset + limit]]
-        chosen = [one for one in map(self.status, runs) if one.state == state.upper()]
+        chosen = [one for one in map(self.status, runs) if not state or one.state == state.upper()]
+        chosen = ordered(chosen, sort, down)
         return len(chosen), chosen[offset : offset + limit]
 
     def status(self, run: Run) -> Status:
-        """Return the status of a run: as it was, where nothing has changed since it ended."""
-        name, stamp = run.path.name, stamp_of(run.path)
+        """Return the status of a run: as it was, where nothing has changed since it ended.
+
+        Of a run that goes on it is read every FRESH_S, by one of those who ask.
+        """
+        name = run.path.name
         known = self._known.get(name)
-        if known is not None and known[0] == stamp:
-            _, read, state = known
-            if state.state in ENDED or time.monotonic() - read < FRESH_S:
-                return state
-        state = self._read(run)
-        with self._lock:
+        if known is not None and self._is_fresh(run, *known):
+            return known[2]
+        with self._reading.setdefault(name, threading.Lock()):
+            known = self._known.get(name)
+            if known is not None and self._is_fresh(run, *known):
+                return known[2]
+            stamp = stamp_of(run.path)
+            state = self._read(run)
             self._known[name] = stamp, time.monotonic(), state
-        return state
+            return state
+
+    def _is_fresh(self, run: Run, stamp: Stamp, read: float, state: Status) -> bool:
+        if state.state in ENDED:
+            return stamp == stamp_of(run.path)
+        return time.monotonic() - read < FRESH_S
 
     def is_over(self, run: Run) -> bool:
         """Return whether a run has ended, or nobody is known who would start it."""
@@ -121,12 +139,24 @@ class Runs:
         return status(run)
 
 
+def ordered(states: list[Status], sort: str, down: bool) -> list[Status]:
+    """Return runs sorted by a field, those without a value last in either direction."""
+    known = [one for one in states if not _lacks(getattr(one, sort))]
+    known.sort(key=lambda one: getattr(one, sort), reverse=down)
+    return known + [one for one in states if _lacks(getattr(one, sort))]
+
+
+def _lacks(value: object) -> bool:
+    return value is None or value != value
+
+
 def stamp_of(run_dir: Path) -> Stamp:
     """Return times and sizes that change when a run's status does."""
-    return tuple(part for name in WATCHED for part in _facts(run_dir / name if name else run_dir))
+    base = str(run_dir)  # a Path of each file would take longer than to look at it
+    return tuple(part for name in WATCHED for part in _facts(f"{base}/{name}"))
 
 
-def _facts(path: Path) -> tuple[int, int]:
+def _facts(path: str) -> tuple[int, int]:
     try:
         seen = os.stat(path, follow_symlinks=False)
     except OSError:

@@ -88,7 +88,8 @@ class Guard:
         """Return why a request is refused, or the page of the printed link; None lets it pass."""
         host = request.headers.get("host", "")
         if not self._knows(host):
-            return _refuse(request, 400, "this server is not known by that Host")
+            text = "this server is not known by that Host: deepclust serve --allow-host NAME"
+            return _refuse(request, 400, text)
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return _refuse(request, 403, "requests from other sites are refused")
@@ -169,9 +170,9 @@ class Errors:
             await refused(scope, receive, send)
 
 
-def known_hosts(host: str) -> frozenset[str]:
+def known_hosts(host: str, *more: str) -> frozenset[str]:
     """Return the names that a server at `host` may be called by."""
-    return frozenset({"localhost", host.lower(), socket.gethostname().lower()})
+    return frozenset(name.lower() for name in ("localhost", host, socket.gethostname(), *more))
 
 
 def _cookie(request: Request) -> str:

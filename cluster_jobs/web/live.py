@@ -66,9 +66,7 @@ async def stream(
     """
     quiet = 0
     while True:
-        # asked first: what was written before the end is read after it
-        over = await asyncio.to_thread(is_over)
-        lines, offset = await asyncio.to_thread(lines_from, file, offset)
+        over, (lines, offset) = await asyncio.to_thread(_look, file, offset, is_over)
         if lines:
             shaped = [(at, shape(line)) for at, line in lines]
             yield "".join(f"id: {at}\n" + _data(line) for at, line in shaped if line is not None)
@@ -81,6 +79,14 @@ async def stream(
         if quiet % QUIET == 0:
             yield ": nothing new\n\n"
         await asyncio.sleep(POLL_S)
+
+
+def _look(
+    file: Path, offset: int, is_over: Callable[[], bool]
+) -> tuple[bool, tuple[list[tuple[int, str]], int]]:
+    """Return whether the run is over, and what is new: asked first, read after, so all is read."""
+    over = is_over()
+    return over, lines_from(file, offset)
 
 
 def event_text(line: str) -> str | None:

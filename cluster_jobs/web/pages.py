@@ -1,111 +1,176 @@
-"""The pages for a browser: HTML that the server writes, readable without a script."""
+"""The pages of runs for a browser: HTML that the server writes, readable without a script."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import jinja2
-from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Query, Request, UploadFile
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from cluster_jobs import job_file
 from cluster_jobs import runs as verbs
+from cluster_jobs.estimate.devices import DEVICES
+from cluster_jobs.estimate.show import lines
 from cluster_jobs.report import write_report
-from cluster_jobs.web import api
-from cluster_jobs.web.api import Offset, runs_of, views_of
+from cluster_jobs.report.map import has_map
+from cluster_jobs.status import Status
+from cluster_jobs.web import api, api_more
+from cluster_jobs.web.answers import NotThereError
+from cluster_jobs.web.api import Offset, RunSort, runs_of
+from cluster_jobs.web.folder import SORTS
+from cluster_jobs.web.form import overrides_of, sections_of
+from cluster_jobs.web.html import (
+    EACH,
+    LIVE,
+    Part,
+    cell,
+    curve,
+    field,
+    form,
+    images_of,
+    next_links,
+    page,
+    refresh_of,
+    run_path,
+)
+from cluster_jobs.web.live import last_offset, lines_from
 from deepclust.recipe import shipped
+from deepclust.run.directory import Run
 
 router = APIRouter(include_in_schema=False)
-EACH = 100  # of what a page lists
-REFRESH_S = 5
-LIVE = {"PENDING", "RUNNING", "RECOVERING"}
-SEARCH = {
-    "method": "get", "action": "", "button": "Search",
-    "fields": [{"label": "A part of the key", "name": "key", "type": "text"}],
-}  # fmt: skip
+STATES = ["", "PENDING", "RUNNING", "RECOVERING", "SUCCEEDED", "STOPPED", "FAILED", "DIED"]
 OF_REPORT = (  # it holds its style and script, both ours, and every value in it is escaped
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 )
-PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("cluster_jobs.web", "."),
-    autoescape=True,  # keys and class names come with the shards
-)
+WHERE = ("local", "ray", "slurm")
+OF_A_RUN = (  # fields of a status, as its page names them
+    ("phase", "Phase"), ("round", "Round"), ("epoch", "Epoch"), ("epochs", "of epochs"),
+    ("step", "Step"), ("loss", "Loss"), ("images_per_s", "Images a second"),
+    ("clusters", "Clusters with images"), ("k", "k"), ("reassigned", "Share reassigned"),
+    ("nmi_labels", "NMI to labels"), ("collapse", "Collapse"), ("owner", "Controller"),
+    ("reason", "What to know"), ("exit_code", "Exit code"),
+)  # fmt: skip
+LOG_LINES = 15
 
 
-def _cell(text: Any, href: str = "") -> dict[str, str]:
-    shown = "–" if text is None or text != text else f"{text:.3g}" if type(text) is float else text
-    return {"text": str(shown), "href": href}
-
-
-def _page(title: str, **parts: Any) -> Response:
-    return HTMLResponse(PAGES.get_template("page.html").render(title=title, **parts))
-
-
-def _next(path: str, offset: int, total: int) -> list[dict[str, str]]:
-    """Return the link to what follows, where there is more."""
-    more = offset + EACH < total
-    return [_cell(f"The next of {total:,}", f"{path}?offset={offset + EACH}")] if more else []
+async def sent_form(request: Request) -> dict[str, str]:
+    """Return the texts of a form."""
+    sent = await request.form(max_files=0, max_fields=1000)
+    return {key: value for key, value in sent.items() if isinstance(value, str)}
 
 
 @router.get("/")
-def list_runs(request: Request, offset: Offset = 0) -> Response:
+def list_runs(
+    request: Request,
+    state: str = "",
+    text: str = "",
+    sort: RunSort = "name",
+    offset: Offset = 0,
+) -> Response:
     """Show the runs."""
-    total, page = runs_of(request).page("", "", offset, EACH)
+    total, chosen = runs_of(request).page(state, text, offset, EACH, sort, sort != "name")
     rows = [
-        [_cell(one.name, f"/runs/{quote(one.name, safe='')}"), _cell(one.state), _cell(one.phase),
-         _cell(one.epoch), _cell(one.epochs), _cell(one.loss), _cell(one.reason)]
-        for one in page
+        [cell(one.name, check="run"), cell(one.name, run_path(one.name)),
+         cell(one.state, state=True), cell(one.phase), cell(_share(one)), cell(one.loss),
+         cell(one.nmi_labels), cell(one.reason)]
+        for one in chosen
     ]  # fmt: skip
-    columns = ["Run", "State", "Phase", "Epoch", "of", "Loss", "What to know"]
-    note = "" if rows else "There are no runs in this folder yet."
-    refresh = _refresh(*(one.state for one in page))
-    links = _next("/", offset, total)
-    return _page("Runs", columns=columns, rows=rows, links=links, note=note, refresh=refresh)
+    fields = [
+        field("A part of the name", "text", value=text),
+        field("State", "state", options=STATES, value=state),
+        field("Sort by", "sort", options=SORTS, value=sort),
+    ]
+    columns = ["Compare", "Run", "State", "Phase", "Epoch", "Loss", "NMI to labels", "What to know"]
+    return page(
+        "Runs", columns=columns, rows=rows, forms=[form("/", "Show", fields)],
+        choose={"action": "/compare", "button": "Compare the chosen runs"},
+        after=next_links("/", offset, total, state=state, text=text, sort=sort),
+        note="" if rows else "There are no such runs in this folder.",
+        refresh=refresh_of(*(one.state for one in chosen)),
+    )  # fmt: skip
+
+
+def _share(status: Status) -> str:
+    epoch = 0.0 if status.epoch is None else status.epoch
+    return f"{epoch:.3g} of {status.epochs}"
 
 
 @router.get("/runs/{name}")
 def show_run(request: Request, name: str) -> Response:
-    """Show the status of a run, and where its clusters and files are."""
-    status = runs_of(request).status(runs_of(request).run(name))
-    facts = status.as_dict()
-    rows = [[_cell(key.replace("_", " ")), _cell(value)] for key, value in facts.items()]
-    here, api = f"/runs/{quote(name, safe='')}", f"/api/runs/{quote(name, safe='')}"
-    links = [
-        _cell("Report: curves, clusters, map, cost", f"{here}/report"),
-        _cell("All clusters", f"{here}/clusters"), _cell("Search by key", f"{here}/search"),
-        _cell("Log", f"{api}/logs"), _cell("Recipe", f"{api}/recipe"),
-        _cell("Which image is in which cluster (CSV)", f"{api}/assignments.csv"),
-    ]  # fmt: skip
-    forms = [] if request.app.state.read_only else _forms(here, status.state)
-    refresh, columns = _refresh(status.state), ["Fact", "Value"]
-    return _page(name, columns=columns, rows=rows, links=links, forms=forms, refresh=refresh)
+    """Show the status of a run, its curves, its newest log lines, and where the rest is."""
+    run = runs_of(request).run(name)
+    status = runs_of(request).status(run)
+    known = [(title, getattr(status, key)) for key, title in OF_A_RUN]
+    rows = [[cell(title), cell(value)] for title, value in known if value not in (None, "")]
+    done = min(1.0, (status.epoch or 0.0) / max(1, status.epochs))
+    done = 1.0 if status.state == "SUCCEEDED" else done
+    return page(
+        name, crumbs=[cell("Runs", "/")], columns=["Fact", "Value"], rows=rows,
+        links=_links(run, name),
+        curves=_curves(run), text=_log(run), text_title="The newest lines of the log",
+        forms=[] if request.app.state.read_only else _forms(run_path(name), status.state),
+        progress={"state": status.state, "value": done, "text": f"{done:.0%} of the epochs"},
+        refresh=refresh_of(status.state), stream=f"/api{run_path(name)}/events/stream",
+    )  # fmt: skip
 
 
-def _refresh(*states: str) -> int:
-    """Return the seconds after which a page of such runs is asked for again, 0 for never."""
-    return REFRESH_S if LIVE.intersection(states) else 0
+def _links(run: Run, name: str) -> list[Part]:
+    here = run_path(name)
+    return [
+        cell("Clusters", f"{here}/clusters"),
+        cell("Search by key", f"{here}/search"),
+        *(cell("Map", f"{here}/map") for _ in range(has_map(run))),
+        cell("Report", f"{here}/report"),
+        cell("Log", f"/api{here}/logs"),
+        cell("Recipe", f"/api{here}/recipe"),
+        cell("Assignments as CSV", f"/api{here}/assignments.csv"),
+        cell("Assignments as Parquet", f"/api{here}/assignments.parquet"),
+        *(cell(file, f"/api{here}/exports/{quote(file)}") for file in api_more.exports(run)),
+    ]
 
 
-def _forms(here: str, state: str) -> list[dict[str, Any]]:
+def _curves(run: Run) -> list[Part]:
+    """Return the curves of a run: by epoch from its metrics, by round from its events."""
+    trained = run.metrics("train")
+    rounds = [event for event in run.events() if event["event"] == "clustered"]
+    made = [
+        curve("Loss", "epoch", _pairs(trained, "epoch", "loss")),
+        curve("Images a second", "epoch", _pairs(trained, "epoch", "images_per_s")),
+        curve("NMI to labels", "round", _pairs(rounds, "round", "nmi_labels")),
+        curve("Share reassigned", "round", _pairs(rounds, "round", "reassigned")),
+    ]
+    return [one for one in made if one is not None]
+
+
+def _pairs(records: list[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
+    known = [(record.get(x), record.get(y)) for record in records]
+    return [
+        (float(a), float(b))
+        for a, b in known
+        if isinstance(a, int | float) and isinstance(b, int | float) and math.isfinite(b)
+    ]
+
+
+def _log(run: Run) -> str:
+    """Return the newest lines of the log of rank 0."""
+    file = api.log_of(run, "rank", 0)
+    if not file.exists():
+        return ""
+    return "\n".join(line for _, line in lines_from(file, last_offset(file, LOG_LINES))[0])
+
+
+def _forms(here: str, state: str) -> list[Part]:
     """Return what can be done with a run: cancel or resume it, and ask it about an image."""
-    image = {
-        "label": "An image, for its cluster",
-        "name": "image",
-        "type": "file",
-        "required": True,
-    }
-    upload = {"action": f"{here}/predict", "enctype": "multipart/form-data", "button": "Ask"}
-    forms = [{"method": "post", "fields": [image], **upload}]
+    image = field("An image, for its cluster", "image", "file", required=True)
+    ask = form(f"{here}/predict", "Ask", [image], "post") | {"enctype": "multipart/form-data"}
     verb = "cancel" if state in LIVE else "resume" if state != "SUCCEEDED" else None
-    if verb is not None:
-        button = verb.capitalize()
-        forms.append({"method": "post", "action": f"{here}/{verb}", "fields": [], "button": button})
-    return forms
+    return [ask] if verb is None else [ask, form(f"{here}/{verb}", verb.capitalize(), (), "post")]
 
 
 @router.post("/runs/{name}/cancel")
@@ -128,12 +193,13 @@ def predict(request: Request, name: str, image: Annotated[UploadFile, File()]) -
     """Show the cluster of an image, and the images that are nearest to it."""
     answer = api.predicted(request, name, image.file.read())
     known = ("cluster", "class", "distance", "second", "margin", "round")
-    here = f"/runs/{quote(name, safe='')}/clusters/{answer['cluster']}"
-    return _page(
-        f"An image, by {name}", columns=["Fact", "Value"],
-        rows=[[_cell(key), _cell(answer[key])] for key in known if answer.get(key) is not None],
-        images=_images(name, answer.get("neighbours", [])),
-        links=[_cell(f"All images of cluster {answer['cluster']}", here)],
+    here = f"{run_path(name)}/clusters/{answer['cluster']}"
+    return page(
+        f"An image, by {name}", crumbs=[cell("Runs", "/"), cell(name, run_path(name))],
+        columns=["Fact", "Value"],
+        rows=[[cell(key), cell(answer[key])] for key in known if answer.get(key) is not None],
+        images=images_of(name, answer.get("neighbours", []), "distance"),
+        links=[cell(f"All images of cluster {answer['cluster']}", here)],
     )  # fmt: skip
 
 
@@ -142,43 +208,57 @@ def show_report(request: Request, name: str) -> Response:
     """Show the report of a run: one page with its own style and script, which loads nothing."""
     run = runs_of(request).run(name)
     with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-        page = write_report(run.path, Path(folder) / "report.html").read_text("utf-8")
-    return HTMLResponse(page, headers={"Content-Security-Policy": OF_REPORT})
+        text = write_report(run.path, Path(folder) / "report.html").read_text("utf-8")
+    return HTMLResponse(text, headers={"Content-Security-Policy": OF_REPORT})
+
+
+@router.get("/compare")
+def compare(
+    request: Request,
+    run: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006
+) -> Response:
+    """Show the page that compares the runs that were chosen."""
+    text = api_more.compared(request, run)
+    return HTMLResponse(text, headers={"Content-Security-Policy": OF_REPORT})
 
 
 @router.get("/submit")
-def show_submit(request: Request) -> Response:
-    """Show the form of a new run."""
+def show_submit(request: Request, recipe: str = "") -> Response:
+    """Show the form of a new run: first its recipe, then a field for each of its keys."""
+    if request.app.state.read_only:
+        return page("Submit a run", note="This server is read-only.")
+    if not recipe:
+        choice = field("Recipe", "recipe", options=shipped(), value="small-photos")
+        return page("Submit a run", forms=[form("/submit", "Go on", [choice])])
     fields = [
-        {"label": "Name of the run", "name": "name", "type": "text", "required": True},
-        {"label": "Recipe", "name": "recipe", "options": shipped()},
-        {"label": "Where", "name": "on", "options": ["local", "ray", "slurm"]},
-        {"label": "Keys, one a line, such as data.shards=/data", "name": "keys", "type": "lines"},
-        {"label": "What to do", "name": "what", "options": ["plan only", "submit"]},
+        field("Name of the run", "name", required=True),
+        field("Where", "on", options=WHERE, value="local"),
+        field("What to do", "what", options=["plan only", "estimate", "submit"], value="plan only"),
+        field("Device of the estimate", "device", options=sorted(DEVICES), value="h100"),
+        field("More keys, one a line, such as cluster.k=50", "keys", "lines"),
     ]
-    form = {"method": "post", "action": "/submit", "fields": fields, "button": "Go"}
-    note = "This server is read-only." if request.app.state.read_only else ""
-    return _page("Submit a run", forms=[] if note else [form], note=note)
+    made = form("/submit", "Go", fields, "post") | {
+        "sections": sections_of(api.known_recipe(recipe)), "hidden": {"recipe": recipe}
+    }  # fmt: skip
+    return page(f"Submit {recipe}", crumbs=[cell("Recipes", "/submit")], forms=[made])
 
 
 @router.post("/submit")
-def submit(
-    request: Request,
-    name: Annotated[str, Form()],
-    recipe: Annotated[str, Form()],
-    on: Annotated[str, Form(pattern="^(local|ray|slurm)$")] = "local",
-    keys: Annotated[str, Form()] = "",
-    what: Annotated[str, Form()] = "plan only",
-) -> Response:
-    """Plan or submit a run, and show the plan."""
-    overrides = [line.strip() for line in keys.splitlines() if line.strip()]
+def submit(request: Request, sent: Annotated[dict[str, str], Depends(sent_form)]) -> Response:
+    """Plan, estimate or submit a run, and show what came of it."""
+    name, recipe, what = (sent.get(key, "") for key in ("name", "recipe", "what"))
+    keys = [line.strip() for line in sent.get("keys", "").splitlines() if line.strip()]
+    overrides = overrides_of(api.known_recipe(recipe), sent) + keys
+    if what == "estimate":
+        made = api_more.estimated(recipe, sent.get("device", ""), overrides, None)
+        return page(f"Estimate of {name}", text="\n".join(lines(made)))
+    where = sent.get("on", "local")
     wanted = api.Submission(
-        name=name, recipe=recipe, on=on, overrides=overrides, dry_run=what != "submit"
-    )
+        name=name, recipe=recipe, on=where if where in WHERE else "local", overrides=overrides,
+        dry_run=what != "submit",
+    )  # fmt: skip
     plan = api.submitted(request, wanted)
-    if not wanted.dry_run:
-        return _back(name)
-    return _page(f"Plan of {name}", text=plan)
+    return page(f"Plan of {name}", text=plan) if wanted.dry_run else _back(name)
 
 
 def _back(name: str) -> Response:
@@ -186,75 +266,23 @@ def _back(name: str) -> Response:
     return RedirectResponse(f"/runs/{quote(name, safe='')}", 303)
 
 
-@router.get("/runs/{name}/clusters")
-def list_clusters(request: Request, name: str, sort: str = "size", offset: Offset = 0) -> Response:
-    """Show the clusters of the last round."""
-    here = f"/runs/{quote(name, safe='')}/clusters"
-    with views_of(request).open(runs_of(request).run(name), None, 0) as view:
-        page = view.page(sort, sort != "id", offset, EACH)
-    rows = [
-        [_cell(f"Cluster {one['id']}", f"{here}/{one['id']}"), _cell(one["size"]),
-         _cell(one["class"]), _cell(one["purity"]), _cell(one["tightness"])]
-        for one in page["clusters"]
-    ]  # fmt: skip
-    links = [_cell(f"Sort by {key}", f"{here}?sort={key}") for key in ("size", "purity", "id")]
-    links += [
-        _cell("Next", f"{here}?sort={quote(sort)}&offset={offset + EACH}")
-        for _ in range(offset + EACH < page["total"])
-    ]
-    columns = ["Cluster", "Images", "Most frequent class", "Purity", "Mean distance"]
-    return _page(f"Clusters of {name}", columns=columns, rows=rows, links=links)
-
-
-@router.get("/runs/{name}/clusters/{cluster}")
-def show_cluster(
-    request: Request, name: str, cluster: int, order: str = "near", offset: Offset = 0
-) -> Response:
-    """Show the images of a cluster."""
-    here = f"/runs/{quote(name, safe='')}/clusters/{cluster}"
-    with views_of(request).open(runs_of(request).run(name), None, 0) as view:
-        page = view.images(cluster, order, offset, EACH)
-    links = [
-        _cell("The nearest to the centre first", here),
-        _cell("The furthest from the centre first", f"{here}?order=far"),
-        *_next(here, offset, page["total"]),
-    ]
-    return _page(f"Cluster {cluster} of {name}", images=_images(name, page["images"]), links=links)
-
-
-@router.get("/runs/{name}/search")
-def search(request: Request, name: str, key: str = "") -> Response:
-    """Search the images of a run by their keys."""
-    with views_of(request).open(runs_of(request).run(name), None, 0) as view:
-        hits = view.search(key[:500])
-    here = f"/runs/{quote(name, safe='')}/clusters"
-    rows = [[_cell(one["key"]), _cell(one["cluster"], f"{here}/{one['cluster']}")] for one in hits]
-    note = f"No key has {key!r}." if key and not hits else ""
-    return _page(
-        f"Search {name}", forms=[SEARCH], columns=["Key", "Cluster"], rows=rows,
-        images=_images(name, hits), note=note,
-    )  # fmt: skip
-
-
-def _images(name: str, images: list[dict[str, Any]]) -> list[dict[str, str]]:
-    path = f"/api/runs/{quote(name, safe='')}/images"
-    return [{"src": f"{path}/{one['id']}/picture?side=128", "key": one["key"]} for one in images]
-
-
 @router.get("/api.html")
 def list_operations(request: Request) -> Response:
     """Show what the API can do, without a script from elsewhere."""
     rows = [
-        [_cell(method.upper()), _cell(path), _cell(one.get("description"))]
+        [cell(method.upper()), cell(path), cell(one.get("description"))]
         for path, methods in request.app.openapi()["paths"].items()
         for method, one in methods.items()
     ]
-    columns, links = ["Method", "Path", "What it does"], [_cell("OpenAPI", "/openapi.json")]
-    return _page("API", columns=columns, rows=rows, links=links)
+    columns, links = ["Method", "Path", "What it does"], [cell("OpenAPI", "/openapi.json")]
+    return page("API", columns=columns, rows=rows, links=links)
 
 
-@router.get("/static/web.css")
-def style() -> Response:
-    """Return the style of the pages."""
-    text = (files("cluster_jobs.web") / "web.css").read_text("utf-8")
-    return Response(text, media_type="text/css")
+@router.get("/static/{file}")
+def static(file: str) -> Response:
+    """Return the style or the script of the pages."""
+    kinds = {"web.css": "text/css", "web.js": "text/javascript"}
+    if file not in kinds:
+        raise NotThereError(f"there is no /static/{file[:100]}")
+    text = (files("cluster_jobs.web") / file).read_text("utf-8")
+    return Response(text, media_type=kinds[file])

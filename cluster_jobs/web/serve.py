@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +27,23 @@ def require_extra() -> None:
         raise ResourceError(text)
 
 
-def make_app(folder: Path, token: str, host: str = "127.0.0.1", read_only: bool = False) -> ASGIApp:
-    """Return the server over a folder of runs; with the token "" it asks for none."""
+def make_app(
+    folder: Path,
+    token: str,
+    host: str = "127.0.0.1",
+    read_only: bool = False,
+    allowed: Sequence[str] = (),
+) -> ASGIApp:
+    """Return the server over a folder of runs; with the token "" it asks for none.
+
+    `allowed`: more names by which browsers may call it.
+    """
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from cluster_jobs.web import api, pages
+    from cluster_jobs.web import api, api_more, pages, pages_clusters
     from cluster_jobs.web.answers import Answer
     from cluster_jobs.web.clusters import Views
     from cluster_jobs.web.folder import Runs
@@ -45,7 +54,7 @@ def make_app(folder: Path, token: str, host: str = "127.0.0.1", read_only: bool 
     app = FastAPI(title="deepclust", docs_url=None, redoc_url=None)
     app.state.runs, app.state.views = Runs(folder), Views()
     app.state.networks = Networks(app.state.views)
-    app.state.read_only = read_only
+    app.state.read_only, app.state.maps = read_only, {}
 
     def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -55,8 +64,10 @@ def make_app(folder: Path, token: str, host: str = "127.0.0.1", read_only: bool 
     app.add_exception_handler(RequestValidationError, refuse)
     app.add_middleware(Errors)
     app.include_router(api.router)
+    app.include_router(api_more.router)
     app.include_router(pages.router)
-    return Guard(app, token, read_only, known_hosts(host))
+    app.include_router(pages_clusters.router)
+    return Guard(app, token, read_only, known_hosts(host, *allowed))
 
 
 def serve(
@@ -66,16 +77,18 @@ def serve(
     token: str | None,
     read_only: bool,
     emit: Callable[[str], None],
+    allowed: Sequence[str] = (),
 ) -> None:
     """Serve a folder of runs until Ctrl-C.
 
-    `token` None: one is made. `emit` gets the link that opens the page.
+    `token` None: one is made. `allowed`: names of this machine behind a proxy. `emit` gets the
+    link that opens the page.
     """
     require_extra()
     if token is not None and not (token.isascii() and token.isprintable() and len(token) >= 8):
         raise RecipeError("--token needs 8 printable characters or more")
     token = secrets.token_urlsafe(24) if token is None else token
-    app = make_app(folder, token, host, read_only)
+    app = make_app(folder, token, host, read_only, allowed)
     import uvicorn
 
     config = uvicorn.Config(

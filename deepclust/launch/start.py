@@ -162,9 +162,10 @@ def run_stage(run: str | Path, stage: str, show: Show | None = None) -> Run:
     return _start(run_dir, show, stage)
 
 
-def is_finished(run: Run) -> bool:
-    """Return whether the run has been trained to the end of its recipe."""
-    finished = [e for e in run.events() if e["event"] == "finished"]
+def is_finished(run: Run, events: list[dict[str, Any]] | None = None) -> bool:
+    """Return whether the run has been trained to the end of its recipe, by its `events`."""
+    known = run.events() if events is None else events
+    finished = [e for e in known if e["event"] == "finished"]
     return bool(finished) and finished[-1]["epochs"] >= run.epochs
 
 

@@ -44,6 +44,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.recipe import read_tree
 from deepclust.recipe.sealed import check_seal
 from deepclust.run.events import is_event, is_metric
+from deepclust.run.glance import attempt_of, epochs_in
 from deepclust.run.lock import check_token
 from deepclust.run.signs import unwatched
 
@@ -78,6 +79,8 @@ class Run:
     def epochs(self) -> int:
         """The epochs to train; a look at a run of anybody's imports no module that it names."""
         file = self.path / "recipe.yaml"
+        if (known := epochs_in(file)) is not None:
+            return known
         train = read_tree(file).get("train")
         epochs = train.get("epochs") if isinstance(train, dict) else None
         if not fits(epochs, int):
@@ -166,13 +169,9 @@ class Run:
         """Return the records of a kind, the last one for every step, in order."""
         lines = read_jsonl(self.path / "metrics.jsonl")
         records = [r for r in lines if is_metric(r) and r["kind"] == kind]
-        records.sort(key=_attempt_of)  # an older attempt may write last
+        records.sort(key=attempt_of)  # an older attempt may write last
         latest: dict[int, dict[str, Any]] = {int(record["step"]): record for record in records}
         return [latest[key] for key in sorted(latest)]
-
-
-def _attempt_of(record: dict[str, Any]) -> int:
-    return int(record.get("attempt", record.get("incarnation", 0)))  # the name in older runs
 
 
 def seal(

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from PIL import Image
 from pyarrow.parquet import read_table
 from starlette.testclient import TestClient
 
+from cluster_jobs.results.duplicates import kept_rows
 from cluster_jobs.web import folder as web_folder
 from cluster_jobs.web import guard
 from cluster_jobs.web.folder import Runs
 from cluster_jobs.web.live import last_offset, lines_from
 from cluster_jobs.web.serve import make_app
 from deepclust.run.directory import Run
-from deepclust.run.round_files import read_assignments
+from deepclust.run.round_files import read_array, read_assignments
 from tests.cluster_jobs.synthetic import make_run
 from tests.images import make_shards
 
@@ -282,3 +284,138 @@ def test_the_list_reads_the_runs_of_its_page_alone_and_each_once(
     assert seen == ["run-1", "run-2"]
     (tmp_path / "run-1" / "events.jsonl").write_text("")
     assert runs.page("", "", 1, 1)[1][0].state == "PENDING"
+
+
+def test_runs_are_sorted_and_those_without_a_value_come_last(folder: Path, tmp_path: Path) -> None:
+    for name, loss in {"a": 2.0, "b": 1.0, "c": 3.0}.items():
+        shutil.copytree(folder / "first", tmp_path / name)
+        line = {"kind": "train", "attempt": 1, "step": 10**6, "round": 2, "loss": loss}
+        with (tmp_path / name / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+    shutil.copytree(folder / "first", tmp_path / "d")
+    (tmp_path / "d" / "metrics.jsonl").unlink()
+    with client(tmp_path) as web:
+        for query, order in {"sort=loss": "bacd", "sort=loss&descending=true": "cabd",
+                             "descending=true": "dcba"}.items():  # fmt: skip
+            got = web.get(f"/api/runs?{query}").json()["runs"]
+            assert "".join(one["name"] for one in got) == order
+        assert web.get("/api/runs?sort=colour").status_code == 422
+
+
+def test_many_who_ask_at_once_read_a_run_that_goes_on_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "first", tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").write_text("")
+    runs, seen = Runs(tmp_path), []
+    read = web_folder.status
+    monkeypatch.setattr(web_folder, "FRESH_S", 600.0)
+    monkeypatch.setattr(web_folder, "status", lambda run: seen.append(run.path.name) or read(run))
+    with ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(runs.status, [runs.run("run")] * 50))
+    assert {one.state for one in states} == {"PENDING"}
+    assert seen == ["run"]
+
+
+@pytest.fixture
+def real(final_run: Path) -> Iterator[tuple[TestClient, str]]:
+    with client(final_run.parent) as web:
+        yield web, f"/api/runs/{final_run.name}"
+
+
+def test_the_least_sure_members_are_those_with_the_smallest_margin(
+    real: tuple[TestClient, str], final_run: Path
+) -> None:
+    web, here = real
+    run = Run(final_run)
+    number = run.rounds()[-1]
+    ids = np.flatnonzero(read_assignments(run, number)[0] == 1)
+    rows = kept_rows(run, number)[ids].astype(np.float32)
+    centroids = read_array(run.round(number) / "centroids", "centroids.npy")[0].astype(np.float32)
+    squared = ((rows[:, None] - centroids) ** 2).sum(-1)
+    expected = np.sort(np.delete(squared, 1, axis=1).min(1) - squared[:, 1])
+    got = web.get(f"{here}/clusters/1/borderline").json()
+    assert got["compared"] == len(ids)
+    margins = [one["margin"] for one in got["images"]]
+    np.testing.assert_allclose(margins, expected, atol=2e-3)
+    assert {one["second"] for one in got["images"]}.isdisjoint({1})
+
+
+def test_neighbours_are_the_nearest_by_the_features(
+    real: tuple[TestClient, str], final_run: Path
+) -> None:
+    web, here = real
+    run = Run(final_run)
+    rows = kept_rows(run, run.rounds()[-1]).astype(np.float32)
+    squared = ((rows - rows[3]) ** 2).sum(1)
+    squared[3] = np.inf
+    got = web.get(f"{here}/images/3/neighbours?within=all&limit=5").json()["images"]
+    np.testing.assert_allclose([one["distance"] for one in got], np.sort(squared)[:5], atol=1e-4)
+    own = web.get(f"{here}/images/3/neighbours").json()["images"]
+    assert {one["cluster"] for one in own} == {web.get(f"{here}/images/3").json()["cluster"]}
+
+
+def test_duplicates_are_groups_of_members_that_are_alike(real: tuple[TestClient, str]) -> None:
+    web, here = real
+    groups = web.get(f"{here}/clusters/1/duplicates?similarity=0.3").json()["groups"]
+    assert groups
+    assert all(len(group) > 1 and {one["cluster"] for one in group} == {1} for group in groups)
+    assert web.get(f"{here}/clusters/1/duplicates?similarity=1").json()["groups"] == []
+
+
+def test_lineage_and_drift_are_counted_from_the_assignments(web: TestClient, folder: Path) -> None:
+    run = Run(folder / "first")
+    now, before = (read_assignments(run, one)[0] for one in (2, 1))
+    told = web.get("/api/runs/first/clusters/2/lineage").json()["lineage"]
+    assert [one["round"] for one in told] == [2, 1, 0]
+    counts = np.bincount(before[(now == 2) & (before >= 0)])
+    assert told[1]["id"] == counts.argmax()
+    assert told[1]["share"] == pytest.approx(counts.max() / (now == 2).sum())
+    clusters = web.get("/api/runs/first/clusters?sort=drift").json()["clusters"]
+    drifts = {one["id"]: one["drift"] for one in clusters}
+    assert drifts[2] == pytest.approx(1 - counts.max() / counts.sum())
+    assert list(drifts.values()) == sorted(drifts.values(), reverse=True)
+
+
+def test_clusters_are_filtered_by_class_and_size(web: TestClient) -> None:
+    every = web.get("/api/runs/first/clusters").json()["clusters"]
+    name = every[0]["class"]
+    some = web.get("/api/runs/first/clusters", params={"text": name.upper()}).json()
+    assert [one["id"] for one in some["clusters"]] == [
+        one["id"] for one in every if one["class"] == name
+    ]
+    least = every[1]["size"]
+    big = web.get(f"/api/runs/first/clusters?least={least}").json()
+    assert big["total"] == sum(one["size"] >= least for one in every)
+
+
+def test_exports_are_listed_and_nothing_else_is_handed_out(
+    real: tuple[TestClient, str], final_run: Path
+) -> None:
+    web, here = real
+    assert web.get(f"{here}/exports").json()["files"] == ["export/backbone.safetensors"]
+    got = web.get(f"{here}/exports/export/backbone.safetensors")
+    assert got.content == (final_run / "export" / "backbone.safetensors").read_bytes()
+    for path in ("export/..%2frecipe.yaml", "../recipe.yaml", "logs/rank-00000.log", "export/a"):
+        assert web.get(f"{here}/exports/{path}").status_code == 404
+
+
+def test_a_recipe_an_estimate_a_map_and_a_comparison_are_answered(
+    folder: Path, tmp_path: Path, final_run: Path
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(folder / "first", tmp_path / name)
+    with client(tmp_path) as web:
+        got = web.get("/api/recipes/small-photos?overrides=cluster.k=7").json()
+        assert "k: 7" in got["recipe"]
+        assert "train" in got["schema"]["properties"]
+        asked = {"recipe": "small-photos", "device": "h100", "samples": 1000}
+        assert web.get("/api/estimate", params=asked).json()["total_seconds"] > 0
+        assert web.get("/api/estimate", params=asked | {"recipe": "/etc/passwd"}).status_code == 400
+        assert web.get("/api/estimate", params=asked | {"device": "abacus"}).status_code == 400
+        assert "<svg" in web.get("/api/compare?run=a&run=b").text
+        assert web.get("/api/compare?run=a&run=a").status_code == 400
+        assert web.get("/api/runs/a/map").status_code == 404
+    with client(final_run.parent) as web:
+        points = web.get(f"/api/runs/{final_run.name}/map").json()["points"]
+    assert len(points) > 100

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
-from cluster_jobs.web.pages import REFRESH_S, _forms, _refresh
+from cluster_jobs.web.form import overrides_of
+from cluster_jobs.web.html import REFRESH_S, curve, refresh_of
+from cluster_jobs.web.pages import _forms
 from cluster_jobs.web.serve import make_app
 from deepclust import open_index
 from deepclust.run.directory import Run
@@ -27,7 +30,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
 
 def test_every_link_and_picture_of_the_pages_leads_somewhere(web: TestClient) -> None:
     waiting, seen = ["/"], set[str]()
-    while waiting and len(seen) < 60:
+    while waiting and len(seen) < 90:
         path = waiting.pop(0)
         seen.add(path)
         got = web.get(path)
@@ -58,7 +61,7 @@ def test_an_uploaded_image_is_answered_with_its_cluster_and_neighbours(final_run
 
 
 def test_a_page_follows_a_run_that_lives_and_offers_what_can_be_done() -> None:
-    assert (_refresh("SUCCEEDED", "RUNNING"), _refresh("FAILED")) == (REFRESH_S, 0)
+    assert (refresh_of("SUCCEEDED", "RUNNING"), refresh_of("FAILED")) == (REFRESH_S, 0)
     buttons = {
         state: [form["button"] for form in _forms("/runs/a", state)]
         for state in ("RUNNING", "STOPPED", "SUCCEEDED")
@@ -72,3 +75,49 @@ def test_a_read_only_server_offers_nothing_to_change(tmp_path: Path) -> None:
     web = TestClient(make_app(tmp_path, "", read_only=True), "http://localhost")
     assert "<form" not in web.get("/submit").text
     assert web.post("/submit", data={"name": "a", "recipe": "small-photos"}).status_code == 403
+
+
+def test_the_pages_of_a_run_show_curves_members_map_and_exports(final_run: Path) -> None:
+    web = TestClient(make_app(final_run.parent, ""), "http://localhost")
+    here = f"/runs/{final_run.name}"
+    shown = web.get(here).text
+    assert "export/backbone.safetensors" in shown
+    assert shown.count("<polyline") >= 2
+    for order in ("near", "far", "borderline", "duplicates", "lineage"):
+        got = web.get(f"{here}/clusters/1?order={order}")
+        assert got.status_code == 200, got.text
+    assert web.get(f"{here}/map").text.count("<circle") > 100
+    assert "nearest of its cluster" in web.get(f"{here}/images/3").text
+
+
+def test_the_form_has_a_field_for_each_key_and_sends_what_was_changed(
+    tmp_path: Path, final_run: Path
+) -> None:
+    web = TestClient(make_app(tmp_path, ""), "http://localhost")
+    shown = web.get("/submit?recipe=small-photos").text
+    fields = dict(re.findall(r'name="key:([^"]+)" maxlength="500" value="([^"]*)"', shown))
+    assert {"data.shards", "cluster.k", "train.lr"} <= {*fields}
+    shards = str(Run(final_run).recipe.data.shards)
+    sent = {f"key:{key}": html.unescape(value) for key, value in fields.items()}
+    sent |= {"key:data.shards": shards, "key:cluster.k": "7", "keys": "train.epochs=3"}
+    sent |= {"name": "a", "recipe": "small-photos", "what": "plan only"}
+    plan = web.post("/submit", data=sent).text
+    assert "k: 7" in plan
+    assert "epochs: 3" in plan
+    assert overrides_of("small-photos", sent) == [f"data.shards={shards}", "cluster.k=7"]
+    assert (
+        "GPU-hours" in web.post("/submit", data=sent | {"what": "estimate", "device": "h100"}).text
+    )
+
+
+def test_a_curve_needs_two_points_and_leaves_out_what_is_no_number() -> None:
+    assert curve("Loss", "epoch", [(0.0, 1.0), (1.0, float("nan"))]) is None
+    made = curve("Loss", "epoch", [(0.0, 2.0), (1.0, float("inf")), (2.0, 1.0)])
+    assert made is not None
+    assert made["points"] == "0.0,0.0 600.0,160.0"
+
+
+def test_another_name_of_the_machine_is_known_where_it_was_allowed(tmp_path: Path) -> None:
+    app = make_app(tmp_path, "", allowed=["Runs.Example"])
+    assert TestClient(app, "http://runs.example").get("/").status_code == 200
+    assert TestClient(app, "http://other.example").get("/").status_code == 400
