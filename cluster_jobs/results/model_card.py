@@ -48,10 +48,7 @@ def model_card(card: Card) -> str:
     Raises `DataError` for a record of the run that is damaged.
     """
     method = card.run.recipe.method.name
-    seeded = card.run.recipe.seeds is not None
-    how = "with a few labels" if seeded else "without labels"
-    if method == "supervised":
-        how = "on labels"
+    how = "without labels" if card.run.recipe.seeds is None else "with labels"
     lines = [
         *_header(card, method),
         f"# {card.backbone.name}, pretrained by {method}", "",

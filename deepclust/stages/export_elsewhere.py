@@ -92,13 +92,16 @@ def write(
         with quiet():
             target.write(backbone, place, meta)
             compare(backbone, target.read(backbone, place))
+
+    def fill_folder(place: Path) -> None:
+        fill(place)
         for name, content in beside.items():
             (place / name).write_bytes(content)
 
     if target.folder:
         if path.exists():
             raise DataError(f"{path} exists: give --out a new folder")
-        files.atomic_folder(path, fill, lambda: None)
+        files.atomic_folder(path, fill_folder, lambda: None)
     else:
         with files.atomic_file(path) as partial:
             fill(partial)

@@ -22,6 +22,7 @@ OTHER = {  # another value of every key that may change
     "train.log": "7", "train.checkpoint": "5 steps", "keep.features": "0", "keep.checkpoints": "1",
     "data.workers": "1", "data.stage": "/s", "data.scratch": "/t", "data.shards": "/u",
     "data.index": "/v", "data.read": "block", "data.max_bad": "0.5", "cluster.final": "true",
+    "train.evaluate": "1 epoch", "train.evaluate_data": "/w",
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def test_every_key_of_the_table_may_change_and_others_may_not(finished: Path) ->
     run = Run(finished / "run")
     assert {*OTHER, "seeds.labels"} == set(MAY_CHANGE)
     for key, value in OTHER.items():
-        assert changed(run, f"{key}={value}") != run.recipe, key
+        needs = ["train.evaluate=2 epochs"] if key == "train.evaluate_data" else []
+        assert changed(run, *needs, f"{key}={value}") != run.recipe, key
     for change in ("cluster.k=9", "train.lr=1", "seed=1", "train.epochs=1", "data.size=8"):
         with pytest.raises(RunDiffersError, match=change.partition("=")[0]):
             changed(run, change)
