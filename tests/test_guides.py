@@ -71,6 +71,8 @@ def run(code: str) -> None:
     for line in code.replace(" && ", "\n").splitlines():
         words = shlex.split(line)
         tiny = smaller_recipe(words[2]) if words[1] == "pretrain" else []
+        if network := [word for word in words if word.startswith("backbone.name=")]:
+            tiny += network  # the page needs this one
         COMMANDS.main([*words[1:], *tiny], standalone_mode=False)
 
 

@@ -17,7 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
@@ -36,6 +36,13 @@ REMEDY = (
     "Only tensors are read. Where you trust the file, write them with "
     "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
 )
+
+
+class Normalisation(NamedTuple):
+    """What is taken from the channels of images in [0, 1], and what they are divided by."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def is_named(source: str) -> bool:
@@ -57,6 +64,21 @@ def load_foreign(backbone: Backbone, source: str) -> str:
         raise RecipeError(f"init.weights: {source} {_misfit(backbone, checkpoint, matched)}")
     backbone.net.load_state_dict(matched.state)
     return _taken(source, matched)
+
+
+def normalisation_of(source: str) -> Normalisation | None:
+    """Return how images of a library's weights were normalised, None where nothing says it."""
+    scheme, _, name = source.partition(":")
+    if scheme == "torchvision":
+        name, _, which = name.partition("@")
+        transforms = torchvision.models.get_model_weights(name)[which or "DEFAULT"].transforms()
+        return Normalisation(tuple(transforms.mean), tuple(transforms.std))
+    if scheme == "timm" and libraries.has_timm():
+        import timm
+
+        config = timm.get_pretrained_cfg(name)
+        return None if config is None else Normalisation(tuple(config.mean), tuple(config.std))
+    return None
 
 
 def read_file(path: Path) -> Mapping[str, Any]:

@@ -142,7 +142,8 @@ def build_method(
     )
     check_sizes(backbone, sizes)
     if recipe.init.weights and new:
-        tell(warm_start.load_weights(backbone, recipe.init.weights))
+        taken = warm_start.load_weights(backbone, recipe.init.weights)
+        tell(taken + warm_start.other_normalisation(recipe.init.weights, recipe.data))
     setting = Setting(
         recipe.method, recipe.cluster, recipe.seed, world, recipe.terms, samples, classes
     )

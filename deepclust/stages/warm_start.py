@@ -16,6 +16,7 @@ from deepclust.errors import DataError, RecipeError
 from deepclust.files import write_json
 from deepclust.models import Backbone, start_weights
 from deepclust.recipe import Recipe
+from deepclust.recipe.sections import Data
 from deepclust.run import labels
 from deepclust.run.checkpoint import Checkpoint, counting_weights, load, load_latest
 from deepclust.run.directory import Run, exists, has_file, is_done, manifest
@@ -62,6 +63,18 @@ def load_weights(backbone: Backbone, source: str) -> str:
             )
         raise RecipeError(f"init.weights: {path} is not a {backbone.name}: {fix}") from None
     return f"{path}: {len(state)} tensors"
+
+
+def other_normalisation(source: str, data: Data) -> str:
+    """Return what to set where start weights saw otherwise normalised images, else ""."""
+    own = start_weights.normalisation_of(source) if start_weights.is_named(source) else None
+    if own is None or (own.mean, own.std) == (tuple(data.mean), tuple(data.std)):
+        return ""
+    mean, std = [*own.mean], [*own.std]
+    return (
+        f"; their images were normalised otherwise than this recipe's. Add data.mean='{mean}' "
+        f"data.std='{std}' to train on as they were trained"
+    )
 
 
 def _name_of(path: Path) -> str | None:

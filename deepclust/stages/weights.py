@@ -53,7 +53,12 @@ def weights_embedder(source: str, network: Network) -> tuple[Embedder, str]:
         for key, option in OPTIONS.items():
             text = text.replace(key, option)
         raise RecipeError(text) from error
-    return _alone(backbone, Data(shards="", size=size)), taken
+    data = Data(shards="", size=size)
+    own = start_weights.normalisation_of(source)
+    if own is not None and len(own.mean) == 3:
+        data = Data.model_validate({**data.model_dump(), **own._asdict()})
+        taken += f"; images normalised as in their training, mean {[*own.mean]}, std {[*own.std]}"
+    return _alone(backbone, data), taken
 
 
 OPTIONS = {"backbone.name": "--backbone", "backbone.sobel": "--sobel", "data.size": "--size"}

@@ -295,3 +295,17 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(
             load_foreign(build_backbone("resnet18", image_size=32), "torchvision:resnet18")
     finally:
         object.__setattr__(weights, "url", before)
+
+
+@pytest.mark.parametrize(
+    ("source", "mean", "std"),
+    [
+        ("timm:vit_base_patch16_224.augreg_in21k", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("torchvision:resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ],
+)
+def test_a_library_says_how_images_of_its_weights_were_normalised(
+    source: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    assert start_weights.normalisation_of(source) == (mean, std)
+    assert start_weights.normalisation_of("a.pth") is None

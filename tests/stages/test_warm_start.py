@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from deepclust.errors import DataError
 from deepclust.methods import METHODS
 from deepclust.models import build_backbone
 from deepclust.models.backbone import Backbone
+from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run
 from deepclust.run.labels import class_names
 from deepclust.stages.build import build_method
-from deepclust.stages.warm_start import load_weights
+from deepclust.stages.warm_start import load_weights, other_normalisation
 from deepclust.world import ALONE
 from tests.methods.cases import CASES, NAMES_OF
 from tests.tiny import final_weights, tiny_recipe
@@ -88,3 +90,15 @@ def test_labels_go_on_from_a_clustered_backbone_with_head_and_prototypes_new(
 def test_what_is_no_source_is_named_with_what_would_be_one(source: str) -> None:
     with pytest.raises(DataError, match=re.escape(f"init.weights: {source} is neither a run")):
         load_weights(build_backbone("conv4", image_size=16), source)
+
+
+def test_start_weights_of_other_images_say_which_keys_to_set() -> None:
+    data = Data(shards="unread")
+    note = other_normalisation("timm:vit_base_patch16_224.augreg_in21k", data)
+    keys = shlex.split(note.partition("Add ")[2].partition(" to ")[0])
+    assert keys == ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]"]
+    half = (0.5, 0.5, 0.5)
+    fitting = data.model_copy(update={"mean": half, "std": half})
+    assert other_normalisation("timm:vit_base_patch16_224.augreg_in21k", fitting) == ""
+    assert other_normalisation("torchvision:resnet18", data) == ""
+    assert other_normalisation("own.pth", fitting) == ""

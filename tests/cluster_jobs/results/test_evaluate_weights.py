@@ -12,7 +12,7 @@ from cluster_jobs.results.evaluate import evaluate_run
 from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
 from deepclust import pretrain
 from deepclust.errors import DataError, RecipeError
-from deepclust.models import build_backbone
+from deepclust.models import build_backbone, start_weights
 from deepclust.stages.weights import Network, fresh_of, weights_embedder
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
@@ -82,3 +82,14 @@ def test_weights_that_do_not_fit_are_refused_in_the_words_of_the_command(
         weights_embedder(str(tmp_path / "broken.pth"), Network("resnet18"))
     assert is_weights("timm:vit_tiny_patch16_224")
     assert not is_weights(str(run_dir))
+
+
+def test_weights_of_a_library_see_images_normalised_as_in_their_training(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = torch.load(foreign, weights_only=True)
+    monkeypatch.setitem(start_weights.SCHEMES, "timm", lambda name: state)  # without a network
+    name = "timm:vit_base_patch16_224.augreg_in21k"
+    embedder, taken = weights_embedder(name, Network("resnet18_small", 16))
+    assert (embedder.data.mean, embedder.data.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert "mean [0.5, 0.5, 0.5]" in taken
