@@ -10,14 +10,17 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster_jobs.pace import Pace, duration
 from cluster_jobs.status import Status
 from cluster_jobs.terminal import visible
 from deepclust.run.scores import flat_scores
@@ -41,6 +44,7 @@ STAGE_FACTS = {  # of a progress record, in this order
     "inertia": "inertia {:.5g}",
     "moved": "{:,d} moved",
 }
+WIDE = 150  # columns of a terminal that hold the whole table of `status`
 
 
 def command_line(*words: object) -> str:
@@ -57,6 +61,7 @@ class Display:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.last_plain = 0.0
+        self.pace = Pace()
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -84,6 +89,7 @@ class Display:
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Show one event or one piece of progress."""
+        self.pace.take(record, time.time())
         if "progress" in record:
             self._show_progress(record)
         elif record["event"] == "clustered":
@@ -108,8 +114,18 @@ class Display:
             if record.get(name) is not None
         ]
         if record.get("eta") is not None and self.bar is None:  # a bar has its own
-            facts.append(f"{_duration(record['eta'])} left")
+            facts.append(f"{duration(record['eta'])} left")
+        facts += self._of_run()
         self._move(title, record["done"], record["of"], " · ".join(facts))
+
+    def _of_run(self) -> list[str]:
+        """Return how long this attempt has taken, and how long the run will go on."""
+        now, words = time.time(), []
+        if self.pace.started is not None:
+            words.append(f"run {duration(self.pace.spent(now))}")
+        if (left := self.pace.left(now)) is not None:
+            words.append(f"{duration(left)} to go")
+        return [", ".join(words)] if words else []
 
     def _move(self, title: str, done: int, of: int, facts: str) -> None:
         if self.bar is not None and self.task is not None:
@@ -122,14 +138,6 @@ class Display:
         """Print a line, which is folded on a terminal only: elsewhere people search in it."""
         soft = not self.console.is_terminal
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=soft)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _round_line(record: dict[str, Any]) -> str:
@@ -180,26 +188,50 @@ def scores_lines(scores: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def status_table(states: list[Status]) -> Table:
-    """Return a table with a line for each run."""
-    columns = ("run", "state", "phase", "round", "epoch", "loss", "images/s", "clusters", "moved")
-    table = Table(*columns, "NMI of labels", "kNN", "note")
+def status_table(states: list[Status], width: int = WIDE) -> Group:
+    """Return a table with a line for each run, and below it what there is to say about some.
+
+    Where it would not fit into the width, the first columns and the times are left.
+    """
+    chosen = [name for name in COLUMNS if width >= WIDE or name in NARROW]
+    table = Table(box=None if width < WIDE else box.HEAVY_HEAD)
+    for name in chosen:
+        table.add_column(name, overflow="fold")
     for state in states:
-        table.add_row(
-            escape(visible(state.name)),
-            state.state,
-            state.phase,
-            _cell(state.round, "{}"),
-            _cell(state.epoch, "{:.1f} of " + str(state.epochs)),
-            _cell(state.loss, "{:.3f}"),
-            _cell(state.images_per_s, "{:,.0f}"),
-            _cell(state.clusters, "{} of " + str(state.k)),
-            _cell(state.reassigned, "{:.1%}"),
-            _cell(state.nmi_labels, "{:.3f}"),
-            _cell(state.knn, "{:.1%}" + _best_of(state)),
-            escape(visible("; ".join(filter(None, [state.collapse, state.owner or state.reason])))),
-        )
-    return table
+        table.add_row(*(COLUMNS[name](state) for name in chosen))
+    notes = [(visible(state.name), _note(state)) for state in states]
+    return Group(table, *(escape(f"{name}: {text}") for name, text in notes if text))
+
+
+def _note(state: Status) -> str:
+    return visible("; ".join(filter(None, [state.collapse, state.owner or state.reason])))
+
+
+def _epoch(state: Status) -> str:
+    return _cell(state.epoch, "{:.1f} of " + str(state.epochs))
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%d %b %H:%M", time.localtime(seconds))
+
+
+COLUMNS: dict[str, Callable[[Status], str]] = {
+    "run": lambda s: escape(visible(s.name)),
+    "state": lambda s: s.state,
+    "phase": lambda s: s.phase,
+    "round": lambda s: _cell(s.round, "{}"),
+    "epoch": _epoch,
+    "loss": lambda s: _cell(s.loss, "{:.3f}"),
+    "images/s": lambda s: _cell(s.images_per_s, "{:,.0f}"),
+    "clusters": lambda s: _cell(s.clusters, "{} of " + str(s.k)),
+    "moved": lambda s: _cell(s.reassigned, "{:.1%}"),
+    "NMI of labels": lambda s: _cell(s.nmi_labels, "{:.3f}"),
+    "kNN": lambda s: _cell(s.knn, "{:.1%}" + _best_of(s)),
+    "started": lambda s: _time(s.started),
+    "elapsed": lambda s: "" if s.elapsed is None else duration(s.elapsed),
+    "left": lambda s: "" if s.eta is None else duration(s.eta),
+}
+NARROW = ("run", "state", "phase", "epoch", "loss", "started", "elapsed", "left")
 
 
 def _best_of(state: Status) -> str:

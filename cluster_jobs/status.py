@@ -13,6 +13,7 @@ from typing import Any
 from cluster_jobs import job_file
 from cluster_jobs.executors import executor_of
 from cluster_jobs.executors.base import POLL_S, JobState
+from cluster_jobs.pace import pace_of
 from deepclust.errors import (
     DeepclustError,
     RecipeError,
@@ -71,6 +72,9 @@ class Status:
     owner: str | None = None
     reason: str = ""
     exit_code: int = 0  # of the controller that brought the run to this end
+    started: float | None = None  # seconds since 1970
+    elapsed: float | None = None  # seconds of all attempts, without the time between them
+    eta: float | None = None  # seconds until the end, of a run that goes on
 
     def as_dict(self) -> Record:
         """Return the fields, for `--json`."""
@@ -127,6 +131,7 @@ def _status(run: Run) -> Status:
     evaluated = [event for event in events if event["event"] == "evaluated"]
     score: Record = evaluated[-1] if evaluated else {}
     tops = {event["step"]: event["top1"] for event in evaluated}
+    pace, now = pace_of(events, trained), time.time()
     return Status(
         name=run.path.resolve().name,
         state=state,
@@ -148,6 +153,9 @@ def _status(run: Run) -> Status:
         owner=owner,
         reason=reason,
         exit_code=code,
+        started=pace.started,
+        elapsed=None if pace.started is None else pace.spent(now) if owner else pace.elapsed,
+        eta=pace.left(now) if owner else None,
     )
 
 

@@ -64,7 +64,10 @@ def run(context: Context) -> None:
                 trainer.save(state)  # before a refresh here, which has saved the same step
                 begin_round(context, trainer, ahead)
             plan = trainer.feed.plan(timeline, state, targets)
-            context.emit("training", round=state.round, segment=state.segment, step=state.step)
+            context.emit(
+                "training", round=state.round, segment=state.segment, step=state.step,
+                steps=timeline.all_steps, rounds_left=timeline.rounds_after(state),
+            )  # fmt: skip
             state = train_segment(trainer, plan, targets, state).after_segment()
             if timeline.save_due(state):
                 trainer.begin_save(state)

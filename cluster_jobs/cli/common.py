@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from cluster_jobs.terminal import visible
 from deepclust.files import path_of
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 WIDE = 200  # columns of a table where there is no terminal
@@ -43,11 +45,23 @@ def examples(*commands: str) -> str:
     return "\n\n".join([title, *(f"deepclust {command}" for command in commands)])
 
 
-def print_out(content: Table | str) -> None:
-    """Print a table or text on stdout, as wide as the terminal."""
-    from rich.console import Console
+def print_out(content: Table | Group | str) -> None:
+    """Print a table or text on stdout, as wide as the terminal.
 
-    Console(width=None if sys.stdout.isatty() else WIDE).print(content)
+    What does not fit into a column is folded there, and nothing is cut off.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    if isinstance(content, Table):
+        for column in content.columns:
+            column.overflow = "fold"
+    Console(width=terminal_width()).print(content)
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal, or `WIDE` where there is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
 
 
 def log(text: str) -> None:

@@ -18,6 +18,7 @@ from cluster_jobs.cli.common import (
     examples,
     log,
     print_out,
+    terminal_width,
 )
 from cluster_jobs.terminal import visible
 from deepclust.errors import RecipeError
@@ -136,7 +137,7 @@ def status(
         return
     from cluster_jobs.display import status_table
 
-    print_out(status_table(states) if states else f"{folder} has no runs")
+    print_out(status_table(states, terminal_width()) if states else f"{folder} has no runs")
 
 
 @verbs.command(

@@ -24,6 +24,7 @@ from deepclust.launch.policy import Policy
 from deepclust.launch.role import cores, roles_of
 from deepclust.launch.signals import collected_signals
 from deepclust.launch.supervisor import Show, Supervisor, attempts_of
+from deepclust.launch.tracking import send_rest
 from deepclust.optim.schedule import learning_rate
 from deepclust.recipe import HUBS, PATHS, Recipe, differences
 from deepclust.recipe.may_change import MAY_CHANGE, may_change
@@ -263,7 +264,9 @@ def _start(run_dir: Path, show: Show | None, stage: str | None = None) -> Run:
     with hold(run_dir) as token, collected_signals() as signals:
         run = Run(run_dir, token)
         if is_finished(run):
-            look_over(run, show or (lambda record: None))
+            tell = show or (lambda record: None)
+            look_over(run, tell)
+            send_rest(run, lambda text: tell({"event": "warning", "text": text}))
             return run
         policy = Policy.of(run.recipe)
         supervisor = Supervisor(run, policy, lambda: bool(signals), show or (lambda record: None))

@@ -20,6 +20,7 @@ from deepclust.launch.alarms import Alarms
 from deepclust.launch.endings import Ending, Member, Record, classify
 from deepclust.launch.policy import Budget, Policy, progress_on_disk
 from deepclust.launch.role import Role
+from deepclust.launch.tracking import require_trackers, tracked
 from deepclust.run import directory
 from deepclust.run.directory import Run
 from deepclust.run.lock import renew
@@ -163,15 +164,30 @@ class Supervisor:
 
     @contextlib.contextmanager
     def recorded(self, stage: str | None = None) -> Iterator[None]:
-        """Write how the block ended: `finished`, or `stopped` with the error or the only stage."""
+        """Write how the block ended: `finished`, or `stopped` with the error or the only stage.
+
+        The trackers of the run are fed meanwhile.
+        """
         try:
+            with tracked(self.run, self.warn), self._ending_recorded(stage):
+                yield
+        finally:
+            self.alarms.settle()
+
+    @contextlib.contextmanager
+    def _ending_recorded(self, stage: str | None) -> Iterator[None]:
+        try:
+            require_trackers(self.run.recipe.track)
             yield
         except BaseException as error:
             self.event("stopped", kind=type(error).__name__, text=str(error) or "interrupted")
-            self.alarms.settle()
             raise
         if stage is None:
             self.event("finished", epochs=self.run.recipe.train.epochs)
         else:
             self.event("stopped", kind="Stage", text=f"only the stage {stage} was requested")
-        self.alarms.settle()
+
+    def warn(self, text: str) -> None:
+        """Show and log a warning of another thread, which stays out of the events."""
+        log.warning("%s", text)
+        self.show({"event": "warning", "text": text})

@@ -1,6 +1,6 @@
-"""The section on what happens beside a run: alarms.
+"""What happens beside a run: the section on alarms, and the names of trackers.
 
-It changes no result, so it may change when a run is resumed.
+Neither changes a result, so both may change when a run is resumed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from deepclust.recipe.sections import Section
 
+TrackerName: TypeAlias = Literal["tensorboard", "mlflow", "wandb"]
 Incident: TypeAlias = Literal["failure", "collapse", "end", "preemption"]
 
 

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from deepclust.errors import DataError, RecipeError, holds_secrets, shown
 from deepclust.files import atomic_file, path_of, read_bytes, write_text
-from deepclust.recipe.beside import NotifySection
+from deepclust.recipe.beside import NotifySection, TrackerName
 from deepclust.recipe.chosen import Terms, choose_sections, default_method
 from deepclust.recipe.declare import Cost
 from deepclust.recipe.misfit import misfit
@@ -63,6 +63,9 @@ class Recipe(Section):
     init: InitSection = InitSection()
     keep: KeepSection = KeepSection()
     notify: NotifySection | None = None
+    track: tuple[TrackerName, ...] = Field(
+        (), description="trackers that show the run: tensorboard, mlflow, wandb"
+    )
     # PLACES, for cluster_jobs alone, which checks them
     ray: dict[str, Any] = {}
     slurm: dict[str, Any] = {}

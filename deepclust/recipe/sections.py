@@ -332,7 +332,7 @@ class ClusterSection(Section):
 
 SHARDS = "shards"  # where labels come from: the shards themselves
 PLACES = ("ray", "slurm")  # sections on where a run runs, which change nothing it computes
-BESIDE = ("notify",)  # nor do these, on what happens beside it
+BESIDE = ("notify", "track")  # nor do these, on what happens beside it
 
 
 class MixSection(Section):

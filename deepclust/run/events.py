@@ -53,7 +53,7 @@ FIELDS: dict[EventName, dict[str, Any]] = {
     "clustered": {"round": int, "k": int, "n": int, "empty": int},
     "published": {"round": int, **SECONDS},
     "waited": {"round": int, "stage": str, "seconds": Number},
-    "training": {"round": int, "segment": int, "step": int},
+    "training": {"round": int, "segment": int, "step": int, "steps": int, "rounds_left": int},
     "replaced": {"step": int, "count": int, "first": list},
     "checkpoint": {"step": int},
     "evaluated": {"step": int, "epoch": Number, "round": int, "top1": Number, "best": int},
@@ -64,8 +64,11 @@ FIELDS: dict[EventName, dict[str, Any]] = {
     "notified": {"incident": str, "by": str, "sent": bool, "text": str},
 }
 OPEN: set[EventName] = {"clustered"}  # all of statistics.json are fields of it
-# of Slurm alone; of later versions; of a collapse
-OPTIONAL = {("started", "job"), ("exported", "hash"), ("warning", "about")}
+# of Slurm alone; of later versions; of a collapse; of later versions
+OPTIONAL = {
+    ("started", "job"), ("exported", "hash"), ("warning", "about"), ("training", "steps"),
+    ("training", "rounds_left"),
+}  # fmt: skip
 NAMES: tuple[EventName, ...] = get_args(EventName)
 NUMBERS: dict[str, dict[str, Any]] = {  # of metrics.jsonl, what a record of a kind has at least
     "train": {"step": int, "round": int, "loss": Number},

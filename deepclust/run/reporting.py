@@ -25,6 +25,7 @@ from deepclust.files import disk_errors, open_append
 from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.signs import BEAT_S, SignsOfLife
+from deepclust.run.varying import Varying
 
 
 class Report(Protocol):
@@ -134,19 +135,20 @@ class Metrics:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.board = Board(run.path / "tensorboard")
+        self.varying = Varying()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Write one record.
 
-        Numbers also become TensorBoard scalars `kind/name`.
+        Numbers that vary also become TensorBoard scalars `kind/name`.
         """
         self.run.metric(kind, step=step, **values)
-        numbers = {
-            f"{kind}/{name}": float(value)
-            for name, value in values.items()
-            if isinstance(value, int | float) and name not in ("epoch", "step")
-        }
-        self.board.write(step, numbers)
+        steps: dict[int, dict[str, float]] = {}
+        for name, points in self.varying.curves(kind, step, values).items():
+            for at, value in points:
+                steps.setdefault(at, {})[name] = value
+        for at, numbers in sorted(steps.items()):
+            self.board.write(at, numbers)
 
     def close(self) -> None:
         """Close the file for TensorBoard."""

@@ -47,6 +47,7 @@ class Timeline:
     clusters: bool = True  # False: an online method, whose segments are epochs without rounds
     average_from: float | None = None
     evaluate: Cadence | None = None
+    final: bool = False  # whether a round is made after the last step
 
     @classmethod
     def of(cls, recipe: Recipe, n: int) -> Timeline:
@@ -76,6 +77,7 @@ class Timeline:
             clusters=config is not None,
             average_from=train.average_from,
             evaluate=None if train.evaluate is None else parse_cadence(train.evaluate),
+            final=config is not None and config.final,
         )
 
     def now(self, state: State) -> Now:
@@ -113,7 +115,7 @@ class Timeline:
         """
         if self.every.unit == "epoch":
             return state.segment >= self.epochs
-        return state.offset == 0 and state.step >= self._all_steps
+        return state.offset == 0 and state.step >= self.all_steps
 
     def steps(self, state: State) -> int | None:
         """Return the length of the state's segment.
@@ -134,6 +136,18 @@ class Timeline:
         if not self.clusters:
             return -1
         return max(0, self._boundary(state) - 1) if self.overlap else self._boundary(state)
+
+    def rounds_after(self, state: State) -> int:
+        """Return how many rounds are to come after the state's, the final one too."""
+        if not self.clusters:
+            return 0
+        last = self.epochs - 1
+        if self.every.unit == "step":
+            last = (self.all_steps - 1) // self.every.count
+        elif self.every.unit == "round":
+            last = self.every.count - 1
+        number = self.round_of(State(segment=max(last, state.segment)))
+        return max(0, number - max(0, state.round)) + self.final
 
     def precedes(self, state: State, number: int) -> bool:
         """Return whether a state is from before the features of a round were made."""
@@ -172,15 +186,16 @@ class Timeline:
 
     def _steps_left(self, state: State) -> int:
         """Return the steps of the run from the beginning of the state's segment on."""
-        return self._all_steps - (state.step - state.offset)
+        return self.all_steps - (state.step - state.offset)
 
     @property
-    def _all_steps(self) -> int:
+    def all_steps(self) -> int:
+        """The steps of the run."""
         return self.epochs * self.epoch_steps
 
     def _start(self, number: int) -> int:
         """Return the step at which a round begins, where rounds are counted."""
-        return max(number, self._all_steps * number**2 // self.every.count**2)
+        return max(number, self.all_steps * number**2 // self.every.count**2)
 
     def _last_refresh(self) -> int:
         """Return the last segment that may begin with a new round."""
