@@ -93,14 +93,14 @@ class Display:
         if "progress" in record:
             self._show_progress(record)
         elif record["event"] == "clustered":
-            self._line(_round_line(record))
+            self.line(_round_line(record))
         elif record["event"] == "evaluated":
-            self._line(_evaluated_line(record))
+            self.line(_evaluated_line(record))
         elif record["event"] == "loaded":
-            self._line(f"start weights: {record['text']}")
+            self.line(f"start weights: {record['text']}")
         elif record["event"] in ("warning", "replaced"):
             text = record.get("text") or f"{record['count']} unreadable images replaced"
-            self._line(f"warning: {text}", style="yellow")
+            self.line(f"warning: {text}", style="yellow")
 
     def _show_progress(self, record: dict[str, Any]) -> None:
         """Show a record with `done` and `of`, of training unless it names another stage."""
@@ -132,12 +132,29 @@ class Display:
             self.bar.update(self.task, description=title, completed=done, total=of, facts=facts)
         elif time.monotonic() - self.last_plain > PLAIN_EVERY_S:
             self.last_plain = time.monotonic()
-            self._line(f"{title}: {done}/{of} {facts}")
+            self.line(f"{title}: {done}/{of} {facts}")
 
-    def _line(self, text: str, style: str | None = None) -> None:
+    def line(self, text: str, style: str | None = None) -> None:
         """Print a line, which is folded on a terminal only: elsewhere people search in it."""
         soft = not self.console.is_terminal
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=soft)
+
+
+class AtStart:
+    """A display that first shows a line, once the run has made its index."""
+
+    BEFORE = ("started", "placed", "waiting")
+
+    def __init__(self, display: Display, text: Callable[[], str]) -> None:
+        self.display, self.text = display, text
+        self.is_shown = False
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Show one event or one piece of progress."""
+        if not self.is_shown and record.get("event") not in self.BEFORE:
+            self.is_shown = True
+            self.display.line(self.text())
+        self.display(record)
 
 
 def _round_line(record: dict[str, Any]) -> str:

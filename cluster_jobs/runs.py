@@ -42,13 +42,18 @@ def submit(
 
     A dry run only makes the plan.
     """
-    require_packages(on)
-    where = executor(on)
-    plan: Plan = where.prepare(Recipe.load(source, *overrides), run_dir)
+    plan = planned(source, run_dir, on, overrides)
     if not dry_run:
         refuse_queued(run_dir)
         remember_places(plan.recipe)
-        where.submit(plan)
+        executor(on).submit(plan)
+    return plan
+
+
+def planned(source: str, run_dir: Path, on: str, overrides: Sequence[str]) -> Plan:
+    """Return the plan of a run by a recipe, without writing or starting anything."""
+    require_packages(on)
+    plan: Plan = executor(on).prepare(Recipe.load(source, *overrides), run_dir)
     return plan
 
 

@@ -34,10 +34,11 @@ verbs = typer.Typer()
 def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None) -> None:
     """Pretrain in the foreground, on this machine."""
     from cluster_jobs import runs
-    from cluster_jobs.display import Display
+    from cluster_jobs.display import AtStart, Display
 
     with Display() as display:
-        runs.pretrain(recipe, run_dir, overrides or [], display)
+        show = AtStart(display, lambda: _estimated(recipe, overrides or [], run_dir))
+        runs.pretrain(recipe, run_dir, overrides or [], show)
     _log_finished(run_dir)
 
 
@@ -46,6 +47,7 @@ def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None
     epilog=examples(
         "estimate small-photos data.shards=shards",
         "estimate swav-resnet50-imagenet --device h100 --samples 1281167 train.ranks=64",
+        "estimate my.yaml --on slurm --device h100 slurm.nodes=8 train.ranks=64",
     ),
 )
 def estimate(
@@ -58,18 +60,25 @@ def estimate(
         int | None,
         typer.Option(min=1, help="The number of images, instead of data.shards."),
     ] = None,
+    on: Annotated[
+        str, typer.Option("--on", help="local, ray or slurm: with the ranks that it would have.")
+    ] = "local",
     as_json: Json = False,
 ) -> None:
     """Say what a run would take: time by stage, GPU-hours, memory, disk, network."""
+    from cluster_jobs import runs
     from cluster_jobs.estimate import estimate as estimate_run
     from cluster_jobs.estimate.devices import device_of
     from cluster_jobs.estimate.show import lines
-    from deepclust.recipe import Recipe
     from deepclust.stages.data_index import open_data_index
 
+    if on != "local" and device is None:
+        raise RecipeError(
+            f"--on {on} needs --device: this machine is not the one that would run it"
+        )
     known = None if device is None else device_of(device)
     where = [] if samples is None else ["data.shards=not-read"]
-    chosen = Recipe.load(recipe, *where, *(overrides or []))
+    chosen = runs.planned(recipe, Path("runs/estimate"), on, [*where, *(overrides or [])]).recipe
     source = samples if samples is not None else open_data_index(chosen.data)
     made = estimate_run(chosen, source, known)
     typer.echo(json.dumps(made.as_dict()) if as_json else "\n".join(lines(made)))
@@ -105,6 +114,7 @@ def submit(
 ) -> None:
     """Start a run in the background, on this machine or on a cluster."""
     from cluster_jobs import runs
+    from cluster_jobs.estimate.line import line
 
     changes = [*(overrides or []), *([f"ray.address={address}"] if address else [])]
     if sweep and wait:
@@ -117,6 +127,7 @@ def submit(
     plan = runs.submit(recipe, run_dir, on, changes, dry_run)
     if dry_run:
         typer.echo(str(plan))
+        log(line(plan.recipe, recipe, changes, on))
         return
     log(f"submitted {run_dir}\n  deepclust logs {run_dir} -f\n  deepclust status {run_dir}")
     if wait:
@@ -225,6 +236,14 @@ def resume(
     with Display() as display:
         runs.resume_here(run_dir, overrides or [], display, remote)
     _log_finished(run_dir)
+
+
+def _estimated(recipe: str, overrides: list[str], run_dir: Path) -> str:
+    """Return the line on what a run takes that has just made its index."""
+    from cluster_jobs.estimate.line import line
+    from deepclust.run.directory import Run
+
+    return line(Run(run_dir).recipe, recipe, overrides, "local", run_dir)
 
 
 def _follow(run_dir: Path) -> None:

@@ -8,20 +8,20 @@ assumption in the answer.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cluster_jobs.estimate.calibrate import calibrate
 from cluster_jobs.estimate.counts import Counts, count
-from cluster_jobs.estimate.devices import Device, speeds_of
-from cluster_jobs.estimate.network import Network, measure
-from cluster_jobs.estimate.sizes import Sizes, sizes
-from cluster_jobs.estimate.speeds import Speeds
-from deepclust.data.shards.index import Index
+from cluster_jobs.estimate.speeds import Speeds, seconds
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cluster_jobs.estimate.devices import Device
+    from cluster_jobs.estimate.network import Network
+    from cluster_jobs.estimate.sizes import Sizes
+    from cluster_jobs.estimate.stages import Stage
+    from deepclust.data.shards.index import Index
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Estimate:
     network: Network
     seconds: dict[str, float]
     sizes: Sizes
+    stages: list[Stage]
     ranks: int
     gpus: int
     assumptions: list[str]
@@ -55,67 +56,62 @@ class Estimate:
 def estimate(recipe: Recipe, source: Index | int, device: Device | None) -> Estimate:
     """Return what a recipe takes over the images of an index, or over so many.
 
-    Without a device, a short run measures this machine, which needs the images themselves.
+    Without a device, a short run measures this machine, which needs the images themselves. Its
+    speeds are kept for the line that a run prints at its start.
 
     Raises `RecipeError` and `DataError` as a run would at its start.
     """
+    import torch
+
+    from cluster_jobs.estimate.fits import Room, here, misfits
+    from cluster_jobs.estimate.network import measure
+    from cluster_jobs.estimate.sizes import sizes
+    from cluster_jobs.estimate.stages import stages
+
     usable = source if isinstance(source, int) else len(source) - len(source.excluded)
     network, counts = measure(recipe), count(recipe, usable)
     classes = 0 if isinstance(source, int) else len(source.class_names or ())
     made = sizes(recipe, network, counts, classes)
-    if device is not None:
-        speeds = speeds_of(device, recipe, network, counts)
-    elif isinstance(source, int):
-        raise RecipeError("--samples needs --device: only images can measure this machine")
-    else:
-        speeds = calibrate(recipe, source)
+    speeds = _speeds(recipe, source, device, network, counts)
+    beside = recipe.train.ranks * made.host if speeds.memory is None else speeds.memory
+    made = replace(made, memory=beside)
     on_gpu = device is not None or torch.cuda.is_available()
+    taken = seconds(recipe, counts, speeds)
+    room = here() if device is None else Room(device.name, device=device.memory)
     return Estimate(
         counts=counts,
         network=network,
-        seconds=seconds(recipe, counts, speeds),
+        seconds=taken,
         sizes=made,
+        stages=stages(recipe, counts, made, taken, _image_bytes(source)),
         ranks=recipe.train.ranks,
         gpus=recipe.train.ranks + (0 if recipe.clusters_inline else 1) if on_gpu else 0,
         assumptions=speeds.assumptions,
-        warnings=[] if device is None else _too_large(recipe, made, device),
+        warnings=misfits(recipe, made, room),
     )
 
 
-def seconds(recipe: Recipe, counts: Counts, speeds: Speeds) -> dict[str, float]:
-    """Return the seconds of each stage, without those that a recipe does not have."""
-    pairs = counts.samples * sum(counts.pairs)  # rows times centroids, of one iteration
-    taken = {
-        "start": speeds.start,
-        "extraction": counts.extractions * counts.samples / speeds.extracted,
-        "clustering": counts.rounds * (speeds.round + pairs * counts.iterations / speeds.pairs),
-        "training": counts.steps * recipe.train.batch / speeds.trained,
-        "checkpoints": counts.checkpoints * speeds.checkpoint,
-    }
-    if not counts.rounds:
-        del taken["clustering"]
-    if not counts.extractions:
-        del taken["extraction"]
-    return taken
+def _speeds(
+    recipe: Recipe, source: Index | int, device: Device | None, network: Network, counts: Counts
+) -> Speeds:
+    """Return the speeds of a named device, or those of this machine, which are kept."""
+    if device is not None:
+        from cluster_jobs.estimate.devices import speeds_of
+
+        return speeds_of(device, recipe, network, counts)
+    if isinstance(source, int):
+        raise RecipeError("--samples needs --device: only images can measure this machine")
+    from cluster_jobs.estimate.calibrate import calibrate
+    from cluster_jobs.estimate.kept import keep
+
+    speeds = calibrate(recipe, source)
+    keep(recipe, speeds)
+    return speeds
 
 
-def _too_large(recipe: Recipe, made: Sizes, device: Device) -> list[str]:
-    """Return a sentence for what does not fit into the GPU, with the key that makes it fit."""
-    if made.gpu <= device.memory:
-        return []
-    text = f"training needs {made.gpu / 1e9:.0f} GB of the {device.name}'s "
-    text += f"{device.memory / 1e9:.0f} GB"
-    parts = recipe.train.accumulate
-    while 2 * parts * recipe.train.ranks <= recipe.train.batch:
-        parts *= 2
-        if made.gpu - made.activations * (1 - recipe.train.accumulate / parts) <= device.memory:
-            break
-    else:
-        return [f"{text}: choose a smaller backbone or train.batch"]
-    if recipe.method.whole_batch:  # its loss needs the batch in one part
-        ranks = recipe.train.ranks * parts // recipe.train.accumulate
-        return [f"{text}: train.ranks={ranks} makes it fit"]
-    return [f"{text}: train.accumulate={parts} makes it fit"]
+def _image_bytes(source: Index | int) -> float:
+    """Return the bytes of all images: of a number of them, 110 kB each, as ImageNet's."""
+    return source * 110e3 if isinstance(source, int) else float(source.sizes.sum())
 
 
 __all__ = ["Estimate", "estimate", "seconds"]

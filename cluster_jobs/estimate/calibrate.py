@@ -13,24 +13,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
 import numpy as np
 from webdataset.writer import TarWriter
 
-from cluster_jobs.estimate.counts import centroids_of_a_row
+from cluster_jobs.estimate.rows import seconds_of_a_row
+from cluster_jobs.estimate.spans import Spans, later, spans_of
 from cluster_jobs.estimate.speeds import Speeds
+from cluster_jobs.estimate.watch import Watch
 from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.index import Index
 from deepclust.errors import ResourceError
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
+from deepclust.run.round_files import find_whitening
 
 BATCHES, FEWEST = 8, 1000  # images of the part
 PER_CLUSTER = 10  # images, so that a part has clusters
 LIMIT_S = 600.0
-Event = dict[str, Any]
 
 
 def calibrate(recipe: Recipe, index: Index) -> Speeds:
@@ -44,60 +48,79 @@ def calibrate(recipe: Recipe, index: Index) -> Speeds:
         _write_part(index, count, shards, recipe.seed)
         short = _short(recipe, shards, count)
         short.save(Path(folder, "recipe.yaml"))
-        _run(Path(folder, "recipe.yaml"), run_dir)
-        return speeds_of_run(Run(run_dir), count)
+        began = time.time()
+        memory = _run(Path(folder, "recipe.yaml"), run_dir)
+        run = Run(run_dir)
+        spans = spans_of(run, began, time.time())
+        width, dim = _widths(run)
+        row = seconds_of_a_row(recipe.replace(f"train.threads={run.recipe.train.threads}"),
+                               len(index), width, dim)  # fmt: skip
+        memory += recipe.cost(width).per_sample * (len(index) - count)
+        return replace(speeds_of_run(run, count, spans, row), memory=memory)
 
 
-def speeds_of_run(run: Run, count: int) -> Speeds:
-    """Return the speeds that a finished run had over `count` images."""
-    events, batch = run.events(), run.recipe.train.batch
-    steps = run.metrics("train")
-    last = steps[len(steps) // 2 :]
-    at = {name: [e for e in events if e["event"] == name] for name in {e["event"] for e in events}}
-    first = min(e["time"] for name in ("unit", "training") for e in at.get(name, []))
-    training = sum((e["step"] - b["step"]) * batch / e["images_per_s"] for b, e in _pairs(steps))
-    images = sum((e["step"] - b["step"]) * batch for b, e in _pairs(steps))
-    trained = images / training if training else last[-1]["images_per_s"]
-    extracted, clustered = _rounds(events, count)
-    cluster = run.recipe.cluster
-    solve = [e["cluster"] for e in at.get("published", [])]
-    pairs = np.inf
-    if cluster is not None and solve:
-        compared = count * sum(centroids_of_a_row(run.recipe))
-        pairs = compared * (cluster.iterations + 1) / max(solve[-1], 1e-3)
+def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
+    """Return the speeds that a finished run had over `count` images, where a row takes `row` s."""
+    batch = run.recipe.train.batch
+    trained = _trained(run, batch)
+    plans = spans.plans[1:] or spans.plans
+    segment = mean([took - steps * batch / trained for steps, took in plans])
+    extracted, extraction = _extracted(run, count, spans.extractions)
+    events = run.events()
+    solves = [float(e["cluster"]) for e in events if e["event"] == "published"]
+    saves = [e for e in events if e["event"] == "checkpoint"]
     return Speeds(
-        start=first - events[0]["time"],
+        start=spans.seconds["start"],
         trained=trained,
         extracted=extracted,
-        pairs=float(pairs),
-        round=max(0.0, clustered - (solve[-1] if solve else 0.0)),
-        checkpoint=0.0,  # written beside the training
+        row=row,
+        segment=max(0.0, segment),
+        extraction=extraction,
+        round=max(0.0, later(spans.rounds) - later(solves)),
+        checkpoint=spans.seconds.get("checkpoints", 0.0) / max(1, len(saves)),
         assumptions=[
             f"measured here: two epochs over {count:,} images, {trained:,.0f} images/s in training"
-            + (f", {extracted:,.0f} in extraction" if np.isfinite(extracted) else ""),
-            "k-means grows with rows times clusters; start-up and a round's files are as measured",
+            + (f", {extracted:,.0f} in extraction" if extraction else ""),
+            "k-means is timed at the recipe's k; start-up and a round's files are as measured",
         ],
     )
 
 
-def _pairs(steps: list[Event]) -> list[tuple[Event, Event]]:
-    """Return neighbours of the later half of the metrics."""
-    half = steps[max(0, len(steps) // 2 - 1) :]
-    return list(itertools.pairwise(half))
+def _trained(run: Run, batch: int) -> float:
+    """Return images a second of the later half of the steps."""
+    steps = run.metrics("train")
+    pairs = list(itertools.pairwise(steps[max(0, len(steps) // 2 - 1) :]))
+    images = [(after["step"] - before["step"]) * batch for before, after in pairs]
+    seconds = sum(n / after["images_per_s"] for n, (_, after) in zip(images, pairs, strict=True))
+    return sum(images) / seconds if seconds else float(steps[-1]["images_per_s"])
 
 
-def _rounds(events: list[Event], count: int) -> tuple[float, float]:
-    """Return images a second of the last extraction, and the seconds of its round after that."""
-    done = [i for i, event in enumerate(events) if event["event"] == "extracted"]
-    if not done:
+def _extracted(run: Run, count: int, extractions: list[float]) -> tuple[float, float]:
+    """Return images a second of an extraction, and the seconds that it takes beside them.
+
+    A chunk is reported when the next one is extracted, so that between the first and the last there
+    are all but two.
+    """
+    if not extractions:
         return np.inf, 0.0
-    end = done[-1]
-    before = next(
-        e["time"] for e in reversed(events[:end]) if e["event"] not in ("unit", "extracted")
-    )
-    after = [e["time"] for e in events[end:] if e["event"] in ("waited", "published", "clustered")]
-    took = max(events[end]["time"] - before, 1e-3)
-    return count / took, max(after, default=events[end]["time"]) - events[end]["time"]
+    took = later(extractions)
+    last = run.rounds()[-1]
+    at = [e["time"] for e in run.events() if e["event"] == "unit" and e["round"] == last]
+    between = count * (len(at) - 2) / len(at) if len(at) > 3 else 0.0
+    rate = between / max(at[-1] - at[0], 1e-3) if between else count / took
+    beside = took - count / rate
+    return (rate, beside) if beside > 0 else (count / took, 0.0)
+
+
+def _widths(run: Run) -> tuple[int, int]:
+    """Return the numbers of a row as extracted, and as clustered, in the last round."""
+    rounds = run.rounds()
+    if not rounds:
+        return 1, 1
+    centroids = run.round(rounds[-1]) / "centroids" / "centroids.npy"
+    dim = int(np.load(centroids, mmap_mode="r").shape[-1]) if centroids.exists() else 1
+    whitening = find_whitening(run.round(rounds[-1]))
+    return (dim if whitening is None else len(whitening.mean)), dim
 
 
 def _short(recipe: Recipe, shards: Path, count: int) -> Recipe:
@@ -132,14 +155,16 @@ def _write_part(index: Index, count: int, folder: Path, seed: int) -> None:
         files.close()
 
 
-def _run(recipe: Path, run_dir: Path) -> None:
-    command = [sys.executable, "-m", "cluster_jobs.cli", "pretrain", str(recipe)]
+def _run(recipe: Path, run_dir: Path) -> float:
+    """Run the recipe, and return the memory that its processes had at their peak, in bytes."""
+    command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "pretrain", str(recipe)]
     process = subprocess.Popen(
         [*command, "--run", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        text=True, process_group=0,
     )  # fmt: skip
     try:
-        _, said = process.communicate(timeout=LIMIT_S)
+        with Watch(process.pid, run_dir) as watch:
+            _, said = process.communicate(timeout=LIMIT_S)
     except BaseException as error:
         os.killpg(process.pid, signal.SIGTERM)  # the run ends its ranks and readers
         process.wait()
@@ -152,3 +177,4 @@ def _run(recipe: Path, run_dir: Path) -> None:
     if process.returncode:
         end = "\n".join(said.strip().splitlines()[-3:])
         raise ResourceError(f"the short run that measures this machine failed: {end}")
+    return watch.memory

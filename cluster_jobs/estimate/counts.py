@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from deepclust.recipe import Recipe
-from deepclust.run.checkpoint import State
+from deepclust.run.state import State
 from deepclust.stages.schedule import Timeline
 
 
@@ -16,6 +16,7 @@ class Counts:
 
     samples: int
     steps: int
+    segments: int  # stretches of training from one plan
     rounds: int
     extractions: int
     checkpoints: int
@@ -26,7 +27,7 @@ class Counts:
 def count(recipe: Recipe, samples: int) -> Counts:
     """Return the counts of a run over so many usable samples."""
     timeline = Timeline.of(recipe, samples)
-    steps, rounds = _walk(timeline)
+    steps, segments, rounds = _walk(timeline)
     cluster, refresh = recipe.cluster, recipe.method.round
     final = cluster is not None and refresh is not None and cluster.final
     extractions = 0
@@ -38,6 +39,7 @@ def count(recipe: Recipe, samples: int) -> Counts:
     return Counts(
         samples=samples,
         steps=steps,
+        segments=segments,
         rounds=rounds + int(final),
         extractions=extractions,
         checkpoints=1 + math.ceil(steps / max(1, each)),
@@ -46,8 +48,8 @@ def count(recipe: Recipe, samples: int) -> Counts:
     )
 
 
-def _walk(timeline: Timeline) -> tuple[int, int]:
-    """Return the steps and rounds of a run, segment by segment, as the pipeline goes."""
+def _walk(timeline: Timeline) -> tuple[int, int, int]:
+    """Return the steps, segments and rounds of a run, as the pipeline goes."""
     state, rounds = State(), 0
     while not timeline.finished(state):
         if timeline.refresh_due(state):
@@ -57,7 +59,7 @@ def _walk(timeline: Timeline) -> tuple[int, int]:
         samples = state.samples + steps * timeline.batch
         state = State(state.step + steps, state.segment, steps, state.round, samples)
         state = state.after_segment()
-    return state.step, rounds
+    return state.step, state.segment, rounds
 
 
 def centroids_of_a_row(recipe: Recipe) -> tuple[float, ...]:

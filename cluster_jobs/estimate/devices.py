@@ -61,7 +61,7 @@ def speeds_of(device: Device, recipe: Recipe, network: Network, counts: Counts) 
         start=START,
         trained=min(readers, batch / (batch / compute + exchange)),
         extracted=min(readers, forward),
-        pairs=device.peak * PRODUCTS / (2 * dim),
+        row=sum(counts.pairs) * counts.iterations * 2 * dim / (device.peak * PRODUCTS),
         round=ROUND,
         checkpoint=4 * 4 * network.parameters / DISK,
         assumptions=[

@@ -22,6 +22,7 @@ class Network:
     step_flops: float  # of all crops, forward and backward
     extract_flops: float  # of one image forward, at data.size
     outputs: float  # numbers that all layers write for one image forward, at data.size
+    largest: float  # numbers of the largest of them
     activations: float  # the same for an image's trained crops, kept for the backward
 
 
@@ -39,6 +40,7 @@ def measure(recipe: Recipe) -> Network:
         step_flops=sum(_flops(one) * known[one.size][0] for one in passes),
         extract_flops=known[recipe.data.size][0],
         outputs=known[recipe.data.size][1],
+        largest=known[recipe.data.size][2],
         activations=sum(one.count * known[one.size][1] for one in passes if one.trained),
     )
 
@@ -48,14 +50,13 @@ def _flops(one: Pass) -> int:
     return one.count * (3 if one.trained else 1)
 
 
-def _pass(backbone: nn.Module, size: int) -> tuple[float, float]:
-    """Return the operations of an image forward, and the numbers of all layers' outputs."""
-    kept = 0
+def _pass(backbone: nn.Module, size: int) -> tuple[float, float, float]:
+    """Return the operations of an image forward, and the numbers of all outputs and the largest."""
+    kept: list[int] = []
 
     def keep(module: nn.Module, inputs: object, output: object) -> None:
-        nonlocal kept
         if isinstance(output, Tensor) and not list(module.children()):
-            kept += output.numel()
+            kept.append(output.numel())
 
     hooks = [module.register_forward_hook(keep) for module in backbone.modules()]
     try:
@@ -64,4 +65,4 @@ def _pass(backbone: nn.Module, size: int) -> tuple[float, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    return float(counter.get_total_flops()), float(kept)
+    return float(counter.get_total_flops()), float(sum(kept)), float(max(kept, default=0))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from cluster_jobs.estimate import Estimate
+from cluster_jobs.estimate.stages import Stage
 from cluster_jobs.terminal import duration
+
+HEADS = ("time", "share", "device", "host", "disk", "network")
 
 
 def lines(made: Estimate) -> list[str]:
@@ -12,20 +15,33 @@ def lines(made: Estimate) -> list[str]:
     work = f"{counts.samples:,} images, {counts.steps:,} steps"
     work += f", {counts.rounds:,} rounds" if counts.rounds else ""
     text = [f"{work}, on {made.ranks} rank{'s' if made.ranks > 1 else ''}", ""]
-    text += [
-        f"  {stage:<14}{duration(took):>14}{took / made.total:>8.1%}"
-        for stage, took in made.seconds.items()
-    ]
+    text.append(f"  {'':<12}" + "".join(f"{head:>{_wide(head)}}" for head in HEADS))
+    text += [_row(stage, made.total) for stage in made.stages]
     held = f"   {made.gpu_hours:,.1f} GPU-hours" if made.gpus else ""
-    text += [f"  {'in all':<14}{duration(made.total):>14}{held}", ""]
+    text += [f"  {'in all':<12}{duration(made.total):>{_wide('time')}}{held}", ""]
     text += [
         f"  memory of a rank   {_size(sizes.gpu)} on the device, {_size(sizes.host)} with readers",
+        f"  memory in all      {_size(sizes.memory)} of all processes, beside GPUs",
         f"  disk               {_size(sizes.disk)} at the end, {_size(sizes.disk_peak)} at most",
     ]
     if sizes.step_traffic:
         text.append(f"  network            {_size(sizes.step_traffic)} a step from each rank")
+    text += ["", "  device, host: of a rank, at the stage's peak. disk: written. network: in all"]
     text += ["", *(f"assumed: {one}" for one in made.assumptions)]
     return [*text, *(f"warning: {one}" for one in made.warnings)]
+
+
+def _row(stage: Stage, total: float) -> str:
+    """Return a stage's line of the table, with a dash for nothing."""
+    numbers = (stage.device, stage.host, stage.disk, stage.network)
+    cells = [duration(stage.seconds), f"{stage.seconds / total:.1%}"]
+    cells += [_size(number) if number else "-" for number in numbers]
+    pairs = zip(HEADS, cells, strict=True)
+    return f"  {stage.name:<12}" + "".join(f"{cell:>{_wide(head)}}" for head, cell in pairs)
+
+
+def _wide(head: str) -> int:
+    return {"time": 14, "share": 8}.get(head, 10)
 
 
 def _size(count: float) -> str:

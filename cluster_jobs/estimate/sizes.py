@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from cluster_jobs.estimate.counts import Counts
 from cluster_jobs.estimate.network import Network
 from deepclust.recipe import Recipe
+from deepclust.stages.extract import CHUNKS, LARGEST_CHUNK, SMALLEST_CHUNK
 
 SLOTS = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers of an optimizer for each parameter
+LIVE = 3  # outputs of layers that a pass without a backward has at a time
 AHEAD = 4  # batches that are read, moved or waiting at a time
 READER = 300e6  # bytes of a reader process, most of it torch's libraries
 PROCESS = 1.0e9  # of a rank without images
@@ -25,6 +27,12 @@ class Sizes:
     disk: float  # at the end of a run
     disk_peak: float  # with a round's raw features beside it
     step_traffic: float  # sent by a rank in a step
+    checkpoint: float  # on disk
+    extraction: float  # on the device of a rank
+    rows: float  # of a round, as they are clustered
+    round_disk: float  # that a round writes, with what it deletes again
+    centroids: float  # of all heads
+    memory: float = 0.0  # of all processes on a CPU, or beside the GPUs
 
 
 def sizes(recipe: Recipe, network: Network, counts: Counts, classes: int) -> Sizes:
@@ -43,24 +51,47 @@ def sizes(recipe: Recipe, network: Network, counts: Counts, classes: int) -> Siz
     activations = part * network.activations * number
     batch = train.batch / train.ranks * crops
     checkpoint = 4.0 * network.parameters * (1 + teachers + SLOTS[train.optimizer]) + extra
-    rows = 0.0 if not counts.extractions else 2.0 * counts.samples * _width(recipe, network)
-    heads = 1 if recipe.method.round is None else recipe.method.round.heads
-    ids = 8.0 * counts.samples * heads * counts.rounds  # assignments and distances
-    disk = recipe.keep.checkpoints * checkpoint + recipe.keep.features * rows + ids
-    raw = 2.0 * counts.samples * network.width if counts.extractions else 0.0
+    round_ = _round(recipe, network, counts)
+    disk = recipe.keep.checkpoints * checkpoint + 4.0 * network.parameters  # and the export
+    disk += recipe.keep.features * round_.rows + counts.rounds * round_.kept
     return Sizes(
         gpu=state + activations + AHEAD * batch * 4,
         state=state,
         activations=activations,
         host=PROCESS + max(1, data.workers) * READER + AHEAD * batch,
         disk=disk,
-        disk_peak=disk + checkpoint + rows + raw,
+        disk_peak=disk + max(checkpoint, round_.rows + round_.raw),
         step_traffic=2 * 4.0 * network.parameters if train.ranks > 1 else 0.0,
+        checkpoint=checkpoint,
+        extraction=4.0 * network.parameters
+        + data.extract_batch * (LIVE * network.largest * number + 3 * data.size**2 * 4),
+        rows=round_.rows,
+        round_disk=round_.rows + round_.raw + round_.kept,
+        centroids=round_.centroids,
     )
 
 
-def _width(recipe: Recipe, network: Network) -> int:
-    """Return the numbers of a row of features on disk."""
-    refresh = recipe.method.round
-    whitened = refresh is not None and refresh.whiten and recipe.cluster is not None
-    return recipe.clustering.dim if whitened else network.width
+@dataclass(frozen=True)
+class _Round:
+    """Bytes of a round: rows that are clustered, what the extraction leaves, and what is kept."""
+
+    rows: float = 0.0
+    raw: float = 0.0
+    kept: float = 0.0
+    centroids: float = 0.0
+
+
+def _round(recipe: Recipe, network: Network, counts: Counts) -> _Round:
+    """Return the bytes of a round: numbers of 2, centroids of 4, moments of 8."""
+    refresh, cluster = recipe.method.round, recipe.cluster
+    if refresh is None or cluster is None:
+        return _Round()
+    whitened, wide, n = refresh.whiten, network.width, counts.samples
+    dim = cluster.dim if whitened else wide
+    ids = 8.0 * n * refresh.heads  # assignments and distances
+    centroids = 4.0 * cluster.k * dim * refresh.heads
+    kept = ids + centroids + 4.0 * wide * (dim + 1) * whitened
+    if not counts.extractions:
+        return _Round(2.0 * n * dim, 0.0, kept, centroids)
+    chunks = max(1, min(CHUNKS, n // SMALLEST_CHUNK), -(-n // LARGEST_CHUNK))
+    return _Round(2.0 * n * dim, 2.0 * n * wide + 8.0 * chunks * wide**2, kept, centroids)

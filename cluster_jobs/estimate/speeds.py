@@ -4,15 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster_jobs.estimate.counts import Counts
+from deepclust.recipe import Recipe
+
 
 @dataclass(frozen=True)
 class Speeds:
     """Speeds of the whole worker group, and seconds of what does not grow with the images."""
 
-    start: float  # seconds from the command to the first image
+    start: float  # seconds from the command to the first image, and of the end
     trained: float  # images a second, through all crops
     extracted: float  # images a second
-    pairs: float  # of k-means: rows times centroids a second
-    round: float  # seconds of a round's whitening, statistics and files
-    checkpoint: float  # seconds
+    row: float  # seconds of a row in a round: its projection, and k-means of all levels and heads
+    segment: float = 0.0  # seconds before the first step of a plan
+    extraction: float = 0.0  # seconds of an extraction beside its images
+    round: float = 0.0  # seconds of a round's whitening, statistics and files
+    checkpoint: float = 0.0  # seconds
+    memory: float | None = None  # bytes of all processes at their peak, where it was measured
     assumptions: list[str] = field(default_factory=list)
+
+
+def seconds(recipe: Recipe, counts: Counts, speeds: Speeds) -> dict[str, float]:
+    """Return the seconds of each stage, without those that a recipe does not have."""
+    images = counts.samples
+    trained = counts.steps * recipe.train.batch / speeds.trained
+    taken = {
+        "start": speeds.start,
+        "extraction": counts.extractions * (speeds.extraction + images / speeds.extracted),
+        "clustering": counts.rounds * (speeds.round + images * speeds.row),
+        "training": counts.segments * speeds.segment + trained,
+        "checkpoints": counts.checkpoints * speeds.checkpoint,
+    }
+    if not counts.rounds:
+        del taken["clustering"]
+    if not counts.extractions:
+        del taken["extraction"]
+    return taken

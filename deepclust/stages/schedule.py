@@ -21,13 +21,16 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deepclust.data.shards.find import described
 from deepclust.errors import DataError
-from deepclust.methods.base import Now
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Cadence, parse_cadence
-from deepclust.run.checkpoint import State
+from deepclust.run.state import State
+
+if TYPE_CHECKING:
+    from deepclust.methods.base import Now
 
 LANES = 8  # the ranks of a node, each with its shards
 
@@ -82,6 +85,8 @@ class Timeline:
 
     def now(self, state: State) -> Now:
         """Return the time of a state, counted in samples."""
+        from deepclust.methods.base import Now  # torch, which nothing else here needs
+
         epochs = state.samples / (self.epoch_steps * self.batch)
         return Now(state.step, epochs, min(1.0, epochs / self.epochs))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +18,20 @@ from cluster_jobs.estimate import estimate, seconds
 from cluster_jobs.estimate.calibrate import _short, speeds_of_run
 from cluster_jobs.estimate.counts import count
 from cluster_jobs.estimate.devices import DEVICES, device_of
+from cluster_jobs.estimate.fits import Room, misfits
+from cluster_jobs.estimate.kept import keep, kept
+from cluster_jobs.estimate.line import line
 from cluster_jobs.estimate.network import measure
+from cluster_jobs.estimate.rows import seconds_of_a_row
 from cluster_jobs.estimate.show import lines
+from cluster_jobs.estimate.spans import spans_of
+from cluster_jobs.estimate.speeds import Speeds
+from cluster_jobs.estimate.watch import Watch
 from deepclust import open_index
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, shipped
 from deepclust.run.directory import Run
-from tests.tiny import tiny_recipe
+from tests.tiny import deepclust, tiny_recipe
 
 IMAGENET = 1_281_167
 H100 = DEVICES["h100"]
@@ -91,28 +101,142 @@ def test_more_ranks_take_less_time_and_more_images_take_more() -> None:
 def test_a_short_run_gives_the_speeds_of_its_stages(final_run: Path) -> None:
     run = Run(final_run)
     samples = len(open_index(run.recipe.data.shards))
-    speeds = speeds_of_run(run, samples)
-    assert min(speeds.trained, speeds.extracted, speeds.pairs) > 0
+    speeds = speeds_of_run(run, samples, spans_of(run), row=1e-6)
+    assert min(speeds.trained, speeds.extracted, speeds.start) > 0
     made = seconds(run.recipe, count(run.recipe, samples), speeds)
     assert set(made) == {"start", "extraction", "clustering", "training", "checkpoints"}
 
 
-@pytest.mark.parametrize("method", ["demo", "deepercluster", "deepcluster-v2", "sela"])
-def test_a_clustering_of_levels_and_heads_takes_what_it_took(method: str) -> None:
-    recipe = imagenet(f"{method}-fashion")
-    run = SimpleNamespace(recipe=recipe, events=lambda: EVENTS, metrics=lambda kind: STEPS)
-    speeds = speeds_of_run(run, 60_000)  # type: ignore[arg-type]
-    counts = replace(count(recipe, 60_000), rounds=1)
-    assert seconds(recipe, counts, speeds)["clustering"] == pytest.approx(5.0)
+def test_the_stages_of_a_run_add_up_to_its_whole(final_run: Path) -> None:
+    run = Run(final_run)
+    events = run.events()
+    began, ended = events[0]["time"] - 1, events[-1]["time"] + 2
+    spans = spans_of(run, began, ended)
+    assert sum(spans.seconds.values()) == pytest.approx(ended - began)
+    assert spans.seconds["start"] > 3
+    assert sum(steps for steps, _ in spans.plans) == run.metrics("train")[-1]["step"]
+    assert len(spans.plans) == count(run.recipe, 300).segments
 
 
-EVENTS = [  # of a run that clusters for 2 s in a round of 5 s after its extraction
+def test_what_comes_up_in_the_first_extraction_counts_as_the_start() -> None:
+    run = SimpleNamespace(
+        recipe=imagenet("demo-fashion"), events=lambda: EVENTS, metrics=lambda kind: STEPS
+    )
+    spans = spans_of(run)  # type: ignore[arg-type]
+    assert spans.seconds["start"] == pytest.approx(1 + 5)  # 7 s of images, and 2 s a later time
+    assert spans.extractions == pytest.approx([2.0, 2.0])
+    assert spans.rounds == pytest.approx([4.0, 4.0])
+    assert spans.plans == [(4, 3.0), (4, 2.0)]
+
+
+EVENTS = [
     {"event": "started", "time": 0.0}, {"event": "unit", "time": 1.0},
-    {"event": "extracted", "time": 3.0}, {"event": "clustered", "time": 7.0},
-    {"event": "published", "time": 7.5, "cluster": 2.0}, {"event": "waited", "time": 8.0},
-    {"event": "training", "time": 8.5},
+    {"event": "extracted", "time": 8.0}, {"event": "clustered", "time": 11.0},
+    {"event": "waited", "time": 12.0}, {"event": "training", "time": 13.0},
+    {"event": "checkpoint", "time": 15.5}, {"event": "extracted", "time": 17.5},
+    {"event": "waited", "time": 21.5}, {"event": "training", "time": 22.0},
 ]  # fmt: skip
-STEPS = [{"step": step, "images_per_s": 100.0} for step in (2, 4, 6)]
+STEPS = [
+    {"step": 2, "time": 14.0}, {"step": 4, "time": 15.0}, {"step": 8, "time": 23.5},
+]  # fmt: skip
+
+
+def test_a_row_takes_longer_in_more_clusters_and_more_heads() -> None:
+    few, many = (
+        min(
+            seconds_of_a_row(imagenet("demo-fashion", f"cluster.k={k}"), 4000, 64, 32) for _ in "ab"
+        )
+        for k in (10, 1500)
+    )
+    assert many > few > 0
+    assert seconds_of_a_row(imagenet("swav-small-photos"), 4000, 64, 32) == 0
+
+
+def test_a_process_and_its_children_are_watched(tmp_path: Path) -> None:
+    text = "import sys, time; held = bytearray(50_000_000); time.sleep(1.5)"
+    command = ["sh", "-c", f"{sys.executable} -c '{text}'; true"]
+    (tmp_path / "file").write_bytes(bytes(1000))
+    process = subprocess.Popen(command)
+    with Watch(process.pid, tmp_path) as watch:
+        process.wait()
+        (tmp_path / "more").write_bytes(bytes(500))
+    assert 50e6 < watch.memory < 90e6
+    assert watch.disk == 1500
+
+
+def test_speeds_are_kept_for_the_same_work_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe, speeds = imagenet("demo-fashion"), Speeds(1.0, 2.0, 3.0, 4.0)
+    assert kept(recipe) is None
+    keep(recipe, speeds)
+    longer = imagenet("demo-fashion", "train.epochs=99", "data.shards=elsewhere", "seed=5")
+    assert kept(longer) == (speeds, pytest.approx(time.time(), abs=60))
+    assert kept(imagenet("demo-fashion", "train.batch=128")) is None
+    next(tmp_path.rglob("*.json")).write_text("{}")
+    assert kept(recipe) is None
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_line_says_what_is_known_without_measuring(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = tiny_recipe(shards)
+    if known:
+        keep(recipe, Speeds(60.0, 1e3, 1e3, 1e-6, memory=2e9))
+    text = line(recipe, "my.yaml", ["seed=1"], "local")
+    assert text.startswith("estimate: 300 images, 24 steps, 2 rounds")
+    assert ("about 1 min 1 s and 2.0 GB of memory" in text) == known
+    assert ("deepclust estimate my.yaml seed=1" in text) == (not known)
+    assert "--on slurm --device" in line(recipe, "my.yaml", [], "slurm")
+
+
+def test_the_line_needs_no_torch_and_a_missing_index_is_no_error(tmp_path: Path) -> None:
+    code = (
+        "import sys; from cluster_jobs.estimate.line import line; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    text = line(tiny_recipe(tmp_path / "none"), "my.yaml", [], "local")
+    assert "no index of data.shards yet" in text
+
+
+def test_a_run_and_a_dry_run_print_the_line(shards: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    tiny_recipe(shards, "train.epochs=1").save(file)
+    dry = deepclust("submit", file, "--run", tmp_path / "a", "--dry-run")
+    real = deepclust("pretrain", file, "--run", tmp_path / "a")
+    for done in (dry, real):
+        assert done.stderr.count("estimate: 300 images, 12 steps, 1 rounds") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("room", "recipe", "key"),
+    [
+        (Room("card", device=1e9), "deepcluster-resnet50-imagenet", "data.extract_batch="),
+        (Room("card", device=3e8), "deepcluster-resnet50-imagenet", "cluster.where=ranks"),
+        (Room("here", host=1e9), "deepcluster-resnet50-imagenet", "data.workers=6"),
+        (Room("here", disk=1e9), "deepcluster-resnet50-imagenet", "keep.features=0"),
+    ],
+)
+def test_each_stage_that_does_not_fit_names_a_key(room: Room, recipe: str, key: str) -> None:
+    chosen = imagenet(recipe, "data.workers=12", "train.ranks=8")
+    made = estimate(chosen, IMAGENET, H100).sizes
+    assert any(key in text for text in misfits(chosen, made, room)), misfits(chosen, made, room)
+    assert misfits(chosen, made, Room("large", 1e15, 1e15, 1e15)) == []
+
+
+def test_an_executor_gives_the_ranks_that_it_would_have() -> None:
+    words = ["estimate", "deepcluster-resnet50-imagenet", "--samples", "1281167"]
+    done = CliRunner().invoke(
+        app, [*words, "--on", "slurm", "--device", "h100", "train.ranks=16", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["ranks"] == 16
+    here = CliRunner().invoke(app, [*words, "--on", "slurm"])
+    assert isinstance(here.exception, RecipeError)
+    assert "--on slurm needs --device" in str(here.exception)
 
 
 def test_the_short_run_does_the_same_work_for_an_image(shards: Path) -> None:
