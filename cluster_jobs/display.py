@@ -197,9 +197,18 @@ def status_table(states: list[Status]) -> Table:
             _cell(state.reassigned, "{:.1%}"),
             _cell(state.nmi_labels, "{:.3f}"),
             _cell(state.knn, "{:.1%}" + _best_of(state)),
-            escape(visible("; ".join(filter(None, [state.collapse, state.owner or state.reason])))),
+            _note(state),
         )
     return table
+
+
+def _note(state: Status) -> str:
+    """Return what there is to say, with an evaluation that is worse than a baseline in red."""
+    said = filter(None, [state.collapse, state.owner or state.reason])
+    parts = [escape(visible("; ".join(said)))]
+    if state.worse is not None:
+        parts.insert(0, f"[red]{escape(visible(state.worse))}[/red]")
+    return "; ".join(filter(None, parts))
 
 
 def _best_of(state: Status) -> str:
