@@ -217,11 +217,7 @@ def status_table(states: list[Status], width: int = WIDE) -> Group:
     for state in states:
         table.add_row(*(COLUMNS[name](state) for name in chosen))
     notes = [(visible(state.name), _note(state)) for state in states]
-    return Group(table, *(escape(f"{name}: {text}") for name, text in notes if text))
-
-
-def _note(state: Status) -> str:
-    return visible("; ".join(filter(None, [state.collapse, state.owner or state.reason])))
+    return Group(table, *(f"{escape(name)}: {text}" for name, text in notes if text))
 
 
 def _epoch(state: Status) -> str:
@@ -249,6 +245,15 @@ COLUMNS: dict[str, Callable[[Status], str]] = {
     "left": lambda s: "" if s.eta is None else duration(s.eta),
 }
 NARROW = ("run", "state", "phase", "epoch", "loss", "started", "elapsed", "left")
+
+
+def _note(state: Status) -> str:
+    """Return what there is to say, with an evaluation that is worse than a baseline in red."""
+    said = filter(None, [state.collapse, state.owner or state.reason])
+    parts = [escape(visible("; ".join(said)))]
+    if state.worse is not None:
+        parts.insert(0, f"[red]{escape(visible(state.worse))}[/red]")
+    return "; ".join(filter(None, parts))
 
 
 def _best_of(state: Status) -> str:

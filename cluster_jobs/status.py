@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs import job_file
+from cluster_jobs.comparison import ENOUGH, judge
+from cluster_jobs.evaluations import read_scores
 from cluster_jobs.executors import executor_of
 from cluster_jobs.executors.base import POLL_S, JobState
 from cluster_jobs.pace import pace_of
@@ -69,6 +71,7 @@ class Status:
     best_knn: float | None = None  # of the checkpoint that is kept as the best
     best_step: int | None = None
     collapse: str | None = None  # what the metrics say about one
+    worse: str | None = None  # than which baseline the newest evaluation is, and by how much
     owner: str | None = None
     reason: str = ""
     exit_code: int = 0  # of the controller that brought the run to this end
@@ -150,6 +153,7 @@ def _status(run: Run) -> Status:
         best_knn=tops.get(score.get("best")),
         best_step=score.get("best"),
         collapse=collapsed(trained),
+        worse=_worse(run, state),
         owner=owner,
         reason=reason,
         exit_code=code,
@@ -157,6 +161,17 @@ def _status(run: Run) -> Status:
         elapsed=None if pace.started is None else pace.spent(now) if owner else pace.elapsed,
         eta=pace.left(now) if owner else None,
     )
+
+
+def _worse(run: Run, state: str) -> str | None:
+    """Return the sentence of an evaluation that is worse than a baseline, if the newest one is."""
+    try:
+        scores, _ = read_scores(run)
+    except DeepclustError as error:  # a damaged file does not end the status
+        return f"the scores cannot be read: {first_line(str(error))}"
+    ended = state == "SUCCEEDED"
+    result = judge(scores, lambda step: step is None or step >= ENOUGH or ended)
+    return None if result is None or result.good else result.text
 
 
 def _state(run: Run, owner: str | None, events: list[Record]) -> tuple[str, str, int]:

@@ -10,17 +10,11 @@ from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 
-from cluster_jobs.report.facts import Facts, Score
-from deepclust.evaluate.baselines import OWN
+from cluster_jobs.comparison import ENOUGH, judge
+from cluster_jobs.report.facts import Facts
 from deepclust.run.collapse import KEYS, LINES, collapsed
 
-ENOUGH = 100  # steps before which a loss or a score says nothing about a run
 JUDGES = 30  # held-out labels, fewer of which judge nothing
-JUDGED_BY = ("knn", "linear")  # evaluators whose baselines are compared
-BASELINES = {  # by their names in the scores: majority has one score for all evaluators
-    "pixels {}": "pixels", "random_weights {}": "random weights", "random {}": "random weights",
-    "majority": "the commonest class",
-}  # fmt: skip
 STUCK = 0.97  # of a guess: no better than a guess
 CROWDED = 0.2  # share of the images in one cluster
 LOST = 0.001  # share of the samples that could not be used
@@ -45,45 +39,10 @@ def checks(facts: Facts) -> list[Check]:
 def beats_baselines(facts: Facts) -> Check | None:
     """Check whether the newest scores are above those of pixels, random weights and majority.
 
-    A difference inside of both 95 % intervals is none. It is too early before `ENOUGH` steps,
-    unless the run has ended.
+    It is too early before `ENOUGH` steps, unless the run has ended.
     """
-    newest = [one for one in facts.scores if one.source == facts.scores[0].source]
-    top1 = {one.evaluator: one for one in newest if one.measure == "top1"}
-    results = []
-    for evaluator in JUDGED_BY:
-        same = top1.get(f"baseline {OWN} {evaluator}")  # on the rows of the baselines
-        own, beside = same or top1.get(evaluator), _baselines(top1, evaluator)
-        if own is not None and beside and _is_late(facts, own.step):
-            results.append(_compared(own, beside))
-    known = [result for result in results if result is not None]
-    return min(known, key=lambda check: check.good, default=None)
-
-
-def _baselines(top1: dict[str, Score], evaluator: str) -> list[tuple[str, Score]]:
-    """Return the baselines of an evaluator, each with what it is called in a sentence."""
-    names = {f"baseline {name}".format(evaluator): text for name, text in BASELINES.items()}
-    return [(text, top1[name]) for name, text in names.items() if name in top1]
-
-
-def _compared(own: Score, beside: list[tuple[str, Score]]) -> Check | None:
-    """Return what is said of a score beside those of baselines: None where it is inside of one."""
-    text, best = max(beside, key=lambda one: one[1].value)
-    (low, high), (best_low, best_high) = (
-        (one.value, one.value) if one.interval is None else one.interval for one in (own, best)
-    )
-    numbers = (
-        f"{own.evaluator.split()[-1]} top-1 is {own.value:.1%}, and {best.value:.1%} for {text}"
-    )
-    if high < best_low:
-        return Check(
-            False,
-            f"Worse than {text}: {numbers}. The features are not worth using: lower train.lr, "
-            "train longer, or use more images.",
-        )
-    if low > best_high:
-        return Check(True, f"Better than every baseline: {numbers}.")
-    return None
+    result = judge(facts.scores, lambda step: _is_late(facts, step))
+    return None if result is None else Check(result.good, result.text + result.advice)
 
 
 def knows_seeds(facts: Facts) -> Check | None:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from cluster_jobs.evaluations import Score, read_scores
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
 from deepclust.data.shards.find import described
 from deepclust.errors import DataError
-from deepclust.files import file_hash, fits, read_record
+from deepclust.files import file_hash, read_record
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import MethodSection, parse_cadence
 from deepclust.run import labels
 from deepclust.run.directory import ENVIRONMENT, Run, has_file
-from deepclust.run.events import Number
 from deepclust.run.labels import class_names
 from deepclust.run.round_files import read_facts, read_statistics
-from deepclust.run.scores import flat_scores
 from deepclust.stages.trained import seeded_supers
 
 Record = dict[str, Any]
@@ -38,18 +37,6 @@ class Tile:
 
     name: str
     value: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of an evaluation."""
-
-    evaluator: str
-    measure: str
-    value: float
-    source: str
-    interval: list[float] | None = None  # 95 %, low and high
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ def gather(run: Run) -> Facts:
     """Return everything but the images."""
     recipe, train = run.recipe, run.metrics("train")
     status = status_of(run)
-    scores, tables = _scores(run)
+    scores, tables = read_scores(run)
     rounds = [_round(run, number, train) for number in run.rounds()]
     return Facts(
         name=run.path.resolve().name,
@@ -269,52 +256,6 @@ def _confused(confusion: Record | None) -> list[tuple[str, str, float]]:
         if row != column and count
     ]
     return sorted(wrong, key=lambda one: -one[2])[:MOST_CONFUSED]
-
-
-def _scores(run: Run) -> tuple[list[Score], dict[tuple[str, str], Record]]:
-    """Return the numbers of evaluations/*.json, the newest evaluation first, and its tables.
-
-    Of the tables of one evaluator and name only the newest is returned.
-    """
-    scores: list[Score] = []
-    tables: dict[tuple[str, str], Record] = {}
-    for file in sorted((run.path / "evaluations").glob("*.json"), reverse=True):
-        record = read_record(file, {"step": int, "train": str, "test": str, "scores": dict})
-        source = f"step {record['step']:,}: {record['train']} → {record['test']}"
-        for evaluator, values in flat_scores(record["scores"]).items():
-            if not isinstance(values, dict) or not all(map(_is_value, values.values())):
-                raise DataError(
-                    f"{file} is damaged: its scores of {evaluator[:80]!r} are no numbers"
-                )
-            for name, value in values.items():
-                if isinstance(value, list):
-                    own = scores[-1:] if scores and scores[-1].evaluator == evaluator else []
-                    scores[len(scores) - len(own) :] = [replace(one, interval=value) for one in own]
-                elif isinstance(value, dict):
-                    tables.setdefault((evaluator, name), {**value, "source": source})
-                else:
-                    scores.append(Score(evaluator, name, value, source, step=record["step"]))
-    return scores, tables
-
-
-def _is_value(value: Any) -> bool:
-    """Return whether a value is a number, an interval of two, or a whole table.
-
-    See `deepclust.evaluate.frozen.Value`.
-    """
-    if isinstance(value, list):
-        return len(value) == 2 and all(fits(one, Number) for one in value)
-    if not isinstance(value, dict):
-        return fits(value, Number)
-    rows, columns, values = (value.get(key) for key in ("rows", "columns", "values"))
-    if not (isinstance(rows, list) and isinstance(columns, list) and isinstance(values, list)):
-        return False
-    if not all(isinstance(name, str) for name in [*rows, *columns]):
-        return False
-    return len(values) == len(rows) and all(
-        isinstance(row, list) and len(row) == len(columns)
-        and all(one is None or fits(one, Number) for one in row) for row in values
-    )  # fmt: skip
 
 
 def _commands(run: Run, recipe: Recipe, state: str) -> list[tuple[str, str]]:

@@ -66,9 +66,7 @@ def nearest(
 
 
 def rows_on(x: Float[np.ndarray, "n d"], device: torch.device) -> Float[Tensor, "n d"]:
-    """Return unit rows on the device, sent piece by piece to a GPU."""
-    if device.type == "cpu":
-        return unit(x)
+    """Return unit rows on the device, made and sent piece by piece, so that they exist once."""
     rows = torch.empty(x.shape, dtype=torch.float32, device=device)
     for start in range(0, len(x), TRAIN_ROWS):
         rows[start : start + TRAIN_ROWS] = unit(x[start : start + TRAIN_ROWS]).to(device)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from cluster_jobs import comparison
+from cluster_jobs.display import status_table
+from cluster_jobs.evaluations import Score, read_scores
 from cluster_jobs.report.checks import (
     balanced,
     beats_baselines,
@@ -19,8 +24,9 @@ from cluster_jobs.report.checks import (
     spread_out,
     whole,
 )
-from cluster_jobs.report.facts import Facts, Score, _scores
-from cluster_jobs.status import Status
+from cluster_jobs.report.facts import Facts
+from cluster_jobs.status import Status, status
+from deepclust.evaluate import baselines
 from deepclust.files import write_json
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
@@ -173,15 +179,43 @@ def test_the_file_of_an_evaluation_is_read_for_its_baselines(tmp_path: Path) -> 
     }  # fmt: skip
     record = {"step": 500, "train": "a", "test": "b", "scores": scores}
     write_json(tmp_path / "evaluations" / "00000500.json", record)
-    result = beats_baselines(replace(facts(), scores=_scores(Run(tmp_path))[0]))
+    result = beats_baselines(replace(facts(), scores=read_scores(Run(tmp_path))[0]))
     assert result.text.startswith("Worse than pixels: knn top-1 is 20.0%, and 30.0%")
 
     # more training rows than baselines have: the score on the same rows counts
     scores["knn"] = {"top1": 0.4}
     scores["baselines"]["this_network"] = {"knn": {"top1": 0.2, "interval": [0.19, 0.21]}}
     write_json(tmp_path / "evaluations" / "00000500.json", record)
-    result = beats_baselines(replace(facts(), scores=_scores(Run(tmp_path))[0]))
+    result = beats_baselines(replace(facts(), scores=read_scores(Run(tmp_path))[0]))
     assert result.text.startswith("Worse than pixels: knn top-1 is 20.0%, and 30.0%")
+
+
+def test_status_says_what_is_worse_than_pixels_in_red(tmp_path: Path) -> None:
+    scores = {
+        "knn": {"top1": 0.2, "interval": [0.19, 0.21]},
+        "baselines": {"pixels": {"knn": {"top1": 0.3}}},
+    }  # fmt: skip
+    record = {"step": 500, "train": "a", "test": "b", "scores": scores}
+    facts().recipe.save(tmp_path / "recipe.yaml")
+    file = tmp_path / "evaluations" / "00000500.json"
+    write_json(file, record)
+    worse = "Worse than pixels: knn top-1 is 20.0%, and 30.0% for pixels"
+    assert status(Run(tmp_path)).worse == worse
+    screen = io.StringIO()
+    console = Console(file=screen, width=300, force_terminal=True, color_system="standard")
+    console.print(status_table([status(Run(tmp_path))]))
+    assert f"\x1b[31m{worse}" in screen.getvalue()
+
+    write_json(file, {**record, "step": 20})  # too early
+    assert status(Run(tmp_path)).worse is None
+    write_json(file, {**record, "scores": {"knn": {"top1": "high"}}})
+    now = status(Run(tmp_path))
+    assert now.state == "PENDING"
+    assert "the scores cannot be read" in now.worse
+
+
+def test_the_name_of_a_networks_own_rows_is_that_of_the_baselines() -> None:
+    assert comparison.OWN == baselines.OWN
 
 
 def seeded(accuracy: float | None, row: int) -> Facts:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster_jobs.display import scores_lines
-from cluster_jobs.report.facts import _scores as facts_scores
+from cluster_jobs.evaluations import read_scores as facts_scores
 from cluster_jobs.results import evaluate as of_run
 from cluster_jobs.results.baselines import Beside
 from cluster_jobs.results.evaluate import evaluate_run, labelled_features
