@@ -116,6 +116,7 @@ def _bound(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen()  # a program that follows the printed link at once waits, and is not refused
     except (OSError, OverflowError) as error:
         sock.close()
         text = f"cannot listen at {host}, port {port}: {error}. Choose another --port"

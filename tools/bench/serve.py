@@ -1,8 +1,7 @@
-"""What `deepclust serve` holds: random requests, a thousand runs, and 50 followers.
+"""What `deepclust serve` holds: random requests, and a thousand runs.
 
     python -m tools.bench.serve requests RUNS [--count 2000]    schemathesis on the OpenAPI document
     python -m tools.bench.serve list RUN --out DIR              a folder of 1,000 copies of a run
-    python -m tools.bench.serve follow RUN --out DIR            a run with and without 50 followers
 
 Each prints what it has measured as JSON. `requests` exits 1 after an answer of 500 or more.
 """
@@ -145,55 +144,10 @@ def many_runs(run: Path, out: Path, count: int = 1000) -> dict[str, Any]:
     return {"runs": count, "first_s": first, "then_s": took, "peak_mb": round(peak)}
 
 
-def follow(run: Path, out: Path, followers: int = 50, pairs: int = 3) -> dict[str, Any]:
-    """Resume copies of a run in turn with and without followers, and compare images a second.
-
-    Both have a server beside them. The followers read the stream of events.
-    """
-    speeds: dict[str, list[float]] = {"alone": [], "followed": []}
-    with served(out) as (address, _):
-        for pair in range(pairs):
-            for kind in ("alone", "followed")[:: 1 if pair % 2 == 0 else -1]:
-                name = f"{kind}-{pair}"
-                shutil.copytree(run, out / name)
-                speeds[kind].append(_watched(out / name, address, followers * (kind == "followed")))
-    medians = {kind: statistics.median(values) for kind, values in speeds.items()}
-    lost = 1 - medians["followed"] / medians["alone"]
-    return {"images_per_s": speeds, "medians": medians, "lost": round(lost, 4)}
-
-
-def _watched(run: Path, address: str, followers: int) -> float:
-    """Resume a run to its end, and return its images a second, by its own metrics."""
-    before = len(_speeds(run))
-    command = [sys.executable, "-m", "cluster_jobs.cli", "resume", str(run)]
-    with subprocess.Popen(
-        [*_nice(), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while len(_speeds(run)) <= before and process.poll() is None:
-            time.sleep(0.2)
-        stream = f"/api/runs/{run.name}/events/stream"
-        threads = [
-            threading.Thread(target=get, args=(address, stream), daemon=True)
-            for _ in range(followers)
-        ]
-        for thread in threads:
-            thread.start()
-        process.wait()
-        for thread in threads:
-            thread.join(30)
-    return statistics.median(_speeds(run)[before + 1 :])
-
-
-def _speeds(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [one["images_per_s"] for one in records if one.get("images_per_s")]
-
-
 def main() -> int:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["requests", "list", "follow"])
+    parser.add_argument("what", choices=["requests", "list"])
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--out", type=Path)
@@ -201,7 +155,7 @@ def main() -> int:
     if given.what == "requests":
         found = requests(given.source, given.count)
     else:
-        found = {"list": many_runs, "follow": follow}[given.what](given.source, given.out)
+        found = many_runs(given.source, given.out)
     print(json.dumps(found, indent=2))
     return 1 if found.get("failed") else 0
 
