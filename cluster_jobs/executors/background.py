@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def start(run_dir: Path, command: list[str], output: str = "controller.log") -> 
     if process.poll():
         text = f"{run_dir} ended with exit code {process.returncode}; see {file}"
         raise error_of(process.returncode, text)
+    # a server lives longer than its runs, and would keep each in the process table
+    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def stop(run_dir: Path, pid: int) -> str:

@@ -40,6 +40,7 @@ def make_app(
     """
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -61,7 +62,12 @@ def make_app(
         said = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         return Answer({"error": ", ".join(said)}, 422)
 
+    def refuse_http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # of a body in parts that are none, and of 405
+        return Answer({"error": error.detail}, error.status_code)
+
     app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(HTTPException, refuse_http)
     app.add_middleware(Errors)
     app.include_router(api.router)
     app.include_router(api_more.router)
@@ -110,6 +116,7 @@ def _bound(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen()  # a program that follows the printed link at once waits, and is not refused
     except (OSError, OverflowError) as error:
         sock.close()
         text = f"cannot listen at {host}, port {port}: {error}. Choose another --port"

@@ -68,7 +68,7 @@ if (map) {
     for (const point of points) point.classList.toggle("chosen", chosen.includes(point));
     const shown = chosen.slice(0, MOST);
     const rest = chosen.length > shown.length ? `, the first ${MOST} of which are shown` : "";
-    map.querySelector(".chosen").textContent = `${chosen.length} images${rest}`;
+    map.querySelector("p.chosen").textContent = `${chosen.length} images${rest}`;
     list.replaceChildren(...shown.map(picture));
   };
 

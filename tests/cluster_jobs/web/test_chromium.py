@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
-from cluster_jobs.web.serve import make_app
 from deepclust import open_index
 from tests.cluster_jobs.synthetic import EXCLUDED, make_run
+from tests.cluster_jobs.web.conftest import TOKEN, serving
 from tests.images import make_shards
 
 CHROMIUM = shutil.which("chromium")
-TOKEN = "a-token-of-the-test"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 
@@ -33,26 +28,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(root: Path) -> Iterator[str]:
-    """Serve the folder as the command does, in a thread of this process."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(root / "runs", TOKEN), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with serving(root / "runs") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 390, "height": 800})
-        browser.close()
+def page(browser: Browser) -> Iterator[Page]:
+    opened = browser.new_page(viewport={"width": 390, "height": 800})
+    yield opened
+    opened.close()
 
 
 def test_a_browser_walks_from_the_link_to_an_image_and_finds_a_key(
@@ -66,15 +50,16 @@ def test_a_browser_walks_from_the_link_to_an_image_and_finds_a_key(
     page.wait_for_selector("table")
     assert TOKEN not in page.url
     page.click("text=first")
-    page.click("text=All clusters")
+    page.click("text=Clusters >> nth=0")
     page.click("text=Cluster 0")
+    page.click("text=Outliers")
     page.wait_for_selector("li img")
     first = page.locator("li img").first
     assert first.evaluate("one => one.decode().then(() => one.naturalWidth)") > 0
     page.goto(f"{address}/runs/first/search")
     key = open_index(root / "shards").keys[next(i for i in range(96) if i not in EXCLUDED)]
     page.fill("input[name=key]", key)
-    page.click("text=Search >> nth=-1")
+    page.click("main button")
     page.wait_for_selector(f"td:has-text('{key}')")
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390
@@ -90,10 +75,10 @@ def test_a_browser_reads_the_report_and_plans_a_run(page: Page, address: str, ro
     page.click("text=first")
     page.click("text=Report")
     page.wait_for_selector("#browser article")
-    page.goto(f"{address}/submit")
+    page.goto(f"{address}/submit?recipe=small-photos")
     page.fill("input[name=name]", "planned")
-    page.select_option("select[name=recipe]", "small-photos")
-    page.fill("textarea[name=keys]", f"data.shards={root / 'shards'}\ntrain.epochs=3")
+    page.fill("input[name='key:data.shards']", str(root / "shards"))
+    page.fill("input[name='key:train.epochs']", "3")
     page.click("button")
     page.wait_for_selector("pre")
     assert "epochs: 3" in page.inner_text("pre")
