@@ -69,9 +69,9 @@ def estimate(recipe: Recipe, source: Index | int, device: Device | None) -> Esti
     from cluster_jobs.estimate.stages import stages
 
     usable = source if isinstance(source, int) else len(source) - len(source.excluded)
-    network, counts = measure(recipe), count(recipe, usable)
     classes = 0 if isinstance(source, int) else len(source.class_names or ())
-    made = sizes(recipe, network, counts, classes)
+    network, counts = measure(recipe, classes), count(recipe, usable)
+    made = sizes(recipe, network, counts)
     speeds = _speeds(recipe, source, device, network, counts)
     beside = recipe.train.ranks * made.host if speeds.memory is None else speeds.memory
     made = replace(made, memory=beside)

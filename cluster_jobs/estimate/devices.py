@@ -53,7 +53,7 @@ def speeds_of(device: Device, recipe: Recipe, network: Network, counts: Counts) 
     readers = ranks * max(1, workers) * READER
     crossed = 2 * (FORWARD + BACKWARD) * network.activations
     compute = ranks / _seconds(device, network.step_flops, crossed)
-    exchange = 2 * 4 * network.parameters * (ranks > 1) / LINK
+    exchange = 2 * 4 * (network.trained - network.owned) * (ranks > 1) / LINK
     batch = recipe.train.batch
     forward = ranks / _seconds(device, network.extract_flops, 2 * FORWARD * network.outputs)
     dim = recipe.clustering.dim if recipe.cluster is not None else 1
@@ -63,7 +63,7 @@ def speeds_of(device: Device, recipe: Recipe, network: Network, counts: Counts) 
         extracted=min(readers, forward),
         row=sum(counts.pairs) * counts.iterations * 2 * dim / (device.peak * PRODUCTS),
         round=ROUND,
-        checkpoint=4 * 4 * network.parameters / DISK,
+        checkpoint=(network.saved + 4 * 2 * network.trained) / DISK,
         assumptions=[
             f"{ranks} x {device.name}: the slower of {COMPUTE:.0%} of {device.peak / 1e12:.0f} "
             f"TFLOP/s and {MEMORY:.0%} of {device.bandwidth / 1e12:.1f} TB/s",

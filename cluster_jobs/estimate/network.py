@@ -1,4 +1,8 @@
-"""The size of a recipe's networks: parameters, and what one image takes, from a pass on the CPU."""
+"""The size of a recipe's networks: parameters, and what one image takes, from a pass on the CPU.
+
+The method is built without memory for its numbers (torch's device `meta`), so the heads, teachers
+and queues of any size are counted and not made.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepclust.models import build_backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.declare import Pass
+from deepclust.stages.build import build_method
+from deepclust.world import World
 
 
 @dataclass(frozen=True)
 class Network:
-    """A backbone: parameters, feature width, and for an image of a step what it takes."""
+    """A method's networks: parameters, feature width, and for an image of a step what it takes."""
 
-    parameters: int
+    parameters: int  # of the backbone
+    trained: int  # of everything that has gradients
+    owned: int  # those of them of which every rank has a part
+    saved: int  # bytes of the method in a checkpoint, without what it has for each sample
     width: int
     step_flops: float  # of all crops, forward and backward
     extract_flops: float  # of one image forward, at data.size
@@ -26,8 +35,11 @@ class Network:
     activations: float  # the same for an image's trained crops, kept for the backward
 
 
-def measure(recipe: Recipe) -> Network:
-    """Return the size of the recipe's backbone, and what its method sends through it."""
+def measure(recipe: Recipe, classes: int = 0) -> Network:
+    """Return the size of the recipe's networks, and what its method sends through the backbone.
+
+    `classes` are those of the seeds, for heads that have one answer for each.
+    """
     sizes = [kind.size for kind in recipe.method.crops(recipe.data)]
     name, sobel = recipe.backbone.name, recipe.backbone.sobel
     backbone = build_backbone(name, sobel=sobel, image_size=recipe.data.size, seed=0, sizes=sizes)
@@ -35,6 +47,7 @@ def measure(recipe: Recipe) -> Network:
     passes = recipe.cost(backbone.dim).passes
     known = {size: _pass(backbone, size) for size in {recipe.data.size, *(p.size for p in passes)}}
     return Network(
+        **_built(recipe, classes),
         parameters=sum(one.numel() for one in backbone.parameters()),
         width=backbone.dim,
         step_flops=sum(_flops(one) * known[one.size][0] for one in passes),
@@ -43,6 +56,20 @@ def measure(recipe: Recipe) -> Network:
         largest=known[recipe.data.size][2],
         activations=sum(one.count * known[one.size][1] for one in passes if one.trained),
     )
+
+
+def _built(recipe: Recipe, classes: int) -> dict[str, int]:
+    """Return what the method trains and saves; of seeds whose classes are not known, for two."""
+    known = max(2, classes) if recipe.seeds is not None else 0
+    names = tuple(str(number) for number in range(known))
+    with torch.device("meta"):
+        method = build_method(recipe, World(), new=False, classes=names)
+    trained = {name: one.numel() for name, one in method.named_parameters() if one.requires_grad}
+    return {
+        "trained": sum(trained.values()),
+        "owned": sum(trained.get(name, 0) for name in method.owned()),
+        "saved": sum(one.nbytes for one in method.state_dict().values()),
+    }
 
 
 def _flops(one: Pass) -> int:

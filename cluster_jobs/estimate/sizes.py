@@ -35,24 +35,24 @@ class Sizes:
     memory: float = 0.0  # of all processes on a CPU, or beside the GPUs
 
 
-def sizes(recipe: Recipe, network: Network, counts: Counts, classes: int) -> Sizes:
+def sizes(recipe: Recipe, network: Network, counts: Counts) -> Sizes:
     """Return the bytes of a rank, and of the run directory."""
     train, data = recipe.train, recipe.data
     cost = recipe.cost(network.width)
-    clusters = 0 if recipe.cluster is None else recipe.clustering.k
-    kept = cost.per_sample * counts.samples + cost.per_cluster * clusters
-    extra = (kept / (train.ranks if cost.sharded else 1)) + cost.fixed + cost.per_class * classes
-    copies = 2 + SLOTS[train.optimizer]  # weights, gradients, the optimizer's
-    teachers = sum(not one.trained for one in cost.passes[-1:])  # a slow copy of the network
-    state = 4.0 * network.parameters * (copies + teachers) + extra
+    bank = cost.per_sample * counts.samples / (train.ranks if cost.sharded else 1)
+    elsewhere = network.owned * (1 - 1 / train.ranks)  # in other ranks
+    state = network.saved - 4.0 * elsewhere + bank
+    state += 4.0 * (network.trained - elsewhere) * (1 + SLOTS[train.optimizer])
     part = train.batch / train.ranks / train.accumulate
     number = 4 if train.precision == "fp32" else 2
     crops = sum(kind.count * kind.size**2 * 3 for kind in recipe.method.crops(data))
     activations = part * network.activations * number
     batch = train.batch / train.ranks * crops
-    checkpoint = 4.0 * network.parameters * (1 + teachers + SLOTS[train.optimizer]) + extra
+    checkpoint = 1.0 * network.saved + cost.per_sample * counts.samples
+    checkpoint += 4.0 * network.trained * SLOTS[train.optimizer]
     round_ = _round(recipe, network, counts)
-    disk = recipe.keep.checkpoints * checkpoint + 4.0 * network.parameters  # and the export
+    saved = min(recipe.keep.checkpoints, counts.checkpoints)
+    disk = saved * checkpoint + 4.0 * network.parameters  # and the export
     disk += recipe.keep.features * round_.rows + counts.rounds * round_.kept
     return Sizes(
         gpu=state + activations + AHEAD * batch * 4,
@@ -61,7 +61,7 @@ def sizes(recipe: Recipe, network: Network, counts: Counts, classes: int) -> Siz
         host=PROCESS + max(1, data.workers) * READER + AHEAD * batch,
         disk=disk,
         disk_peak=disk + max(checkpoint, round_.rows + round_.raw),
-        step_traffic=2 * 4.0 * network.parameters if train.ranks > 1 else 0.0,
+        step_traffic=2 * 4.0 * (network.trained - network.owned) if train.ranks > 1 else 0.0,
         checkpoint=checkpoint,
         extraction=4.0 * network.parameters
         + data.extract_batch * (LIVE * network.largest * number + 3 * data.size**2 * 4),
