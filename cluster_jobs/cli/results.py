@@ -56,6 +56,13 @@ def evaluate(
     size: Annotated[int | None, typer.Option(help="Pixels of images for WEIGHTS.")] = None,
     sobel: Annotated[bool, typer.Option("--sobel", help="WEIGHTS see Sobel gradients.")] = False,
     best: Best = False,
+    finetune: Annotated[
+        str,
+        typer.Option(
+            help="Settings of --with finetune: "
+            "epochs=10,lr=0.01,head_lr=0.1,batch=64,weight_decay=0.0001,seeds=1,least=100."
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Score a frozen network: kNN, linear probes, retrieval, clusters, a run's own classifier.
@@ -65,6 +72,7 @@ def evaluate(
     from cluster_jobs.results.baselines import Beside
     from cluster_jobs.results.evaluate import evaluate_run
     from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
+    from deepclust.evaluate.finetune import parse_settings
     from deepclust.stages.weights import Network
 
     def show(scores: Scores) -> None:
@@ -76,7 +84,7 @@ def evaluate(
         typer.echo("\n".join(scores_lines(scores)))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
-    beside = Beside(baselines, layers)
+    beside = Beside(baselines, layers, parse_settings(finetune))
     network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
     if is_weights(source):
         if best:

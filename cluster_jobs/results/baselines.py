@@ -26,11 +26,14 @@ from deepclust.evaluate.baselines import (
     rows_of,
     same_rows,
 )
-from deepclust.evaluate.frozen import Frozen
+from deepclust.evaluate.frozen import FineTuning, Frozen
 from deepclust.files import read_record, write_json
 from deepclust.methods.embed import Embedder
 
 Emit = Callable[[str], None]
+
+
+FINE_TUNING = FineTuning()
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Beside:
 
     baselines: bool = True
     layers: bool = False
+    finetuning: FineTuning = FINE_TUNING  # of the evaluators that fine-tune
 
 
 JUDGES = ("knn", "linear")  # evaluators that depend on the number of training rows

@@ -26,6 +26,7 @@ from deepclust.evaluate.frozen import (
     Answers,
     Embed,
     Frozen,
+    Images,
     Labelled,
     SeedRows,
     class_names,
@@ -79,6 +80,7 @@ def evaluate_run(
         check_layers(embedder_of(run, checkpoint))
     with open_shards(train, run) as index, open_shards(test, run) as test_index:
         frozen = _freeze(run, checkpoint, index, test_index)
+        frozen = replace(frozen, finetuning=beside.finetuning)
         for note in frozen.notes:
             emit(f"note: {note}")
         scores = evaluate(frozen, names, emit)
@@ -104,6 +106,8 @@ def _freeze(run: Run, checkpoint: Checkpoint, train: Index, test: Index) -> Froz
     dim = run.recipe.cluster.dim if run.recipe.cluster else DIM
     embedder = embedder_of(run, checkpoint)
     frozen = freeze_shards(embedder, train, test, run.recipe.data, dim=dim)
+    images = Images(embedder.method.trunk, (train, test), run.recipe.data)
+    frozen = replace(frozen, images=images)
     return _with_seeds(_with_answers(frozen, run, embedder), run, train)
 
 

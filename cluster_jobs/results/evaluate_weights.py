@@ -16,7 +16,7 @@ from cluster_jobs.results.layers import check_layers, layer_scores
 from cluster_jobs.results.shards import open_measured
 from deepclust.errors import DeepclustError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
-from deepclust.evaluate.frozen import freeze_shards
+from deepclust.evaluate.frozen import Images, freeze_shards
 from deepclust.launch.role import cores
 from deepclust.models import start_weights
 from deepclust.stages.weights import Network, fresh_of, weights_embedder
@@ -57,7 +57,11 @@ def evaluate_weights(
         check_layers(embedder)
     with open_measured(train, data) as index, open_measured(test, data) as test_index:
         frozen = freeze_shards(embedder, index, test_index, data)
-        frozen = replace(frozen, seeds_missing=NO_RUN, answers_missing=NO_RUN)
+        images = Images(embedder.method.trunk, (index, test_index), data)
+        frozen = replace(
+            frozen, seeds_missing=NO_RUN, answers_missing=NO_RUN, images=images,
+            finetuning=beside.finetuning,
+        )  # fmt: skip
         for note in frozen.notes:
             emit(f"note: {note}")
         scores = evaluate(frozen, names, emit)

@@ -1,8 +1,8 @@
 """What frozen features are worth, measured on labels that pretraining never used.
 
 An evaluator is a generator `f(frozen)` of (name, value), where a value is a number or a `Table`.
-`EVALUATORS` is the table of ours, and a name with a dot is a module that holds one in its function
-`evaluate`.
+`EVALUATORS` is the table of ours, and `ON_REQUEST` has those that run when they are named. A name
+with a dot is a module that holds one in its function `evaluate`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 from deepclust.errors import DataError, DeepclustError, RecipeError
 from deepclust.evaluate.classifier import classifier
 from deepclust.evaluate.clusters import clusters, spherical_clusters
+from deepclust.evaluate.finetune import finetune, finetune_1, finetune_10
 from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, Value, freeze
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
@@ -34,6 +35,12 @@ EVALUATORS: dict[str, Evaluator] = {
     "spherical_clusters": spherical_clusters,
     "prototypes": prototypes,
     "classifier": classifier,
+}
+
+ON_REQUEST: dict[str, Evaluator] = {  # these train, so they are not among all
+    "finetune": finetune,
+    "finetune_1": finetune_1,
+    "finetune_10": finetune_10,
 }
 
 
@@ -94,11 +101,12 @@ def evaluate_features(
 
 def find_evaluator(name: str) -> Evaluator:
     """Return the evaluator of a name in `EVALUATORS`, or of a module's name, which has a dot."""
-    if name in EVALUATORS:
-        return EVALUATORS[name]
+    known = {**EVALUATORS, **ON_REQUEST}
+    if name in known:
+        return known[name]
     if "." not in name:
         raise RecipeError(
-            f"unknown evaluator {name!r}; choose from {', '.join(EVALUATORS)}, or name a module "
+            f"unknown evaluator {name!r}; choose from {', '.join(known)}, or name a module "
             "(package.module) with a function evaluate(frozen)"
         )
     evaluator = getattr(import_named(name), "evaluate", None)

@@ -18,6 +18,7 @@ from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError
+from deepclust.models import Backbone
 from deepclust.recipe.sections import Data
 
 Embed: TypeAlias = Callable[[UInt8[Tensor, "b 3 s s"]], Float32[Tensor, "b d"]]
@@ -82,6 +83,32 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """The settings of fine-tuning (`finetune.py`), the same for every network."""
+
+    epochs: int = 10
+    lr: float = 0.01  # of the network
+    head_lr: float = 0.1  # of the new classifier, which begins with zeros
+    batch: int = 64
+    weight_decay: float = 1e-4
+    seeds: int = 1  # runs, of other orders and crops
+    least: int = 100  # steps: few images have more epochs
+
+    def steps(self, n: int) -> int:
+        """Return the steps on so many images."""
+        return max(self.least, self.epochs * (n // min(self.batch, n)))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the features come from: a network, and the images of both splits."""
+
+    backbone: Backbone
+    indexes: tuple[Index, Index]
+    data: Data
+
+
+@dataclass(frozen=True)
 class Frozen:
     """Features and labels of both splits, and the facts of the recipe that evaluators use."""
 
@@ -94,6 +121,8 @@ class Frozen:
     seeds_missing: str = "no labelled seeds were given"  # why there are no seeds
     notes: tuple[str, ...] = ()  # what is odd about the labels
     embed: Embed | None = None  # the network, where the features come from one
+    images: Images | None = None  # and where it may be trained on its images
+    finetuning: FineTuning = FineTuning()
     answers: Answers | None = None
     answers_missing: str = "no classifier was given"  # why there are no answers
 
