@@ -24,6 +24,7 @@ from cluster_jobs.estimate.line import line
 from cluster_jobs.estimate.network import measure
 from cluster_jobs.estimate.rows import seconds_of_a_row
 from cluster_jobs.estimate.show import lines
+from cluster_jobs.estimate.sizes import sizes
 from cluster_jobs.estimate.spans import spans_of
 from cluster_jobs.estimate.speeds import Speeds
 from cluster_jobs.estimate.watch import Watch
@@ -86,6 +87,25 @@ def test_what_does_not_fit_names_the_key_that_makes_it_fit() -> None:
     assert key.startswith("train.accumulate=")
     recipe = imagenet("deepcluster-resnet50-imagenet", key)
     assert estimate(recipe, IMAGENET, small).warnings == []
+
+
+def test_a_checkpoint_is_as_large_as_the_run_writes_it(final_run: Path) -> None:
+    run = Run(final_run)
+    network, counts = measure(run.recipe), count(run.recipe, 300)
+    written = sum(file.stat().st_size for file in run.checkpoints()[-1].rglob("*.safetensors"))
+    assert sizes(run.recipe, network, counts).checkpoint == pytest.approx(written, rel=0.05)
+
+
+def test_the_parts_of_a_head_are_shared_between_ranks() -> None:
+    network = measure(imagenet("deepercluster-vgg16-yfcc100m"))
+    assert network.owned > 10 * network.parameters
+    assert network.trained > network.owned + network.parameters
+    one, many = (
+        estimate(imagenet("deepercluster-vgg16-yfcc100m", f"train.ranks={n}"), IMAGENET, H100).sizes
+        for n in (1, 8)
+    )
+    assert many.state < one.state / 4
+    assert many.checkpoint == one.checkpoint
 
 
 def test_more_ranks_take_less_time_and_more_images_take_more() -> None:
