@@ -1,6 +1,6 @@
 """The size of a recipe's networks: parameters, and what one image takes, from a pass on the CPU.
 
-The method is built without memory for its numbers (torch's device `meta`), so the heads, teachers
+The method is built without memory for its numbers, on torch's device `meta`. So heads, teachers
 and queues of any size are counted and not made.
 """
 
