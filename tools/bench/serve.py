@@ -1,7 +1,8 @@
-"""What `deepclust serve` holds: random requests, and a thousand runs.
+"""What `deepclust serve` holds: random requests, a thousand runs, and fifty who follow one.
 
     python -m tools.bench.serve requests RUNS [--count 2000]    schemathesis on the OpenAPI document
     python -m tools.bench.serve list RUN --out DIR              a folder of 1,000 copies of a run
+    python -m tools.bench.serve follow SHARDS --out DIR         is a followed run slower? in pairs
 
 Each prints what it has measured as JSON. `requests` exits 1 after an answer of 500 or more.
 """
@@ -136,26 +137,92 @@ def many_runs(run: Path, out: Path, count: int = 1000) -> dict[str, Any]:
         if not (out / f"run-{number:04d}").exists():
             shutil.copytree(run, out / f"run-{number:04d}")
     with served(out) as (address, pid):
+        start = memory(pid)  # most of it are torch's libraries
         paths = {"page of 100": "/api/runs", "all": f"/api/runs?limit={count}",
                  "by loss": "/api/runs?sort=loss", "HTML": "/"}  # fmt: skip
         first = timed(address, paths["all"], 1)
         took = {name: timed(address, path) for name, path in paths.items()}
         peak = memory(pid)
-    return {"runs": count, "first_s": first, "then_s": took, "peak_mb": round(peak)}
+    return {"runs": count, "first_s": first, "then_s": took, "start_mb": round(start),
+            "peak_mb": round(peak)}  # fmt: skip
+
+
+def follow(shards: Path, out: Path, clients: int = 50, pairs: int = 3) -> dict[str, Any]:
+    """Train the same run unwatched and followed by many clients, in turn; compare images/s."""
+    found: list[dict[str, Any]] = []
+    with served(out) as (address, pid):
+        for pair in range(pairs):
+            speeds = {}
+            for watched in (pair % 2 == 0, pair % 2 == 1):
+                name = f"pair{pair}-{'followed' if watched else 'alone'}"
+                speeds[watched], lines = one_run(shards, out / name, address, clients * watched)
+                if watched:
+                    received = lines
+            found.append({"alone": speeds[False], "followed": speeds[True], "lines": received})
+            print(found[-1], file=sys.stderr)
+        peak = memory(pid)
+    ratios = [one["followed"] / one["alone"] for one in found]
+    return {
+        "clients": clients, "pairs": found, "ratio": round(statistics.median(ratios), 4),
+        "peak_mb": round(peak),
+    }  # fmt: skip
+
+
+def one_run(shards: Path, run: Path, address: str, clients: int) -> tuple[float, int]:
+    """Train a run while so many follow it.
+
+    Return its images/s, the median of what it logs, and the lines that all clients got.
+    """
+    shutil.rmtree(run, ignore_errors=True)
+    keys = ["backbone.name=conv4", "data.size=48", "data.resize=48", "cluster.k=200",
+            "data.workers=1", "train.epochs=4", "train.log=5"]  # fmt: skip
+    command = ["-m", "cluster_jobs.cli", "pretrain", "small-photos", f"data.shards={shards}", *keys]
+    with subprocess.Popen(
+        [*_nice(), sys.executable, *command, "--run", str(run)], stderr=subprocess.DEVNULL
+    ) as process:
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.1)
+        received = [0] * clients
+        threads = [
+            threading.Thread(target=listen, args=(address, run.name, received, number))
+            for number in range(clients)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if process.wait():
+            raise RuntimeError(f"{run} failed")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speed = statistics.median(one["images_per_s"] for one in lines if "images_per_s" in one)
+    return speed, sum(received)
+
+
+def listen(address: str, name: str, received: list[int], number: int) -> None:
+    """Read the stream of a run's events to its end, and count the lines."""
+    request = urllib.request.Request(
+        f"{address}/api/runs/{name}/events/stream", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as stream:
+        for line in stream:
+            received[number] += line.startswith(b"data:")
 
 
 def main() -> int:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["requests", "list"])
+    parser.add_argument("what", choices=["requests", "list", "follow"])
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.what == "requests":
         found = requests(given.source, given.count)
-    else:
+    elif given.what == "list":
         found = many_runs(given.source, given.out)
+    else:
+        given.out.mkdir(parents=True, exist_ok=True)
+        found = follow(given.source, given.out)
     print(json.dumps(found, indent=2))
     return 1 if found.get("failed") else 0
 
