@@ -310,13 +310,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         data = read_bytes(Path(path))
     except MissingError:
         return []
-    records = []
-    for line in data.split(b"\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
+    records = (record_of(line) for line in data.split(b"\n"))
+    return [record for record in records if record is not None]
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line, or None for anything else: a kill cuts a line short."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        return record if isinstance(record, dict) else None
+    return None
 
 
 def sync(path: Path, alive: Callable[[], None] = lambda: None) -> None:

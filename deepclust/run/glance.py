@@ -6,14 +6,13 @@ read from the end of the file, and the epochs from the section `train` of the re
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from deepclust.errors import DataError
-from deepclust.files import open_regular, read_bytes, reading
+from deepclust.files import open_regular, read_bytes, reading, record_of
 from deepclust.recipe.plain import MOST_TEXT
 from deepclust.recipe.sealed import MARK
 from deepclust.run.events import is_metric
@@ -75,10 +74,7 @@ def _last(lines: list[bytes], kind: str, most: int) -> list[Record]:
     for line in reversed(lines):
         if len(found) == most:
             break
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # a kill cuts a line short
-            continue
-        if isinstance(record, dict) and is_metric(record) and record["kind"] == kind:
+        record = record_of(line)
+        if record is not None and is_metric(record) and record["kind"] == kind:
             found.append(record)
     return found[::-1]

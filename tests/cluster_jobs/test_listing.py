@@ -34,7 +34,7 @@ def test_every_key_of_a_recipe_is_listed() -> None:
     of = Recipe.load("swav-small-photos", "data.shards=s", "terms.mean_entropy.weight=1")
     known = {one.name for one in items("keys")} | {"method.name"}
     assert {key for key in of.flat() if not key.startswith(("ray", "slurm"))} <= {
-        *known, "data.local", "cluster", "seeds",
+        *known, "data.local", "cluster", "seeds", "notify",
     }  # fmt: skip
 
 
