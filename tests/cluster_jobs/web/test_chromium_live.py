@@ -17,7 +17,7 @@ from tests.images import draw, encode
 from tests.tiny import TREE
 
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-WAIT_MS = 60_000
+WAIT_MS = 180_000
 SMALL = [
     *(f"{section}.{key}={value}" for section in ("data", "cluster", "train")
       for key, value in TREE[section].items() if isinstance(value, int | float)),
