@@ -62,6 +62,15 @@ def final_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def resnet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a network that torchvision and timm have; nobody writes there."""
+    small = ("backbone.name=resnet18", "data.size=32", "data.resize=32", "train.epochs=1")
+    run = tmp_path_factory.mktemp("runs") / "resnet"
+    pretrain(tiny_recipe(shards, *small, "cluster.final=true"), run)
+    return run
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
     report = yield

@@ -37,9 +37,8 @@ def get_borderline(
 ) -> Response:
     """Return the images of a cluster for which another is nearly as near, at most 500."""
     run = runs_of(request).run(name)
-    number = choose_round(run, round_)
-    with views_of(request).open(run, number, head) as view:
-        return Answer(members.borderline(run, number, head, view, cluster))
+    with views_of(request).open(run, round_, head) as view:
+        return Answer(members.borderline(run, view, cluster))
 
 
 @router.get("/runs/{name}/clusters/{cluster}/duplicates")
@@ -53,9 +52,8 @@ def get_duplicates(
 ) -> Response:
     """Return groups of images of a cluster that are nearly alike."""
     run = runs_of(request).run(name)
-    number = choose_round(run, round_)
-    with views_of(request).open(run, number, head) as view:
-        return Answer(members.duplicates(run, number, view, cluster, similarity))
+    with views_of(request).open(run, round_, head) as view:
+        return Answer(members.duplicates(run, view, cluster, similarity))
 
 
 @router.get("/runs/{name}/clusters/{cluster}/lineage")
@@ -69,9 +67,9 @@ def get_lineage(
 ) -> Response:
     """Return where a cluster's images were in the rounds before."""
     run = runs_of(request).run(name)
-    number = choose_round(run, round_)
-    with views_of(request).open(run, number, head) as view:
+    with views_of(request).open(run, round_, head) as view:
         view.members(cluster)  # an error where there is no such cluster
+        number = view.round
     return Answer({"lineage": members.lineage(run, number, head, cluster, rounds)})
 
 
@@ -85,9 +83,8 @@ def get_neighbours(
 ) -> Response:
     """Return the images that are nearest to one by the features of the last round."""
     run = runs_of(request).run(name)
-    number = choose_round(run, None)
-    with views_of(request).open(run, number, 0) as view:
-        return Answer(members.neighbours(run, number, view, sample, within, limit))
+    with views_of(request).open(run, None, 0) as view:
+        return Answer(members.neighbours(run, view, sample, within, limit))
 
 
 @router.get("/runs/{name}/map")

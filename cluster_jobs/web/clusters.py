@@ -39,6 +39,8 @@ Record = dict[str, Any]
 class View:
     """One clustering of a run, of n samples in k clusters."""
 
+    round: int
+    head: int
     index: Index
     assignments: np.ndarray  # int32 [n]
     distances: np.ndarray  # float32 [n]
@@ -244,7 +246,8 @@ def _read(run: Run, number: int, head: int) -> tuple[View, Callable[[], None]]:
         names = [] if classes is None else classes[:-1].tolist()
         most = run.recipe.data.max_pixels
         before = _before(run, number, assignments.shape, head)
-        view = View(index, assignments[head], distances[head], names, most, before)
+        own = (assignments[head], distances[head])
+        view = View(number, head, index, *own, names, most, before)
         return view, stack.pop_all().close
 
 

@@ -23,13 +23,14 @@ TILE = 2**15  # rows
 Record = dict[str, Any]
 
 
-def borderline(run: Run, number: int, head: int, view: View, cluster: int) -> Record:
+def borderline(run: Run, view: View, cluster: int) -> Record:
     """Return the members for which another cluster is nearly as near, the least sure first.
 
     `margin`: by how much that cluster is farther. It is below 0 where it is nearer.
     """
     members = np.sort(view.members(cluster)[:MOST_COMPARED])
-    labels = label(rule_of(run, number), kept_rows(run, number)[members], head)
+    rows = kept_rows(run, view.round)[members]
+    labels = label(rule_of(run, view.round), rows, view.head)
     # a round that keeps clusters above a size has members that are nearer to another one
     moved = labels.clusters != cluster
     others = np.where(moved, labels.clusters, labels.seconds)
@@ -42,10 +43,10 @@ def borderline(run: Run, number: int, head: int, view: View, cluster: int) -> Re
     return {"compared": len(members), "total": len(images), "images": images}
 
 
-def duplicates(run: Run, number: int, view: View, cluster: int, similarity: float) -> Record:
+def duplicates(run: Run, view: View, cluster: int, similarity: float) -> Record:
     """Return groups of members whose features have at least that cosine."""
     members = np.sort(view.members(cluster)[:MOST_COMPARED])
-    rows = np.asarray(kept_rows(run, number)[members])
+    rows = np.asarray(kept_rows(run, view.round)[members])
     groups = near_duplicates(rows, np.zeros(len(rows), np.int32), similarity).groups
     firsts = [int(first) for first in np.unique(groups[groups >= 0])][:200]
     alike = [np.flatnonzero(groups == first) for first in firsts]
@@ -53,12 +54,12 @@ def duplicates(run: Run, number: int, view: View, cluster: int, similarity: floa
     return {"compared": len(members), "groups": named}
 
 
-def neighbours(run: Run, number: int, view: View, sample: int, within: str, most: int) -> Record:
+def neighbours(run: Run, view: View, sample: int, within: str, most: int) -> Record:
     """Return the images that are nearest to one, in its cluster or among all."""
     own = view.image(sample)
     if own["cluster"] < 0:
         raise NotThereError(f"image {sample} was excluded, so it has no features")
-    rows = kept_rows(run, number)
+    rows = kept_rows(run, view.round)
     ids = np.flatnonzero(view.assignments >= 0)
     if within == "cluster":
         ids = np.sort(view.members(own["cluster"]))

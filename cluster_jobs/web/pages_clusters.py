@@ -24,7 +24,6 @@ from cluster_jobs.web.html import (
     page,
     run_path,
 )
-from deepclust.stages.trained import choose_round
 
 router = APIRouter(include_in_schema=False)
 CARDS = 24  # clusters of a page
@@ -104,30 +103,26 @@ def show_cluster(
 ) -> Response:
     """Show the members of a cluster in one of several orders, or where they were before."""
     run = runs_of(request).run(name)
-    here, number, side = (
-        f"{run_path(name)}/clusters/{cluster}",
-        choose_round(run, None),
-        SIDES[zoom],
-    )
+    here, side = f"{run_path(name)}/clusters/{cluster}", SIDES[zoom]
     parts: Part = {}
-    with views_of(request).open(run, number, 0) as view:
+    with views_of(request).open(run, None, 0) as view:
         facts = _facts(view.cluster(cluster))
         if order in ("near", "far"):
             found = view.images(cluster, order, offset, EACH)
             parts["images"] = images_of(name, found["images"], "distance", side)
             parts["after"] = next_links(here, offset, found["total"], order=order, zoom=zoom)
         elif order == "borderline":
-            found = members.borderline(run, number, 0, view, cluster)
+            found = members.borderline(run, view, cluster)
             parts["images"] = images_of(name, found["images"][:EACH], "margin", side)
         elif order == "duplicates":
-            groups = members.duplicates(run, number, view, cluster, 0.98)["groups"]
+            groups = members.duplicates(run, view, cluster, 0.98)["groups"]
             parts["groups"] = [
                 {"title": f"{len(one)} alike", "images": images_of(name, one, side=side)}
                 for one in groups
             ]
             facts += "" if groups else ". No images of it are nearly alike."
-    if order == "lineage":
-        parts |= _lineage(members.lineage(run, number, 0, cluster, 50))
+        else:
+            parts |= _lineage(members.lineage(run, view.round, 0, cluster, 50))
     links = [
         cell(TITLES[kind], f"{here}?order={kind}&zoom={zoom}", current=kind == order)
         for kind in (KINDS if has_map(run) else WITHOUT_FEATURES)
@@ -158,8 +153,7 @@ def show_image(request: Request, name: str, sample: int) -> Response:
         if not has_map(run):
             note = "The features are not kept (keep.features), so no neighbours are known."
         elif own["cluster"] >= 0:
-            number = choose_round(run, None)
-            near = members.neighbours(run, number, view, sample, "cluster", 24)["images"]
+            near = members.neighbours(run, view, sample, "cluster", 24)["images"]
     cluster = f"{run_path(name)}/clusters/{own['cluster']}"
     rows = [[cell(key), cell(own[key])] for key in ("id", "key", "class", "distance")]
     links = [cell(f"Cluster {own['cluster']}", cluster)] if near else []

@@ -177,6 +177,8 @@ def parse_settings(text: str) -> FineTuning:
         except (KeyError, ValueError):
             shown = ", ".join(f"{name}={default}" for name, default in defaults.items())
             raise RecipeError(f"--finetune {pair}: give numbers for some of {shown}") from None
-    if any(value <= 0 and name != "weight_decay" for name, value in given.items()):
-        raise RecipeError(f"--finetune {text}: give positive numbers")
+    for key, number in given.items():
+        least = 0 if key == "weight_decay" else math.ulp(0)
+        if not least <= number < math.inf:  # false for NaN
+            raise RecipeError(f"--finetune {key}={number}: give a positive number")
     return replace(FineTuning(), **given)  # type: ignore[arg-type]

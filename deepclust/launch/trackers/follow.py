@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import select
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust.errors import redact, shown
-from deepclust.files import open_regular, read_record, write_json
+from deepclust.files import open_regular, read_record, record_of, write_json
 from deepclust.launch.trackers import TRACKERS, Tracked, Tracker
 from deepclust.launch.trackers.pictures import of_clusters
 from deepclust.recipe.plain import flatten
@@ -87,13 +86,8 @@ def _new_lines(file: Path, offset: int) -> bytes:
 
 
 def _records(block: bytes) -> Iterator[dict[str, Any]]:
-    for line in block.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # of a write that was cut short
-            continue
-        if isinstance(record, dict) and is_metric(record):
-            yield record
+    records = (record_of(line) for line in block.splitlines())
+    return (record for record in records if record is not None and is_metric(record))
 
 
 def _state(run: Run) -> str:

@@ -49,15 +49,6 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {name: folder / name for name in METHODS}
 
 
-@pytest.fixture(scope="module")
-def resnet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a network that other libraries have."""
-    small = ("backbone.name=resnet18", "data.size=32", "data.resize=32", "train.epochs=1")
-    run = tmp_path_factory.mktemp("resnet") / "run"
-    pretrain(tiny_recipe(shards, *small, "cluster.final=true"), run)
-    return run
-
-
 def normalised(run: Path, shards: Path) -> Tensor:
     """The images of shards as the network of a run gets them."""
     data, index = Run(run).recipe.data, open_index(shards)

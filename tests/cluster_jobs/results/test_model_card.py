@@ -11,11 +11,9 @@ from typer.testing import CliRunner
 
 from cluster_jobs.cli import app
 from cluster_jobs.results.export import export_run
-from deepclust import pretrain
 from deepclust.errors import DataError
 from deepclust.files import read_json, write_json
 from deepclust.run.directory import Run
-from tests.tiny import tiny_recipe
 
 SCORES = {
     "knn": {"top1": 0.8765, "interval": [0.86, 0.89]},
@@ -25,15 +23,6 @@ SCORES = {
         "rows": {"train": 9},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def resnet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a network that timm has."""
-    small = ("backbone.name=resnet18", "data.size=32", "data.resize=32", "train.epochs=1")
-    run = tmp_path_factory.mktemp("card") / "run"
-    pretrain(tiny_recipe(shards, *small, "cluster.final=true"), run)
-    return run
 
 
 def card_of(run: Path, folder: Path, classifier: bool = False) -> str:
