@@ -203,6 +203,7 @@ def test_a_line_says_what_is_known_without_measuring(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    open_index(shards)  # the line builds none
     recipe = tiny_recipe(shards)
     if known:
         keep(recipe, Speeds(60.0, 1e3, 1e3, 1e-6, memory=2e9))
@@ -222,9 +223,22 @@ def test_the_line_needs_no_torch_and_a_missing_index_is_no_error(tmp_path: Path)
     assert "no index of data.shards yet" in text
 
 
+def test_the_line_tells_no_secret(tmp_path: Path) -> None:
+    given = [
+        "notify.webhook=https://hooks.example/T0/letmein", "notify={command: letmein}",
+        "data.shards=https://me:letmein@host/s?key=letmein", "ray.env={KEY: letmein}",
+        "ray={env: {KEY: letmein}}", "ray.env.KEY=letmein", "data.index=/a: b#", "train.epochs=3",
+    ]  # fmt: skip
+    text = line(tiny_recipe(tmp_path / "none"), "my.yaml", given, "local")
+    assert "letmein" not in text
+    assert "train.epochs=3" in text
+    assert "data.shards=https://" in text
+
+
 def test_a_run_and_a_dry_run_print_the_line(shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     tiny_recipe(shards, "train.epochs=1").save(file)
+    open_index(shards)
     dry = deepclust("submit", file, "--run", tmp_path / "a", "--dry-run")
     real = deepclust("pretrain", file, "--run", tmp_path / "a")
     for done in (dry, real):
