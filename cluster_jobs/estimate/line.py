@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster_jobs.estimate.counts import count
 from cluster_jobs.estimate.kept import kept
 from cluster_jobs.estimate.speeds import seconds
 from cluster_jobs.terminal import duration
-from deepclust.errors import DeepclustError, shown
-from deepclust.recipe import PATHS, Recipe
-from deepclust.recipe.plain import parse
-from deepclust.recipe.sections import BESIDE
+from deepclust.errors import DeepclustError, argument
+from deepclust.recipe import Recipe
 from deepclust.stages.data_index import open_data_index
 
 
@@ -26,7 +24,7 @@ def line(
     recipe: Recipe, source: str, overrides: Sequence[str], on: str, run_dir: Path | None = None
 ) -> str:
     """Return the line; `source` and `overrides` are how the user has named the recipe."""
-    how = f"deepclust estimate {shlex.join([source, *_public(overrides)])}"
+    how = f"deepclust estimate {shlex.join(map(argument, [source, *overrides]))}"
     how += "" if on == "local" else f" --on {on} --device h100"
     try:
         index = open_data_index(recipe.data, run_dir, build=False)
@@ -43,13 +41,3 @@ def line(
     held = "" if speeds.memory is None else f" and {speeds.memory / 1e9:.1f} GB of memory"
     day = time.strftime("%Y-%m-%d", time.localtime(measured))
     return f"{work}, about {took}{held}, as measured here on {day}"
-
-
-def _public(overrides: Sequence[str]) -> Iterator[str]:
-    """Yield what an estimate depends on, without secrets: addresses and environments hold some."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        given = value if key in PATHS else parse(value, key)
-        public = shown(given, key)
-        if key.partition(".")[0] not in BESIDE and (public == given or isinstance(public, str)):
-            yield override if public == given else f"{key}={public}"

@@ -225,7 +225,7 @@ def test_the_line_needs_no_torch_and_a_missing_index_is_no_error(tmp_path: Path)
 
 def test_the_line_tells_no_secret(tmp_path: Path) -> None:
     given = [
-        "notify.webhook=https://hooks.example/T0/letmein", "notify={command: letmein}",
+        "notify.webhook=https://hooks.example/T0/letmein", "notify={command: curl letmein}",
         "data.shards=https://me:letmein@host/s?key=letmein", "ray.env={KEY: letmein}",
         "ray={env: {KEY: letmein}}", "ray.env.KEY=letmein", "data.index=/a: b#", "train.epochs=3",
     ]  # fmt: skip
