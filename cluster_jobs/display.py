@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster_jobs.pace import Pace, duration
+from cluster_jobs.pace import Pace
 from cluster_jobs.status import Status
-from cluster_jobs.terminal import visible
+from cluster_jobs.terminal import duration, visible
 from deepclust.run.scores import flat_scores
 
 PLAIN_EVERY_S = 10.0

@@ -88,14 +88,3 @@ def pace_of(events: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[str, 
     for record in records:
         pace.take(record, float(record.get("time") or 0.0))
     return pace
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words: `3 min 5 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -128,7 +128,8 @@ def _short(recipe: Recipe, shards: Path, count: int) -> Recipe:
     changes = [
         f"data.shards={shards}", "data.index=null", "data.stage=null", "train.epochs=2",
         "train.warmup=0", "train.average_from=null", "train.log=2", "init.weights=null",
-        "init.assignments=null", "train.steps_at=[]",
+        "init.assignments=null", "train.steps_at=[]", "train.evaluate_data=null",
+        "train.evaluate=null", "notify=null", "track=[]",
     ]  # fmt: skip
     if recipe.cluster is not None:
         k = min(recipe.clustering.k, max(2, count // PER_CLUSTER))

@@ -16,24 +16,25 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from cluster_jobs.estimate.speeds import Speeds
+from deepclust.errors import DiskError
+from deepclust.files import write_json
 from deepclust.recipe import Recipe
 
 FREE = (  # keys that leave the work for an image as it is
     "data.shards", "data.index", "train.epochs", "seed", "init", "keep", "ray", "slurm",
     "cluster.every", "cluster.until", "cluster.final", "train.checkpoint", "train.log",
-    "train.threads", "train.restarts", "train.hang", "train.timeout", "notify", "track",
+    "train.threads", "train.evaluate", "train.restarts", "train.hang", "train.timeout", "notify",
+    "track",
 )  # fmt: skip
 
 
 def keep(recipe: Recipe, speeds: Speeds) -> None:
     """Keep the speeds of this machine; a home that cannot be written keeps none."""
     record = {"time": time.time(), "speeds": asdict(speeds)}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, DiskError):
         file = _file(recipe)
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(record))
-        partial.replace(file)
+        write_json(file, record)
 
 
 def kept(recipe: Recipe) -> tuple[Speeds, float] | None:

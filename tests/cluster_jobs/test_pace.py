@@ -10,8 +10,9 @@ from rich.console import Console
 
 from cluster_jobs.cli.common import terminal_width
 from cluster_jobs.display import Display, status_table
-from cluster_jobs.pace import Pace, duration, pace_of
+from cluster_jobs.pace import Pace, pace_of
 from cluster_jobs.status import Status, status
+from cluster_jobs.terminal import duration
 from deepclust import pretrain
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
@@ -110,5 +111,5 @@ def test_status_is_whole_at_80_columns():
 
 def test_a_duration_is_in_words():
     assert [duration(s) for s in (4.4, 125, 3725, 200000)] == [
-        "4 s", "2 min 5 s", "1 h 2 min", "2 d 7 h"
+        "4.4 s", "2 min 5 s", "1 h 2 min", "2 d 7 h"
     ]  # fmt: skip

@@ -223,6 +223,15 @@ def test_the_line_needs_no_torch_and_a_missing_index_is_no_error(tmp_path: Path)
     assert "no index of data.shards yet" in text
 
 
+def test_the_short_run_alarms_and_tracks_nobody(shards: Path) -> None:
+    loud = (
+        "notify.command=mail", "track=[tensorboard]", "train.evaluate=1 epoch",
+        f"train.evaluate_data={shards}",
+    )  # fmt: skip
+    short = _short(tiny_recipe(shards, *loud), shards, 300)
+    assert (short.notify, short.track, short.train.evaluate) == (None, (), None)
+
+
 def test_the_line_tells_no_secret(tmp_path: Path) -> None:
     given = [
         "notify.webhook=https://hooks.example/T0/letmein", "notify={command: curl letmein}",
