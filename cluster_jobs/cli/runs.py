@@ -186,7 +186,10 @@ def serve(
         bool, typer.Option("--read-only", help="Refuse to submit, cancel and resume.")
     ] = False,
     token: Annotated[
-        str | None, typer.Option(help="Of the link; default: a new one.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Of the link; who has it acts as you. Default: a new one.", show_default=False
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
