@@ -40,7 +40,6 @@ PHASES = {  # what goes on after an event
     "features": "cluster",
     "clustered": "train",
     "training": "train",
-    "checkpoint": "train",
     "finished": "done",
     "waiting": "wait",
 }

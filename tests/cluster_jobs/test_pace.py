@@ -11,7 +11,7 @@ from rich.console import Console
 from cluster_jobs.cli.common import terminal_width
 from cluster_jobs.display import Display, status_table
 from cluster_jobs.pace import Pace, pace_of
-from cluster_jobs.status import Status, status
+from cluster_jobs.status import Status, _phase, status
 from cluster_jobs.terminal import duration
 from deepclust import pretrain
 from deepclust.run.checkpoint import State
@@ -113,3 +113,8 @@ def test_a_duration_is_in_words():
     assert [duration(s) for s in (4.4, 125, 3725, 200000)] == [
         "4.4 s", "2 min 5 s", "1 h 2 min", "2 d 7 h"
     ]  # fmt: skip
+
+
+def test_a_checkpoint_before_the_first_round_is_not_training():
+    events = [{"event": name} for name in ("started", "checkpoint", "unit", "extracted")]
+    assert [_phase(events[: n + 1]) for n in range(4)] == ["start", "start", "extract", "whiten"]
