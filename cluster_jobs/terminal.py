@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from typing import Any
+
+from deepclust.errors import argument
+
 
 def visible(text: str) -> str:
     """Return a text whose control characters are written as Python does; lines and tabs stay."""
@@ -19,3 +24,13 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours} h {minutes} min"
+
+
+def recorded_command(words: Any) -> str | None:
+    """Return the command that a run's env.json records, to be typed again; None where it is none.
+
+    Anybody may have written it, so secrets are taken out once more.
+    """
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words[1:]):
+        return None
+    return shlex.join(["deepclust", *map(argument, words[1:])]) if words[1:] else None

@@ -7,11 +7,11 @@ counted: the run waited, or nobody had resumed it.
 from __future__ import annotations
 
 import itertools
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from deepclust.errors import DataError, argument
+from cluster_jobs.terminal import recorded_command
+from deepclust.errors import DataError
 from deepclust.files import fits, read_record
 from deepclust.run.directory import Run
 
@@ -77,7 +77,5 @@ def _environment(run: Run) -> tuple[int | None, str | None]:
         env = read_record(path, {}) if path.exists() else {}
     except DataError:
         return None, None
-    words, cpus = env.get("command") or [], env.get("cpus")
-    known = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    command = " ".join(shlex.quote(argument(word)) for word in words[1:]) if known else ""
-    return cpus if fits(cpus, int) else None, f"deepclust {command}" if command else None
+    cpus = env.get("cpus")
+    return cpus if fits(cpus, int) else None, recorded_command(env.get("command"))

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cluster_jobs.listing import items
+from cluster_jobs.terminal import recorded_command
 from deepclust import __version__
 from deepclust.errors import redact
 from deepclust.files import read_record
@@ -105,7 +106,7 @@ def _training(card: Card) -> Iterator[tuple[str, str]]:
         yield "images", f"{facts['n']:,}"
         yield "data fingerprint", facts["fingerprint"]
     if (env := _read(run.path / "env.json", ENVIRONMENT)) is not None:
-        yield "command", " ".join(map(str, env.get("command") or [])) or "not recorded"
+        yield "command", recorded_command(env.get("command")) or "not recorded"
         yield "commit", str(env.get("git") or "not from a checkout")
         yield "began", datetime.fromtimestamp(env["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
         yield "packages", ", ".join(f"{k} {v}" for k, v in env["packages"].items())

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from cluster_jobs.display import Display
+from cluster_jobs.terminal import recorded_command
 
 
 @pytest.mark.parametrize(("round", "words"), [(2, "train, round 2: 3/12"), (-1, "train: 3/12")])
@@ -58,3 +59,10 @@ def test_a_long_line_in_a_file_is_not_folded():
     with Display(Console(file=output, width=20)) as display:
         display({"event": "warning", "text": "a long line " * 9})
     assert output.getvalue().count("\n") == 1
+
+
+def test_a_recorded_command_can_be_typed_again_and_tells_no_secret() -> None:
+    words = ["/venv/bin/deepclust", "pretrain", "r.yaml", "train.evaluate=1 epoch"]
+    assert recorded_command(words) == "deepclust pretrain r.yaml 'train.evaluate=1 epoch'"
+    assert "letmein" not in str(recorded_command([*words, "notify.webhook=https://h/letmein"]))
+    assert [recorded_command(one) for one in (None, 3, [], ["d"], ["d", 3])] == [None] * 5
