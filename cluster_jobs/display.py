@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from cluster_jobs.pace import Pace
 from cluster_jobs.status import Status
@@ -217,7 +218,7 @@ def status_table(states: list[Status], width: int = WIDE) -> Group:
     for state in states:
         table.add_row(*(COLUMNS[name](state) for name in chosen))
     notes = [(visible(state.name), _note(state)) for state in states]
-    return Group(table, *(f"{escape(name)}: {text}" for name, text in notes if text))
+    return Group(table, *(Text(f"{name}: ").append_text(text) for name, text in notes if text))
 
 
 def _epoch(state: Status) -> str:
@@ -247,13 +248,11 @@ COLUMNS: dict[str, Callable[[Status], str]] = {
 NARROW = ("run", "state", "phase", "epoch", "loss", "started", "elapsed", "left")
 
 
-def _note(state: Status) -> str:
+def _note(state: Status) -> Text:
     """Return what there is to say, with an evaluation that is worse than a baseline in red."""
-    said = filter(None, [state.collapse, state.owner or state.reason])
-    parts = [escape(visible("; ".join(said)))]
-    if state.worse is not None:
-        parts.insert(0, f"[red]{escape(visible(state.worse))}[/red]")
-    return "; ".join(filter(None, parts))
+    said = [Text(visible(state.worse), style="red")] if state.worse else []
+    said += [Text(visible(text)) for text in (state.collapse, state.owner or state.reason) if text]
+    return Text("; ").join(said)
 
 
 def _best_of(state: Status) -> str:
