@@ -110,8 +110,9 @@ def preempt(slurm: SlurmHere, run: Path, number: str) -> None:
 
 
 def limit(slurm: SlurmHere, run: Path, number: str) -> None:
-    """Nothing: the time limit comes by itself."""
+    """Nothing: the time limit comes by itself. Later starts have the time to end."""
     until(lambda: events(run, "stopped"), "the time limit")
+    slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
 
 
 def kill_head(slurm: SlurmHere, run: Path, number: str) -> None:
