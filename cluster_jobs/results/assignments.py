@@ -180,7 +180,7 @@ def _batch(
     columns = [
         pa.array(part.sample_ids),
         pa.repeat(part.shard, count),
-        pa.array(part.keys, pa.string()),
+        part.keys,
         pa.repeat(pa.scalar(head, pa.int32()), count),
         pa.array(clusters),
         pa.nulls(count, pa.float32()) if distances is None else pa.array(distances, mask=excluded),

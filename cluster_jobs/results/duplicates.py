@@ -214,7 +214,7 @@ def _batches(
             columns = [
                 pa.array(ids),
                 pa.repeat(part.shard, count),
-                pa.array([part.keys[place] for place in places.tolist()], pa.string()),
+                part.keys.take(pa.array(places)),
                 pa.array(clusters[ids]),
                 pa.repeat(kind, count),
                 pa.array(same.of[ids]) if twice else pa.nulls(count, pa.int64()),

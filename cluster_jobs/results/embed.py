@@ -208,7 +208,7 @@ def _columns(part: Part, made: Rows, absent: np.ndarray) -> list[pa.Array]:
     columns = [
         pa.array(part.sample_ids),
         pa.repeat(part.shard, len(part.keys)),
-        pa.array(part.keys, pa.string()),
+        part.keys,
         part.reasons(made.reasons, absent, UNREAD),
     ]
     return columns if part.paths is None else [*columns, part.paths]

@@ -116,7 +116,7 @@ class _Job:
         else:
             at = self.index.locate(np.array([sample]))
             data = files.read(*(int(column[0]) for column in at))
-            stem = part.keys[place].rsplit("/", 1)[-1]
+            stem = str(part.keys[place]).rsplit("/", 1)[-1]
             _free(folder, stem, extension_of(data), sample).write_bytes(data)
         self.count += 1
 

@@ -167,7 +167,7 @@ class _Table:
         alone = absent | (labels.seconds < 0)
         columns = [
             pa.array(part.sample_ids), pa.repeat(part.shard, count),
-            pa.array(part.keys, pa.string()),
+            part.keys,
             pa.repeat(pa.scalar(head, pa.int32()), count), pa.array(labels.clusters),
             pa.array(labels.distances, mask=absent), pa.array(labels.seconds, mask=alone),
             pa.array(labels.margins, mask=alone), part.reasons(self.made.reasons, absent, UNREAD),

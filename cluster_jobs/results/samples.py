@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ class Part:
     shard: str
     first: int
     last: int
-    keys: list[str]
+    keys: pa.Array
     paths: pa.Array | None
 
     @property
@@ -35,6 +34,8 @@ class Part:
 
     def reasons(self, known: dict[int, str], absent: np.ndarray, lost: str) -> pa.Array:
         """Return why samples have no cluster or row, null for all others."""
+        if not absent.any():
+            return pa.nulls(len(absent), pa.string())
         why = np.full(len(absent), None, dtype=object)
         for place in np.flatnonzero(absent):
             why[place] = known.get(self.first + int(place), lost)
@@ -48,14 +49,13 @@ def has_paths(index: Index) -> bool:
 
 def parts_of(index: Index) -> Iterator[Part]:
     """Yield the samples of an index, shard by shard."""
-    keys, known = iter(index.keys), has_paths(index)
-    for shard, name in enumerate(index.names):
+    known = has_paths(index)
+    for shard, (name, keys) in enumerate(zip(index.names, index.keys.by_shard(), strict=True)):
         first, last = index.bases[shard : shard + 2].tolist()
-        names = list(islice(keys, last - first))
-        yield Part(name, first, last, names, _paths(index, shard, names) if known else None)
+        yield Part(name, first, last, keys, _paths(index, shard, keys) if known else None)
 
 
-def _paths(index: Index, shard: int, keys: list[str]) -> pa.Array:
+def _paths(index: Index, shard: int, keys: pa.Array) -> pa.Array:
     if not isinstance(index, FileIndex):
         return read_paths(index.shards[shard], keys)
     first, last = index.bases[shard : shard + 2].tolist()

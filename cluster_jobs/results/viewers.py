@@ -101,7 +101,7 @@ def _images(index: Index, known: Clusters) -> Iterator[tuple[str, str, Record]]:
                 continue
             number = int(clusters[place])
             label = str(number) if known.classes is None else known.classes[number] or str(number)
-            facts: Record = {"key": part.keys[place], "sample_id": part.first + place}
+            facts: Record = {"key": str(part.keys[place]), "sample_id": part.first + place}
             if known.distances is not None:
                 distance = float(known.distances[0, part.first + place])
                 facts["distance"] = distance if np.isfinite(distance) else None

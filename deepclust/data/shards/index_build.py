@@ -6,6 +6,7 @@ renamed, so that a half-written one is never visible.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import logging
@@ -180,7 +181,8 @@ def fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> Ma
             if one.pairs is not None:
                 raise _glued(one, *one.pairs)
             keys.write_table(pa.table([one.keys], schema=_SCHEMA), row_group_size=len(one.keys))
-            done.append(one)
+            # keys are on disk now, and those of 100M samples would take more memory than all else
+            done.append(dataclasses.replace(one, keys=one.keys[:0]))
     labels, classes = _numbered(done)
     labelled = bool((labels >= 0).any())
     np.save(folder / "offsets.npy", np.concatenate([one.offsets for one in done]))
@@ -214,7 +216,7 @@ def _numbered(scans: list[Scan]) -> tuple[Int32[np.ndarray, " n"], list[str] | N
 
 
 def _manifest(scans: list[Scan], labelled: bool, beside: Tally) -> Manifest:
-    bases = np.cumsum([0, *(len(one.keys) for one in scans)])
+    bases = np.cumsum([0, *(len(one.offsets) for one in scans)])
     excluded = {
         str(int(base) + i): reason
         for base, one in zip(bases, scans, strict=False)
@@ -242,7 +244,7 @@ def entry_of(one: Scan) -> ShardEntry:
     return {
         "name": one.name,
         "size": one.size,
-        "samples": len(one.keys),
+        "samples": len(one.offsets),
         "digest": one.digest,
         "labels": one.labels_digest,
     }

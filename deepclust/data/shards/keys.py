@@ -44,8 +44,13 @@ class Keys(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield all keys in the order of sample ids."""
-        for keys in read_keys(self._folder, range(len(self._bases) - 1)):
+        for keys in self.by_shard():
             yield from keys.to_pylist()
+
+    def by_shard(self) -> Iterator[pa.Array]:
+        """Yield the keys of one shard after the other, as text."""
+        for keys in read_keys(self._folder, range(len(self._bases) - 1)):
+            yield keys.combine_chunks()
 
     def _shard(self, shard: int) -> pa.ChunkedArray:
         if self._loaded is None or self._loaded[0] != shard:

@@ -42,12 +42,11 @@ def have_paths(shards: Sequence[Source]) -> bool:
     return any((folder / FILE).is_file() for folder in folders)
 
 
-def read_paths(shard: Source, keys: Sequence[str]) -> pa.Array:
+def read_paths(shard: Source, keys: pa.Array) -> pa.Array:
     """Return the paths of a shard's samples by their keys, null where none is known.
 
     Raises `DataError` for a paths.parquet that cannot be read.
     """
-    given = pa.array(keys, pa.string())
     if not isinstance(shard, Path) or not (shard.parent / FILE).is_file():
         return pa.nulls(len(keys), pa.string())
     try:
@@ -60,7 +59,7 @@ def read_paths(shard: Source, keys: Sequence[str]) -> pa.Array:
         raise DataError(
             f"{shard.parent / FILE} cannot be read ({error}). Copy it back, or delete it"
         ) from error
-    places = pc.index_in(given, value_set=table["key"].combine_chunks())
+    places = pc.index_in(keys, value_set=table["key"].combine_chunks())
     return table["path"].combine_chunks().take(places)
 
 
