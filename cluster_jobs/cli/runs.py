@@ -265,8 +265,11 @@ def _follow(run_dir: Path) -> None:
 
 def _log_finished(run_dir: Path) -> None:
     from cluster_jobs.display import command_line
+    from deepclust.launch.torchrun import is_follower
     from deepclust.run.directory import open_run
 
+    if is_follower():
+        return
     commands = [command_line("report", run_dir)]
     if open_run(run_dir).recipe.assigns:
         commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))
