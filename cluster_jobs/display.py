@@ -11,10 +11,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -45,13 +47,27 @@ STAGE_FACTS = {  # of a progress record, in this order
     "inertia": "inertia {:.5g}",
     "moved": "{:,d} moved",
 }
+MANY = 100  # runs, from which on their table has no lines
 WIDE = 150  # columns of a terminal that hold the whole table of `status`
 
 
 def command_line(*words: object) -> str:
-    """Return a `deepclust` command as this user can type it: by its path if it is not on PATH."""
-    program = "deepclust" if shutil.which("deepclust") else os.path.relpath(sys.argv[0])
-    return shlex.join([program, *map(str, words)])
+    """Return a `deepclust` command as this user can type it, in this folder."""
+    typed = [
+        f"./{word}" if isinstance(word, Path) and str(word)[:1] == "-" else word for word in words
+    ]
+    return shlex.join([*_program(), *map(str, typed)])
+
+
+def _program() -> list[str]:
+    """Return the first words of the command: by the path of the program if it is not on PATH."""
+    if shutil.which("deepclust"):
+        return ["deepclust"]
+    if Path(sys.argv[0]).name != "__main__.py":
+        return [os.path.join(os.curdir, os.path.relpath(sys.argv[0]))]
+    python = shutil.which("python")
+    is_this = python is not None and os.path.samefile(python, sys.executable)
+    return ["python" if is_this else sys.executable, "-m", "cluster_jobs.cli"]
 
 
 class Display:
@@ -212,13 +228,37 @@ def status_table(states: list[Status], width: int = WIDE) -> Group:
     Where it would not fit into the width, the first columns and the times are left.
     """
     chosen = [name for name in COLUMNS if width >= WIDE or name in NARROW]
-    table = Table(box=None if width < WIDE else box.HEAVY_HEAD)
-    for name in chosen:
-        table.add_column(name, overflow="fold")
-    for state in states:
-        table.add_row(*(COLUMNS[name](state) for name in chosen))
+    rows = [[COLUMNS[name](state) for name in chosen] for state in states]
+    plain = _plain(chosen, rows, width) if len(rows) > MANY else None
+    table = _boxed(chosen, rows, width) if plain is None else plain
     notes = [(visible(state.name), _note(state)) for state in states]
     return Group(table, *(Text(f"{name}: ").append_text(text) for name, text in notes if text))
+
+
+def _boxed(names: list[str], rows: list[list[str]], width: int) -> Table:
+    table = Table(box=None if width < WIDE else box.HEAVY_HEAD)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _plain(names: list[str], rows: list[list[str]], width: int) -> Text | None:
+    """Return a table without lines, or None where a cell would have to be folded.
+
+    Rich takes a millisecond for a row of its tables, as long as the status of the run itself.
+    """
+    sizes = [max(map(cell_len, column)) for column in zip(names, *rows, strict=True)]
+    if sum(sizes) + 2 * len(sizes) > width:
+        return None
+    lines = (
+        "  ".join(
+            cell + " " * (size - cell_len(cell)) for cell, size in zip(row, sizes, strict=True)
+        )
+        for row in (names, *rows)
+    )
+    return Text("\n".join(line.rstrip() for line in lines), no_wrap=True, overflow="ignore")
 
 
 def _epoch(state: Status) -> str:
@@ -230,7 +270,7 @@ def _time(seconds: float | None) -> str:
 
 
 COLUMNS: dict[str, Callable[[Status], str]] = {
-    "run": lambda s: escape(visible(s.name)),
+    "run": lambda s: visible(s.name),
     "state": lambda s: s.state,
     "phase": lambda s: s.phase,
     "round": lambda s: _cell(s.round, "{}"),

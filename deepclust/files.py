@@ -23,6 +23,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -280,14 +281,21 @@ def fits(value: Any, kind: Any) -> bool:
 
     Numbers are of a size that can be computed with. True and False are no numbers.
     """
-    kinds = kind if isinstance(kind, tuple) else (kind,)
+    types, takes_none, takes_bool = _types(kind)
     if value is None:
-        return None in kinds
+        return takes_none
     if isinstance(value, bool):
-        return bool in kinds
+        return takes_bool
     if isinstance(value, int) and abs(value) >= 2**63:
         return False
-    return isinstance(value, tuple(one for one in kinds if one is not None))
+    return isinstance(value, types)
+
+
+@cache  # there are few kinds, and a list of many runs asks a million times
+def _types(kind: Any) -> tuple[tuple[type, ...], bool, bool]:
+    """Return the types of a kind, and whether null and true fit it."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return tuple(one for one in kinds if one is not None), None in kinds, bool in kinds
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
@@ -317,7 +325,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def record_of(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object of a line, or None for anything else: a kill cuts a line short."""
     with contextlib.suppress(ValueError, RecursionError):
-        record = json.loads(line)
+        # a text: of bytes, json looks for another encoding first
+        record = json.loads(line.decode("utf-8", "surrogatepass")) if line else None
         return record if isinstance(record, dict) else None
     return None
 

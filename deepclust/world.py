@@ -249,7 +249,7 @@ def join(
     """Join the process group and return this rank's World (gloo on a CPU, nccl on a GPU).
 
     `rendezvous` is a file that all ranks see, on one machine, or tcp://HOST:PORT, on which rank 0
-    listens. It must run on that host.
+    listens. It must run on that host. env:// is the store of `torchrun`.
     """
     if size > 1:
         wait = timedelta(seconds=timeout_s)
@@ -265,6 +265,8 @@ def join(
 
 def _store(rendezvous: str, rank: int, size: int, wait: timedelta) -> Store:
     """Return the key-value store through which ranks find each other and draw tickets."""
+    if rendezvous == "env://":
+        return store_of_environment(wait)
     if not rendezvous.startswith("tcp://"):
         return FileStore(rendezvous, size)
     host, _, port = rendezvous.removeprefix("tcp://").rpartition(":")
@@ -275,6 +277,14 @@ def _store(rendezvous: str, rank: int, size: int, wait: timedelta) -> Store:
         host, int(port), size, is_master=True, timeout=wait, wait_for_workers=False,
         master_listen_fd=listening.detach(),
     )  # fmt: skip
+
+
+def store_of_environment(wait: timedelta) -> Store:
+    """Return the store of `torchrun`, by the variables that it sets: its agent's, or rank 0's."""
+    from torch.distributed.rendezvous import rendezvous  # untyped
+
+    store: Store = next(rendezvous("env://", timeout=wait))[0]
+    return store
 
 
 def close_process_group() -> None:

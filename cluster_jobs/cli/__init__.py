@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from cluster_jobs.cli import begin, data, results, runs, stages
+from cluster_jobs.cli import begin, data, going_on, results, runs, stages
 from cluster_jobs.cli.common import log
 from deepclust import __version__
 from deepclust.errors import DeepclustError, DiskError, lack_of_memory, redact
@@ -31,8 +31,6 @@ app = typer.Typer(
 for group in (begin, data, runs, stages, results):  # the order of the groups in the help
     app.add_typer(group.verbs)
 
-INTERRUPTED = 130
-
 
 def main() -> None:
     """Run a verb, and turn our errors into a message and an exit code."""
@@ -43,10 +41,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names of runs have letters that a locale may lack
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    going_on.stop_on_term()
     try:
         app(standalone_mode=True)
     except DeepclustError as error:
-        log(f"error: {redact(str(error))}")
+        log(f"error: {redact(str(error))}{going_on.advice(error)}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         raise
@@ -62,9 +61,12 @@ def main() -> None:
         sys.stderr.write(redact(traceback.format_exc()))
         sys.exit(1)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
-            sys.stderr.write("interrupted; finished work is kept\n")
-        raise
+        stopped = going_on.interruption(end)  # typer has caught the KeyboardInterrupt
+        if stopped is None or end.code != going_on.INTERRUPTED:
+            raise
+        log(f"interrupted{going_on.advice(stopped)}")
+        is_term = isinstance(stopped, going_on.Terminated)
+        sys.exit(going_on.TERMINATED if is_term else going_on.INTERRUPTED)
 
 
 def _print_version(asked: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cluster_jobs.cli import going_on
 from cluster_jobs.cli.common import Json, Overrides, RecipeName, examples
 from cluster_jobs.terminal import visible
 from deepclust.errors import shown
@@ -27,7 +28,8 @@ def demo(
     """Pretrain on Fashion-MNIST in a few minutes, and show clusters, scores and a report."""
     from cluster_jobs.demo.demo import run_demo
 
-    run_demo(run_dir, data, overrides or [])
+    with going_on.resumed_by(going_on.typed_again):
+        run_demo(run_dir, data, overrides or [])
 
 
 @verbs.command(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster_jobs.cli import going_on
 from cluster_jobs.cli.common import Json, Out, RunDir, examples, log
 from deepclust.errors import RecipeError
 
@@ -226,7 +227,7 @@ def embed(
     from cluster_jobs.results.embed import embed as embed_images
 
     options = EmbedOptions(layer, whiten, dtype, format_)
-    with Display() as display:
+    with going_on.resumed_by(going_on.typed_again), Display() as display:
         manifest = embed_images(source, data, out, options, emit=log, show=display)
     if as_json:
         typer.echo(json.dumps(manifest))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster_jobs.cli import going_on
 from cluster_jobs.cli.common import (
     Json,
     Overrides,
@@ -36,7 +37,7 @@ def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None
     from cluster_jobs import runs
     from cluster_jobs.display import AtStart, Display
 
-    with Display() as display:
+    with going_on.resumed_by(lambda: going_on.resume_command(run_dir)), Display() as display:
         show = AtStart(display, lambda: _estimated(recipe, overrides or [], run_dir))
         runs.pretrain(recipe, run_dir, overrides or [], show)
     _log_finished(run_dir)
@@ -236,7 +237,7 @@ def resume(
         runs.resume(run_dir, overrides or [], on, remote)
         log(f"resuming {run_dir}\n  deepclust logs {run_dir} -f")
         return
-    with Display() as display:
+    with going_on.resumed_by(going_on.typed_again), Display() as display:
         runs.resume_here(run_dir, overrides or [], display, remote)
     _log_finished(run_dir)
 
@@ -264,8 +265,11 @@ def _follow(run_dir: Path) -> None:
 
 def _log_finished(run_dir: Path) -> None:
     from cluster_jobs.display import command_line
+    from deepclust.launch.torchrun import is_follower
     from deepclust.run.directory import open_run
 
+    if is_follower():
+        return
     commands = [command_line("report", run_dir)]
     if open_run(run_dir).recipe.assigns:
         commands.append(command_line("assignments", run_dir, "--out", "clusters.parquet"))

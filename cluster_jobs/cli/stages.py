@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cluster_jobs.cli import going_on
 from cluster_jobs.cli.common import Json, RunDir, examples, log, print_out
 
 PANEL = "One stage"
@@ -144,7 +145,8 @@ def vae(
     from deepclust.clustering.vae import VaeOptions
 
     options = VaeOptions(latent, hidden, beta, epochs, batch, lr, seed)
-    manifest = vae_files.build_vaes(sources, out, options, device)
+    with going_on.resumed_by(going_on.typed_again):
+        manifest = vae_files.build_vaes(sources, out, options, device)
     if as_json:
         typer.echo(json.dumps(manifest))
         return
@@ -162,6 +164,6 @@ def _run_stage(run_dir: Path, stage: str) -> None:
     from cluster_jobs import runs
     from cluster_jobs.display import Display
 
-    with Display() as display:
+    with going_on.resumed_by(going_on.typed_again), Display() as display:
         runs.run_stage(run_dir, stage, display)
     log(f"{stage} is done: {run_dir}")

@@ -93,12 +93,13 @@ def clock(folder: Path) -> Finding:
 
 def temporary(_folder: Path) -> Finding:
     """Check that the folder for temporary files can be written."""
-    place = Path(tempfile.gettempdir())
+    fix, wanted = "set TMPDIR to a folder of yours with space", os.environ.get("TMPDIR")
     try:
+        place = Path(tempfile.gettempdir())
         with tempfile.TemporaryFile() as file:
             file.write(b"x")
-    except OSError as error:
-        return Finding(
-            RED, f"{place}: {error.strerror or error}", "set TMPDIR to a folder of yours"
-        )
+    except OSError as error:  # of all places that Python tries
+        return Finding(RED, error.strerror or str(error), fix)
+    if wanted and os.path.realpath(wanted) != os.path.realpath(place):
+        return Finding(YELLOW, f"TMPDIR={wanted} cannot be used, so {place} is", fix)
     return Finding(GREEN, f"{place} can be written")

@@ -49,7 +49,7 @@ def device_of(name: str) -> Device:
 
 def speeds_of(device: Device, recipe: Recipe, network: Network, counts: Counts) -> Speeds:
     """Return the speeds of `train.ranks` such devices, with what is assumed."""
-    ranks, workers = recipe.train.ranks, recipe.data.workers
+    ranks, workers = recipe.train.ranks, recipe.data.readers()
     readers = ranks * max(1, workers) * READER
     crossed = 2 * (FORWARD + BACKWARD) * network.activations
     compute = ranks / _seconds(device, network.step_flops, crossed)

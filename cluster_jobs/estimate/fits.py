@@ -90,7 +90,7 @@ def _clustering(recipe: Recipe, made: Sizes, name: str, room: float) -> str:
 
 
 def _less_memory(recipe: Recipe) -> str:
-    workers = recipe.data.workers
+    workers = recipe.data.readers()
     return f"data.workers={workers // 2}" if workers > 1 else "choose a smaller train.batch"
 
 

@@ -58,7 +58,7 @@ def sizes(recipe: Recipe, network: Network, counts: Counts) -> Sizes:
         gpu=state + activations + AHEAD * batch * 4,
         state=state,
         activations=activations,
-        host=PROCESS + max(1, data.workers) * READER + AHEAD * batch,
+        host=PROCESS + max(1, data.readers()) * READER + AHEAD * batch,
         disk=disk,
         disk_peak=disk + max(checkpoint, round_.rows + round_.raw),
         step_traffic=2 * 4.0 * (network.trained - network.owned) if train.ranks > 1 else 0.0,

@@ -15,7 +15,7 @@ from cluster_jobs.data_places import places_of
 from cluster_jobs.executors import background
 from cluster_jobs.executors.base import Executor, JobState, open_to_resume
 from deepclust.errors import ResourceError
-from deepclust.launch.start import prepare_run
+from deepclust.launch.start import prepare_run, with_readers
 from deepclust.recipe import Recipe
 from deepclust.run import lock
 
@@ -42,7 +42,7 @@ class LocalExecutor(Executor[Plan]):
         """Return the command for a recipe, without writing or starting anything."""
         command = [sys.executable, "-P", "-m", "cluster_jobs.cli", "resume"]
         remote = ["--remote"] * bool(places_of(recipe))  # the user has been asked already
-        return Plan(recipe, run_dir, [*command, str(run_dir.absolute()), *remote])
+        return Plan(with_readers(recipe), run_dir, [*command, str(run_dir.absolute()), *remote])
 
     def submit(self, plan: Plan) -> None:
         """Create the run and start its controller."""

@@ -22,7 +22,7 @@ from cluster_jobs.executors.base import Executor, JobState, SeparateJobs, open_t
 from cluster_jobs.ray import named_clusters
 from cluster_jobs.ray.spec import RaySpec, ray_spec, sizes
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch.start import prepare_run
+from deepclust.launch.start import prepare_run, with_readers
 from deepclust.recipe import Recipe
 from deepclust.run import lock
 
@@ -65,8 +65,9 @@ class RayExecutor(Executor[Plan]):
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
         """Return the command for a recipe, without writing or starting anything."""
         spec = ray_spec(recipe)
+        recipe = with_readers(recipe, spec.cpus_of(recipe))
         if recipe.train.threads is None:  # those of the cluster's machines, not of this one
-            threads = max(1, spec.cpus_of(recipe) - recipe.data.workers)
+            threads = max(1, spec.cpus_of(recipe) - recipe.data.readers())
             recipe = recipe.replace(f"train.threads={threads}")
         recipe = recipe.replace(f"train.ranks={sizes(recipe, spec)[0]}")
         command = [spec.python or sys.executable, "-P", "-m", "cluster_jobs.ray.controller"]

@@ -68,7 +68,7 @@ class RaySpec(Section):
 
     def cpus_of(self, recipe: Recipe) -> int:
         """Return the CPUs of a rank: as given, or one and those of its readers."""
-        return self.cpus or recipe.data.workers + 1
+        return self.cpus or recipe.data.readers() + 1
 
 
 def ray_spec(recipe: Recipe) -> RaySpec:

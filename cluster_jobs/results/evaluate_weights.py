@@ -50,7 +50,7 @@ def evaluate_weights(
         find_evaluator(name)
     embedder, taken = weights_embedder(source, network)
     emit(f"note: {taken}")
-    workers = min(embedder.data.workers, cores())
+    workers = min(embedder.data.readers(), cores())
     embedder = replace(embedder, data=embedder.data.model_copy(update={"workers": workers}))
     data = embedder.data
     if beside.layers:

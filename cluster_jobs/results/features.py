@@ -95,7 +95,7 @@ def _make(run: _Folder, index: Index, data: Data, way: Way, show: Show) -> None:
     _write_pivot(run, way)
     data = data.model_copy(update={"max_bad": 1.0})  # nothing trains, and the reasons are written
     # perhaps another machine than that of the run: no more processes than cores beside this one
-    workers = min(data.workers, (os.cpu_count() or 1) - 1 if len(index) > FEW else 0)
+    workers = min(data.readers(), (os.cpu_count() or 1) - 1 if len(index) > FEW else 0)
     loader = Loader(index, workers, max_pixels=data.max_pixels)
     context = ExtractContext(
         run, -1, World(device=way.device), index, loader, data, DirectReport(run, show),

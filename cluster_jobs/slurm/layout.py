@@ -102,7 +102,7 @@ def layout(recipe: Recipe) -> Layout:
     own_gpu = on_gpus and _worker_wants_gpu(recipe)
     _check_fit(recipe, ranks, worker and own_gpu, gpus if on_gpus else None)
     if spec.gpus:
-        cpus = spec.cpus_per_rank or recipe.data.workers + 1
+        cpus = spec.cpus_per_rank or recipe.data.readers() + 1
         return Layout([], ranks, cpus, spec.worker_cpus, spec.cpus_per_node or 1, spec.gpus, True)
     if on_gpus:
         nodes = _place_on_gpus(spec, ranks, worker, own_gpu)
@@ -203,7 +203,7 @@ def _rank_cpus(recipe: Recipe, spec: SlurmSpec, nodes: list[Node]) -> int:
     if spec.cpus_per_rank:
         return spec.cpus_per_rank
     if spec.cpus_per_node is None:
-        return recipe.data.workers + 1
+        return recipe.data.readers() + 1
     shares = [
         (spec.cpus_per_node - _needed_cpus(node, 0, spec.worker_cpus))
         // max(1, _needed_cpus(node, 1, 0))

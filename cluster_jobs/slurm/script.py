@@ -16,6 +16,7 @@ from typing import Any
 from cluster_jobs.slurm.layout import Layout, layout
 from cluster_jobs.slurm.spec import SlurmSpec, minutes, one_line, slurm_spec
 from deepclust.errors import RecipeError, command, redact
+from deepclust.launch.start import with_readers
 from deepclust.recipe import Recipe
 
 PROGRAM = "cluster_jobs.slurm.task"
@@ -203,7 +204,8 @@ def prepare(recipe: Recipe, run_dir: Path) -> Plan:
     """
     spec, places = slurm_spec(recipe), layout(recipe)
     _check_path(str(run_dir.absolute()), spec)
-    threads = recipe.train.threads or max(1, places.rank_cpus - recipe.data.workers)
+    recipe = with_readers(recipe, places.rank_cpus)
+    threads = recipe.train.threads or max(1, places.rank_cpus - recipe.data.readers())
     overrides = [f"train.ranks={places.ranks}", f"train.threads={threads}"]
     if spec.launcher == "ray":
         overrides += [f"ray.cpus={places.rank_cpus}", f"ray.worker_cpus={places.worker_cpus}"]

@@ -33,10 +33,11 @@ class Role:
 
     rank: int
     size: int
-    rendezvous: str = ""  # a file of this machine, or tcp://HOST:PORT, where rank 0 listens
+    rendezvous: str = ""  # a file of this machine, tcp://HOST:PORT of rank 0, or env://
     stage: str | None = None
     gpu: int | None = None  # place among those that it sees, where a scheduler has chosen
     threads: int | None = None  # CPUs for the cluster worker, where a scheduler gives them
+    has_worker: bool = True  # unless the recipe has none; without one rank 0 clusters
 
     @property
     def is_cluster_worker(self) -> bool:

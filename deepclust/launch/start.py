@@ -18,12 +18,14 @@ from deepclust import errors
 from deepclust.data.shards.url import is_url
 from deepclust.errors import DataError, RecipeError, RequeueWanted, shown
 from deepclust.files import check_utf8, disk_errors, file_hash, path_of, read_record
+from deepclust.launch import torchrun
 from deepclust.launch.endings import Ending
 from deepclust.launch.local import Pipes
 from deepclust.launch.policy import Policy
 from deepclust.launch.role import cores, roles_of
 from deepclust.launch.signals import collected_signals
 from deepclust.launch.supervisor import Show, Supervisor, attempts_of
+from deepclust.launch.torchrun import Place
 from deepclust.launch.tracking import send_rest
 from deepclust.optim.schedule import learning_rate
 from deepclust.recipe import HUBS, PATHS, Recipe, differences
@@ -46,8 +48,17 @@ def pretrain(recipe: Recipe | str | Path, run: str | Path, show: Show | None = N
     of `deepclust.errors`. Whatever was finished before stays and `resume` continues from it.
     """
     path = path_of(run, "run")
-    prepare_run(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe), path)
-    return _start(path, show)
+    given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    place = torchrun.place()
+    if place is None:
+        prepare_run(given, path)
+        return _start(path, show)
+    if place.rank > 0:
+        return place.follow(path)
+    with place.leading():
+        if not (place.is_restart and directory.exists(path)):
+            prepare_run(_of_place(given, place), path)
+        return _start(path, show, place=place)
 
 
 def prepare_run(recipe: Recipe, path: Path) -> None:
@@ -67,9 +78,30 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
     What changes no result may change (`recipe.may_change`), and `train.epochs` may grow. Any other
     difference raises `RunDiffersError`.
     """
+    place = torchrun.place()
+    if place is None:
+        return _start(_changed_run(run, *overrides, show=show), show)
+    if place.rank > 0:
+        return place.follow(path_of(run, "run"))
+    with place.leading():
+        place.fitted(directory.open_run(run).recipe.replace("train.ranks=1", *overrides))
+        path = _changed_run(run, *overrides, f"train.ranks={place.size}", show=show)
+        return _start(path, show, place=place)
+
+
+def _of_place(recipe: Recipe, place: Place) -> Recipe:
+    """Return the recipe for the ranks of torchrun, which share this machine's CPUs."""
+    recipe, share = place.fitted(recipe), max(1, cores() // place.local_size)
+    recipe = with_readers(recipe, share)
+    threads = recipe.train.threads or max(1, share - recipe.data.readers())
+    return recipe.replace(f"train.threads={threads}")
+
+
+def _changed_run(run: str | Path, *overrides: str, show: Show | None) -> Path:
+    """Write the changes of a run that is resumed, and return its directory."""
     before = directory.open_run(run)
     check_utf8(before.path, "a run")
-    recipe = changed(before, *overrides)
+    recipe = with_readers(changed(before, *overrides))
     with lock.unheld(before.path):
         make_room(before, recipe)  # a full disk could not even take the lock
     with hold(before.path) as token:
@@ -78,7 +110,7 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
             recipe.save(before.path / "recipe.yaml")
             if text := jump_of_rate(before, recipe):
                 _tell(replace(before, token=token), text, show)
-    return _start(before.path, show)
+    return before.path
 
 
 def changed(run: Run, *overrides: str) -> Recipe:
@@ -203,11 +235,25 @@ def resolved(recipe: Recipe) -> Recipe:
     Paths become absolute. Results on a CPU depend on the threads per rank: its share of the cores,
     less those that its reader processes keep busy. With overlap the cluster worker has a share too.
     """
-    beside = recipe.cluster is not None and recipe.cluster.overlap
-    share = cores() // (recipe.train.ranks + beside)
-    threads = recipe.train.threads or max(1, share - recipe.data.workers)
+    recipe, share = with_readers(recipe), _share(recipe)
+    threads = recipe.train.threads or max(1, share - recipe.data.readers())
     train = recipe.train.model_copy(update={"threads": threads})
     return with_absolute_paths(recipe.model_copy(update={"train": train}))
+
+
+def with_readers(recipe: Recipe, cpus: int | None = None) -> Recipe:
+    """Return the recipe with a number for `data.workers=auto`, for a rank of so many CPUs.
+
+    By default these are a rank's share of this machine.
+    """
+    count = recipe.data.readers(_share(recipe) if cpus is None else cpus)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": count})})
+
+
+def _share(recipe: Recipe) -> int:
+    """Return the CPUs of a process of the worker group on this machine."""
+    beside = recipe.cluster is not None and recipe.cluster.overlap
+    return cores() // (recipe.train.ranks + beside)
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -260,7 +306,9 @@ def check_changes(run: Run, recipe: Recipe) -> None:
         )
 
 
-def _start(run_dir: Path, show: Show | None, stage: str | None = None) -> Run:
+def _start(
+    run_dir: Path, show: Show | None, stage: str | None = None, place: Place | None = None
+) -> Run:
     with hold(run_dir) as token, collected_signals() as signals:
         run = Run(run_dir, token)
         if is_finished(run):
@@ -272,7 +320,7 @@ def _start(run_dir: Path, show: Show | None, stage: str | None = None) -> Run:
         supervisor = Supervisor(run, policy, lambda: bool(signals), show or (lambda record: None))
         with supervisor.recorded(stage):
             try:
-                supervisor.control(lambda: _attempt(supervisor, stage))
+                supervisor.control(lambda: _attempt(supervisor, stage, place))
             except RequeueWanted:
                 if signal.SIGINT in signals:
                     raise KeyboardInterrupt from None
@@ -280,11 +328,13 @@ def _start(run_dir: Path, show: Show | None, stage: str | None = None) -> Run:
         return supervisor.run
 
 
-def _attempt(supervisor: Supervisor, stage: str | None) -> Ending:
-    """Make one attempt, in this process where a single rank clusters inline."""
+def _attempt(supervisor: Supervisor, stage: str | None, place: Place | None) -> Ending:
+    """Make one attempt, in this process where a single rank clusters inline, or of torchrun's."""
     recipe = supervisor.run.recipe
     supervisor.begin(recipe.train.ranks)
-    roles = roles_of(recipe, stage)
+    roles = roles_of(recipe, stage) if place is None else [place.role]
+    if place is not None:
+        place.announce(supervisor.run)
     if len(roles) > 1:
         return supervisor.watch(Pipes(supervisor.run), roles)
     from deepclust.launch.in_process import borrowed_process  # imports torch

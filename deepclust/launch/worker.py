@@ -79,7 +79,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     if recipe.cluster is not None and recipe.cluster.where == "ranks":
         check_shared(recipe, device)
         job = cluster.make_context(run, recipe, index, device, report, world)
-    elif recipe.cluster is not None and recipe.clusters_inline and world.is_first:
+    elif recipe.cluster is not None and world.is_first and clusters_here(recipe, role):
         place = clustering_device(recipe, role)
         job = cluster.make_context(run, recipe, index, place, report, World())
     report.alive()  # from here on, silence is a hang
@@ -92,6 +92,11 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
             f"train.ranks ({error})"
         ) from error
     close_process_group()
+
+
+def clusters_here(recipe: Recipe, role: Role) -> bool:
+    """Return whether the first rank clusters in its own process."""
+    return recipe.clusters_inline or not role.has_worker
 
 
 def _beating(report: Report, stopping: Callable[[], bool]) -> Callable[[], bool]:
@@ -181,8 +186,8 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signal.valid_signals()))  # held back by it
     report = PipeReport(args.pipe)
     run = Run(Path(args.run), args.token, args.attempt)
-    given = [int(text) if text else None for text in (args.gpu, args.threads)]
-    role = Role(args.rank, args.size, args.rendezvous, args.stage or None, *given)
+    gpu, threads = (int(text) if text else None for text in (args.gpu, args.threads))
+    role = Role(args.rank, args.size, args.rendezvous, args.stage or None, gpu, threads)
     try:
         work(run, role, report, lambda: bool(asked))
     except DeepclustError as error:

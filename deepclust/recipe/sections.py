@@ -72,6 +72,8 @@ class Section(BaseModel):
 
 _WEIGHTED = re.compile(r"(.+?):\s*([0-9.]+(?:e[+-]?[0-9]+)?)")
 
+Readers = Annotated[int, Field(ge=0)] | Literal["auto"]
+READERS, MOST_READERS = 4, 8  # where the CPUs are not known; of `auto`
 Chance = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -131,13 +133,23 @@ class Data(Section):
     )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    workers: int = Field(4, ge=0, description="reader processes per rank; 0 = in the rank itself")
+    workers: Readers = Field(
+        4,
+        description="reader processes per rank; 0 = in the rank itself; auto: half of the rank's "
+        "CPUs, at most 8, decided and recorded at the start",
+    )
     read: Literal["auto", "offset", "block"] = "auto"
     scratch: str | None = Field(None, description="node-local folder for block reading")
     stage: str | None = Field(None, description="node-local folder all shards are copied to first")
     extract_batch: int = Field(256, ge=1, description="images per forward pass of extraction")
     max_pixels: int = Field(178_956_970, ge=1, description="larger images are not decoded")
     max_bad: float = Field(0.01, ge=0, le=1, description="largest share of unreadable images")
+
+    def readers(self, cpus: int | None = None) -> int:
+        """Return the reader processes of a rank of so many CPUs (None: not known, as 4 readers)."""
+        if self.workers != "auto":
+            return self.workers
+        return READERS if cpus is None else min(cpus // 2, MOST_READERS)
 
     @field_validator("shards", mode="before")
     @classmethod

@@ -76,6 +76,16 @@ NUMBERS: dict[str, dict[str, Any]] = {  # of metrics.jsonl, what a record of a k
     "evaluate": {"step": int, "top1": Number, "best": int},
 }
 SHOWN = ("reassigned", "nmi_labels")  # of a round, where it has them
+OR_NULL = (*Number, None)
+WANTED: dict[
+    str, list[tuple[str, Any, bool]]
+] = {  # of an event by its name: each field, its type, and whether it may be missing
+    str(name): [
+        *((key, kind, (name, key) in OPTIONAL) for key, kind in fields.items() if key not in SHOWN),
+        *((key, OR_NULL, False) for key in SHOWN),
+    ]
+    for name, fields in (*FIELDS.items(), ("", dict[str, Any]()))
+}
 
 
 def is_event(record: dict[str, Any]) -> bool:
@@ -86,10 +96,10 @@ def is_event(record: dict[str, Any]) -> bool:
     name = record.get("event")
     if not (isinstance(name, str) and fits(record.get("time"), Number)):
         return False
-    known: dict[str, Any] = {str(one): fields for one, fields in FIELDS.items()}
-    fields = {**known.get(name, {}), **dict.fromkeys(SHOWN, (*Number, None))}
-    wanted = {k: v for k, v in fields.items() if k in record or (name, k) not in OPTIONAL}
-    return all(fits(record.get(key), kind) for key, kind in wanted.items())
+    for key, kind, optional in WANTED.get(name, WANTED[""]):
+        if not fits(record.get(key), kind) and not (optional and key not in record):
+            return False
+    return True
 
 
 def is_metric(record: dict[str, Any]) -> bool:
@@ -102,4 +112,4 @@ def is_metric(record: dict[str, Any]) -> bool:
         return False
     attempt = record.get("attempt", record.get("incarnation", 0))  # the name in older runs
     numbers = [v for k, v in record.items() if k != "kind"] if kind == "train" else []
-    return fits(attempt, int) and all(fits(value, (*Number, None)) for value in numbers)
+    return fits(attempt, int) and all(fits(value, OR_NULL) for value in numbers)

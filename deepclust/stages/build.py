@@ -184,7 +184,7 @@ def build_loader(context: Context, table: SeedTable | None = None) -> Loader:
     )
     return Loader(
         index,
-        data.workers,
+        data.readers(),
         read="offset" if data.stage else context.read,
         scratch=data.scratch,
         max_pixels=data.max_pixels,

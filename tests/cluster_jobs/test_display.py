@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from cluster_jobs.display import Display
+from cluster_jobs.display import MANY, Display, status_table
+from cluster_jobs.status import Status
 from cluster_jobs.terminal import recorded_command
 
 
@@ -66,3 +67,21 @@ def test_a_recorded_command_can_be_typed_again_and_tells_no_secret() -> None:
     assert recorded_command(words) == "deepclust pretrain r.yaml 'train.evaluate=1 epoch'"
     assert "letmein" not in str(recorded_command([*words, "notify.webhook=https://h/letmein"]))
     assert [recorded_command(one) for one in (None, 3, [], ["d"], ["d", 3])] == [None] * 5
+
+
+@pytest.mark.parametrize("name", ["run", "[red]run", "\u8d70run"])
+def test_the_table_of_many_runs_has_a_line_for_each_with_every_cell(name: str) -> None:
+    states = [Status(f"{name}{n}", "RUNNING", "train", 8, epoch=n / 8) for n in range(MANY + 1)]
+    out = io.StringIO()
+    Console(file=out, width=200).print(status_table(states, 200))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == len(states) + 1
+    assert lines[0].split()[:4] == ["run", "state", "phase", "round"]
+    assert lines[9].split() == [f"{name}8", "RUNNING", "train", "1.0", "of", "8"]
+
+
+def test_names_that_do_not_fit_are_folded_and_not_cut() -> None:
+    states = [Status("x" * 300, "RUNNING", "train", 8) for _ in range(MANY + 1)]
+    out = io.StringIO()
+    Console(file=out, width=80).print(status_table(states, 80))
+    assert out.getvalue().count("x") == 300 * (MANY + 1)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,8 +19,17 @@ from cluster_jobs import doctor
 from cluster_jobs.cli import begin
 from cluster_jobs.doctor import places
 from deepclust.errors import ResourceError
+from tests.forks import in_fork
 from tests.tiny import deepclust
 
+STOPPED_SLURM = """
+ClusterName=stopped
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=9
+MessageTimeout=2
+NodeName=localhost CPUs=1
+PartitionName=all Nodes=localhost
+"""
 Break = Callable[[Path, pytest.MonkeyPatch], None]
 FINDS = dict(doctor.CHECKS)
 
@@ -48,18 +61,23 @@ def old_numpy(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.syspath_prepend(str(folder))
 
 
-def few_files(_: Path, patch: pytest.MonkeyPatch) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    patch.setattr(resource, "getrlimit", lambda _: (128, limits[1]))
-
-
 def other_clock(_: Path, patch: pytest.MonkeyPatch) -> None:
     honest = time.time
     patch.setattr(places.time, "time", lambda: honest() - 60)
 
 
-def no_temporary(_: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tempfile, "tempdir", "/proc")
+def stopped_slurm(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """The commands of Slurm are here, and the controller that they are told of is not."""
+    if shutil.which("sinfo") is None:
+        program("sinfo", "echo Unable to contact slurm controller >&2; exit 1")(folder, patch)
+        return
+    (folder / "slurm.conf").write_text(STOPPED_SLURM)
+    patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+
+
+def no_tmpdir(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("TMPDIR", str(folder / "gone"))
+    patch.setattr(tempfile, "tempdir", None)  # as in a new process
 
 
 BROKEN: list[tuple[str, Break, str, str]] = [
@@ -69,11 +87,10 @@ BROKEN: list[tuple[str, Break, str, str]] = [
     ("faiss", module("faiss", "import os; os.abort()"), doctor.RED, "ended by SIGABRT"),
     ("decoders", module("PIL", "raise ImportError('libjpeg is missing')"), doctor.RED, "libjpeg"),
     ("gpu", program("nvidia-smi", "echo GPU 0: a card"), doctor.RED, "torch"),
-    ("open files", few_files, doctor.RED, "128"),
     ("clock", other_clock, doctor.RED, "+60.0 s"),
-    ("temporary files", no_temporary, doctor.RED, "/proc"),
+    ("temporary files", no_tmpdir, "yellow", "gone cannot be used"),
     ("ray", module("ray", "raise ImportError('grpc is missing')"), "yellow", "grpc"),
-    ("slurm", program("sinfo", "echo no controller >&2; exit 1"), "yellow", "no controller"),
+    ("slurm", stopped_slurm, "yellow", "Unable to contact slurm controller"),
 ]  # fmt: skip
 
 
@@ -86,6 +103,62 @@ def test_what_is_broken_is_seen_and_has_a_fix(
     assert finding.state == state
     assert seen in finding.seen
     assert finding.fix
+
+
+def under_limit(number: int, limit: int, name: str, folder: Path) -> tuple[str, str, str]:
+    """What a check finds in this process, below a real limit of the kernel."""
+    before = resource.getrlimit(number)
+    resource.setrlimit(number, (limit, before[1]))
+    tempfile.tempdir = None
+    finding = FINDS[name](folder)
+    resource.setrlimit(number, before)
+    return finding.state, finding.seen, finding.fix
+
+
+@pytest.mark.parametrize(
+    ("number", "limit", "name", "seen"),
+    [
+        (resource.RLIMIT_NOFILE, 128, "open files", "128 of at most"),
+        (resource.RLIMIT_FSIZE, 0, "temporary files", "No usable temporary directory"),
+        (resource.RLIMIT_FSIZE, 0, "folder", "File too large"),
+    ],
+)
+def test_a_limit_that_is_too_low_is_red(
+    number: int, limit: int, name: str, seen: str, tmp_path: Path
+) -> None:
+    state, found, fix = in_fork(under_limit, number, limit, name, tmp_path)
+    assert state == doctor.RED
+    assert seen in found
+    assert fix
+
+
+def on_small_disk(name: str, place: str) -> tuple[str, str]:
+    """What a check finds in a new process, which sees 1 MB of memory as a disk at the place."""
+    code = (
+        "from pathlib import Path; from cluster_jobs import doctor\n"
+        f"found = dict(doctor.CHECKS)[{name!r}](Path({place!r}))\n"
+        "print(found.state, found.seen)"
+    )
+    python = shlex.join([sys.executable, "-c", code])
+    mount = f"mount -t tmpfs -o size=1m none {place} && exec {python}"
+    words = ["unshare", "--mount", "sh", "-c", mount]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    state, _, seen = done.stdout.strip().partition(" ")
+    return state, seen
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize(
+    ("name", "place", "seen"),
+    [
+        ("shared memory", "/dev/shm", "0.00 GiB are free in /dev/shm"),
+        ("free space", "DISK", "0.0 GiB are free"),
+    ],
+)
+def test_a_small_disk_is_red(name: str, place: str, seen: str, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("this process may not mount")
+    assert on_small_disk(name, str(tmp_path) if place == "DISK" else place) == (doctor.RED, seen)
 
 
 def test_a_folder_that_cannot_be_written_is_red() -> None:
