@@ -1,6 +1,6 @@
 """kill -9 at every kind of moment: the resumed run is the undisturbed one, bit for bit.
 
-One case of each kind: tools/bench/kills.py and tools/bench/faults.py go through all of them.
+One case of each kind: `kills.py`, `instants.py` and `faults.py` in tools/bench go through all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from deepclust import Recipe, pretrain
 from deepclust.errors import RequeueWanted
 from deepclust.launch import policy
 from deepclust.run.directory import Run
+from tests.forks import in_fork
+from tests.instants import INSTANTS, SETTINGS, kill_and_resume
 from tests.killing import (
     MOMENTS,
     PATIENCE_S,
@@ -68,6 +70,21 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert struck or moment in SHORT
     deepclust("resume", run)
     assert_same_run(run, undisturbed[ranks])
+    assert stages_done_twice(run) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint: some tensors are", "checkpoint: renamed", "chunk: before the rename"],
+)
+def test_a_kill_at_an_instant_of_a_committing_thread_changes_no_bit(
+    many_shards: Path, undisturbed: dict[int, Path], tmp_path: Path, name: str
+) -> None:
+    tiny_recipe(many_shards, *SETTINGS).save(tmp_path / "recipe.yaml")
+    run = tmp_path / "run"
+    code = in_fork(kill_and_resume, tmp_path / "recipe.yaml", run, INSTANTS[name])
+    assert code == -signal.SIGKILL
+    assert_same_run(run, undisturbed[1])
     assert stages_done_twice(run) == []
 
 
