@@ -6,6 +6,7 @@ FAISS and torch differ in one function, the search for the nearest centroid (`se
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ from deepclust.clustering.points import (
     Assignment,
     Rows,
     as_tensor,
-    inertia_of,
+    cost_of,
     largest_of,
     not_finite,
     unit_rows,
@@ -47,6 +48,7 @@ from deepclust.clustering.residence import (
 )
 from deepclust.clustering.search import SEARCHES, Search
 from deepclust.clustering.tiles import Tile, do_nothing, each_tile
+from deepclust.copies import sent
 from deepclust.errors import DataError, NumericalError
 
 # numbers of a tile: what a core's cache holds, and on a GPU (not measured there) what keeps it busy
@@ -102,7 +104,7 @@ class ArrayPoints:
         self.alive = alive
         self.frame: Frame | None = None
         self.grids: Grids | None = None  # see `exact_sums.py`
-        self.sum_sq: float | None = None  # sum of w |x|^2, from the first pass
+        self.sum_sq: Float64[Tensor, ""] | None = None  # sum of w |x|^2, from the first pass
         self.kept: KeptRows | None = None  # packed rows, from the first pass
 
     def gather(self, ids: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
@@ -153,6 +155,7 @@ class ArrayPoints:
         """
         view = self._copy()
         view.ids = ids if self.ids is None else self.ids[ids]
+        view.__dict__.pop("_ids_there", None)
         view.n = view.n_local = len(ids)
         return view
 
@@ -275,7 +278,8 @@ class ArrayPoints:
         if late is not None:
             self._settle(late, centroids, cluster_ids, reach, sums)
         if self.sum_sq is None:  # on their grid, so exact in any order
-            self.sum_sq = float(torch.stack(squares).sum()) if squares else 0.0
+            none = torch.zeros((), dtype=torch.float64, device=self.device)
+            self.sum_sq = torch.stack(squares).sum() if squares else none
         total = sums.partials if before is None else before.partials + sums.partials
         return self._finish(cluster_ids, reach, total, centroids)
 
@@ -299,7 +303,7 @@ class ArrayPoints:
         sums: ClusterSums,
     ) -> None:
         """Let the CPU decide the rows that a pass left open, and mend ids, distances and sums."""
-        places, rows, before, after = late.settle(cluster_ids, self._gather_here)
+        places, rows, before, after = late.settle(cluster_ids, self._gather_here, self._is_here)
         if not len(places):
             return
         cluster_ids[places] = after.int()
@@ -311,11 +315,18 @@ class ArrayPoints:
         sums.add(before, rows, -weights)
         sums.add(after, rows, weights)
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether the rows lie on the device, so that no look at them waits for it."""
+        return is_on(self.rows, self.device)
+
     def _gather_here(self, places: Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Return some rows of these points: without a wait where they lie on the device."""
-        if self.ids is None and isinstance(self.rows, Tensor):
-            return self._as_read(self.rows[places.to(self.rows.device)])
-        return self.gather(places)
+        if not self._is_here:
+            return self.gather(places)
+        assert isinstance(self.rows, Tensor)
+        own = places if self.ids is None else self._ids_there[places]
+        return self._as_read(self.rows[own])
 
     def sum_clusters(self, cluster_ids: Int32[Tensor, " n"], k: int) -> Assignment:
         """Sum up the rows of given clusters (-1: left out), without distances."""
@@ -331,7 +342,8 @@ class ArrayPoints:
         each_tile(sum_up, self.n, size, self.threads, self.alive)
         counts, mass = self._sizes(cluster_ids, k + 1)
         none = torch.zeros(0, device=self.device)
-        return Assignment(cluster_ids, none, sums.partials[:, :k], mass[:, :k], counts[:k], 0.0)
+        cost = torch.zeros((), dtype=torch.float64, device=self.device)  # that of no distances
+        return Assignment(cluster_ids, none, sums.partials[:, :k], mass[:, :k], counts[:k], cost)
 
     def find_farthest(
         self, assignment: Assignment
@@ -357,9 +369,9 @@ class ArrayPoints:
         Its sums stay as they were.
         """
         counts = self.count_members(cluster_ids, len(assignment.counts))
-        inertia = self.weighted_sum(distances, self.max_weight() * largest_of(distances), self.n)
+        cost = self.weighted_sum(distances, self.max_weight() * largest_of(distances), self.n)
         return Assignment(
-            cluster_ids, distances, assignment.partials, assignment.partial_mass, counts, inertia
+            cluster_ids, distances, assignment.partials, assignment.partial_mass, counts, cost
         )
 
     def locate(self, ids: Int64[Tensor, " m"]) -> tuple[Bool[Tensor, " m"], Int64[Tensor, " h"]]:
@@ -372,9 +384,9 @@ class ArrayPoints:
         """Return the values of these ids."""
         return values[ids]
 
-    def count(self, rows: Bool[Tensor, " n"]) -> int:
+    def count(self, rows: Bool[Tensor, " n"]) -> Int64[Tensor, ""]:
         """Return how many rows are marked."""
-        return int(rows.sum())
+        return rows.sum()
 
     def find_lowest(self, keys: Float32[Tensor, " n"], m: int) -> tuple[Tensor, Tensor]:
         """Return ids and keys of the m rows of lowest finite key, ascending, ties by id."""
@@ -382,18 +394,25 @@ class ArrayPoints:
         ids = able[torch.argsort(keys[able], stable=True)[:m]]
         return ids, keys[ids]
 
-    def weighted_sum(self, distances: Float32[Tensor, " n"], bound: float, n: int) -> float:
+    def weighted_sum(
+        self, distances: Float32[Tensor, " n"], bound: float, n: int
+    ) -> Float64[Tensor, ""]:
         """Return the weighted sum of distances in float64, exact for n numbers up to `bound`."""
         if not np.isfinite(bound):
-            return float("nan")
+            return torch.full((), torch.nan, dtype=torch.float64, device=self.device)
         wide = distances.double()
         weights = self._weights_of(0, self.n)
         if weights is not None:
             wide *= weights
-        return float(on_grid(wide, grid_of(bound, n)).sum())
+        return on_grid(wide, grid_of(bound, n)).sum()
 
     def _at(self, where: slice | Int64[Tensor, " m"]) -> Float32[Tensor, "m d"]:
         """Return the rows at a range of these points, or at some of their places."""
+        rows = self.rows
+        if isinstance(rows, Tensor) and rows.is_cuda and isinstance(where, slice):
+            # the ids of a view are there too, or each tile would wait for a copy of them
+            own = where if self.ids is None else self._ids_there[where]
+            return self._as_read(rows[own])
         place = where if isinstance(where, slice) else where.cpu().numpy()
         return self._read(place if self.ids is None else self.ids[place])
 
@@ -401,7 +420,7 @@ class ArrayPoints:
         if isinstance(self.rows, Tensor) and isinstance(where, slice):
             rows = self.rows[where]
         elif isinstance(self.rows, Tensor):  # 4 times as fast as rows[places] on a CPU
-            rows = self.rows.index_select(0, torch.from_numpy(where).to(self.rows.device))
+            rows = self.rows.index_select(0, sent(torch.from_numpy(where), self.rows.device))
         else:
             rows = as_tensor(self.rows[where])
         return self._as_read(rows)
@@ -420,6 +439,11 @@ class ArrayPoints:
         )  # several a thread, where a tile is worth its overhead
         share = -(-self.n // (turns * self.threads))
         return min(max(min(size, share), 64), MAX_TILE_ROWS)
+
+    @functools.cached_property
+    def _ids_there(self) -> Int64[Tensor, " n"]:
+        """The rows of a view, on the device."""
+        return sent(torch.from_numpy(np.asarray(self.ids, np.int64)), self.device)
 
     def _grids(self) -> Grids:
         if self.grids is None:
@@ -442,7 +466,7 @@ class ArrayPoints:
             return None
         if self.ids is None:
             return self.weights[start : start + count]
-        return self.weights[torch.from_numpy(self.ids[start : start + count]).to(self.device)]
+        return self.weights[self._ids_there[start : start + count]]
 
     def _sizes(
         self, cluster_ids: Tensor, k: int
@@ -459,12 +483,12 @@ class ArrayPoints:
         self, cluster_ids: Tensor, distances: Tensor, sums: Tensor, centroids: Tensor
     ) -> Assignment:
         counts, mass = self._sizes(cluster_ids, sums.shape[1])
-        assignment = Assignment(cluster_ids, distances, sums, mass, counts, 0.0)
+        assert self.sum_sq is not None
+        assignment = Assignment(cluster_ids, distances, sums, mass, counts, self.sum_sq)
         if len(distances):
             bound = self.max_weight() * largest_of(distances)
-            return replace(assignment, inertia=self.weighted_sum(distances, bound, self.n))
-        assert self.sum_sq is not None
-        return replace(assignment, inertia=inertia_of(self.sum_sq, assignment, centroids))
+            return replace(assignment, cost=self.weighted_sum(distances, bound, self.n))
+        return replace(assignment, cost=cost_of(self.sum_sq, assignment, centroids))
 
 
 def _weights(weights: Rows, n: int) -> Float64[Tensor, " n"]:

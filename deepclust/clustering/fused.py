@@ -11,7 +11,9 @@ leaves open, and float32 differences decide. The steps:
    Such rivals are kept, and the CPU compares them once, at the end of a pass, as it always does.
 
 So the labels are the CPU's, ties to the lowest id. Steps 1 and 2 never wait for the GPU, and step 3
-waits twice a pass. It sees at most one whitened row in fifty (`tests/clustering/test_fused.py`).
+waits once a pass. It sees at most one whitened row in fifty (`tests/clustering/test_fused.py`), so
+room for a 32nd of them is copied without a look at their number. Where more are open it waits once
+more.
 
 The bound is the one of `nearest.py`, with 4 d u' for the float32 sums. Tensor cores may cut digits
 off where others round (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
@@ -29,11 +31,13 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.nearest import U32, Nearest, first_of_equals, squared_distances
+from deepclust.copies import copied_to_host, sent
 
 WIDTH = 16  # columns of a packed row come in multiples of this: aligned loads, whole products
 SCALED = 7  # the largest number of a packed row, and the longest centroid, are near 2^7
 TENSOR_CORES = (8, 0)  # the kernels spill registers on older ones (compiled for 7.5, 8.0 and 9.0)
 NONE, SEVERAL = -1, -2  # rivals that are no centroid
+SHARE, LEAST = 32, 256  # of the rows a 32nd, and so many, are copied before they are counted
 
 
 class FusedNearest:
@@ -48,13 +52,13 @@ class FusedNearest:
 
         self._kernel = fused_kernel
         self.centroids = centroids.contiguous()
-        self.host = _copied_to_host(self.centroids)
+        self.host = copied_to_host(self.centroids)
         wide = centroids.double()
         self.origin = wide.mean(0).float()
         offsets = wide - self.origin
         squares = offsets.square().sum(1)
         self.reach = squares.max().sqrt()
-        self.scale = _power_of_two(self.reach)
+        self.scale = power_of_two(self.reach)
         self.columns = _padded(offsets * self.scale)
         kept = self.columns[:, : offsets.shape[1]].double() / self.scale
         self.lost = (offsets - kept).square().sum(1).max().sqrt()
@@ -109,7 +113,7 @@ class FusedNearest:
         """Return centred rows in float16, the factors of their products, and their margins."""
         dim = rows.shape[1]
         centred = rows - self.origin
-        scales = _power_of_two(centred.abs().amax(1, keepdim=True))
+        scales = power_of_two(centred.abs().amax(1, keepdim=True))
         scaled = centred * scales
         packed = _padded(scaled)
         kept = packed[:, :dim].float()
@@ -138,41 +142,56 @@ class Late:
         return ids.long()
 
     def settle(
-        self, cluster_ids: Int32[Tensor, " n"], gather: Callable[[Tensor], Tensor]
+        self,
+        cluster_ids: Int32[Tensor, " n"],
+        gather: Callable[[Tensor], Tensor],
+        here: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return places, rows, old and new ids of the rows that change, on the device.
 
-        It waits for the device twice: for the number of rows, and for the rows.
+        It waits for the device once, for room's worth of rows and their number; and once more where
+        there are more of them. Rows that are not `here`, on the device, are counted first.
         """
-        places = (self.rivals != NONE).nonzero().flatten()
-        if not len(places):
-            return places, gather(places), places, places
-        rows = gather(places)
-        facts = torch.stack([cluster_ids[places], self.rivals[places]], 1)
-        host = torch.cat([rows, facts.view(torch.float32)], 1).cpu()  # one copy: bits as they are
+        if not len(self.rivals):
+            return (
+                (none := torch.zeros_like(cluster_ids, dtype=torch.int64)),
+                gather(none),
+                none,
+                none,
+            )
+        listed, count = _list_of(self.rivals != NONE)
+        room = len(listed) // SHARE + LEAST if here else int(count)
+        places, rows, host = self._copied(cluster_ids, gather, listed[:room], count)
+        number = int(host[-1, :1].view(torch.int32))
+        if number > room:
+            places, rows, host = self._copied(cluster_ids, gather, listed[:number], count)
+        host = host[:number]
         before, rivals = host[:, -2:].contiguous().view(torch.int32).unbind(1)
         after = self.search.settle(host[:, :-2].contiguous(), before, rivals)
         changed = (after != before).nonzero().flatten()
         index, old, new = (
-            _sent(part, places.device) for part in (changed, before[changed].long(), after[changed])
+            sent(part, places.device) for part in (changed, before[changed].long(), after[changed])
         )
         return places[index], rows[index], old, new
 
+    def _copied(
+        self,
+        cluster_ids: Int32[Tensor, " n"],
+        gather: Callable[[Tensor], Tensor],
+        listed: Int32[Tensor, " m"],
+        count: Int32[Tensor, " 1"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return places, rows, and on the host the rows with ids and rivals, then the count."""
+        places = listed.long()
+        rows = gather(places)
+        facts = torch.stack([cluster_ids[places], self.rivals[places]], 1)
+        block = torch.cat([rows, facts.view(torch.float32)], 1)
+        last = block.new_zeros(1, block.shape[1])
+        last[0, :1] = count.view(torch.float32)
+        return places, rows, torch.cat([block, last]).cpu()  # one copy: bits as they are
 
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device, which the host does not wait for."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
-
-def _copied_to_host(values: Tensor) -> Tensor:
-    """Return a copy that is there when the host next waits for this device."""
-    if not values.is_cuda:
-        return values.cpu()
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
-
-
-def _power_of_two(largest: Tensor) -> Tensor:
+def power_of_two(largest: Tensor) -> Tensor:
     """Return a power of two that brings numbers up to `largest` near 2^SCALED; 1 for zeros."""
     _, exponents = torch.frexp(largest)
     usable = (largest > 0) & torch.isfinite(largest)

@@ -16,6 +16,7 @@ from torch import Tensor
 from deepclust.clustering.exact_sums import grid_of, on_grid
 from deepclust.clustering.options import Given, KMeansOptions
 from deepclust.clustering.points import Points, Rows, as_tensor
+from deepclust.copies import sent
 from deepclust.errors import DataError, RecipeError
 from deepclust.world import generator
 
@@ -103,7 +104,7 @@ def _first_occurrences(rows: Float32[Tensor, "n d"], keep: int) -> Float32[Tenso
     bytes_of = plain.view(np.dtype((np.void, plain.dtype.itemsize * plain.shape[1])))[:, 0]
     _, first = np.unique(bytes_of, return_index=True)
     places = np.union1d(first, np.arange(keep))
-    return rows[torch.from_numpy(places).to(rows.device)]
+    return rows[sent(torch.from_numpy(places), rows.device)]
 
 
 def too_few(points: Points, free: int, fixed: Float32[Tensor, "m d"]) -> str:

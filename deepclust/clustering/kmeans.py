@@ -26,6 +26,7 @@ from deepclust.clustering.points import Assignment, Points, Rows, as_tensor, uni
 from deepclust.clustering.repair import REPAIRS, Repaired, fill_empties, fill_small
 from deepclust.clustering.search import SEARCHES
 from deepclust.clustering.tiles import one_thread
+from deepclust.copies import to_host
 from deepclust.errors import DataError, NumericalError, RecipeError
 from deepclust.world import generator
 
@@ -174,9 +175,11 @@ def solve_kmeans(
         if options.spherical:
             centroids[len(anchors) :] = unit_rows(centroids[len(anchors) :])
         centroids, before, history = _lloyd(points, centroids, len(anchors), options, passes)
-        assignment = _assign(points, centroids)
-        passes.end(assignment.inertia, _count_moved(points, assignment, before))
-        repaired = fill_empties(points, centroids, assignment, len(anchors))
+        assignment = points.assign_to(centroids)
+        facts = _Facts.of(points, assignment, before, len(anchors))
+        passes.end(facts.inertia, facts.moved)
+        has_empties = len(facts.empties) > 0
+        repaired = fill_empties(points, centroids, assignment, len(anchors), has_empties)
         if options.min_size > 1:
             repaired = fill_small(points, repaired, options.min_size, len(anchors))
         return _result(repaired, history, len(anchors), passes.seconds)
@@ -185,15 +188,18 @@ def solve_kmeans(
 def _result(
     repaired: Repaired, history: list[Iteration], fixed: int, seconds: float
 ) -> KMeansResult:
-    assignment = repaired.assignment
+    one = repaired.assignment
+    wanted = (repaired.centroids, one.cluster_ids, one.distances, repaired.forced)
+    told = (part.numpy() for part in to_host(*wanted, one.counts[:fixed], one.cost))
+    centroids, assignments, distances, forced, of_fixed, cost = told
     return KMeansResult(
-        centroids=repaired.centroids.cpu().numpy(),
-        assignments=assignment.cluster_ids.cpu().numpy(),
-        distances=assignment.distances.cpu().numpy(),
-        inertia=assignment.inertia,
+        centroids=centroids,
+        assignments=assignments,
+        distances=distances,
+        inertia=float(cost),
         history=history,
-        forced=repaired.forced.cpu().numpy(),
-        empty_fixed=(assignment.counts[:fixed] == 0).nonzero().flatten().cpu().numpy(),
+        forced=forced,
+        empty_fixed=np.flatnonzero(of_fixed == 0),
         empty_repairs=repaired.repairs,
         seconds=seconds,
     )
@@ -234,10 +240,12 @@ def _lloyd(
     history: list[Iteration] = []
     before: Assignment | None = None
     for _ in range(options.iterations):
-        assignment = _assign(points, centroids, before, distances=options.tol > 0)
-        empties = np.flatnonzero((assignment.counts[fixed:] == 0).cpu().numpy()) + fixed
+        assignment = points.assign_to(centroids, before, options.tol > 0)
+        facts = _Facts.of(points, assignment, before, fixed)
+        empties = facts.empties
         if len(empties) and options.empty == "relocate" and options.tol == 0:
-            assignment = _assign(points, centroids, before)  # once more, with distances
+            assignment = points.assign_to(centroids, before)  # once more, with distances
+            facts = _Facts.of(points, assignment, before, fixed)
         centroids = _update(points, centroids, assignment, fixed)
         donors = np.zeros(0, np.int64)
         if len(empties):
@@ -245,34 +253,38 @@ def _lloyd(
             donors = repair(points, centroids, assignment, empties, fixed, draws)
             if points.spherical:
                 centroids[fixed:] = unit_rows(centroids[fixed:])
-        moved = _count_moved(points, assignment, before)
-        history.append(Iteration(assignment.inertia, len(empties), donors.tolist(), moved))
-        passes.add(assignment.inertia, moved)
+        history.append(Iteration(facts.inertia, len(empties), donors.tolist(), facts.moved))
+        passes.add(facts.inertia, facts.moved)
         before = assignment
         if _settled(history, options.tol):
             break
     return centroids, before, history
 
 
-def _count_moved(points: Points, assignment: Assignment, before: Assignment | None) -> int:
-    """Return how many points changed cluster, all of them in the first pass."""
-    if before is None:
-        return points.n
-    return points.count(assignment.cluster_ids != before.cluster_ids)
+@dataclass(frozen=True)
+class _Facts:
+    """What the host decides by after a pass: it waits for a GPU once for all of it."""
 
+    inertia: float
+    moved: int  # points that changed cluster, all of them in the first pass
+    empties: Int64[np.ndarray, " e"]  # free clusters that won nothing
 
-def _assign(
-    points: Points,
-    centroids: Float32[Tensor, "k d"],
-    before: Assignment | None = None,
-    distances: bool = True,
-) -> Assignment:
-    assignment = points.assign_to(centroids, before, distances)
-    if not np.isfinite(assignment.inertia):
-        raise NumericalError(
-            "the inertia is not finite: distances overflow float32. Scale the features down."
-        )
-    return assignment
+    @classmethod
+    def of(
+        cls, points: Points, assignment: Assignment, before: Assignment | None, fixed: int
+    ) -> _Facts:
+        """Fetch the facts of a pass; raise `NumericalError` where distances overflow."""
+        cost = assignment.cost[None]
+        moved = torch.full_like(cost, points.n)
+        if before is not None:
+            moved = points.count(assignment.cluster_ids != before.cluster_ids)[None].double()
+        is_empty = (assignment.counts[fixed:] == 0).double()
+        told = torch.cat([cost, moved, is_empty]).cpu().numpy()
+        if not np.isfinite(told[0]):
+            raise NumericalError(
+                "the inertia is not finite: distances overflow float32. Scale the features down."
+            )
+        return cls(float(told[0]), int(told[1]), np.flatnonzero(told[2:]) + fixed)
 
 
 def _update(

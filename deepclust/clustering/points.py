@@ -36,7 +36,12 @@ class Assignment:
     ]  # weighted sum of each cluster's rows, see `exact_sums.py`
     partial_mass: Float64[Tensor, "partials k"]  # sum of each cluster's weights
     counts: Int64[Tensor, " k"]  # members of each cluster: its rows that weigh more than nothing
-    inertia: float  # weighted sum of the distances, in float64; without them from the sums
+    cost: Float64[Tensor, ""]  # weighted sum of the distances; without them from the sums
+
+    @property
+    def inertia(self) -> float:
+        """The cost as a number, for which the host waits for a GPU."""
+        return float(self.cost)
 
     @property
     def sums(self) -> Float64[Tensor, "k d"]:
@@ -112,7 +117,7 @@ class Points(Protocol):
     ) -> Int32[Tensor, " m"]:
         """Return the values of these ids, from whichever rank has them."""
 
-    def count(self, rows: Bool[Tensor, " rows"]) -> int:
+    def count(self, rows: Bool[Tensor, " rows"]) -> Int64[Tensor, ""]:
         """Return how many rows are marked, over all n."""
 
     def find_lowest(self, keys: Float32[Tensor, " rows"], m: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +130,11 @@ def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     A zero row stays zero and is never NaN.
     """
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if not bool(((norms > SAFE[0]) & (norms < SAFE[1])).all()):  # their squares may be lost
+    are_safe = ((norms > SAFE[0]) & (norms < SAFE[1])).all()  # else their squares may be lost
+    if rows.is_cuda:  # a look at it would wait for the GPU
+        rows = torch.where(are_safe, rows, in_range(rows))
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    elif not bool(are_safe):
         rows = in_range(rows)
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norms == 0, 1.0, norms)
@@ -150,15 +159,17 @@ def as_tensor(values: Rows) -> Tensor:
     return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
 
 
-def inertia_of(sum_sq: float, assignment: Assignment, centroids: Float32[Tensor, "k d"]) -> float:
+def cost_of(
+    sum_sq: Float64[Tensor, ""], assignment: Assignment, centroids: Float32[Tensor, "k d"]
+) -> Float64[Tensor, ""]:
     """Return the inertia from sums S and mass m: sum w|x|^2 - 2 sum c.S + sum m|c|^2.
 
     `sum_sq` is the first term. In float64 it agrees with the sum of distances to ten digits,
     except where rows are much farther from the origin than from each other.
     """
     wide = centroids.double()
-    rest = float((wide * (assignment.mass[:, None] * wide - 2 * assignment.sums)).sum())
-    return max(sum_sq + rest, 0.0) if np.isfinite(rest) else float("nan")
+    rest = (wide * (assignment.mass[:, None] * wide - 2 * assignment.sums)).sum()
+    return torch.where(torch.isfinite(rest), (sum_sq + rest).clamp(min=0.0), torch.nan)
 
 
 def largest_of(distances: Float32[Tensor, " n"]) -> float:

@@ -89,8 +89,12 @@ class Repaired:
     repairs: int  # how many empties were moved
 
 
-def fill_empties(points: Points, centroids: Tensor, assignment: Assignment, fixed: int) -> Repaired:
+def fill_empties(
+    points: Points, centroids: Tensor, assignment: Assignment, fixed: int, any_empty: bool = True
+) -> Repaired:
     """Move every empty free centroid onto a far point, and reassign what is nearer to it.
+
+    `any_empty` is False where the caller knows that there is none.
 
     Each round moves empties onto the farthest points of different clusters, then compares all
     points with the moved centroids only. A point at distance zero is not used, since it equals a
@@ -99,7 +103,10 @@ def fill_empties(points: Points, centroids: Tensor, assignment: Assignment, fixe
 
     Raises `DataError` when every point equals a centroid already.
     """
-    centroids, forced, repairs = centroids.clone(), [], 0
+    none = torch.zeros(0, dtype=torch.int64, device=points.device)
+    if not any_empty:
+        return Repaired(centroids, assignment, none, 0)
+    centroids, forced, repairs = centroids.clone(), [none], 0
     while len(empty := (assignment.counts[fixed:] == 0).nonzero().flatten() + fixed):
         places = _far_places(points, assignment, len(empty), fixed)
         if len(places) == 0:
@@ -109,8 +116,7 @@ def fill_empties(points: Points, centroids: Tensor, assignment: Assignment, fixe
         assignment = _reassign(points, centroids, assignment, targets, places)
         forced.append(places)
         repairs += len(places)
-    ids = torch.cat(forced) if forced else torch.zeros(0, dtype=torch.int64, device=points.device)
-    return Repaired(centroids, assignment, torch.unique(ids), repairs)
+    return Repaired(centroids, assignment, torch.unique(torch.cat(forced)), repairs)
 
 
 def _far_places(

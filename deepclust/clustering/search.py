@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from deepclust.clustering.fused import FusedNearest, works_on
+from deepclust.clustering.fused import FusedNearest, power_of_two, works_on
 from deepclust.clustering.nearest import Nearest, first_of_equals, packed_columns, packed_rows
 from deepclust.errors import ResourceError
 
 Search: TypeAlias = Callable[[Tensor], Tensor]  # rows float32 [m, d] -> centroid ids int64 [m]
-HALF_REACH = (0.5, 100.0)  # float16 is for centroids as far as this from their mean, no others
 
 
 def torch_search(centroids: Float32[Tensor, "k d"], half: bool = False) -> Search:
@@ -39,20 +38,21 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
     """Return a search that ranks by |e|^2 / 2 - (x - o).e, e = c - o, o the mean centroid.
 
     The usual |c|^2 - 2 x.c loses its digits when the rows are far from the origin. `half` (rows are
-    float16): the product is of float16 with float32 sums, on the tensor cores. Near-ties within the
-    rounding may fall either way. Equal centroids go to the lowest id.
+    float16): the product is of scaled float16 with float32 sums, on the tensor cores. Near-ties
+    within the rounding may fall either way. Equal centroids go to the lowest id.
     """
     wide = centroids.double()
     origin = wide.mean(0).float()
     offsets = wide - origin
     bias = offsets.square().sum(1) / 2
     first = first_of_equals(centroids)
-    reach = float(2 * bias.max()) ** 0.5
-    if half and HALF_REACH[0] < reach < HALF_REACH[1]:
-        packed = packed_columns(-offsets.T, bias, torch.float16)
+    if half:
+        scale = power_of_two((2 * bias.max()).sqrt())  # brings the centroids into float16's range
+        packed = packed_columns(-offsets.T * scale, bias * scale**2, torch.float16)
+        nowhere = torch.zeros_like(origin)
 
         def search_half(rows: Tensor) -> Tensor:
-            tile = packed_rows(rows, origin, packed)
+            tile = packed_rows((rows - origin) * scale.float(), nowhere, packed)
             return first[torch.mm(tile, packed, out_dtype=torch.float32).argmin(1)]
 
         return search_half

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.clustering.points import Assignment, inertia_of, largest_of, not_finite
+from deepclust.clustering.points import Assignment, cost_of, largest_of, not_finite
 from deepclust.errors import NumericalError
 from deepclust.world import World
 
@@ -38,7 +38,7 @@ class ShardedPoints:
         self.n, self.n_local = int(ends[-1]), local.n
         self.base = int(ends[world.rank]) - local.n
         self.dim, self.device, self.spherical = local.dim, local.device, local.spherical
-        self.sum_sq: float | None = None
+        self.sum_sq: Float64[Tensor, ""] | None = None
 
     def configure(self, *, spherical: bool, backend: str) -> ShardedPoints:
         """Return the same rows, read as unit rows or as they are, searched by `backend`."""
@@ -115,7 +115,7 @@ class ShardedPoints:
             whole = replace(whole, partials=before.partials + whole.partials)
         if distances:
             return self.recount(whole, whole.cluster_ids, whole.distances)
-        return replace(whole, inertia=inertia_of(self._sum_sq(), whole, centroids))
+        return replace(whole, cost=cost_of(self._sum_sq(), whole, centroids))
 
     def sum_clusters(self, cluster_ids: Int32[Tensor, " rows"], k: int) -> Assignment:
         """Sum up the rows of given clusters (-1: left out), without distances."""
@@ -134,11 +134,11 @@ class ShardedPoints:
             counts=self.world.all_reduce(assignment.counts),
         )
 
-    def _sum_sq(self) -> float:
+    def _sum_sq(self) -> Float64[Tensor, ""]:
         """Return the sum of w |x|^2 over all ranks."""
         if self.sum_sq is None:
-            ours = torch.tensor(self.local.sum_sq, dtype=torch.float64, device=self.world.device)
-            self.sum_sq = float(self.world.all_reduce(ours))
+            assert self.local.sum_sq is not None
+            self.sum_sq = self.world.all_reduce(self.local.sum_sq.to(self.world.device, copy=True))
         return self.sum_sq
 
     def recount(self, assignment: Assignment, cluster_ids: Tensor, distances: Tensor) -> Assignment:
@@ -148,10 +148,8 @@ class ShardedPoints:
         """
         mine = self.local.count_members(cluster_ids, len(assignment.counts))
         bound = self.world.max_float(self.local.max_weight() * largest_of(distances))
-        inertia = torch.tensor(
-            self.local.weighted_sum(distances, bound, self.n), dtype=torch.float64
-        )
-        total = float(self.world.all_reduce(inertia.to(self.world.device)))
+        cost = self.local.weighted_sum(distances, bound, self.n)
+        total = self.world.all_reduce(cost.to(self.world.device))
         return Assignment(
             cluster_ids,
             distances,
@@ -171,9 +169,9 @@ class ShardedPoints:
         lowest = self.world.all_reduce_max(torch.where(ours, -(ids + self.base), -self.n))
         return torch.where(lowest == -self.n, -1, -lowest), most
 
-    def count(self, rows: Bool[Tensor, " rows"]) -> int:
+    def count(self, rows: Bool[Tensor, " rows"]) -> Int64[Tensor, ""]:
         """Return how many rows are marked, over all ranks."""
-        return int(self.world.all_reduce(rows.sum()))
+        return self.world.all_reduce(rows.sum())
 
     def find_lowest(self, keys: Float32[Tensor, " rows"], m: int) -> tuple[Tensor, Tensor]:
         """Return ids and keys of the m rows of lowest finite key: the best of every rank's m."""

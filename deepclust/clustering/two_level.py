@@ -323,7 +323,7 @@ class _Merged:
     def inertia(self, points: ArrayPoints) -> float:
         """Return the weighted sum of the distances."""
         bound = points.max_weight() * float(self.distances.max())
-        return points.weighted_sum(self.distances.to(points.device), bound, points.n)
+        return float(points.weighted_sum(self.distances.to(points.device), bound, points.n))
 
     def over(self, world: World) -> _Merged:
         """Return the sum over the ranks."""

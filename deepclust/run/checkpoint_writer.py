@@ -22,10 +22,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deepclust.copies import snapshot
 from deepclust.files import disk_errors, file_hash, sync, write_json, write_tensors
 from deepclust.run.checkpoint import OwnedTensors, State, Tensors
 from deepclust.run.directory import Run, is_done, prune
-from deepclust.run.host_copies import snapshot
 from deepclust.world import ALONE, World
 
 HASH = ".blake2b"  # beside an owner's file while it waits for its place

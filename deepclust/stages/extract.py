@@ -22,6 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from deepclust.clustering.whiten import Moments
+from deepclust.copies import to_host
 from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.read.dataset import Loaded
 from deepclust.data.read.loader import Loader, Request
@@ -30,7 +31,6 @@ from deepclust.errors import DataError, NumericalError, RequeueWanted
 from deepclust.files import create_empty, write_json
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run, is_done
-from deepclust.run.host_copies import to_host
 from deepclust.run.reporting import Report
 from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
@@ -199,8 +199,8 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
         return
     sample_ids = np.arange(chunk.start, min(chunk.stop, chunk.start + context.config.extract_batch))
     loaded = next(iter(context.loader.stream([_request(context.config, sample_ids)])))
-    rows = embed(loaded.images[0])
-    usable = torch.isfinite(rows).all(1).cpu()
+    (rows,) = to_host(embed(loaded.images[0]))
+    usable = torch.isfinite(rows).all(1)
     usable[[int(b.sample_id) - chunk.start for b in loaded.bad]] = False
     first = f"none of the first {len(sample_ids)} images of {context.index.origin}"
     if len(loaded.bad) == len(sample_ids):
@@ -210,7 +210,7 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
             f"{first} gives finite features; look at the images, or lower train.lr if this is not "
             "the first round"
         )
-    raw_chunk.write_pivot(context.raw_dir, rows[usable].mean(0).cpu().numpy(), context.run.fence)
+    raw_chunk.write_pivot(context.raw_dir, rows[usable].mean(0).numpy(), context.run.fence)
 
 
 def _request(config: Data, sample_ids: Int64[np.ndarray, " b"], chunk: int = 0) -> Request:

@@ -15,6 +15,7 @@ from deepclust.clustering.points import unit_rows
 from deepclust.clustering.probe import probe_backend
 from deepclust.clustering.search import SEARCHES, gpu_search
 from deepclust.errors import DataError, NumericalError, ResourceError
+from tests.pretended_device import pretended
 
 
 def noise(n: int, dim: int = 8) -> np.ndarray:
@@ -195,6 +196,29 @@ def test_a_gpus_search_finds_the_nearest_too() -> None:
     rows, centroids = torch.from_numpy(noise(400)), torch.from_numpy(noise(9))[[0, 1, 1, 2, 3]]
     found = gpu_search(centroids, half=False)(rows)
     np.testing.assert_array_equal(found, ArrayPoints(rows).assign_to(centroids).cluster_ids)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_gpus_search_in_half_precision_finds_the_nearest_at_any_scale(scale: float) -> None:
+    rows, centroids = scale * torch.from_numpy(noise(400)), scale * torch.from_numpy(noise(9))
+    expected = ArrayPoints(rows).assign_to(centroids).cluster_ids
+    with pretended() as log, log.within("search"):
+        found = gpu_search(centroids.to("cuda"), half=True)(rows.to("cuda")).cpu()
+    assert log.waits.total() == 3  # the copies that this test makes
+    assert (found != expected).sum() <= 2  # near-ties
+
+
+def test_a_view_of_rows_on_a_gpu_is_read_without_a_wait_and_has_the_rows_bits() -> None:
+    rows, ids = noise(300), np.arange(0, 300, 3)
+    expected = ArrayPoints(rows[ids]).configure(spherical=True, backend="torch")
+    with pretended() as log:
+        view = ArrayPoints(torch.from_numpy(rows).to("cuda")).select(ids)
+        view = view.configure(spherical=True, backend="torch")
+        for start in (0, 50):
+            with log.within("pass"):
+                tile = view.read_tile(start, 50)
+            assert torch.equal(tile.cpu(), expected.read_tile(start, 50))
+    assert log.count("pass") == 0
 
 
 def test_rows_for_a_device_are_copied_in_pieces(

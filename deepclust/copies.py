@@ -1,6 +1,7 @@
-"""Copies of tensors on the host, with one wait for the GPU for all of them.
+"""Copies of tensors between a GPU and the host, through page-locked memory.
 
-On a GPU they go to pinned memory, which torch keeps and gives out again at the next copy.
+What goes to the GPU is not waited for. What comes back is waited for once, or when the host next
+waits. torch keeps page-locked memory, and gives it out again at the next copy.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ def snapshot(tensors: list[Tensor]) -> list[Tensor]:
         else tensor.detach().clone(memory_format=torch.contiguous_format)
         for tensor in tensors
     ]
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of host tensors on a GPU, which is not waited for."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def copied_to_host(values: Tensor) -> Tensor:
+    """Return a copy that is there when the host next waits for this device."""
+    return _pinned(values) if values.is_cuda else values.cpu()
 
 
 def _pinned(tensor: Tensor) -> Tensor:
