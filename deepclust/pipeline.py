@@ -35,6 +35,7 @@ from deepclust.stages.during import evaluate_now, is_recorded, norm_statistics
 from deepclust.stages.export import Head, export_backbone
 from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project, write_no_rows
+from deepclust.stages.raw_memory import RawMemory
 from deepclust.stages.train import Trainer, train_segment
 
 
@@ -184,9 +185,11 @@ def make_features(context: Context, trainer: Trainer, number: int, *, final: boo
 
 def extraction(context: Context, trainer: Trainer, number: int) -> ExtractContext:
     """Return the context of a round's features."""
+    where = "disk" if context.recipe.cluster is None else context.recipe.cluster.raw
+    memory = RawMemory(where, context.world.device, context.world.size)
     return ExtractContext(
         context.run, number, context.world, context.index, trainer.loader,
-        context.recipe.data, context.report, context.stopping,
+        context.recipe.data, context.report, context.stopping, memory=memory,
     )  # fmt: skip
 
 

@@ -54,10 +54,10 @@ class KeptRows:
 def may_keep(n: int, width: int, in_memory: int) -> bool:
     """Return whether n packed rows may be kept, beside rows of `in_memory` bytes (0: a file)."""
     need = n * (2 * width + 5)
-    return need <= max(MOST, in_memory) and need <= SHARE * _free_memory()
+    return need <= max(MOST, in_memory) and need <= SHARE * free_memory()
 
 
-def _free_memory() -> float:
+def free_memory() -> float:
     """Return the bytes that programs can get without swapping; infinite where no one says."""
     try:
         with open("/proc/meminfo") as file:

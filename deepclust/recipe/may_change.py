@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "train.checkpoint": "what is written",
     "train.evaluate": "what is measured",
     "train.evaluate_data": "what is measured",
+    "cluster.raw": "where rows wait for their projection",
     "cluster.final": "what is made after the last step",
     "keep.features": "what stays on disk",
     "keep.checkpoints": "what stays on disk",

@@ -321,6 +321,11 @@ class ClusterSection(Section):
         description="auto: inline at one rank, else the process of the cluster worker; "
         "ranks: all ranks together, each with its part of the rows",
     )
+    raw: Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="raw rows between extraction and projection; memory: of the rank's device, as "
+        "far as they fit, and a kill costs the pass again; auto: memory on a GPU, else disk",
+    )
     overlap: bool = Field(False, description="k-means while the ranks train; used one round later")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="of k-means")
     gpus: int = Field(

@@ -36,6 +36,7 @@ from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
 from deepclust.stages.chunk_writer import ChunkWriter
 from deepclust.stages.progress import StageProgress
+from deepclust.stages.raw_memory import RawMemory
 from deepclust.stages.unusable import check_bad, count_bad, not_finite
 from deepclust.world import World
 
@@ -60,6 +61,7 @@ class ExtractContext:
     stopping: Callable[[], bool]
     dtype: torch.dtype = torch.float16  # of the rows on disk
     moments: bool = True  # whether a whitening is to be solved from them
+    memory: RawMemory | None = None  # where rows may stay until they are projected; None: on disk
 
     @property
     def raw_dir(self) -> Path:
@@ -93,7 +95,7 @@ class ExtractContext:
         """
         self.world.barrier()
         if self.world.max_int(int(self.stopping())):
-            raise RequeueWanted("stopped during extraction; finished chunks are kept")
+            raise RequeueWanted("stopped during extraction; finished chunks on disk are kept")
 
     def progress(self, stage: str) -> StageProgress:
         """Return the progress of a stage of this round."""
@@ -107,6 +109,7 @@ class _Open:
     rows: list[Float[Tensor, "b D"]] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
     moments: Moments | None = None
+    stays: bool = False  # its rows in memory
 
 
 def chunk_ranges(bases: Int64[np.ndarray, " s1"]) -> list[range]:
@@ -126,6 +129,7 @@ def extract(context: ExtractContext, embed: Embed) -> None:
     """Fill `raw/` with every chunk's rows and moments, then mark it DONE."""
     chunks = chunk_ranges(context.index.bases)
     if context.world.is_first and not is_done(context.raw_dir.parent / "features"):
+        _drop_lost(context)
         _drop_damaged(context, len(chunks))
     context.world.barrier()
     # rank 0 decides for all
@@ -173,6 +177,22 @@ def read_chunk_exclusions(raw_dir: Path, alive: Callable[[], None] = unwatched) 
             reasons = json.loads(tensors.metadata()["excluded"])
         excluded.update({int(sample): reason for sample, reason in reasons.items()})
     return excluded
+
+
+def _drop_lost(context: ExtractContext) -> None:
+    """Delete the chunks whose rows were in the memory of a process that has ended."""
+    files = sorted(context.raw_dir.glob(CHUNK_FILES))
+    lost = [file for file in files if not raw_chunk.has_rows(file)]
+    if not lost:
+        return
+    context.run.fence()
+    for file in [context.raw_dir / "DONE", *lost]:
+        file.unlink(missing_ok=True)
+    text = (
+        f"the rows of {len(lost)} chunks of round {context.round} were in the memory of an attempt "
+        "that has ended, so they are extracted again (cluster.raw=disk keeps them)"
+    )
+    context.report.event("warning", text=text)
 
 
 def _drop_damaged(context: ExtractContext, chunks: int) -> None:
@@ -238,16 +258,22 @@ def _fill(
         context.report.event("unit", round=context.round, unit=number, of=len(chunks))
         progress.show(len(chunks) - len(missing) + missing.index(number) + 1, len(chunks))
 
-    current = _Open()
+    def opened(number: int) -> _Open:
+        size = len(chunks[number]) * len(pivot) * context.dtype.itemsize
+        return _Open(stays=context.memory is not None and context.memory.takes(size))
+
+    current: _Open | None = None
     with ChunkWriter(commit, done) as writer:
         for loaded in context.loader.stream(requests()):
             context.report.alive()
             number = loaded.tag
+            current = opened(number) if current is None else current
             rows = embed(loaded.images[0]).float()
             count_bad(context, _add_batch(context, current, rows, loaded, pivot))
             if len(current.rows) == -(-len(chunks[number]) // step):
+                _keep(context, number, current)
                 writer.put(number, current)
-                current = _Open()
+                current = None
 
 
 def _add_batch(
@@ -264,7 +290,11 @@ def _add_batch(
     broken = np.isin(sample_ids, list(reasons))
     if broken.any():
         usable &= torch.from_numpy(~broken).to(usable.device)
-    half, whole = to_host(torch.where(usable[:, None], half, 0), usable)
+    half = torch.where(usable[:, None], half, 0)
+    if chunk.stays:
+        (whole,) = to_host(usable)
+    else:
+        half, whole = to_host(half, usable)
     for sample in sample_ids[~whole.numpy() & ~broken]:
         reasons[int(sample)] = not_finite(int(sample))
     if context.moments:
@@ -275,8 +305,18 @@ def _add_batch(
     return reasons
 
 
+def _keep(context: ExtractContext, number: int, chunk: _Open) -> None:
+    """Let the rows of a full chunk stay in memory, if there was room for them."""
+    if chunk.stays:
+        assert context.memory is not None
+        context.memory.rows[number] = torch.cat(chunk.rows)
+        chunk.rows.clear()
+
+
 def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Tensor) -> None:
-    tensors = {"rows": torch.cat(chunk.rows), "pivot": pivot}
+    tensors = {"pivot": pivot}
+    if not chunk.stays:
+        tensors["rows"] = torch.cat(chunk.rows)
     if (moments := chunk.moments) is not None:
         count = torch.tensor(moments.count)
         tensors |= {"count": count, "sum": moments.sum, "outer": moments.outer}

@@ -56,7 +56,7 @@ def project(
     context.world.barrier()
     shared.open()
     progress = context.progress("project")
-    for number in context.draw("project", list(range(len(chunks)))):
+    for number in _drawn(context, len(chunks)):
         part = shared.stretch(chunks[number].start)
         for rows in _projected(context, number, chunks[number].start, normalise):
             part.add(rows)
@@ -69,15 +69,34 @@ def project(
     context.world.barrier()
 
 
+def _drawn(context: ExtractContext, count: int) -> Iterator[int]:
+    """Yield the chunks that this rank projects: those in its memory, and some of those on disk."""
+    if context.memory is None:
+        yield from context.draw("project", list(range(count)))
+        return
+    on_disk = [n for n in range(count) if raw_chunk.has_rows(context.chunk_path(n))]
+    held = sorted(context.memory.rows)
+    everywhere = int(context.world.all_reduce(torch.tensor(len(held), device=context.world.device)))
+    assert everywhere + len(on_disk) == count, "rows that nobody holds"
+    for number in held:
+        if context.stopping():
+            return
+        yield number
+    yield from context.draw("project", on_disk)
+
+
 def _projected(
     context: ExtractContext, number: int, first: int, normalise: Callable[[Tensor], Tensor]
 ) -> Iterator[Float[np.ndarray, "m d"]]:
     """Yield a chunk's projected rows, a slice at a time."""
     device = context.world.device
     with raw_chunk.opened(context.chunk_path(number), context.report.alive) as tensors:
-        rows, pivot = tensors.get_slice("rows"), tensors.get_tensor("pivot").to(device)
+        pivot = tensors.get_tensor("pivot").to(device)
         excluded = np.array([int(s) for s in json.loads(tensors.metadata()["excluded"])], np.int64)
-        for place in range(0, rows.get_shape()[0], SLICE):
+        held = {} if context.memory is None else context.memory.rows
+        rows = held.pop(number) if number in held else tensors.get_slice("rows")
+        count = len(rows) if isinstance(rows, Tensor) else rows.get_shape()[0]
+        for place in range(0, count, SLICE):
             raw = rows[place : place + SLICE].to(device).float() + pivot
             projected = normalise(raw).to(context.dtype).cpu()
             inside = excluded - first - place

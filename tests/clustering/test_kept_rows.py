@@ -80,5 +80,5 @@ def test_more_than_memory_allows_is_not_kept(monkeypatch: pytest.MonkeyPatch) ->
     assert may_keep(1000, 260, 0)
     assert not may_keep(10**6, 260, 0)  # of a file: 525 MB
     assert may_keep(10**6, 260, 10**6 * 1024)  # of rows that take more themselves
-    monkeypatch.setattr(kept_rows, "_free_memory", lambda: 1e6)
+    monkeypatch.setattr(kept_rows, "free_memory", lambda: 1e6)
     assert not may_keep(1000, 260, 0)

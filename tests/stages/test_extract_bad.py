@@ -29,7 +29,7 @@ def context(folder: Path, good: int, bad: int, **options: Any) -> SimpleNamespac
     config = Data(shards=str(folder), size=8, extract_batch=10)
     place = {"raw_dir": folder / "raw", "chunk_path": lambda number: folder / str(number)}
     work = {"config": config, "world": World(), "run": Run(folder), "round": 0}
-    kept = {"dtype": torch.float16, "moments": True}
+    kept = {"dtype": torch.float16, "moments": True, "memory": None}
     return SimpleNamespace(index=open_index(folder), **place, **work, **kept, **options)
 
 
