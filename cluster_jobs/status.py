@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from cluster_jobs import job_file
 from cluster_jobs.comparison import ENOUGH, judge
 from cluster_jobs.evaluations import read_scores
 from cluster_jobs.executors import executor_of
-from cluster_jobs.executors.base import POLL_S, JobState
+from cluster_jobs.executors.base import POLL_S, Executor, JobState
 from cluster_jobs.pace import pace_of
 from deepclust.errors import (
     DeepclustError,
@@ -105,10 +105,41 @@ def _may_be_run(folder: Path) -> bool:
         return folder.is_dir()
 
 
-def status(run: Run) -> Status:
+def statuses(runs: Sequence[Run]) -> list[Status]:
+    """Return the state of each run; a queue is asked once for all of them."""
+    jobs = Jobs([run.path for run in runs])
+    return [status(run, jobs) for run in runs]
+
+
+class Jobs:
+    """What queues say of the jobs of some runs: all are asked for when the first is needed."""
+
+    def __init__(self, run_dirs: Sequence[Path]) -> None:
+        self._run_dirs = run_dirs
+        self._known: dict[Path, JobState | None] = {}
+
+    def state(self, run_dir: Path) -> JobState | None:
+        """Return what the queue says of the run's job, as `Executor.state` does."""
+        if run_dir not in self._known:
+            where = executor_of(run_dir)
+            self._known |= where.states(self._same(where) if where.asks_together else [run_dir])
+        return self._known[run_dir]
+
+    def _same(self, where: Executor[Any]) -> list[Path]:
+        return [run_dir for run_dir in self._run_dirs if _submitted_to(run_dir) == where.name]
+
+
+def _submitted_to(run_dir: Path) -> str | None:
+    try:
+        return str(job_file.read(run_dir)["on"])
+    except DeepclustError:  # its own line says so
+        return None
+
+
+def status(run: Run, jobs: Jobs | None = None) -> Status:
     """Return the state of a run, from its lock, events, metrics and the queue of its job."""
     try:
-        return _status(run)
+        return _status(run, jobs or Jobs([run.path]))
     except Exception as error:  # whatever is wrong with one run must not hide the others
         ours = isinstance(error, DeepclustError)
         reason = first_line(str(error)) if ours else f"{type(error).__name__}: {error}"
@@ -122,10 +153,10 @@ def first_line(text: str) -> str:
     return (text.splitlines() or [""])[0][:500]
 
 
-def _status(run: Run) -> Status:
+def _status(run: Run, jobs: Jobs) -> Status:
     owner = lock.owner(run.path)
     events = [event for event in run.events() if event["event"] != "notified"]
-    state, reason, code = _state(run, owner, events)
+    state, reason, code = _state(run, jobs, owner, events)
     trained, rounds = newest_metrics(run.path / "metrics.jsonl", "train", LINES), run.rounds()
     last = trained[-1] if trained else {}
     clustered = next((e for e in reversed(events) if e["event"] == "clustered"), None)
@@ -173,13 +204,13 @@ def _worse(run: Run, state: str) -> str | None:
     return None if result is None or result.good else result.text
 
 
-def _state(run: Run, owner: str | None, events: list[Record]) -> tuple[str, str, int]:
+def _state(run: Run, jobs: Jobs, owner: str | None, events: list[Record]) -> tuple[str, str, int]:
     """Return state, reason and exit code, by the lock, the queue and the newest event."""
     if owner and lock.owner_job(run.path) is None:
         return _controlled(events)
     if is_finished(run, events):
         return _controlled(events) if owner else ("SUCCEEDED", "", 0)
-    job = executor_of(run.path).state(run.path)
+    job = jobs.state(run.path)
     # a job that its queue has ended may still hold the lock, until its heartbeat is old
     if owner and (job is None or job.phase in ("running", "submitted", "unknown")):
         return _controlled(events)

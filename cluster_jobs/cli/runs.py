@@ -143,7 +143,7 @@ def status(
     """Show the state of runs."""
     from cluster_jobs import status
 
-    states = [status.status(run) for run in status.find_runs(folder)]
+    states = status.statuses(status.find_runs(folder))
     if as_json:
         typer.echo(json.dumps([state.as_dict() for state in states]))
         return

@@ -7,6 +7,7 @@ Classes that inherit from `Executor` get its defaults.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
@@ -76,6 +77,7 @@ class Executor(Protocol[PlanT]):
 
     name: str  # the value of --on, recorded in the run's job.json
     poll_s: float = POLL_S  # seconds between two questions about a job
+    asks_together: bool = False  # whether `states` of many runs is cheaper than each `state`
 
     def prepare(self, recipe: Recipe, run_dir: Path) -> PlanT:
         """Return what would be submitted for a recipe, without writing or starting anything."""
@@ -99,6 +101,10 @@ class Executor(Protocol[PlanT]):
         It never raises for a queue that does not answer, and is quick enough for a list of runs.
         """
         ...
+
+    def states(self, run_dirs: Sequence[Path]) -> dict[Path, JobState | None]:
+        """Return the state of each run's job, as `state` does."""
+        return {run_dir: self.state(run_dir) for run_dir in run_dirs}
 
     def is_pending(self, run_dir: Path) -> bool:
         """Return whether a job of the run is queued or coming up, which may ask a cluster.

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ class SlurmExecutor(Executor[Plan]):
 
     name = "slurm"
     poll_s = 3.0  # Slurm's controller is shared
+    asks_together = True
 
     def prepare(self, recipe: Recipe, run_dir: Path) -> Plan:
         """Return the job for a recipe, without writing or starting anything."""
@@ -125,18 +126,22 @@ class SlurmExecutor(Executor[Plan]):
 
     def state(self, run_dir: Path) -> JobState | None:
         """Return what Slurm says about the run's job, or None when it knows none."""
-        try:
-            number = _job_of(run_dir)
-        except DataError as error:
-            return JobState("unknown", str(error))
-        if not number:
-            return None
-        try:
-            job = queue.poll(number)
-        except ResourceError as error:
-            text = f"job {number}: {str(error).splitlines()[0]}"
-            return JobState("unknown", text, may_answer_later=queue.is_installed())
-        return None if job is None else _job_state(job, f"job {number}: {job}", run_dir)
+        return self.states([run_dir])[run_dir]
+
+    def states(self, run_dirs: Sequence[Path]) -> dict[Path, JobState | None]:
+        """Return the same of many runs, for which Slurm is asked once."""
+        found: dict[Path, JobState | None] = dict.fromkeys(run_dirs)
+        numbers: dict[Path, str] = {}
+        for run_dir in run_dirs:
+            try:
+                if number := _job_of(run_dir):
+                    numbers[run_dir] = number
+            except DataError as error:
+                found[run_dir] = JobState("unknown", str(error))
+        answers = queue.poll_all(sorted(set(numbers.values())))
+        for run_dir, number in numbers.items():
+            found[run_dir] = _state_of(number, answers[number], run_dir)
+        return found
 
 
 EXECUTOR = SlurmExecutor()
@@ -154,6 +159,13 @@ def _job_of(run_dir: Path) -> str | None:
             "Slurm job. Delete that file if no job of this run is queued."
         )
     return None if number is None else str(number)
+
+
+def _state_of(number: str, answer: queue.Answer, run_dir: Path) -> JobState | None:
+    if isinstance(answer, ResourceError):
+        text = f"job {number}: {str(answer).splitlines()[0]}"
+        return JobState("unknown", text, may_answer_later=queue.is_installed())
+    return None if answer is None else _job_state(answer, f"job {number}: {answer}", run_dir)
 
 
 def _job_state(job: queue.JobRecord, text: str, run_dir: Path) -> JobState:

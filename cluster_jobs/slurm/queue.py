@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from deepclust.errors import ResourceError
 
 PATIENCE_S = 20.0
+AT_ONCE = 500  # jobs that a command is asked for
 GONE = ("Invalid job id", "already completing or completed")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 LIVING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -50,6 +53,9 @@ class JobRecord:
         return f"{self.state}{reason}{f' on {self.nodes}' if self.nodes else ''}"
 
 
+Answer: TypeAlias = JobRecord | ResourceError | None
+
+
 def is_installed() -> bool:
     """Return whether this machine can ask a Slurm at all."""
     return shutil.which("squeue") is not None
@@ -60,20 +66,55 @@ def poll(job: str) -> JobRecord | None:
 
     Raises `ResourceError` when Slurm does not answer.
     """
-    queued, problem = _run("squeue", "-h", "-j", job, "-o", "%T|%r|%N")
-    if queued:
-        state, reason, nodes = queued.splitlines()[0].split("|")
-        record = JobRecord(state, "" if reason == "None" else reason, nodes)
-        if record.waits or (record.lives and record.state != "COMPLETING"):
-            return record
-    kept, _ = _run("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList,ExitCode")
-    if kept:  # the accounts have the exit code while squeue still says COMPLETING
-        state, nodes, ended = kept.splitlines()[-1].split("|")
-        nodes = "" if nodes == "None assigned" else nodes
-        return JobRecord(state.split()[0], "", nodes, ended)
+    answer = poll_all([job])[job]
+    if isinstance(answer, ResourceError):
+        raise answer
+    return answer
+
+
+def poll_all(jobs: Sequence[str]) -> dict[str, Answer]:
+    """Return what Slurm says of each job, by two commands for up to 500 of them.
+
+    An error stands for a job that Slurm does not answer for, None for one that it does not know.
+    """
+    answers: dict[str, Answer] = {}
+    for start in range(0, len(jobs), AT_ONCE):
+        answers |= _polled(jobs[start : start + AT_ONCE])
+    return answers
+
+
+def _polled(jobs: Sequence[str]) -> dict[str, Answer]:
+    words = ("squeue", "-h", "-r", "-j", ",".join(jobs), "-o", "%i|%T|%r|%N")
+    queued, problem = _run(*words)
+    records: dict[str, Answer] = {}
+    for line in queued.splitlines():
+        job, state, reason, nodes = line.split("|")
+        records[job] = JobRecord(state, "" if reason == "None" else reason, nodes)
+    # the accounts have the exit code while squeue still says COMPLETING
+    if rest := [job for job in jobs if not _is_in_queue(records.get(job))]:
+        records |= _from_accounts(rest)
     if problem and not any(words in problem for words in GONE):
-        raise ResourceError(f"Slurm does not answer: {problem}")
-    return record if queued else None
+        error = ResourceError(f"Slurm does not answer: {problem}")
+        return {job: records.get(job, error) for job in jobs}
+    return {job: records.get(job) for job in jobs}
+
+
+def _is_in_queue(answer: Answer) -> bool:
+    if not isinstance(answer, JobRecord):
+        return False
+    return answer.waits or (answer.lives and answer.state != "COMPLETING")
+
+
+def _from_accounts(jobs: Sequence[str]) -> dict[str, JobRecord]:
+    """Return how the accounts know these jobs; of one that was queued again the last start."""
+    words = ("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,NodeList,ExitCode")
+    kept, _ = _run(*words)
+    records = {}
+    for line in kept.splitlines():
+        job, state, nodes, ended = line.split("|")
+        nodes = "" if nodes == "None assigned" else nodes
+        records[job] = JobRecord(state.split()[0], "", nodes, ended)
+    return records
 
 
 def scancel(job: str) -> None:

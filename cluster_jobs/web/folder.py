@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster_jobs.executors import executor_of
-from cluster_jobs.status import Status, find_runs, status
+from cluster_jobs.status import Jobs, Status, find_runs, status
 from cluster_jobs.web.answers import NotThereError
 from deepclust.errors import RecipeError
 from deepclust.files import path_of
@@ -93,12 +93,16 @@ class Runs:
         runs = self.every(text)
         if not state and sort == "name":
             runs = runs[::-1] if down else runs
-            return len(runs), [self.status(run) for run in runs[offset : offset + limit]]
-        chosen = [one for one in map(self.status, runs) if not state or one.state == state.upper()]
+            return len(runs), self._statuses(runs[offset : offset + limit])
+        chosen = [one for one in self._statuses(runs) if not state or one.state == state.upper()]
         chosen = ordered(chosen, sort, down)
         return len(chosen), chosen[offset : offset + limit]
 
-    def status(self, run: Run) -> Status:
+    def _statuses(self, runs: list[Run]) -> list[Status]:
+        jobs = Jobs([run.path for run in runs])
+        return [self.status(run, jobs) for run in runs]
+
+    def status(self, run: Run, jobs: Jobs | None = None) -> Status:
         """Return the status of a run: as it was, where nothing has changed since it ended.
 
         Of a run that goes on it is read every FRESH_S, by one of those who ask.
@@ -112,7 +116,7 @@ class Runs:
             if known is not None and self._is_fresh(run, *known):
                 return known[2]
             stamp = stamp_of(run.path)
-            state = self._read(run)
+            state = self._read(run, jobs)
             self._known[name] = stamp, time.monotonic(), state
             return state
 
@@ -129,14 +133,14 @@ class Runs:
             return job is None
         return now.state in ENDED
 
-    def _read(self, run: Run) -> Status:
+    def _read(self, run: Run, jobs: Jobs | None) -> Status:
         try:
             link = link_out(run.path)
         except OSError:  # of another user: the status says so
             link = None
         if link:
             return Status(run.path.name, "FAILED", "", 0, reason=f"{link} leads out of the run")
-        return status(run)
+        return status(run, jobs)
 
 
 def ordered(states: list[Status], sort: str, down: bool) -> list[Status]:

@@ -21,15 +21,15 @@ from tests.tiny import deepclust, tiny_recipe
 @pytest.mark.parametrize(
     ("squeue", "sacct", "state", "reason"),
     [
-        ("PENDING|Priority|", "PENDING||0:0", "PENDING", "others come first"),
-        ("RUNNING|None|n[1-2]", "RUNNING|n[1-2]|0:0", "RUNNING", "on n[1-2]"),
-        ("COMPLETING|None|n1", "CANCELLED by 0|n1|0:15", "STOPPED", "CANCELLED on n1"),
-        ("", "TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
-        ("", "FAILED|n1|3:0", "FAILED", "exit code 3"),
-        ("", "OUT_OF_MEMORY|n1|0:125", "FAILED", "OUT_OF_MEMORY on n1; see"),
-        ("", "FAILED|n1|75:0", "STOPPED", "deepclust resume"),
-        ("SUSPENDED|None|n1", "", "RUNNING", "SUSPENDED on n1"),
-        ("REQUEUE_HOLD|JobHoldMaxRequeue|", "", "PENDING", "JobHoldMaxRequeue"),
+        ("7|PENDING|Priority|", "7|PENDING||0:0", "PENDING", "others come first"),
+        ("7|RUNNING|None|n[1-2]", "7|RUNNING|n[1-2]|0:0", "RUNNING", "on n[1-2]"),
+        ("7|COMPLETING|None|n1", "7|CANCELLED by 0|n1|0:15", "STOPPED", "CANCELLED on n1"),
+        ("", "7|TIMEOUT|n1|0:0", "STOPPED", "TIMEOUT"),
+        ("", "7|FAILED|n1|3:0", "FAILED", "exit code 3"),
+        ("", "7|OUT_OF_MEMORY|n1|0:125", "FAILED", "OUT_OF_MEMORY on n1; see"),
+        ("", "7|FAILED|n1|75:0", "STOPPED", "deepclust resume"),
+        ("7|SUSPENDED|None|n1", "", "RUNNING", "SUSPENDED on n1"),
+        ("7|REQUEUE_HOLD|JobHoldMaxRequeue|", "", "PENDING", "JobHoldMaxRequeue"),
         ("", "", "PENDING", "not started yet"),
     ],
 )
@@ -96,7 +96,7 @@ def test_where_slurm_does_not_answer_the_files_of_the_run_decide(
 def test_a_run_that_continues_on_this_machine_ignores_the_state_of_its_old_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    programs(tmp_path, monkeypatch, squeue=":", sacct="echo 'CANCELLED|n1|0:15'")
+    programs(tmp_path, monkeypatch, squeue=":", sacct="echo '7|CANCELLED|n1|0:15'")
     prepare_run(tiny_recipe(Path("/shards")), tmp_path / "run")
     job_file.record(tmp_path / "run", on="slurm", job="7")
     assert status.status(Run(tmp_path / "run")).state == "STOPPED"
@@ -112,7 +112,7 @@ def test_a_run_whose_job_waits_is_not_started_a_second_time(
     run = tmp_path / "run"
     prepare_run(tiny_recipe(Path("/shards")), run)
     job_file.record(run, on="slurm", job="7")
-    programs(tmp_path, monkeypatch, squeue="echo 'PENDING|Priority|'")
+    programs(tmp_path, monkeypatch, squeue="echo '7|PENDING|Priority|'")
     for words in (
         ["resume", run], ["resume", run, "--on", "local"], ["train", run],
         ["submit", tmp_path / "tiny.yaml", "--run", run],
@@ -120,3 +120,26 @@ def test_a_run_whose_job_waits_is_not_started_a_second_time(
     ):  # fmt: skip
         assert "has a job already" in deepclust(*words, code=7).stderr
     assert job_file.read(run)["job"] == "7"
+
+
+def test_slurm_is_asked_once_for_all_runs_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [tmp_path / f"run-{number}" for number in range(4)]
+    for number, run in enumerate(runs):
+        prepare_run(tiny_recipe(Path("/shards")), run)
+        job_file.record(run, on="slurm", job=f"7_{number}")
+    asked, told = tmp_path / "asked", tmp_path / "told"
+    told.write_text("7_0|RUNNING|None|n1\n7_1|PENDING|Priority|\n")
+    accounts = "echo '7_2|TIMEOUT|n1|0:0'"
+    programs(
+        tmp_path, monkeypatch,
+        squeue=f'echo "squeue $*" >> {asked}; cat {told}',
+        sacct=f'echo "sacct $*" >> {asked}; {accounts}',
+    )  # fmt: skip
+    found = status.statuses([Run(run) for run in runs])
+    assert [one.state for one in found] == ["RUNNING", "PENDING", "STOPPED", "PENDING"]
+    assert found[3].reason == "not started yet"
+    first, second = asked.read_text().splitlines()
+    assert "-j 7_0,7_1,7_2,7_3" in first
+    assert "-j 7_2,7_3" in second

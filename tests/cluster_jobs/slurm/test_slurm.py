@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster_jobs import job_file
+from cluster_jobs.slurm import queue
 from deepclust import Recipe, pretrain
 from tests.cluster_jobs.ray.nodes import events, placed_at
 from tests.cluster_jobs.slurm.slurm_faults import FAULTS, starts, until, until_gone, watched
@@ -222,6 +223,9 @@ def test_a_sweep_is_one_array_whose_runs_lie_side_by_side(
     assert [one["name"] for one in found] == [run.name for run in runs]
     assert [one["k"] for one in found] == [4, 6, 8]
     assert {one["state"] for one in found} == {"SUCCEEDED"}
+    told = queue.poll_all([*numbers, "99999"])  # of which Slurm never heard
+    assert [getattr(told[number], "state", None) for number in numbers] == ["COMPLETED"] * 3
+    assert told["99999"] is None
 
 
 def test_nodes_with_different_numbers_of_gpus_have_a_rank_for_each_but_the_workers(
