@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from deepclust import Recipe, __version__
 from deepclust.run.directory import Run
@@ -70,6 +71,23 @@ def test_every_verb_has_an_example_and_sentences_in_its_help() -> None:
         for parameter in verb.params:
             if parameter.name != "help":
                 assert parameter.help.endswith("."), f"{name} {parameter.name}: {parameter.help}"
+
+
+def test_at_80_columns_no_help_is_cut_or_loses_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from cluster_jobs.cli import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        shown = CliRunner().invoke(app, [name, "--help"], prog_name="deepclust").output
+        assert max(map(len, shown.splitlines())) <= 80
+        for text in (verb.help, verb.epilog, *(parameter.help for parameter in verb.params)):
+            assert letters(text) in letters(shown), f"{name}: {text}"
+
+
+def letters(text: str) -> str:
+    return "".join(c for c in text if not c.isspace() and c != "│")
 
 
 def test_version_prints_the_version() -> None:
