@@ -122,6 +122,7 @@ def test_pack_says_its_classes_and_what_it_left_out(
     words = [*words, "--range", "0:4095"]
     typer.main.get_command(app).main(words, standalone_mode=False)
     lines = capsys.readouterr().err.splitlines()
+    assert lines.pop(0) == f"packing into {tmp_path / 'out'}"
     assert lines[:3] == ["2 classes: class-0, class-1", "left out: 1 file", "  1 .txt (notes.txt)"]
     assert lines[3].startswith("4 samples in 4 shards: ")
     words[2:3] = [str(make_image_folder(tmp_path / "more", n=2)), str(tmp_path / "both")]
