@@ -194,7 +194,7 @@ def round_table(statistics: list[dict[str, Any]]) -> Table:
     """Return the table with a line for each round that a finished run shows."""
     table = Table(title="rounds")
     for name in ROUND_COLUMNS:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     for record in statistics:
         cells = [_cell(record.get(name), shape) for name, shape in ROUND_COLUMNS.items()]
         table.add_row(*cells)

@@ -64,7 +64,8 @@ def main() -> None:
         stopped = going_on.interruption(end)  # typer has caught the KeyboardInterrupt
         if stopped is None or end.code != going_on.INTERRUPTED:
             raise
-        log(f"interrupted{going_on.advice(stopped)}")
+        advice = going_on.advice(stopped)
+        log(f"interrupted{'; finished work is kept' if advice else ''}{advice}")
         is_term = isinstance(stopped, going_on.Terminated)
         sys.exit(going_on.TERMINATED if is_term else going_on.INTERRUPTED)
 

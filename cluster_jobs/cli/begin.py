@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cluster_jobs.cli import going_on
+from cluster_jobs.cli import complete, going_on
 from cluster_jobs.cli.common import Json, Overrides, RecipeName, examples
 from cluster_jobs.terminal import visible
 from deepclust.errors import shown
@@ -67,7 +67,11 @@ def recipe(
 )
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="recipes, methods, terms, backbones or keys of a recipe.")
+        str,
+        typer.Argument(
+            help="recipes, methods, terms, backbones or keys of a recipe.",
+            autocompletion=complete.kinds,
+        ),
     ],
     pattern: Annotated[
         str, typer.Argument(help="Letters in the name or the description; default: all.")
@@ -120,7 +124,11 @@ def doctor(
 @verbs.command(rich_help_panel=PANEL, epilog=examples("guide", "guide imagenet-on-slurm"))
 def guide(
     name: Annotated[
-        str | None, typer.Argument(help="The name of a guide; default: the list of guides.")
+        str | None,
+        typer.Argument(
+            help="The name of a guide; default: the list of guides.",
+            autocompletion=complete.guides,
+        ),
     ] = None,
 ) -> None:
     """Show a guide, or list the guides."""

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster_jobs.terminal import visible
+from cluster_jobs.cli import complete
+from cluster_jobs.terminal import duration, visible
 from deepclust.files import path_of
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+STILL_S = 10.0  # between two lines of `begun`
 WIDE = 200  # columns of a table where there is no terminal
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+RunDir = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="The run directory.", autocompletion=complete.runs),
+]
 RecipeName = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="The path of a recipe, or the name of a shipped one."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="The path of a recipe, or the name of a shipped one.",
+        autocompletion=complete.recipes,
+    ),
 ]
 RunOption = Annotated[
     Path,
@@ -33,7 +46,11 @@ RunOption = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[a.b=c ...]", help="Keys of the recipe and their new values."),
+    typer.Argument(
+        metavar="a.b=c",
+        help="Keys of the recipe and their new values.",
+        autocompletion=complete.keys,
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The file to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -67,3 +84,21 @@ def terminal_width() -> int:
 def log(text: str) -> None:
     """Write a line to stderr."""
     sys.stderr.write(visible(text) + "\n")
+
+
+def begun(text: str) -> None:
+    """Say what begins, before anything slow is imported, and then that it goes on, to the end.
+
+    Descriptor 2 is another one while an image is decoded (`complaints.py`), so this has its own.
+    """
+    log(text)
+    with contextlib.suppress(OSError):  # there may be no stderr
+        beats = (os.dup(2), visible(text).encode(errors="replace"), time.monotonic())
+        threading.Thread(target=_beat, args=beats, daemon=True).start()
+
+
+def _beat(stderr: int, text: bytes, began: float) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            time.sleep(STILL_S)
+            os.write(stderr, text + f": {duration(time.monotonic() - began)} so far\n".encode())

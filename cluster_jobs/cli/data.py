@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cluster_jobs.cli.common import examples, log
+from cluster_jobs.cli.common import begun, examples, log
+from deepclust.errors import redact
 
 PANEL = "Data"
 verbs = typer.Typer()
@@ -49,10 +50,11 @@ def pack(
     ] = "auto",
 ) -> None:
     """Write images as shuffled tar shards, index them, and say what was left out."""
-    from deepclust.data.pack.pack import pack as pack_images
-
     shape = {"resize_short": resize_short, "shard_size": shard_size}
     rules = {"classes": classes, "range": range_}
+    log(f"packing into {out}")
+    from deepclust.data.pack.pack import pack as pack_images
+
     index = pack_images(sources, out, emit=log, workers=workers, seed=seed, **shape, **rules)
     log(f"{len(index)} samples in {len(index.shards)} shards: {out}")
 
@@ -88,17 +90,12 @@ def index(
     ] = "auto",
 ) -> None:
     """Index WebDataset shards of any origin, or image files, and say what is left out."""
+    rules: dict[str, Any] = {"verify": verify, "bodies": bodies, "image": image, "labels": labels}
+    begun(f"indexing {redact(' '.join(shards))[:200]}")
     from deepclust.data.shards import summary
     from deepclust.data.shards.index import build_index
 
-    built = build_index(
-        shards[0] if len(shards) == 1 else shards,
-        at,
-        verify=verify,
-        bodies=bodies,
-        image=image,
-        labels=labels,
-    )
+    built = build_index(shards[0] if len(shards) == 1 else shards, at, **rules)
     for note in built.notes():
         log(f"note: {note}")
     labelled = summary.describe_labels(built.manifest)

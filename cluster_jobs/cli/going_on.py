@@ -72,4 +72,4 @@ def interruption(end: BaseException) -> KeyboardInterrupt | None:
 def advice(stopped: BaseException) -> str:
     """Return what comes after the message: how to go on, where that is known."""
     notes = getattr(stopped, "__notes__", [])
-    return f"; finished work is kept. To go on:\n  {notes[0]}" if notes else ""
+    return f"\nto go on:\n  {notes[0]}" if notes else ""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster_jobs.cli import going_on
-from cluster_jobs.cli.common import Json, Out, RunDir, examples, log
-from deepclust.errors import RecipeError
+from cluster_jobs.cli.common import Json, Out, RunDir, begun, examples, log
+from deepclust.errors import RecipeError, redact
 
 if TYPE_CHECKING:
     from deepclust.evaluate import Scores
@@ -60,8 +60,8 @@ def evaluate(
     finetune: Annotated[
         str,
         typer.Option(
-            help="Settings of --with finetune: "
-            "epochs=10,lr=0.01,head_lr=0.1,batch=64,weight_decay=0.0001,seeds=1,least=100."
+            help="Settings of --with finetune, with commas between: epochs=10 lr=0.01 head_lr=0.1 "
+            "batch=64 weight_decay=0.0001 seeds=1 least=100."
         ),
     ] = "",
     as_json: Json = False,
@@ -70,6 +70,7 @@ def evaluate(
 
     Pixels, random weights and the commonest class are scored beside it.
     """
+    begun(f"evaluating {redact(source)}")
     from cluster_jobs.results.baselines import Beside
     from cluster_jobs.results.evaluate import evaluate_run
     from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
@@ -134,6 +135,7 @@ def assignments(
 
     A method without rounds (swav, dino, dac) answers with the weights of its newest checkpoint.
     """
+    begun(f"reading the clusters of {run_dir}")
     from cluster_jobs.results import assignments, viewers
     from cluster_jobs.results import folders as of_images
 
@@ -175,6 +177,7 @@ def duplicates(
     as_json: Json = False,
 ) -> None:
     """Write near duplicates and outliers, from the features of the last round."""
+    log(f"comparing the images of {run_dir}")
     from cluster_jobs.display import Display
     from cluster_jobs.results.duplicates import write_duplicates
 
@@ -222,6 +225,7 @@ def embed(
 
     Given again, the command goes on where it was stopped.
     """
+    log(f"features of {redact(data)} by {source}")
     from cluster_jobs.display import Display
     from cluster_jobs.results.embed import EmbedOptions
     from cluster_jobs.results.embed import embed as embed_images
@@ -256,6 +260,7 @@ def predict(
 
     Columns: cluster, distance, second-best cluster and margin, and the class where seeds give one.
     """
+    log(f"clusters of {redact(data)} by {run_dir}")
     from cluster_jobs.display import Display
     from cluster_jobs.results.predict import predict as predict_images
 
@@ -301,6 +306,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the backbone of the newest checkpoint, and compare the file with it."""
+    begun(f"exporting {run_dir}")
     from cluster_jobs.results.export import export_run
 
     exported = export_run(
@@ -326,6 +332,7 @@ def report(
     ] = False,
 ) -> None:
     """Write one static HTML page: curves, clusters, images; or several runs side by side."""
+    begun(f"reporting on {' '.join(map(str, run_dirs))[:200]}")
     from cluster_jobs.report import write_comparison, write_report
     from deepclust.files import target_of
 

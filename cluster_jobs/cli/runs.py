@@ -16,6 +16,7 @@ from cluster_jobs.cli.common import (
     RecipeName,
     RunDir,
     RunOption,
+    begun,
     examples,
     log,
     print_out,
@@ -34,6 +35,7 @@ verbs = typer.Typer()
 )
 def pretrain(recipe: RecipeName, run_dir: RunOption, overrides: Overrides = None) -> None:
     """Pretrain in the foreground, on this machine."""
+    log(f"starting {run_dir}")
     from cluster_jobs import runs
     from cluster_jobs.display import AtStart, Display
 
@@ -67,6 +69,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what a run would take: time by stage, GPU-hours, memory, disk, network."""
+    begun(f"estimating {recipe}")
     from cluster_jobs import runs
     from cluster_jobs.estimate import estimate as estimate_run
     from cluster_jobs.estimate.devices import device_of
@@ -114,6 +117,7 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Start a run in the background, on this machine or on a cluster."""
+    log(f"planning {run_dir}")
     from cluster_jobs import runs
     from cluster_jobs.estimate.line import line
 
@@ -237,6 +241,7 @@ def resume(
         runs.resume(run_dir, overrides or [], on, remote)
         log(f"resuming {run_dir}\n  deepclust logs {run_dir} -f")
         return
+    log(f"resuming {run_dir}")
     with going_on.resumed_by(going_on.typed_again), Display() as display:
         runs.resume_here(run_dir, overrides or [], display, remote)
     _log_finished(run_dir)

@@ -72,6 +72,7 @@ def cluster(
     The options are for a file of features. A run has them in its recipe. With several numbers
     after --k, the features are clustered with each and the results are compared.
     """
+    log(f"clustering {source}")
     from cluster_jobs.results import choose_k, cluster_file
 
     ks = choose_k.parse_ks(k)
@@ -121,7 +122,7 @@ def vae(
         list[Path],
         typer.Argument(
             metavar="FEATURES.npy|RUN ...",
-            help="Rows [n, d] of the same images, a file for each network; a run: its last round.",
+            help="Rows (n x d) of the same images, a file for each network; a run: its last round.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder for the result.")],
@@ -141,6 +142,7 @@ def vae(
 
     Given again, the command goes on where it was stopped.
     """
+    log(f"reading {' '.join(map(str, sources))[:200]}")
     from cluster_jobs.results import vae_files
     from deepclust.clustering.vae import VaeOptions
 
@@ -161,6 +163,7 @@ def train(run_dir: RunDir) -> None:
 
 
 def _run_stage(run_dir: Path, stage: str) -> None:
+    log(f"{stage} of {run_dir}")
     from cluster_jobs import runs
     from cluster_jobs.display import Display
 

@@ -55,6 +55,10 @@ class KMeansResult:
     empty_repairs: int  # empty clusters filled after the last assignment
     seconds: float
 
+    def __repr__(self) -> str:
+        (k, dim), n = self.centroids.shape, len(self.assignments)
+        return f"KMeansResult({n:,} rows [{dim}] in {k:,} clusters, inertia {self.inertia:.6g})"
+
 
 def kmeans(
     x: Rows | Points,

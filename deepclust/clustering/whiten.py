@@ -55,6 +55,10 @@ class Whitening:
     rank: int
     scale: float = 1.0
 
+    def __repr__(self) -> str:
+        width, dim = self.matrix.shape
+        return f"Whitening({width} to {dim} dimensions, rank {self.rank})"
+
     @classmethod
     def fit(
         cls, x: Rows, dim: int = 256, progress: Callable[[int, int], None] | None = None

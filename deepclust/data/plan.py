@@ -38,6 +38,9 @@ class EpochPlan:
     steps: int
     global_batch: int
 
+    def __repr__(self) -> str:
+        return f"EpochPlan({self.steps:,} steps of {self.global_batch:,} images)"
+
     @classmethod
     def build(
         cls,

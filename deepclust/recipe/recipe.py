@@ -76,6 +76,10 @@ class Recipe(Section):
             raise ValueError(problem)
         return self
 
+    def __repr__(self) -> str:
+        k = "" if self.cluster is None else f", k={self.cluster.k}"
+        return f"Recipe({self.method.name}, {self.backbone.name}{k}, {self.train.epochs} epochs)"
+
     @property
     def clustering(self) -> ClusterSection:
         """The cluster section, where there must be one."""

@@ -46,6 +46,7 @@ from deepclust.recipe.sealed import check_seal
 from deepclust.run.events import is_event, is_metric
 from deepclust.run.glance import attempt_of, epochs_in
 from deepclust.run.lock import check_token
+from deepclust.run.page import html_of
 from deepclust.run.signs import unwatched
 
 # A file that several processes write has parts, in order: where each ends, and its blake2b.
@@ -63,6 +64,12 @@ class Run:
     attempt: int = 0
     # called by long work on files, to show that it still gets somewhere
     alive: Callable[[], None] = field(default=unwatched, compare=False, repr=False)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"  # without the token, which lets write
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
     @cached_property
     def recipe(self) -> Recipe:

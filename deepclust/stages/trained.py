@@ -213,12 +213,22 @@ class Prediction:
     seconds: Int32[np.ndarray, " b"]
     margins: Float32[np.ndarray, " b"]
 
+    def __repr__(self) -> str:
+        used = len(np.unique(self.clusters))
+        return f"Prediction({len(self.clusters):,} images in {used:,} clusters)"
+
 
 class TrainedRun:
     """A run to ask for features and clusters of images."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+
+    def __repr__(self) -> str:
+        return f"TrainedRun({str(self.run.path)!r})"
+
+    def _repr_html_(self) -> str:
+        return self.run._repr_html_()
 
     @cached_property
     def labeller(self) -> Labeller:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from deepclust import Recipe, __version__
 from deepclust.run.directory import Run
@@ -72,6 +73,23 @@ def test_every_verb_has_an_example_and_sentences_in_its_help() -> None:
                 assert parameter.help.endswith("."), f"{name} {parameter.name}: {parameter.help}"
 
 
+def test_at_80_columns_no_help_is_cut_or_loses_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from cluster_jobs.cli import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        shown = CliRunner().invoke(app, [name, "--help"], prog_name="deepclust").output
+        assert max(map(len, shown.splitlines())) <= 80
+        for text in (verb.help, verb.epilog, *(parameter.help for parameter in verb.params)):
+            assert letters(text) in letters(shown), f"{name}: {text}"
+
+
+def letters(text: str) -> str:
+    return "".join(c for c in text if not c.isspace() and c != "│")
+
+
 def test_version_prints_the_version() -> None:
     assert deepclust("--version").stdout == f"deepclust {__version__}\n"
 
@@ -104,6 +122,7 @@ def test_pack_says_its_classes_and_what_it_left_out(
     words = [*words, "--range", "0:4095"]
     typer.main.get_command(app).main(words, standalone_mode=False)
     lines = capsys.readouterr().err.splitlines()
+    assert lines.pop(0) == f"packing into {tmp_path / 'out'}"
     assert lines[:3] == ["2 classes: class-0, class-1", "left out: 1 file", "  1 .txt (notes.txt)"]
     assert lines[3].startswith("4 samples in 4 shards: ")
     words[2:3] = [str(make_image_folder(tmp_path / "more", n=2)), str(tmp_path / "both")]

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from cluster_jobs.display import MANY, Display, status_table
+from cluster_jobs.display import MANY, ROUND_COLUMNS, Display, round_table, status_table
 from cluster_jobs.status import Status
 from cluster_jobs.terminal import recorded_command
 
@@ -85,3 +85,11 @@ def test_names_that_do_not_fit_are_folded_and_not_cut() -> None:
     out = io.StringIO()
     Console(file=out, width=80).print(status_table(states, 80))
     assert out.getvalue().count("x") == 300 * (MANY + 1)
+
+
+def test_the_table_of_rounds_is_not_cut_at_80_columns() -> None:
+    numbers = dict.fromkeys(ROUND_COLUMNS, 123456.789) | {"round": 12}
+    out = io.StringIO()
+    Console(file=out, width=80).print(round_table([numbers]))
+    assert "\u2026" not in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 80

@@ -102,7 +102,7 @@ def _pack(
     for line in (*_leftovers(out), *describe(labels)):
         emit(line)
     order = shuffled(len(labels.numbers), asked.seed)
-    work = Work(images, order, asked.resize_short, paths)
+    work = Work(images, order, asked.resize_short, paths, emit)
     texts = [storable(str(one)) for one in listed_sources(source)]
     about: dict[str, Any] = {
         "class_names": labels.names,

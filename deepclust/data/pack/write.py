@@ -6,10 +6,12 @@ Order and shard borders are fixed before the first write, times and owners are c
 from __future__ import annotations
 
 import io
+import threading
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from deepclust.data.pack.stored import LeftOutError, Packer, png
 from deepclust.data.shards.paths import Pair, write_paths
 from deepclust.errors import DataError
 
+SHOWN_EVERY_S = 5.0  # between two lines of progress
 _JPEG_QUALITY = 92
 _LOSSLESS = ("png", "ppm")
 
@@ -36,6 +39,30 @@ class Work:
     order: Int64[np.ndarray, " n"]
     resize_short: int | None
     paths: Sequence[str | None] = ()  # of the files, where images are files of their own
+    emit: Callable[[str], None] = lambda text: None  # how far it is, from time to time
+    written: Written = field(default_factory=lambda: Written())
+
+    def tell(self) -> None:
+        """Count an image, and say how far it is where that was not said for a while."""
+        if self.written.is_due():
+            self.emit(f"packed {self.written.count:,} of {len(self.order):,} images")
+
+
+class Written:
+    """The number of images that all threads have written or left out."""
+
+    def __init__(self) -> None:
+        self.count, self._said, self._lock = 0, time.monotonic(), threading.Lock()
+
+    def is_due(self) -> bool:
+        """Count an image, and return whether the number should be said."""
+        with self._lock:
+            self.count += 1
+            now = time.monotonic()
+            if now - self._said < SHOWN_EVERY_S:
+                return False
+            self._said = now
+            return True
 
 
 def write_shards(
@@ -78,6 +105,7 @@ def _write_shard(work: Work, positions: range, path: Path) -> list[Pair]:
     ):
         for position in positions:
             sample = _sample(work, position)
+            work.tell()
             if sample is not None:
                 tar.write(sample)
                 origin = work.paths[int(work.order[position])] if work.paths else None

@@ -115,6 +115,10 @@ class Index:
         """Return the number of samples, with the excluded ones."""
         return int(self.bases[-1])
 
+    def __repr__(self) -> str:
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        return f"Index({len(self):,} samples in {len(self.shards):,} shards{classes})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the paths only: a worker process opens the files again."""
         return Index, (self.folder, self.shards)
