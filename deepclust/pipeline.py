@@ -183,10 +183,12 @@ def make_features(context: Context, trainer: Trainer, number: int, *, final: boo
 
 
 def extraction(context: Context, trainer: Trainer, number: int) -> ExtractContext:
-    """Return the context of a round's features."""
+    """Return the context of a round's features; moments are for a whitening alone."""
+    refresh = context.recipe.method.round
     return ExtractContext(
         context.run, number, context.world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
+        moments=refresh is not None and refresh.whiten,
     )  # fmt: skip
 
 
