@@ -184,12 +184,14 @@ def make_features(context: Context, trainer: Trainer, number: int, *, final: boo
 
 
 def extraction(context: Context, trainer: Trainer, number: int) -> ExtractContext:
-    """Return the context of a round's features."""
-    where = "disk" if context.recipe.cluster is None else context.recipe.cluster.raw
+    """Return the context of a round's features; moments are for a whitening alone."""
+    refresh, cluster = context.recipe.method.round, context.recipe.cluster
+    where = "disk" if cluster is None else cluster.raw
     memory = RawMemory(where, context.world.device, context.world.size)
     return ExtractContext(
         context.run, number, context.world, context.index, trainer.loader,
-        context.recipe.data, context.report, context.stopping, memory=memory,
+        context.recipe.data, context.report, context.stopping,
+        moments=refresh is not None and refresh.whiten, memory=memory,
     )  # fmt: skip
 
 

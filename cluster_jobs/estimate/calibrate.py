@@ -32,7 +32,7 @@ from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
 from deepclust.run.round_files import find_whitening
 
-BATCHES, FEWEST = 8, 1000  # images of the part
+BATCHES, FEWEST = 8, 1000  # of the part: batches, and images for each rank
 PER_CLUSTER = 10  # images, so that a part has clusters
 LIMIT_S = 600.0
 
@@ -42,11 +42,11 @@ def calibrate(recipe: Recipe, index: Index) -> Speeds:
 
     Raises `ResourceError` where the short run fails, with the end of what it said.
     """
-    count = min(len(index), max(BATCHES * recipe.train.batch, FEWEST))
+    count = min(len(index), max(BATCHES * recipe.train.batch, FEWEST * recipe.train.ranks))
     with tempfile.TemporaryDirectory(prefix="deepclust-estimate-") as folder:
         shards, run_dir = Path(folder, "shards"), Path(folder, "run")
         _write_part(index, count, shards, recipe.seed)
-        short = _short(recipe, shards, count)
+        short = _short(recipe, shards, count, index.labels is not None)
         short.save(Path(folder, "recipe.yaml"))
         began = time.time()
         memory = _run(Path(folder, "recipe.yaml"), run_dir)
@@ -78,6 +78,7 @@ def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
         extraction=extraction,
         round=max(0.0, later(spans.rounds) - later(solves)),
         checkpoint=spans.seconds.get("checkpoints", 0.0) / max(1, len(saves)),
+        evaluated=_evaluated(run),
         assumptions=[
             f"measured here: two epochs over {count:,} images, {trained:,.0f} images/s in training"
             + (f", {extracted:,.0f} in extraction" if extraction else ""),
@@ -98,18 +99,25 @@ def _trained(run: Run, batch: int) -> float:
 def _extracted(run: Run, count: int, extractions: list[float]) -> tuple[float, float]:
     """Return images a second of an extraction, and the seconds that it takes beside them.
 
-    A chunk is reported when the next one is extracted, so that between the first and the last there
-    are all but two.
+    A rank reports a chunk when its next one is extracted. So when the first is reported each rank
+    has two, and until the last one they extract the others.
     """
     if not extractions:
         return np.inf, 0.0
     took = later(extractions)
     last = run.rounds()[-1]
     at = [e["time"] for e in run.events() if e["event"] == "unit" and e["round"] == last]
-    between = count * (len(at) - 2) / len(at) if len(at) > 3 else 0.0
+    had = 2 * run.recipe.train.ranks
+    between = count * (len(at) - had) / len(at) if len(at) > had + 1 else 0.0
     rate = between / max(at[-1] - at[0], 1e-3) if between else count / took
     beside = took - count / rate
     return (rate, beside) if beside > 0 else (count / took, 0.0)
+
+
+def _evaluated(run: Run) -> float | None:
+    """Return images a second of the last evaluation, or None without one."""
+    scores = run.metrics("evaluate")
+    return (scores[-1]["bank"] + scores[-1]["queries"]) / scores[-1]["seconds"] if scores else None
 
 
 def _widths(run: Run) -> tuple[int, int]:
@@ -123,13 +131,14 @@ def _widths(run: Run) -> tuple[int, int]:
     return (dim if whitening is None else len(whitening.mean)), dim
 
 
-def _short(recipe: Recipe, shards: Path, count: int) -> Recipe:
+def _short(recipe: Recipe, shards: Path, count: int, labelled: bool = False) -> Recipe:
     """Return the recipe of the short run: the same work for an image, two epochs."""
+    evaluate = "1 epoch" if labelled and recipe.train.evaluate is not None else "null"
     changes = [
         f"data.shards={shards}", "data.index=null", "data.stage=null", "train.epochs=2",
         "train.warmup=0", "train.average_from=null", "train.log=2", "init.weights=null",
         "init.assignments=null", "train.steps_at=[]", "train.evaluate_data=null",
-        "train.evaluate=null", "notify=null", "track=[]",
+        f"train.evaluate={evaluate}", "notify=null", "track=[]",
     ]  # fmt: skip
     if recipe.cluster is not None:
         k = min(recipe.clustering.k, max(2, count // PER_CLUSTER))

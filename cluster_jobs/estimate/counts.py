@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from deepclust.recipe import Recipe
+from deepclust.recipe.sections import Cadence
 from deepclust.run.state import State
-from deepclust.stages.schedule import Timeline
+from deepclust.stages.schedule import MOST_BANK, MOST_QUERIES, QUERIES, Timeline
 
 
 @dataclass(frozen=True)
@@ -21,45 +21,69 @@ class Counts:
     extractions: int
     checkpoints: int
     iterations: int
+    evaluations: int  # by `train.evaluate`
+    evaluated: int  # images of each, if all have labels
     pairs: tuple[float, ...]
 
 
 def count(recipe: Recipe, samples: int) -> Counts:
     """Return the counts of a run over so many usable samples."""
     timeline = Timeline.of(recipe, samples)
-    steps, segments, rounds = _walk(timeline)
+    steps, segments, rounds, saved = _walk(timeline)
     cluster, refresh = recipe.cluster, recipe.method.round
     final = cluster is not None and refresh is not None and cluster.final
     extractions = 0
     if refresh is not None:
-        banked = refresh.source == "bank"
-        extractions = (min(1, rounds) if banked else rounds) + int(final)
-    every = timeline.checkpoint
-    each = every.count * (timeline.epoch_steps if every.unit == "epoch" else 1)
+        banked, drawn = refresh.source == "bank", refresh.first == "balanced"
+        extractions = (min(1, rounds) if banked else rounds - drawn) + int(final)
+    scored = _due(timeline.evaluate, timeline.epoch_steps, steps)
     return Counts(
         samples=samples,
         steps=steps,
         segments=segments,
         rounds=rounds + int(final),
         extractions=extractions,
-        checkpoints=1 + math.ceil(steps / max(1, each)),
+        checkpoints=len(saved | _due(timeline.checkpoint, timeline.epoch_steps, steps)),
         iterations=0 if cluster is None else cluster.iterations + 1,
+        evaluations=len(scored),
+        evaluated=_evaluated(recipe, samples),
         pairs=() if cluster is None else centroids_of_a_row(recipe),
     )
 
 
-def _walk(timeline: Timeline) -> tuple[int, int, int]:
-    """Return the steps, segments and rounds of a run, as the pipeline goes."""
-    state, rounds = State(), 0
+def _walk(timeline: Timeline) -> tuple[int, int, int, set[int]]:
+    """Return the steps, segments and rounds of a run, and the steps that a round or end saves."""
+    state, rounds, saved = State(), 0, set[int]()
     while not timeline.finished(state):
         if timeline.refresh_due(state):
             rounds += 1
+            saved.add(state.step)
             state = state.in_round(timeline.round_of(state))
+        if timeline.round_ahead(state) is not None:
+            saved.add(state.step)
         steps = timeline.steps(state) or timeline.epoch_steps
         samples = state.samples + steps * timeline.batch
         state = State(state.step + steps, state.segment, steps, state.round, samples)
         state = state.after_segment()
-    return state.step, state.segment, rounds
+    return state.step, state.segment, rounds, saved | {state.step}
+
+
+def _due(every: Cadence | None, epoch_steps: int, steps: int) -> set[int]:
+    """Return the steps of a run at which a cadence is due; the last one is, of any."""
+    if every is None:
+        return set()
+    each = every.count * (epoch_steps if every.unit == "epoch" else 1)
+    return {*range(each, steps, max(1, each)), steps}
+
+
+def _evaluated(recipe: Recipe, samples: int) -> int:
+    """Return the images of an evaluation: all that are embedded for its bank and its queries."""
+    if recipe.train.evaluate is None:
+        return 0
+    if recipe.train.evaluate_data is not None:  # as many as it takes at most
+        return min(samples, MOST_BANK) + MOST_QUERIES
+    queries = min(int(QUERIES * samples), MOST_QUERIES)
+    return min(samples - queries, MOST_BANK) + queries
 
 
 def centroids_of_a_row(recipe: Recipe) -> tuple[float, ...]:

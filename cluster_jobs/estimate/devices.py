@@ -61,6 +61,7 @@ def speeds_of(device: Device, recipe: Recipe, network: Network, counts: Counts) 
         start=START,
         trained=min(readers, batch / (batch / compute + exchange)),
         extracted=min(readers, forward),
+        evaluated=min(readers, forward),
         row=sum(counts.pairs) * counts.iterations * 2 * dim / (device.peak * PRODUCTS),
         round=ROUND,
         checkpoint=(network.saved + 4 * 2 * network.trained) / DISK,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepclust.methods.base import Method
 from deepclust.models import build_backbone
 from deepclust.recipe import Recipe
 from deepclust.recipe.declare import Pass
@@ -27,7 +28,9 @@ class Network:
     trained: int  # of everything that has gradients
     owned: int  # those of them of which every rank has a part
     saved: int  # bytes of the method in a checkpoint, without what it has for each sample
+    exported: int  # bytes of the backbone's weights
     width: int
+    row: int  # numbers of a row as a round extracts it; 0 without rounds
     step_flops: float  # of all crops, forward and backward
     extract_flops: float  # of one image forward, at data.size
     outputs: float  # numbers that all layers write for one image forward, at data.size
@@ -47,8 +50,9 @@ def measure(recipe: Recipe, classes: int = 0) -> Network:
     passes = recipe.cost(backbone.dim).passes
     known = {size: _pass(backbone, size) for size in {recipe.data.size, *(p.size for p in passes)}}
     return Network(
-        **_built(recipe, classes),
+        **_built(recipe, backbone.dim, classes),
         parameters=sum(one.numel() for one in backbone.parameters()),
+        exported=sum(one.nbytes for one in backbone.state_dict().values()),
         width=backbone.dim,
         step_flops=sum(_flops(one) * known[one.size][0] for one in passes),
         extract_flops=known[recipe.data.size][0],
@@ -58,8 +62,8 @@ def measure(recipe: Recipe, classes: int = 0) -> Network:
     )
 
 
-def _built(recipe: Recipe, classes: int) -> dict[str, int]:
-    """Return what the method trains and saves; of seeds whose classes are not known, for two."""
+def _built(recipe: Recipe, width: int, classes: int) -> dict[str, int]:
+    """Return what the method trains, saves and extracts; of unknown classes of seeds, for two."""
     known = max(2, classes) if recipe.seeds is not None else 0
     names = tuple(str(number) for number in range(known))
     with torch.device("meta"):
@@ -69,7 +73,15 @@ def _built(recipe: Recipe, classes: int) -> dict[str, int]:
         "trained": sum(trained.values()),
         "owned": sum(trained.get(name, 0) for name in method.owned()),
         "saved": sum(one.nbytes for one in method.state_dict().values()),
+        "row": 0 if recipe.method.round is None else _row(method, width),
     }
+
+
+def _row(method: Method, width: int) -> int:
+    """Return the width of what the method clusters: the features', or that of a projection."""
+    method.embed = lambda images: images  # type: ignore[method-assign]  # features are given
+    with torch.device("meta"), torch.no_grad():  # seeded weights are on the CPU until now
+        return int(method.eval().to("meta").clustered(torch.zeros(1, width)).shape[1])
 
 
 def _flops(one: Pass) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster_jobs.estimate.counts import Counts
+from cluster_jobs.estimate.disk import Round, disk_of, rounds_of
 from cluster_jobs.estimate.network import Network
 from deepclust.recipe import Recipe
-from deepclust.stages.extract import CHUNKS, LARGEST_CHUNK, SMALLEST_CHUNK
 
 SLOTS = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers of an optimizer for each parameter
 LIVE = 3  # outputs of layers that a pass without a backward has at a time
@@ -30,7 +30,7 @@ class Sizes:
     checkpoint: float  # on disk
     extraction: float  # on the device of a rank
     rows: float  # of a round, as they are clustered
-    round_disk: float  # that a round writes, with what it deletes again
+    written: float  # that all rounds write, with what they delete again
     centroids: float  # of all heads
     memory: float = 0.0  # of all processes on a CPU, or beside the GPUs
 
@@ -49,49 +49,23 @@ def sizes(recipe: Recipe, network: Network, counts: Counts) -> Sizes:
     activations = part * network.activations * number
     batch = train.batch / train.ranks * crops
     checkpoint = 1.0 * network.saved + cost.per_sample * counts.samples
-    checkpoint += 4.0 * network.trained * SLOTS[train.optimizer]
-    round_ = _round(recipe, network, counts)
-    saved = min(recipe.keep.checkpoints, counts.checkpoints)
-    disk = saved * checkpoint + 4.0 * network.parameters  # and the export
-    disk += recipe.keep.features * round_.rows + counts.rounds * round_.kept
+    slots = 4.0 * network.trained * SLOTS[train.optimizer]
+    checkpoint += slots
+    rounds = rounds_of(recipe, network, counts)
+    largest = max(rounds, key=lambda one: one.rows, default=Round())
+    disk, peak = disk_of(recipe, counts, rounds, checkpoint, slots, network.exported)
     return Sizes(
         gpu=state + activations + AHEAD * batch * 4,
         state=state,
         activations=activations,
         host=PROCESS + max(1, data.readers()) * READER + AHEAD * batch,
         disk=disk,
-        disk_peak=disk + max(checkpoint, round_.rows + round_.raw),
+        disk_peak=peak,
         step_traffic=2 * 4.0 * (network.trained - network.owned) if train.ranks > 1 else 0.0,
         checkpoint=checkpoint,
         extraction=4.0 * network.parameters
         + data.extract_batch * (LIVE * network.largest * number + 3 * data.size**2 * 4),
-        rows=round_.rows,
-        round_disk=round_.rows + round_.raw + round_.kept,
-        centroids=round_.centroids,
+        rows=largest.rows,
+        written=sum(one.written for one in rounds),
+        centroids=largest.centroids,
     )
-
-
-@dataclass(frozen=True)
-class _Round:
-    """Bytes of a round: rows that are clustered, what the extraction leaves, and what is kept."""
-
-    rows: float = 0.0
-    raw: float = 0.0
-    kept: float = 0.0
-    centroids: float = 0.0
-
-
-def _round(recipe: Recipe, network: Network, counts: Counts) -> _Round:
-    """Return the bytes of a round: numbers of 2, centroids of 4, moments of 8."""
-    refresh, cluster = recipe.method.round, recipe.cluster
-    if refresh is None or cluster is None:
-        return _Round()
-    whitened, wide, n = refresh.whiten, network.width, counts.samples
-    dim = cluster.dim if whitened else wide
-    ids = 8.0 * n * refresh.heads  # assignments and distances
-    centroids = 4.0 * cluster.k * dim * refresh.heads
-    kept = ids + centroids + 4.0 * wide * (dim + 1) * whitened
-    if not counts.extractions:
-        return _Round(2.0 * n * dim, 0.0, kept, centroids)
-    chunks = max(1, min(CHUNKS, n // SMALLEST_CHUNK), -(-n // LARGEST_CHUNK))
-    return _Round(2.0 * n * dim, 2.0 * n * wide + 8.0 * chunks * wide**2, kept, centroids)

@@ -20,7 +20,7 @@ STAGES = {
     "extracted": "extraction", "whitening": "clustering", "features": "clustering",
     "clustered": "clustering", "published": "clustering", "waited": "clustering",
     "training": "training", "train": "training", "checkpoint": "checkpoints",
-    "exported": "checkpoints", "finished": "start",
+    "exported": "checkpoints", "finished": "start", "evaluate": "evaluation",
 }  # fmt: skip
 BESIDE = ("clustered", "published")  # of a cluster worker while ranks train (cluster.overlap)
 
@@ -62,7 +62,10 @@ def _records(run: Run) -> list[Record]:
     steps = [{**record, "name": "train"} for record in run.metrics("train")]
     cluster = run.recipe.cluster
     skipped = BESIDE if cluster is not None and cluster.overlap else ()
-    known = [e for e in [*events, *steps] if e["name"] in STAGES and e["name"] not in skipped]
+    scores = [{**record, "name": "evaluate"} for record in run.metrics("evaluate")]
+    known = [
+        e for e in [*events, *steps, *scores] if e["name"] in STAGES and e["name"] not in skipped
+    ]
     return sorted(known, key=lambda record: float(record["time"]))
 
 

@@ -20,6 +20,7 @@ class Speeds:
     extraction: float = 0.0  # seconds of an extraction beside its images
     round: float = 0.0  # seconds of a round's whitening, statistics and files
     checkpoint: float = 0.0  # seconds
+    evaluated: float | None = None  # images a second of train.evaluate; None: as extracted
     memory: float | None = None  # bytes of all processes at their peak, where it was measured
     assumptions: list[str] = field(default_factory=list)
 
@@ -39,4 +40,7 @@ def seconds(recipe: Recipe, counts: Counts, speeds: Speeds) -> dict[str, float]:
         del taken["clustering"]
     if not counts.extractions:
         del taken["extraction"]
+    if counts.evaluations:
+        rate = speeds.evaluated or min(speeds.extracted, speeds.trained)
+        taken["evaluation"] = counts.evaluations * counts.evaluated / rate
     return taken

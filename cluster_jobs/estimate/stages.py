@@ -35,16 +35,20 @@ def stages(
     passes = counts.rounds * counts.iterations
     taken = {
         "extraction": (
-            sizes.extraction, host, counts.extractions * sizes.round_disk,
+            sizes.extraction, host, sizes.written,
             counts.extractions * remote,
         ),
         "clustering": (
-            share + sizes.centroids, share, counts.rounds * sizes.rows,
+            share + sizes.centroids, share, 0.0,
             passes * sizes.centroids * ranks * together,
         ),
         "training": (
             sizes.gpu, host, 0.0,
             counts.steps * (sizes.step_traffic * ranks + remote * _share(recipe, counts)),
+        ),
+        "evaluation": (
+            sizes.extraction, host, 0.0,
+            counts.evaluations * remote * min(1.0, counts.evaluated / counts.samples),
         ),
         "checkpoints": (sizes.gpu, host, counts.checkpoints * sizes.checkpoint, 0.0),
     }  # fmt: skip

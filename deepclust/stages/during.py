@@ -46,13 +46,11 @@ from deepclust.run.checkpoint import State
 from deepclust.run.directory import Run
 from deepclust.seeds.table import load as load_seeds
 from deepclust.stages.data_index import open_labelled
+from deepclust.stages.schedule import MOST_BANK, MOST_QUERIES, QUERIES
 from deepclust.world import World, generator
 
 if TYPE_CHECKING:
     from deepclust.stages.train import Trainer
-
-MOST_BANK, MOST_QUERIES = 25_000, 5_000  # images; they bound time, and the rows in memory
-QUERIES = 0.2  # share of the labelled images, where no others are given
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from deepclust.methods.base import Now
 
 LANES = 8  # the ranks of a node, each with its shards
+MOST_BANK, MOST_QUERIES = 25_000, 5_000  # images of an evaluation: they bound time and memory
+QUERIES = 0.2  # share of the labelled images, where no others are given
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from cluster_jobs.cli import app
 from cluster_jobs.estimate import estimate, seconds
-from cluster_jobs.estimate.calibrate import _short, speeds_of_run
+from cluster_jobs.estimate.calibrate import _extracted, _short, speeds_of_run
 from cluster_jobs.estimate.counts import count
 from cluster_jobs.estimate.devices import DEVICES, device_of
+from cluster_jobs.estimate.disk import rounds_of
 from cluster_jobs.estimate.fits import Room, misfits
 from cluster_jobs.estimate.kept import keep, kept
 from cluster_jobs.estimate.line import line
@@ -27,7 +28,7 @@ from cluster_jobs.estimate.show import lines
 from cluster_jobs.estimate.sizes import sizes
 from cluster_jobs.estimate.spans import spans_of
 from cluster_jobs.estimate.speeds import Speeds
-from cluster_jobs.estimate.watch import Watch
+from cluster_jobs.estimate.watch import Watch, folder_bytes
 from deepclust import open_index
 from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe, shipped
@@ -94,6 +95,43 @@ def test_a_checkpoint_is_as_large_as_the_run_writes_it(final_run: Path) -> None:
     network, counts = measure(run.recipe), count(run.recipe, 300)
     written = sum(file.stat().st_size for file in run.checkpoints()[-1].rglob("*.safetensors"))
     assert sizes(run.recipe, network, counts).checkpoint == pytest.approx(written, rel=0.05)
+
+
+def test_the_run_directory_is_as_large_as_the_estimate_says(final_run: Path) -> None:
+    run = Run(final_run)
+    made = sizes(run.recipe, measure(run.recipe), count(run.recipe, 300))
+    folders = [run.path / name for name in ("checkpoints", "rounds", "export")]
+    assert made.disk == pytest.approx(sum(map(folder_bytes, folders)), rel=0.05)
+
+
+def test_a_bank_is_extracted_twice_and_its_rows_are_projections() -> None:
+    recipe = imagenet("deepcluster-v2-small-photos", "cluster.every=1 epoch")
+    network, counts = measure(recipe), count(recipe, IMAGENET)
+    first, bank, *_, last = rounds_of(recipe, network, counts)
+    assert counts.extractions == 2
+    assert first.raw == last.raw == first.rows == 2 * IMAGENET * 64  # and no moments
+    assert (bank.raw, bank.rows) == (0, 2 * first.rows)
+
+
+def test_checkpoints_of_rounds_by_steps_and_evaluations_are_counted(shards: Path) -> None:
+    keys = ["train.epochs=4", "train.batch=30", "cluster.every=15 steps", "train.evaluate=1 epoch"]
+    made = count(tiny_recipe(shards, *keys), 300)
+    assert made.checkpoints == len({0, 10, 15, 20, 30, 40})
+    assert (made.evaluations, made.evaluated) == (4, 300)
+    speeds = Speeds(0.0, 100.0, 100.0, 0.0, evaluated=30.0)
+    assert seconds(tiny_recipe(shards, *keys), made, speeds)["evaluation"] == 4 * 10
+
+
+def test_each_rank_has_chunks_that_it_has_not_reported() -> None:
+    at = [4.0, 5.0, 6.0, 7.0, 8.0, 8.0, 8.0, 8.0]  # eight chunks of 100 images
+    for ranks, between in ((1, 600), (2, 400)):
+        run = SimpleNamespace(
+            rounds=lambda: [0], recipe=SimpleNamespace(train=SimpleNamespace(ranks=ranks)),
+            events=lambda: [{"event": "unit", "round": 0, "time": one} for one in at],
+        )  # fmt: skip
+        rate, beside = _extracted(run, 800, [10.0])  # type: ignore[arg-type]
+        assert rate == between / 4
+        assert beside == pytest.approx(10 - 800 / rate)
 
 
 def test_the_parts_of_a_head_are_shared_between_ranks() -> None:
@@ -230,6 +268,7 @@ def test_the_short_run_alarms_and_tracks_nobody(shards: Path) -> None:
     )  # fmt: skip
     short = _short(tiny_recipe(shards, *loud), shards, 300)
     assert (short.notify, short.track, short.train.evaluate) == (None, (), None)
+    assert _short(tiny_recipe(shards, *loud), shards, 300, True).train.evaluate == "1 epoch"
 
 
 def test_the_line_tells_no_secret(tmp_path: Path) -> None:
