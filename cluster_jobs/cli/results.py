@@ -28,6 +28,7 @@ Best = Annotated[
         "evaluate runs/a --train shards/train --test shards/test",
         "evaluate torchvision:resnet50 --train shards/train --test shards/test",
         "evaluate moco.pth --backbone resnet50 --train shards/train --test shards/test",
+        "evaluate runs/a --train voc --test voc_test --labels json.classes --with multi_label",
     ),
 )
 def evaluate(
@@ -57,6 +58,9 @@ def evaluate(
     size: Annotated[int | None, typer.Option(help="Pixels of images for WEIGHTS.")] = None,
     sobel: Annotated[bool, typer.Option("--sobel", help="WEIGHTS see Sobel gradients.")] = False,
     best: Best = False,
+    labels: Annotated[
+        str | None, typer.Option(help="The labels, as data.labels: txt, json.labels, ...")
+    ] = None,
     finetune: Annotated[
         str,
         typer.Option(
@@ -86,7 +90,7 @@ def evaluate(
         typer.echo("\n".join(scores_lines(scores)))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
-    beside = Beside(baselines, layers, parse_settings(finetune))
+    beside = Beside(baselines, layers, parse_settings(finetune), labels)
     network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
     if is_weights(source):
         if best:

@@ -43,9 +43,10 @@ class Beside:
     baselines: bool = True
     layers: bool = False
     finetuning: FineTuning = FINE_TUNING  # of the evaluators that fine-tune
+    labels: str | None = None  # which, as data.labels; default: those of the run
 
 
-JUDGES = ("knn", "linear")  # evaluators that depend on the number of training rows
+JUDGES = ("knn", "linear", "multi_label")  # evaluators that depend on the number of training rows
 FIELDS = {"facts": dict, "scores": dict}
 
 
@@ -64,7 +65,7 @@ def baselines(
     on. Where baselines are measured on a part of the rows, "this_network" has the network's scores
     on these. A baseline that cannot be measured is left out, and `emit` is given the reason.
     """
-    answered: Scores = {"majority": dict(majority(frozen))}
+    answered: Scores = {} if names == ["multi_label"] else {"majority": dict(majority(frozen))}
     wanted = compared(COMPARED if names is None else names)
     if not wanted:
         return answered

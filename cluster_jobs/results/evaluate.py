@@ -78,7 +78,8 @@ def evaluate_run(
     checkpoint = chosen_checkpoint(run, emit, best)
     if beside.layers:
         check_layers(embedder_of(run, checkpoint))
-    with open_shards(train, run) as index, open_shards(test, run) as test_index:
+    labels = beside.labels
+    with open_shards(train, run, labels) as index, open_shards(test, run, labels) as test_index:
         frozen = _freeze(run, checkpoint, index, test_index)
         frozen = replace(frozen, finetuning=beside.finetuning)
         for note in frozen.notes:
