@@ -22,10 +22,20 @@ Best = Annotated[
 ]
 
 
+NOTHING_FITTED = (
+    "without --train and --test nothing is fitted: leave --with, --layers, --labels, --backbone, "
+    "--size and --sobel out"
+)
+BOTH = (
+    "give --train SHARDS and --test SHARDS, both with labels. A run needs neither: leave both out"
+)
+
+
 @verbs.command(
     rich_help_panel=PANEL,
     epilog=examples(
         "evaluate runs/a --train shards/train --test shards/test",
+        "evaluate runs/a",
         "evaluate torchvision:resnet50 --train shards/train --test shards/test",
         "evaluate moco.pth --backbone resnet50 --train shards/train --test shards/test",
         "evaluate runs/a --train voc --test voc_test --labels json.classes --with multi_label",
@@ -37,11 +47,11 @@ def evaluate(
         typer.Argument(metavar="RUN|WEIGHTS", help="A run, a file of weights, torchvision:NAME."),
     ],
     train_shards: Annotated[
-        str, typer.Option("--train", help="The labelled shards, or images, to fit on.")
-    ],
+        str | None, typer.Option("--train", help="The labelled shards, or images, to fit on.")
+    ] = None,
     test_shards: Annotated[
-        str, typer.Option("--test", help="The labelled shards, or images, to score on.")
-    ],
+        str | None, typer.Option("--test", help="The labelled shards, or images, to score on.")
+    ] = None,
     with_: Annotated[
         str | None,
         typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
@@ -72,7 +82,8 @@ def evaluate(
 ) -> None:
     """Score a frozen network: kNN, linear probes, retrieval, clusters, a run's own classifier.
 
-    Pixels, random weights and the commonest class are scored beside it.
+    Pixels, random weights and the commonest class are scored beside it. Without --train and --test
+    the run is scored without labels, on its own images: crops, neighbours, rounds.
     """
     begun(f"evaluating {redact(source)}")
     from cluster_jobs.results.baselines import Beside
@@ -91,7 +102,17 @@ def evaluate(
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
     beside = Beside(baselines, layers, parse_settings(finetune), labels)
-    network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
+    network = Network(backbone, size, sobel)
+    if train_shards is None and test_shards is None and not is_weights(source):
+        from cluster_jobs.results.evaluate_unlabelled import evaluate_unlabelled
+
+        if names or layers or labels or network != Network():
+            raise RecipeError(NOTHING_FITTED)
+        evaluate_unlabelled(Path(source), log, show, best)
+        return
+    if train_shards is None or test_shards is None:
+        raise RecipeError(f"{source}: {BOTH}")
+    shards = (train_shards, test_shards)
     if is_weights(source):
         if best:
             raise RecipeError(f"{source} is not a run: leave --best out")
