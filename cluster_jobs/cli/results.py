@@ -226,6 +226,7 @@ Images = Annotated[
     epilog=examples(
         "embed runs/a --data photos --out features",
         "embed net.safetensors --data shards --out features --dtype float32",
+        "embed runs/a --data shards --out features --ranks 8 --best",
         "embed runs/a --data shards --out whitened --whiten --format parquet",
     ),
 )
@@ -244,6 +245,8 @@ def embed(
     ] = False,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     format_: Annotated[str, typer.Option("--format", help="npy or parquet.")] = "npy",
+    ranks: Annotated[int, typer.Option(help="Processes of this machine that share the work.")] = 1,
+    best: Best = False,
     as_json: Json = False,
 ) -> None:
     """Write features of any images, by sample id, with their keys and paths.
@@ -252,12 +255,14 @@ def embed(
     """
     log(f"features of {redact(data)} by {source}")
     from cluster_jobs.display import Display
-    from cluster_jobs.results.embed import EmbedOptions
+    from cluster_jobs.results.embed import EmbedOptions, Given
     from cluster_jobs.results.embed import embed as embed_images
 
     options = EmbedOptions(layer, whiten, dtype, format_)
     with going_on.resumed_by(going_on.typed_again), Display() as display:
-        manifest = embed_images(source, data, out, options, emit=log, show=display)
+        manifest = embed_images(
+            source, data, out, options, emit=log, show=display, given=Given(ranks, best)
+        )
     if as_json:
         typer.echo(json.dumps(manifest))
     n, dim = manifest["shape"]
