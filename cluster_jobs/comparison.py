@@ -30,8 +30,9 @@ def judge(scores: list[Score], is_late: Callable[[int | None], bool]) -> Compari
     `scores` are the newest first. A difference inside of both 95 % intervals is none. `is_late`
     says whether a step is late enough to judge a run by it.
     """
-    newest = [one for one in scores if one.source == scores[0].source]
-    top1 = {one.evaluator: one for one in newest if one.measure == "top1"}
+    judged = [one for one in scores if one.measure == "top1"]  # some evaluations have no labels
+    newest = [one for one in judged if one.source == judged[0].source]
+    top1 = {one.evaluator: one for one in newest}
     results = []
     for evaluator in JUDGED_BY:
         same = top1.get(f"baseline {OWN} {evaluator}")  # on the rows of the baselines

@@ -22,12 +22,23 @@ Best = Annotated[
 ]
 
 
+NOTHING_FITTED = (
+    "without --train and --test nothing is fitted: leave --with, --layers, --labels, --backbone, "
+    "--size and --sobel out"
+)
+BOTH = (
+    "give --train SHARDS and --test SHARDS, both with labels. A run needs neither: leave both out"
+)
+
+
 @verbs.command(
     rich_help_panel=PANEL,
     epilog=examples(
         "evaluate runs/a --train shards/train --test shards/test",
+        "evaluate runs/a",
         "evaluate torchvision:resnet50 --train shards/train --test shards/test",
         "evaluate moco.pth --backbone resnet50 --train shards/train --test shards/test",
+        "evaluate runs/a --train voc --test voc_test --labels json.classes --with multi_label",
     ),
 )
 def evaluate(
@@ -36,11 +47,11 @@ def evaluate(
         typer.Argument(metavar="RUN|WEIGHTS", help="A run, a file of weights, torchvision:NAME."),
     ],
     train_shards: Annotated[
-        str, typer.Option("--train", help="The labelled shards, or images, to fit on.")
-    ],
+        str | None, typer.Option("--train", help="The labelled shards, or images, to fit on.")
+    ] = None,
     test_shards: Annotated[
-        str, typer.Option("--test", help="The labelled shards, or images, to score on.")
-    ],
+        str | None, typer.Option("--test", help="The labelled shards, or images, to score on.")
+    ] = None,
     with_: Annotated[
         str | None,
         typer.Option("--with", help="Evaluators or their modules: knn,my.module (default: all)."),
@@ -57,6 +68,9 @@ def evaluate(
     size: Annotated[int | None, typer.Option(help="Pixels of images for WEIGHTS.")] = None,
     sobel: Annotated[bool, typer.Option("--sobel", help="WEIGHTS see Sobel gradients.")] = False,
     best: Best = False,
+    labels: Annotated[
+        str | None, typer.Option(help="The labels, as data.labels: txt, json.labels, ...")
+    ] = None,
     finetune: Annotated[
         str,
         typer.Option(
@@ -68,7 +82,8 @@ def evaluate(
 ) -> None:
     """Score a frozen network: kNN, linear probes, retrieval, clusters, a run's own classifier.
 
-    Pixels, random weights and the commonest class are scored beside it.
+    Pixels, random weights and the commonest class are scored beside it. Without --train and --test
+    the run is scored without labels, on its own images: crops, neighbours, rounds.
     """
     begun(f"evaluating {redact(source)}")
     from cluster_jobs.results.baselines import Beside
@@ -86,8 +101,18 @@ def evaluate(
         typer.echo("\n".join(scores_lines(scores)))
 
     names = None if with_ is None else [name.strip() for name in with_.split(",") if name.strip()]
-    beside = Beside(baselines, layers, parse_settings(finetune))
-    network, shards = Network(backbone, size, sobel), (train_shards, test_shards)
+    beside = Beside(baselines, layers, parse_settings(finetune), labels)
+    network = Network(backbone, size, sobel)
+    if train_shards is None and test_shards is None and not is_weights(source):
+        from cluster_jobs.results.evaluate_unlabelled import evaluate_unlabelled
+
+        if names or layers or labels or network != Network():
+            raise RecipeError(NOTHING_FITTED)
+        evaluate_unlabelled(Path(source), log, show, best)
+        return
+    if train_shards is None or test_shards is None:
+        raise RecipeError(f"{source}: {BOTH}")
+    shards = (train_shards, test_shards)
     if is_weights(source):
         if best:
             raise RecipeError(f"{source} is not a run: leave --best out")
@@ -201,6 +226,7 @@ Images = Annotated[
     epilog=examples(
         "embed runs/a --data photos --out features",
         "embed net.safetensors --data shards --out features --dtype float32",
+        "embed runs/a --data shards --out features --ranks 8 --best",
         "embed runs/a --data shards --out whitened --whiten --format parquet",
     ),
 )
@@ -219,6 +245,8 @@ def embed(
     ] = False,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     format_: Annotated[str, typer.Option("--format", help="npy or parquet.")] = "npy",
+    ranks: Annotated[int, typer.Option(help="Processes of this machine that share the work.")] = 1,
+    best: Best = False,
     as_json: Json = False,
 ) -> None:
     """Write features of any images, by sample id, with their keys and paths.
@@ -227,12 +255,14 @@ def embed(
     """
     log(f"features of {redact(data)} by {source}")
     from cluster_jobs.display import Display
-    from cluster_jobs.results.embed import EmbedOptions
+    from cluster_jobs.results.embed import EmbedOptions, Given
     from cluster_jobs.results.embed import embed as embed_images
 
     options = EmbedOptions(layer, whiten, dtype, format_)
     with going_on.resumed_by(going_on.typed_again), Display() as display:
-        manifest = embed_images(source, data, out, options, emit=log, show=display)
+        manifest = embed_images(
+            source, data, out, options, emit=log, show=display, given=Given(ranks, best)
+        )
     if as_json:
         typer.echo(json.dumps(manifest))
     n, dim = manifest["shape"]

@@ -81,6 +81,7 @@ class Facts:
     commands: list[tuple[str, str]]
     classes: int = 0  # of the labels in its batches
     evaluated: list[Record] = field(default_factory=list)  # by kNN, while it was trained
+    precisions: Record | None = None  # by class, where images are of several
 
     @property
     def guess(self) -> float:
@@ -115,6 +116,7 @@ def gather(run: Run) -> Facts:
         commands=_commands(run, recipe, status.state),
         classes=len(class_names(run)),
         evaluated=run.metrics("evaluate"),
+        precisions=tables.get(("multi_label", "classes")),
     )
 
 

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from deepclust.evaluate.baselines import (
     COMPARED,
     MOST_ROWS,
     OWN,
+    RANDOM,
     compared,
     freeze_baselines,
     majority,
     rows_of,
     same_rows,
 )
-from deepclust.evaluate.frozen import FineTuning, Frozen
+from deepclust.evaluate.frozen import FineTuning, Frozen, Images
 from deepclust.files import read_record, write_json
 from deepclust.methods.embed import Embedder
 
@@ -43,9 +44,11 @@ class Beside:
     baselines: bool = True
     layers: bool = False
     finetuning: FineTuning = FINE_TUNING  # of the evaluators that fine-tune
+    labels: str | None = None  # which, as data.labels; default: those of the run
 
 
-JUDGES = ("knn", "linear")  # evaluators that depend on the number of training rows
+JUDGES = ("knn", "linear", "multi_label")  # evaluators that depend on the number of training rows
+TUNED = ("finetune", "finetune_1", "finetune_10")  # trained from random weights too
 FIELDS = {"facts": dict, "scores": dict}
 
 
@@ -64,10 +67,11 @@ def baselines(
     on. Where baselines are measured on a part of the rows, "this_network" has the network's scores
     on these. A baseline that cannot be measured is left out, and `emit` is given the reason.
     """
-    answered: Scores = {"majority": dict(majority(frozen))}
+    tuned = _tuned(frozen, indexes, fresh, names, kept, emit)
+    answered: Scores = {} if names == ["multi_label"] else {"majority": dict(majority(frozen))}
     wanted = compared(COMPARED if names is None else names)
     if not wanted:
-        return answered
+        return {**answered, **({RANDOM: tuned} if tuned else {})}
     facts = {**({} if kept is None else kept[1]), **_facts(frozen, indexes)}
     file = None if kept is None else kept[0] / "baselines" / f"{_hash(facts)}.json"
     known = {} if file is None else _known(file, facts)
@@ -80,10 +84,37 @@ def baselines(
             known[name] = {**known.get(name, {}), **measured}
         if file is not None:
             _keep(file, {"facts": facts, "scores": known}, emit)
+    known[RANDOM] = {**known.get(RANDOM, {}), **tuned}
+    wanted = [*wanted, *tuned]
     beside = {name: {n: one[n] for n in wanted if n in one} for name, one in known.items()}
     if (cut := same_rows(frozen)) is not None and (judges := [n for n in wanted if n in JUDGES]):
         beside[OWN] = _measured(OWN, cut, judges, emit)
     return {**answered, "rows": rows_of(frozen), **beside}
+
+
+def _tuned(
+    frozen: Frozen,
+    indexes: tuple[Index, Index],
+    fresh: Callable[[], Embedder],
+    names: list[str] | None,
+    kept: tuple[Path, dict[str, Any]] | None,
+    emit: Emit,
+) -> Scores:
+    """Return the scores of a network with random weights that is fine-tuned on the same images."""
+    wanted = [name for name in names or () if name in TUNED]
+    if not wanted or frozen.images is None:
+        return {}
+    own = {"finetuning": asdict(frozen.finetuning)}
+    facts = {**({} if kept is None else kept[1]), **_facts(frozen, indexes), **own}
+    file = None if kept is None else kept[0] / "baselines" / f"{_hash(facts)}.json"
+    known = {} if file is None else _known(file, facts)
+    if missing := [name for name in wanted if name not in known]:
+        embedder = fresh()
+        images = Images(embedder.method.trunk, indexes, embedder.data)
+        known |= _measured(RANDOM, replace(frozen, images=images), missing, emit)
+        if file is not None:
+            _keep(file, {"facts": facts, "scores": known}, emit)
+    return {name: known[name] for name in wanted if name in known}
 
 
 def _measured(name: str, frozen: Frozen, wanted: list[str], emit: Emit) -> Scores:

@@ -11,6 +11,8 @@ A sample whose image cannot be read has a row of zeros, and a reason.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cluster_jobs.results.features import Rows, Show, Way, rows_of
+from cluster_jobs.results.features import Rows, Show, Way, fill_share, rows_of
 from cluster_jobs.results.predict import way_of
 from cluster_jobs.results.samples import PATH, UNREAD, Part, has_paths, parts_of
 from cluster_jobs.results.shards import open_given
@@ -31,11 +33,13 @@ from deepclust.data.shards.file_lock import held
 from deepclust.data.shards.index import Index
 from deepclust.errors import RecipeError, RunDiffersError
 from deepclust.files import atomic_file, disk_errors, file_hash, read_record, write_json
+from deepclust.launch.role import cores, die_with
 from deepclust.methods.embed import Embedder
 from deepclust.recipe.sections import Data
+from deepclust.run.best import load_best
 from deepclust.run.directory import exists, open_run
 from deepclust.stages.saved import embedder_of, file_embedder, layer_of, newest
-from deepclust.stages.trained import labeller_of, no_image
+from deepclust.stages.trained import best_labeller_of, labeller_of, no_image
 
 JOB, MANIFEST, WORK = "job.json", "manifest.json", "work"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -55,6 +59,17 @@ class EmbedOptions:
     format: str = "npy"
 
 
+@dataclass(frozen=True)
+class Given:
+    """What does not change the rows, or is known by their weights: ranks, and which checkpoint."""
+
+    ranks: int = 1  # processes of this machine
+    best: bool = False
+
+
+GIVEN = Given()
+
+
 def embed(
     source: Path,
     images: str,
@@ -63,15 +78,16 @@ def embed(
     *,
     emit: Callable[[str], None],
     show: Show = lambda record: None,
+    given: Given = GIVEN,
 ) -> dict[str, Any]:
     """Write the features of `images` by a run or an exported file, and return the manifest.
 
     What is there of the same job is not done again. Raises `RunDiffersError` for a folder of
     another job, `RecipeError` for options that do not go together, `DataError` for no images.
     """
-    _check(options, source)
+    _check(options, source, given)
     _check_target(out)
-    way, data, weights = _way(source, options, emit)
+    way, data, weights = _way(source, options, given.best, emit)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with held(out / ".lock", f"writes the features of {out}"):
@@ -79,13 +95,65 @@ def embed(
         job = {**asdict(options), "weights": weights, "data": index.fingerprint}
         _begin(out, job)
         if not (out / MANIFEST).exists():
-            _write(out, rows_of(out / WORK, index, data, way, show), index, options, job)
+            asked = (source, images, out, options, given)
+            made = rows_of(
+                out / WORK, index, data, way, show, given.ranks, lambda: _other_ranks(*asked)
+            )
+            _write(out, made, index, options, job)
         shutil.rmtree(out / WORK, ignore_errors=True)
         return read_record(out / MANIFEST, {"files": dict, "shape": list})
 
 
-def _check(options: EmbedOptions, source: Path) -> None:
+@contextlib.contextmanager
+def _other_ranks(
+    source: Path, images: str, out: Path, options: EmbedOptions, given: Given
+) -> Iterator[None]:
+    """Start ranks 1, 2, ... as processes, and wait for them: what one leaves, rank 0 makes."""
+    threads = torch.get_num_threads()
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [
+        spawn.Process(target=_rank, args=(source, images, out, options, given, rank, os.getpid()))
+        for rank in range(1, given.ranks)
+    ]
+    torch.set_num_threads(_threads(given.ranks))
+    try:
+        for rank in ranks:
+            rank.start()
+        yield
+        for rank in ranks:
+            rank.join()
+    finally:
+        torch.set_num_threads(threads)
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+
+
+def _rank(
+    source: Path, images: str, out: Path, options: EmbedOptions, given: Given, rank: int,
+    parent: int,
+) -> None:  # fmt: skip
+    """Make the chunks of one rank, in another process, which ends with rank 0."""
+    die_with(parent)
+    torch.set_num_threads(_threads(given.ranks))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    way, data, _ = _way(source, options, given.best, lambda text: None)
+    index = open_given(images, data, out / WORK / "index")
+    fill_share(out / WORK, index, data, way, rank, given.ranks)
+
+
+def _threads(ranks: int) -> int:
+    """Return the threads of a rank: its part of the cores, and no more than one rank would have."""
+    return max(1, min(torch.get_num_threads(), cores() // ranks))
+
+
+def _check(options: EmbedOptions, source: Path, given: Given) -> None:
     """Raise `RecipeError` for options that there are not, or that do not go together."""
+    if given.ranks < 1:
+        raise RecipeError(f"--ranks {given.ranks}: give 1 or more")
+    if given.best and not exists(source):
+        raise RecipeError(f"{source} is not a run: leave --best out")
     for name, known in (("dtype", DTYPES), ("format", FORMATS)):
         if (value := getattr(options, name)) not in known:
             raise RecipeError(f"--{name} {value}: give {' or '.join(known)}")
@@ -113,7 +181,7 @@ def _check_target(out: Path) -> None:
 
 
 def _way(
-    source: Path, options: EmbedOptions, emit: Callable[[str], None]
+    source: Path, options: EmbedOptions, best: bool, emit: Callable[[str], None]
 ) -> tuple[Way, Data, dict[str, Any]]:
     """Return how images become rows, how they are read, and which weights those are."""
     dtype = DTYPES[options.dtype]
@@ -122,16 +190,17 @@ def _way(
         return _plain(embedder, options, dtype), embedder.data, {"file": file_hash(source)}
     run = open_run(source)
     if not options.whiten:
-        saved = newest(run, emit)
+        saved = load_best(run) if best else newest(run, emit)
         embedder = embedder_of(run, saved)
         return _plain(embedder, options, dtype), run.recipe.data, {"step": saved.state.step}
-    labeller = labeller_of(run, None, emit)
+    labeller = best_labeller_of(run, emit) if best else labeller_of(run, None, emit)
     if labeller.projection is None or labeller.projection.whitening is None:
         raise RecipeError(
             f"the method of {source}, {run.recipe.method.name}, whitens nothing: leave --whiten out"
         )
     way = replace(way_of(labeller), dtype=dtype)
-    return way, run.recipe.data, {"round": labeller.round}
+    weights = {"round": labeller.round} | ({"step": labeller.step} if best else {})
+    return way, run.recipe.data, weights
 
 
 def _plain(embedder: Embedder, options: EmbedOptions, dtype: torch.dtype) -> Way:

@@ -78,7 +78,8 @@ def evaluate_run(
     checkpoint = chosen_checkpoint(run, emit, best)
     if beside.layers:
         check_layers(embedder_of(run, checkpoint))
-    with open_shards(train, run) as index, open_shards(test, run) as test_index:
+    labels = beside.labels
+    with open_shards(train, run, labels) as index, open_shards(test, run, labels) as test_index:
         frozen = _freeze(run, checkpoint, index, test_index)
         frozen = replace(frozen, finetuning=beside.finetuning)
         for note in frozen.notes:
@@ -93,12 +94,17 @@ def evaluate_run(
     shards = {"train": redact(train), "test": redact(test)}
     record = {"step": checkpoint.state.step, **shards, "scores": scores}
     file = run.path / "evaluations" / f"{checkpoint.state.step:08d}.json"
+    keep_record(run, file, record, emit)
+    return scores
+
+
+def keep_record(run: Run, file: Path, record: dict[str, Any], emit: Callable[[str], None]) -> None:
+    """Write the scores into a run, or tell why they cannot be."""
     try:
         refuse_links_out(run.path)
         _write_record(file, record)
     except (DeepclustError, OSError) as error:
         emit(f"warning: the scores are not recorded in the run: {error}")
-    return scores
 
 
 def _freeze(run: Run, checkpoint: Checkpoint, train: Index, test: Index) -> Frozen:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster_jobs.results.baselines import Beside, baselines
 from cluster_jobs.results.layers import check_layers, layer_scores
-from cluster_jobs.results.shards import open_measured
+from cluster_jobs.results.shards import open_measured, with_labels
 from deepclust.errors import DeepclustError
 from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import Images, freeze_shards
@@ -52,7 +52,7 @@ def evaluate_weights(
     emit(f"note: {taken}")
     workers = min(embedder.data.readers(), cores())
     embedder = replace(embedder, data=embedder.data.model_copy(update={"workers": workers}))
-    data = embedder.data
+    data = with_labels(embedder.data, beside.labels)
     if beside.layers:
         check_layers(embedder)
     with open_measured(train, data) as index, open_measured(test, data) as test_index:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import DirectReport
 from deepclust.run.round_files import read_array, read_excluded
 from deepclust.stages import raw_chunk
-from deepclust.stages.extract import ExtractContext, extract
+from deepclust.stages.extract import ExtractContext, extract, extract_share
 from deepclust.stages.project import project
 from deepclust.world import World
 
@@ -73,16 +74,23 @@ class _Folder(Run):
         """Keep no record."""
 
 
-def rows_of(folder: Path, index: Index, data: Data, way: Way, show: Show) -> Rows:
+Helpers = Callable[[], AbstractContextManager[None]]
+
+
+def rows_of(
+    folder: Path, index: Index, data: Data, way: Way, show: Show,
+    ranks: int = 1, helpers: Helpers = nullcontext,
+) -> Rows:  # fmt: skip
     """Return the rows of all images of an index, made in `folder` unless they are there.
 
-    Raises `DataError` where no image can be read.
+    `helpers` is entered while chunks are made: it starts the other ranks, each of which calls
+    `fill_share`, and ends when they have ended. Raises `DataError` where no image can be read.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     run = _Folder(folder)
     if not is_done(folder / "features"):
-        _make(run, index, data, way, show)
+        _make(run, index, data, way, show, ranks, helpers)
     reasons = {**read_excluded(folder / "features"), **index.excluded}
     if len(reasons) >= len(index):
         first = next(iter(reasons.values()), "there are none")
@@ -90,23 +98,43 @@ def rows_of(folder: Path, index: Index, data: Data, way: Way, show: Show) -> Row
     return Rows(read_array(folder / "features", "rows.npy", dims=2), reasons)
 
 
-def _make(run: _Folder, index: Index, data: Data, way: Way, show: Show) -> None:
+def fill_share(folder: Path, index: Index, data: Data, way: Way, rank: int, ranks: int) -> None:
+    """Make the chunks of one rank in the folder of another one, which has begun."""
+    with _context(_Folder(folder), index, data, way, lambda record: None, ranks) as context:
+        extract_share(context, way.embed, rank, ranks)
+
+
+def _make(
+    run: _Folder, index: Index, data: Data, way: Way, show: Show, ranks: int, helpers: Helpers
+) -> None:
     """Extract and project; what is there of the chunks is kept."""
     _write_pivot(run, way)
-    data = data.model_copy(update={"max_bad": 1.0})  # nothing trains, and the reasons are written
-    # perhaps another machine than that of the run: no more processes than cores beside this one
-    workers = min(data.readers(), (os.cpu_count() or 1) - 1 if len(index) > FEW else 0)
-    loader = Loader(index, workers, max_pixels=data.max_pixels)
-    context = ExtractContext(
-        run, -1, World(device=way.device), index, loader, data, DirectReport(run, show),
-        lambda: False, way.dtype, moments=False,
-    )  # fmt: skip
-    try:
+    with _context(run, index, data, way, show, ranks) as context:
+        if ranks > 1 and not is_done(context.raw_dir):
+            with helpers():
+                extract_share(context, way.embed, 0, ranks)
         extract(context, way.embed)
         project(context, way.whitening, way.unit)
+    shutil.rmtree(context.raw_dir, ignore_errors=True)
+
+
+@contextmanager
+def _context(
+    run: _Folder, index: Index, data: Data, way: Way, show: Show, ranks: int
+) -> Iterator[ExtractContext]:
+    """Yield what an extraction needs, with its part of the readers."""
+    data = data.model_copy(update={"max_bad": 1.0})  # nothing trains, and the reasons are written
+    # perhaps another machine than that of the run: no more processes than cores beside this one
+    cores = (os.cpu_count() or 1) // ranks
+    workers = min(data.readers(), max(0, cores - 1) if len(index) > FEW else 0)
+    loader = Loader(index, workers, max_pixels=data.max_pixels)
+    try:
+        yield ExtractContext(
+            run, -1, World(device=way.device), index, loader, data, DirectReport(run, show),
+            lambda: False, way.dtype, moments=False,
+        )  # fmt: skip
     finally:
         loader.close()
-    shutil.rmtree(context.raw_dir, ignore_errors=True)
 
 
 def _write_pivot(run: _Folder, way: Way) -> None:

@@ -26,15 +26,16 @@ from deepclust.stages.data_index import open_data_index, open_kept_index, open_l
 
 
 @contextlib.contextmanager
-def open_shards(shards: Shards, run: Run) -> Iterator[Index]:
+def open_shards(shards: Shards, run: Run, labels: str | None = None) -> Iterator[Index]:
     """Yield the labelled index of shards: of the run, beside them, or else one made for this.
 
-    A temporary index is gone afterwards. Raises what `open_index` raises.
+    `labels` are those of `data.labels` where the run's are not wanted. A temporary index is gone
+    afterwards. Raises what `open_index` raises.
     """
-    data = run.recipe.data
+    data = with_labels(run.recipe.data, labels)
     with contextlib.ExitStack() as stack:
         try:
-            if _are_own(shards, run):
+            if _are_own(shards, run) and labels is None:
                 # nothing is written where only the run's recipe says so
                 build = data.index is None
                 index = open_labelled(data.shards, data, data.index, run.path, build=build)
@@ -42,8 +43,15 @@ def open_shards(shards: Shards, run: Run) -> Iterator[Index]:
                 index = open_labelled(shards, data)
         # nothing can be written beside them
         except (DiskError, RecipeError, MissingError, LabelsChangedError):
-            index = _open_elsewhere(shards, run, stack)
+            index = _open_elsewhere(shards, run, stack, labels)
         yield index
+
+
+def with_labels(data: Data, labels: str | None) -> Data:
+    """Return how images are read, with other labels where these are given."""
+    if labels is None:
+        return data
+    return Data.model_validate({**data.model_dump(), "labels": labels})
 
 
 @contextlib.contextmanager
@@ -111,10 +119,13 @@ def _are_own(shards: Shards, run: Run) -> bool:
     return os.path.exists(shards) and os.path.exists(own) and os.path.samefile(shards, own)
 
 
-def _open_elsewhere(shards: Shards, run: Run, stack: contextlib.ExitStack) -> Index:
+def _open_elsewhere(
+    shards: Shards, run: Run, stack: contextlib.ExitStack, labels: str | None = None
+) -> Index:
     """Return an index that is kept in the run, or in a temporary folder."""
-    data: Data = run.recipe.data
-    name = hashlib.blake2b(str(shards).encode(), digest_size=4).hexdigest()
+    data = with_labels(run.recipe.data, labels)
+    words = str(shards) if labels is None else repr((str(shards), labels))
+    name = hashlib.blake2b(words.encode(), digest_size=4).hexdigest()
     # DataError: the shards have changed since
     with contextlib.suppress(DiskError, DataError, OSError):
         refuse_links_out(run.path)

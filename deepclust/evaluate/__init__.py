@@ -18,6 +18,7 @@ from deepclust.evaluate.frozen import DIM, Frozen, Labelled, Skipped, Value, fre
 from deepclust.evaluate.knn import knn
 from deepclust.evaluate.linear import linear
 from deepclust.evaluate.low_shot import low_shot_1, low_shot_10
+from deepclust.evaluate.multi_label import multi_label
 from deepclust.evaluate.nearest_prototype import prototypes
 from deepclust.evaluate.retrieval import retrieval
 from deepclust.files import import_named
@@ -37,7 +38,8 @@ EVALUATORS: dict[str, Evaluator] = {
     "classifier": classifier,
 }
 
-ON_REQUEST: dict[str, Evaluator] = {  # these train, so they are not among all
+ON_REQUEST: dict[str, Evaluator] = {  # these train, or need other labels: not among all
+    "multi_label": multi_label,
     "finetune": finetune,
     "finetune_1": finetune_1,
     "finetune_10": finetune_10,

@@ -27,7 +27,13 @@ MOST_ROWS = 10_000
 SIDE = 32
 PIXELS, RANDOM = "pixels", "random_weights"
 OWN = "this_network"  # on the rows of the baselines, where these are fewer
-COMPARED = ("knn", "linear", "clusters", "spherical_clusters")  # the evaluators of baselines
+COMPARED = (
+    "knn",
+    "linear",
+    "clusters",
+    "spherical_clusters",
+    "multi_label",
+)  # the evaluators of baselines
 
 
 def majority(frozen: Frozen) -> Iterator[tuple[str, Value]]:

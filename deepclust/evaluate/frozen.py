@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.crops import CentreCrop, Crop
+from deepclust.data.label_sets import is_set
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError
@@ -26,6 +27,10 @@ Labelled: TypeAlias = tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"] | No
 Classify: TypeAlias = Callable[[Float[np.ndarray, "b d"]], Float[Tensor, "b k"]]
 
 LABEL = "Pack them from class folders, add a KEY.cls to each sample, or name other shards."
+SETS = (
+    "some labels name several classes (a|b), which are one class of their own to all evaluators "
+    "but multi_label: --with multi_label"
+)
 DIM = 64  # directions that the whitening keeps where no recipe says how many
 
 
@@ -175,7 +180,9 @@ def freeze_shards(embed: Embed, train: Index, test: Index, data: Data, dim: int 
         for split, own in zip(splits, names, strict=True)
     )
     unknown = [classes[i] for i in np.setdiff1d(score.labels, fit.labels)]
-    if unknown:
+    if any(map(is_set, classes)):
+        notes.append(SETS)
+    elif unknown:
         wrong = int(np.isin(score.labels, fit.labels, invert=True).sum())
         notes.append(
             f"{wrong} of {len(score.labels)} test images are of {len(unknown)} classes without a "

@@ -52,11 +52,17 @@ class Fit:
             apart.scatter_add_(1, y[tile, None], apart.new_full((len(rows), 1), -1.0))
             gradient[:-1] += rows.T @ apart
             gradient[-1] += apart.sum(0)
+        return self._penalised(total, gradient, len(x), strength)
+
+    def _penalised(
+        self, total: Tensor, gradient: Tensor, n: int, strength: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean over n rows of a loss and of its gradient, with the penalty."""
         slopes = self.weights[:-1].double()
-        penalty = 1 / (strength * len(x))
-        gradient /= len(x)
+        penalty = 1 / (strength * n)
+        gradient /= n
         gradient[:-1] += penalty * slopes
-        return total / len(x) + 0.5 * penalty * slopes.square().sum(), gradient
+        return total / n + 0.5 * penalty * slopes.square().sum(), gradient
 
     def run(self, x: Tensor, y: Tensor, strength: float, tolerance: float, most: int) -> Fit:
         """Go on from the present weights until no gradient exceeds `tolerance`; return itself."""

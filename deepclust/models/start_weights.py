@@ -17,7 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -28,21 +28,14 @@ from deepclust.errors import DataError, MissingError, RecipeError
 from deepclust.files import reading
 from deepclust.models import layouts, libraries
 from deepclust.models.backbone import Backbone
+from deepclust.models.normalisation import CONFIGS, HUB_FILES, Normalisation, beside
 
 T = TypeVar("T")
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 OFFLINE = "Download the file where there is a network, and give its path: init.weights=FILE"
 REMEDY = (
     "Only tensors are read. Where you trust the file, write them with "
     "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
 )
-
-
-class Normalisation(NamedTuple):
-    """What is taken from the channels of images in [0, 1], and what they are divided by."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def is_named(source: str) -> bool:
@@ -67,7 +60,11 @@ def load_foreign(backbone: Backbone, source: str) -> str:
 
 
 def normalisation_of(source: str) -> Normalisation | None:
-    """Return how images of a library's weights were normalised, None where nothing says it."""
+    """Return how images of weights were normalised, None where nothing says it.
+
+    torchvision and timm know it. Of a hub's repository, and of a file that has the name and the
+    neighbours of one, its configuration says it (`normalisation.py`).
+    """
     scheme, _, name = source.partition(":")
     if scheme == "torchvision":
         name, _, which = name.partition("@")
@@ -78,7 +75,9 @@ def normalisation_of(source: str) -> Normalisation | None:
 
         config = timm.get_pretrained_cfg(name)
         return None if config is None else Normalisation(tuple(config.mean), tuple(config.std))
-    return None
+    if scheme == "hf-hub":
+        return beside(_of_hub(name))
+    return None if is_named(source) else beside(Path(source))
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -154,16 +153,24 @@ def _timm(name: str) -> Mapping[str, Tensor]:
 
 
 def _hub(text: str) -> Mapping[str, Any]:
+    return read_file(_of_hub(text))
+
+
+def _of_hub(text: str) -> Path:
+    """Return the file of weights of a repository, with its configuration beside it."""
     if importlib.util.find_spec("huggingface_hub") is None:
         raise RecipeError("init.weights=hf-hub:... needs the extra: pip install 'deepclust[timm]'")
     import huggingface_hub
 
     repository, _, revision = text.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": [*HUB_FILES]}
+    options: dict[str, Any] = {
+        "revision": revision or None,
+        "allow_patterns": [*HUB_FILES, *CONFIGS],
+    }
     folder = _downloaded(text, lambda: huggingface_hub.snapshot_download(repository, **options))
     for path in (Path(folder, name) for name in HUB_FILES):
         if path.exists():
-            return read_file(path)
+            return path
     raise DataError(f"init.weights: {repository} has none of {', '.join(HUB_FILES)}")
 
 

@@ -154,6 +154,18 @@ def extract(context: ExtractContext, embed: Embed) -> None:
     context.world.barrier()
 
 
+def extract_share(context: ExtractContext, embed: Embed, share: int, of: int) -> None:
+    """Fill the chunks of one of several processes that share a `raw/`, whose pivot is there.
+
+    They need no process group: chunk i is that of share i mod `of`. `extract` makes what is missing
+    afterwards, and marks the whole.
+    """
+    chunks = chunk_ranges(context.index.bases)
+    pivot = torch.from_numpy(raw_chunk.read_pivot(context.raw_dir)).to(context.world.device)
+    own = [n for n in range(share, len(chunks), of) if not context.chunk_path(n).exists()]
+    _fill(context, embed, chunks, own, pivot)
+
+
 def merge_moments(raw_dir: Path, progress: StageProgress) -> Moments:
     """Return all chunks' moments, added in chunk order, so that the sum has one value only."""
     total: Moments | None = None

@@ -67,7 +67,7 @@ def load_weights(backbone: Backbone, source: str) -> str:
 
 def other_normalisation(source: str, data: Data) -> str:
     """Return what to set where start weights saw otherwise normalised images, else ""."""
-    own = start_weights.normalisation_of(source) if start_weights.is_named(source) else None
+    own = start_weights.normalisation_of(source)
     if own is None or (own.mean, own.std) == (tuple(data.mean), tuple(data.std)):
         return ""
     mean, std = [*own.mean], [*own.std]

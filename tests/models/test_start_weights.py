@@ -258,7 +258,10 @@ def test_weights_come_from_a_hugging_face_hub(
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", page)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hf_api.api, "endpoint", hub)
+    config = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(config))
     text = load_foreign(backbone, "hf-hub:me/net")
+    assert start_weights.normalisation_of("hf-hub:me/net") == ((0.5,) * 3, (0.25,) * 3)
     assert text.startswith("hf-hub:me/net: ")
     assert torch.equal(backbone.net.state_dict()[key := next(iter(filled(backbone)))],
                        filled(backbone)[key])  # fmt: skip
@@ -309,3 +312,29 @@ def test_a_library_says_how_images_of_its_weights_were_normalised(
 ) -> None:
     assert start_weights.normalisation_of(source) == (mean, std)
     assert start_weights.normalisation_of("a.pth") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("config.json", {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}),
+    ],
+)
+def test_the_configuration_beside_published_weights_says_it_too(
+    tmp_path: Path, name: str, config: dict[str, object]
+) -> None:
+    (tmp_path / name).write_text(json.dumps(config))
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        own = start_weights.normalisation_of(str(tmp_path / weights))
+        assert own == ((0.5,) * 3, (0.25,) * 3)
+    assert start_weights.normalisation_of(str(tmp_path / "mine.pth")) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"image_mean": [1], "image_std": [0]}', '{"mean": ["a"], "std": [1]}',
+             '{"image_mean": [0.5, 0.5], "image_std": [1]}', '{"mean": NaN, "std": [1]}'],
+)  # fmt: skip
+def test_a_configuration_without_usable_numbers_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert start_weights.normalisation_of(str(tmp_path / "model.safetensors")) is None

@@ -5,6 +5,7 @@ that is a path as a whole, or ends as one, has no label. Lines of MXNet are read
 and PATH with tabs between them.
 A table has a column of paths, called as in `PATHS`, and perhaps one of labels, as in `LABELS`.
 Labels that are all integers are the class ids. Others are names, numbered in alphabetical order.
+Where one is of several classes (cat|dog, or 3|7), all are names.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deepclust.data.label_sets import SEPARATOR, is_set, join_names, names_in
 from deepclust.data.pack.classes import Labels, number, read_names
 from deepclust.data.pack.tally import Tally, shown
 from deepclust.data.pack.walk import CONVERTED, COPIED
@@ -138,6 +140,8 @@ def labels_of(words: Sequence[str], files: Sequence[str], names: str, tally: Tal
     """
     known = read_names(Path(names)) if names else None
     words = _without_missing(words, files, tally)
+    if any(map(is_set, words)):
+        return number([_set_of(word, known, names) for word in words])
     integers = [word for word in words if _INTEGER.fullmatch(word)]
     if len(integers) == len(words) - words.count(""):
         ids = [_id(word, file, tally) for word, file in zip(words, files, strict=True)]
@@ -163,6 +167,25 @@ def _without_missing(words: Sequence[str], files: Sequence[str], tally: Tally) -
             tally.add(_NO_LABEL, f"{file}: {word}")
         kept.append("" if word.lower() in _MISSING else word)
     return kept
+
+
+def _set_of(word: str, known: list[str] | None, names: str) -> str:
+    """Return the text of a label among which some are of several classes.
+
+    With a file of class names its numbers are those of lines, counted from 0.
+    """
+    own = names_in(word)
+    if known is not None:
+        own = [_known(one, known, names) for one in own]
+    return join_names(own) if own or SEPARATOR in word else ""
+
+
+def _known(word: str, known: list[str], names: str) -> str:
+    if word in known:
+        return word
+    if _INTEGER.fullmatch(word) and 0 <= int(float(word)) < len(known):
+        return known[int(float(word))]
+    raise DataError(f"{names} lacks the class {shown(word)!r}, which is a label. Add it.")
 
 
 def _numbered(words: Sequence[str], known: list[str], names: str) -> Labels:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deepclust.data.label_sets import join_names
 from deepclust.data.pack.blobs import Blobs, Files, failed
 from deepclust.data.pack.lists import LABELS, PATHS, column_of
 from deepclust.data.pack.tally import Tally, shown
@@ -83,9 +84,11 @@ def _columns(path: Path) -> _Columns:
             f"{path} has no column of images or paths: {', '.join(map(shown, schema.names[:10]))}. "
             f'Call it "image" (bytes, or a struct of bytes and path) or "path".'
         )
-    # a list of labels, or boxes, does not name one class
+    # boxes name no class
     plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    lists = [field.name for field in schema if _is_list_of_labels(field.type)]
     label = column_of(path, plain, LABELS) or _only_class(schema, plain)
+    label = label or column_of(path, lists, LABELS)
     return _Columns(image, at, label)
 
 
@@ -118,9 +121,18 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
+def _is_list_of_labels(kind: pa.DataType) -> bool:
+    """Return whether a column has lists of texts or of whole numbers: several classes an image."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return _is_text(kind.value_type) or bool(pa.types.is_integer(kind.value_type))
+
+
 def _class_names(path: Path, label: str | None) -> list[str] | None:
     """Return the names that Hugging Face's metadata have for the labels, if there are any."""
-    names = _features(_schema(path)).get(label or "", {}).get("names")
+    about = _features(_schema(path)).get(label or "", {})
+    each = about.get("feature", about.get("_inner"))  # of lists
+    names = (each if isinstance(each, dict) else about).get("names")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_list and names else None
 
@@ -135,7 +147,7 @@ def _rows(path: Path, columns: _Columns) -> Iterator[dict[str, Any]]:
 def _take(table: Table, row: dict[str, Any], columns: _Columns, default: str, tally: Tally) -> None:
     """Keep the image of a row, or count a row without one."""
     label = row[columns.label] if columns.label else None
-    word = "" if label is None else str(label)
+    word = _word_of(label, table.class_names)
     if columns.path is not None:
         table.files.append(row[columns.path] or default)
     else:
@@ -149,3 +161,11 @@ def _take(table: Table, row: dict[str, Any], columns: _Columns, default: str, ta
         table.blobs.put(data)
         table.files.append(name or default)
     table.words.append(word)
+
+
+def _word_of(label: Any, names: list[str] | None) -> str:
+    """Return a label as text: of a list the classes, by their names where these are known."""
+    if not isinstance(label, list):
+        return "" if label is None else str(label)
+    known = dict(enumerate(names or []))
+    return join_names(str(known.get(one, one)) for one in label if one is not None)

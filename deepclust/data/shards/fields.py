@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepclust.data.label_sets import join_names, names_in
 from deepclust.data.shards.left_out import Tally, listed
 from deepclust.data.shards.tar import Shard, TarEntry
 
@@ -25,6 +26,7 @@ _LARGEST_IMAGE = int(np.iinfo(np.uint32).max)
 _LARGEST_LABEL = int(np.iinfo(np.int32).max)
 _LARGEST_TEXT = 1 << 20  # bytes of a member that is read for a label
 _LARGEST_NAME = 256  # bytes of the name of a class
+_LARGEST_SET = 1 << 14  # bytes of all names of a label
 
 
 class Fields(NamedTuple):
@@ -32,7 +34,8 @@ class Fields(NamedTuple):
 
     image   auto (KEY.jpg, KEY.png, ...) or a field such as "input.jpg"
     labels  auto (the integer in KEY.cls or KEY.json), none, folder (the folder in the tar), or a
-            field such as "cls", "txt", "json" or "json.KEY", whose text is the name of the class
+            field such as "cls", "txt", "json" or "json.KEY", whose text is the name of the class.
+            Several classes have | between them, a line each, or are a list in JSON
     """
 
     image: str = AUTO
@@ -128,28 +131,43 @@ def _class_name(shard: Shard, sample: Sample, field: str) -> str:
     text = _read_text(shard, member, extension)
     if field == "json" or (extension == "json" and field not in sample.files):
         return _checked_name(_json_name(_json(text), key), f".json without {key or 'a label'}")
-    return _checked_name(text.decode("utf-8", "backslashreplace"), f".{field} that is not a name")
+    lines = text.decode("utf-8", "backslashreplace").strip().splitlines()
+    name = lines[0] if len(lines) == 1 else join_names(lines) if lines else ""
+    return _checked_name(name, f".{field} that is not a name")
 
 
 def _checked_name(name: str, reason: str) -> str:
     name = name.strip()
     if name == "-1":
         raise NoLabel(LABEL_SAYS_NONE)
-    if not name or len(name.encode(errors="surrogateescape")) > _LARGEST_NAME or "\n" in name:
+    sizes = [len(one.encode(errors="surrogateescape")) for one in (name, *names_in(name))]
+    if not name or sizes[0] > _LARGEST_SET or max(sizes[1:], default=0) > _LARGEST_NAME:
+        raise NoLabel(reason)
+    if "\n" in name:
         raise NoLabel(reason)
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _json_name(fields: Any, key: str) -> str:
-    """Return the text or whole number at KEY or A.B of a JSON document, or ""."""
+    """Return the text or whole number at KEY or A.B of a JSON document, or "".
+
+    A list of them is a label of several classes, and an empty one is a label of none.
+    """
     if not key:
         fields = fields if isinstance(fields, dict) else {}
         key = next((name for name in LABEL_FIELDS if name in fields), "")
     for part in key.split("."):
         fields = fields.get(part) if isinstance(fields, dict) else None
-    if isinstance(fields, float) and fields.is_integer():
-        fields = int(fields)
-    return str(fields) if isinstance(fields, str | int) and not isinstance(fields, bool) else ""
+    if not isinstance(fields, list):
+        return _text_of(fields)
+    names = [_text_of(one) for one in fields]
+    return join_names(names) if all(names) else ""
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 NO_LABEL_MEMBER = "no .cls and no .json"

@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from typer.testing import CliRunner
 
 from cluster_jobs.cli import app
 from cluster_jobs.results import features
-from cluster_jobs.results.embed import EmbedOptions, embed
+from cluster_jobs.results.embed import EmbedOptions, Given, embed
 from cluster_jobs.results.predict import predict
 from deepclust import load_backbone, load_run, open_index
 from deepclust.errors import DataError, RecipeError, RunDiffersError
+from deepclust.files import read_json
+from deepclust.run.best import keep_best
 from deepclust.run.directory import Run, is_done
+from deepclust.run.lock import hold
 from deepclust.run.round_files import read_array
 from tests.cluster_jobs.synthetic import make_simclr
 from tests.images import draw, encode, make_image_folder, make_shards
@@ -120,6 +124,46 @@ def test_whitened_features_are_the_rows_of_the_final_round(
     rows = np.stack(read_table(tmp_path / "out" / "features.parquet")["feature"].to_numpy())
     run = Run(final_run)
     np.testing.assert_array_equal(rows, read_array(run.round(2) / "features", "rows.npy"))
+
+
+def test_two_ranks_share_the_chunks_and_write_the_bytes_of_one(
+    final_run: Path, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options = final_run / WEIGHTS, EmbedOptions(dtype="float32")
+    embed(source, str(many_shards), tmp_path / "one", options, emit=print)
+    honest, there = features.extract, []
+
+    def watched(context: Any, embedding: Any) -> None:
+        there.extend(sorted(path.name[5:10] for path in context.raw_dir.glob("unit-*")))
+        honest(context, embedding)
+
+    monkeypatch.setattr(features, "extract_share", lambda *rest: None)  # of rank 0, not of rank 1
+    monkeypatch.setattr(features, "extract", watched)
+    embed(source, str(many_shards), tmp_path / "two", options, emit=print, given=Given(ranks=2))
+    assert there == ["00001", "00003"]  # rank 0 then makes what is missing
+    for name in ("features.npy", "samples.parquet", "manifest.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    with pytest.raises(RecipeError, match="--ranks 0: give 1"):
+        embed(source, "", tmp_path / "no", options, emit=print, given=Given(ranks=0))
+
+
+def test_the_best_checkpoint_is_embedded_where_it_is_asked_for(
+    final_run: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(final_run, tmp_path / "run"))
+    first, last = Run(run).checkpoints()[0], Run(run).checkpoints()[-1]
+    with hold(run) as token:
+        keep_best(Run(run, token), int(first.name), 0.5, "x")
+    for name, given in (("best", Given(best=True)), ("last", Given())):
+        embed(run, str(shards), tmp_path / name, EmbedOptions(), emit=print, given=given)
+    steps = [read_json(tmp_path / n / "manifest.json")["weights"] for n in ("best", "last")]
+    assert steps == [{"step": int(first.name)}, {"step": int(last.name)}]
+    rows = [np.load(tmp_path / name / "features.npy") for name in ("best", "last")]
+    assert not np.array_equal(*rows)
+    with pytest.raises(RecipeError, match="is not a run: leave --best out"):
+        embed(
+            run / WEIGHTS, "", tmp_path / "no", EmbedOptions(), emit=print, given=Given(best=True)
+        )
 
 
 def test_any_layer_can_be_embedded_and_a_wrong_name_lists_them(

@@ -197,7 +197,8 @@ def test_rows_without_an_image_are_counted(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": rows, "label": [[1], [2], [3]]}), tmp_path / "a.parquet")
     index, lines = packed(tmp_path / "a.parquet")
     assert list(index.keys) == ["000000000"]
-    assert index.labels is None  # a list of labels is no class
+    assert index.labels is not None
+    assert index.labels.tolist() == [1]  # a list of one class
     assert "  2 row without the bytes of an image (000000002, q.png)" in lines
 
 
