@@ -72,7 +72,9 @@ class Pace:
             return 0.0
         if self.steps is None or self.mark is None or steps <= 0 or self.lines < FEWEST:
             return None
-        rounds = self.rounds_left * (sum(self.rounds) / len(self.rounds) if self.rounds else 0.0)
+        # the first round has the start of readers and caches in it, as no later one has
+        later = self.rounds[1:] or self.rounds
+        rounds = self.rounds_left * (sum(later) / len(later) if later else 0.0)
         total = (self.steps - self.mark[1]) * seconds / steps + rounds
         return max(0.0, total - max(0.0, now - self.mark[0]))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ class Place:
     def announce(self, run: Run) -> None:
         """Tell the other ranks which attempt of the run they are part of."""
         self._tell(token=run.token, attempt=run.attempt)
+        self._stay_here()
+
+    def _stay_here(self) -> None:
+        """Let gloo use the loopback where all ranks are on this machine, as ours do."""
+        if self.local_size == self.size and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -100,6 +107,7 @@ class Place:
             raise FollowedError(f"rank 0 did not begin: {facts['failed']}")
         if "finished" in facts:
             return Run(run_dir)
+        self._stay_here()
         run = Run(run_dir, facts["token"], facts["attempt"])
         with collected_signals() as signals, borrowed_process():
             work(run, self.role, DirectReport(run, lambda record: None), lambda: bool(signals))

@@ -44,6 +44,15 @@ def test_what_is_left_counts_steps_and_rounds_to_come(now):
     assert pace.spent(now) == pytest.approx(now)
 
 
+def test_a_slow_first_round_is_not_taken_for_the_others():
+    events, metrics, end = records(90.0)
+    late = [{**one, "time": one["time"] + 100.0} for one in events[1:]]
+    lines = [{**one, "time": one["time"] + 100.0} for one in metrics]
+    late[0]["time"] -= 100.0  # the first round took 130 s, the second 30 s
+    pace = pace_of([events[0], *late], lines)
+    assert pace.left(190.0) == pytest.approx(end - 90.0)
+
+
 def test_nothing_is_said_before_there_is_anything_to_go_by():
     events, metrics, _ = records(39.0)
     assert pace_of(events, metrics).left(39.0) is None
