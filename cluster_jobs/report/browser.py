@@ -69,17 +69,25 @@ def browse(
     )  # fmt: skip
     shown = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)][:MOST_CLUSTERS]
     each = int(np.clip(MOST_IMAGES // max(1, len(shown)), FEWEST, MOST))
-    clusters, missing = [], 0
-    with _Reader(index, max_pixels) as reader:
-        for cluster in shown.tolist():
-            members = order.members(cluster)
+    chosen = [_ends(order.members(cluster), each) for cluster in shown.tolist()]
+    ids = np.concatenate([np.zeros(0, np.int64), *(end for both in chosen for end in both)])
+    names = dict(zip(ids.tolist(), index.keys.of(ids), strict=True))
+    clusters = []
+    with _Reader(index, names, max_pixels) as reader:
+        for cluster, (near, far) in zip(shown.tolist(), chosen, strict=True):
             record = numbers.record(cluster, index, seeds)
-            far = min(each // 3, max(0, len(members) - each))
-            record["near"] = reader.thumbnails(members[: each - far])
-            record["far"] = reader.thumbnails(members[::-1][:far])
+            record |= {"near": reader.thumbnails(near), "far": reader.thumbnails(far)}
             clusters.append(record)
         missing = reader.missing
     return Browser(clusters, _keys(index, assignments), _note(index, sizes, len(shown)), missing)
+
+
+def _ends(
+    members: Int64[np.ndarray, " m"], most: int
+) -> tuple[Int64[np.ndarray, " near"], Int64[np.ndarray, " far"]]:
+    """Return so many members of a cluster: the nearest to its centroid, and the furthest."""
+    far = min(most // 3, max(0, len(members) - most))
+    return members[: most - far], members[::-1][:far]
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,8 @@ def class_name(index: Index, label: int) -> str | None:
 class _Reader:
     """Reads images of an index and makes them small; counts those that cannot be read."""
 
-    def __init__(self, index: Index, max_pixels: int) -> None:
-        self.index, self.max_pixels, self.missing = index, max_pixels, 0
+    def __init__(self, index: Index, names: dict[int, str], max_pixels: int) -> None:
+        self.index, self.names, self.max_pixels, self.missing = index, names, max_pixels, 0
 
     def __enter__(self) -> _Reader:
         self.files = open_images(self.index, patience_s=2.0)
@@ -138,7 +146,7 @@ class _Reader:
             except DecodeError:
                 self.missing += 1
                 continue
-            made.append([self.index.keys[sample_id], _uri(pixels.permute(1, 2, 0).numpy())])
+            made.append([self.names[sample_id], _uri(pixels.permute(1, 2, 0).numpy())])
         return made
 
 
@@ -153,7 +161,7 @@ def _keys(index: Index, assignments: Int32[np.ndarray, " n"]) -> dict[str, list[
     """Return all keys and their clusters, or None where they are too many for a page."""
     if len(index) > MOST_KEYS:
         return None
-    return {"keys": [index.keys[i] for i in range(len(index))], "clusters": assignments.tolist()}
+    return {"keys": list(index.keys), "clusters": assignments.tolist()}
 
 
 def _note(index: Index, sizes: Int64[np.ndarray, " k"], shown: int) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,16 +114,24 @@ class View:
         members = self.members(cluster)
         members = members[::-1] if order == "far" else members
         chosen = members[offset : offset + limit].tolist()
-        return {"total": len(members), "images": [self.image(one) for one in chosen]}
+        return {"total": len(members), "images": self.several(chosen)}
 
     def image(self, sample_id: int) -> Record:
         """Return what is known of an image."""
         if not 0 <= sample_id < len(self.index):
             raise NotThereError(f"there is no image {sample_id}: {len(self.index):,} there are")
+        return self.several([sample_id])[0]
+
+    def several(self, sample_ids: Sequence[int]) -> list[Record]:
+        """Return what is known of images: the keys of a shard are read once."""
+        keys = self.index.keys.of(np.array(sample_ids, np.int64))
+        return [self._record(one, key) for one, key in zip(sample_ids, keys, strict=True)]
+
+    def _record(self, sample_id: int, key: str) -> Record:
         label = -1 if self.index.labels is None else int(self.index.labels[sample_id])
         return {
             "id": sample_id,
-            "key": self.index.keys[sample_id],
+            "key": key,
             "cluster": int(self.assignments[sample_id]),
             "distance": float(self.distances[sample_id]),
             "class": class_name(self.index, label),
@@ -141,7 +149,7 @@ class View:
             hits += places[: MOST_HITS - len(hits)].tolist()
             if len(hits) >= MOST_HITS:
                 break
-        return [self.image(one) for one in hits]
+        return self.several(hits)
 
     def picture(self, sample_id: int, side: int) -> bytes:
         """Return an image decoded, made small, and written as JPEG."""
