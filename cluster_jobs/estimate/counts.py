@@ -80,7 +80,7 @@ def _evaluated(recipe: Recipe, samples: int) -> int:
     """Return the images of an evaluation: all that are embedded for its bank and its queries."""
     if recipe.train.evaluate is None:
         return 0
-    if recipe.train.evaluate_data is not None:  # as many as it takes at most
+    if recipe.train.evaluate_data is not None:  # the most that it takes
         return min(samples, MOST_BANK) + MOST_QUERIES
     queries = min(int(QUERIES * samples), MOST_QUERIES)
     return min(samples - queries, MOST_BANK) + queries

@@ -11,6 +11,8 @@
     "least pure": (a, b) => (a.purity ?? 2) - (b.purity ?? 2),
     tightest: (a, b) => a.distance - b.distance,
     loosest: (a, b) => b.distance - a.distance,
+    "drifted most": (a, b) => (b.drift ?? -1) - (a.drift ?? -1),
+    "drifted least": (a, b) => (a.drift ?? 2) - (b.drift ?? 2),
     id: (a, b) => a.id - b.id,
   };
   const [order, filter, key] = ["order", "filter", "key"].map((name) => root.querySelector(`[name=${name}]`));
@@ -44,6 +46,7 @@
     if (one.seed) known.push(`seeded by ${one.seed}`);
     if (one.class !== null) known.push(`${one.class} ${(100 * one.purity).toFixed(0)} %`);
     known.push(`mean distance ${one.distance.toFixed(3)}`);
+    if (one.drift !== null) known.push(`drift ${(100 * one.drift).toFixed(0)} %`);
     box.append(make("div", known.join(" · "), "soft small who"), row(one.near, "near the centroid"));
     if (one.far.length) box.append(row(one.far, "far from the centroid"));
     return box;

@@ -1,21 +1,23 @@
 """All clusters of the last round, for the page to filter and sort, and the cluster of every key.
 
-Each cluster has its size, most frequent class, purity and tightness, the images nearest to its
-centroid, and those furthest from it. The page draws a few clusters at a time (browser.js). What is
-in it is bounded: thumbnails, clusters and keys, and a sentence says what was left out.
+Each cluster has its size, most frequent class, purity, tightness and drift. It has the images that
+are nearest to its centroid, and those furthest from it. The page draws a few clusters at a time
+(browser.js). What is in it is bounded: thumbnails, clusters and keys, and a sentence says what was
+left out.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 from PIL import Image
 
+from cluster_jobs.results.by_cluster import ByCluster, drift, majorities, tightness
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.index import Index
@@ -41,23 +43,10 @@ class Browser:
         """Whether clusters have a most frequent class."""
         return any(cluster["purity"] is not None for cluster in self.clusters)
 
-
-@dataclass
-class _Order:
-    """Sample ids by cluster, the nearest to the centroid first."""
-
-    assignments: Int32[np.ndarray, " n"]
-    distances: Float32[np.ndarray, " n"]
-    ids: Int64[np.ndarray, " n"] = field(init=False)
-    starts: Int64[np.ndarray, " k1"] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ids = np.lexsort((self.distances, self.assignments))
-        k = int(self.assignments.max(initial=-1)) + 1
-        self.starts = np.searchsorted(self.assignments[self.ids], np.arange(k + 1))
-
-    def members(self, cluster: int) -> Int64[np.ndarray, " m"]:
-        return self.ids[self.starts[cluster] : self.starts[cluster + 1]]
+    @property
+    def compared(self) -> bool:
+        """Whether clusters have a drift since the round before."""
+        return any(cluster["drift"] is not None for cluster in self.clusters)
 
 
 def browse(
@@ -66,55 +55,79 @@ def browse(
     distances: Float32[np.ndarray, " n"],
     seeds: list[str | None],
     max_pixels: int,
+    before: Int32[np.ndarray, " n"] | None = None,
 ) -> Browser:
-    """Return the largest clusters with their images, and the cluster of each key."""
-    order = _Order(assignments, distances)
-    sizes = np.diff(order.starts)
+    """Return the largest clusters with their images, and the cluster of each key.
+
+    `before` are the assignments of the round before.
+    """
+    order = ByCluster(assignments, distances)
+    sizes, k = order.sizes, order.k
+    numbers = _Numbers(
+        sizes, *majorities(index.labels, assignments, k), tightness(assignments, distances, k),
+        drift(before, assignments, k),
+    )  # fmt: skip
     shown = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)][:MOST_CLUSTERS]
     each = int(np.clip(MOST_IMAGES // max(1, len(shown)), FEWEST, MOST))
-    clusters, missing = [], 0
-    with _Reader(index, max_pixels) as reader:
-        for cluster in shown.tolist():
-            members = order.members(cluster)
-            record = _record(index, cluster, members, distances, seeds)
-            far = min(each // 3, max(0, len(members) - each))
-            record["near"] = reader.thumbnails(members[: each - far])
-            record["far"] = reader.thumbnails(members[::-1][:far])
+    chosen = [_ends(order.members(cluster), each) for cluster in shown.tolist()]
+    ids = np.concatenate([np.zeros(0, np.int64), *(end for both in chosen for end in both)])
+    names = dict(zip(ids.tolist(), index.keys.of(ids), strict=True))
+    clusters = []
+    with _Reader(index, names, max_pixels) as reader:
+        for cluster, (near, far) in zip(shown.tolist(), chosen, strict=True):
+            record = numbers.record(cluster, index, seeds)
+            record |= {"near": reader.thumbnails(near), "far": reader.thumbnails(far)}
             clusters.append(record)
         missing = reader.missing
     return Browser(clusters, _keys(index, assignments), _note(index, sizes, len(shown)), missing)
 
 
-def _record(
-    index: Index,
-    cluster: int,
-    members: Int64[np.ndarray, " m"],
-    distances: Float32[np.ndarray, " n"],
-    seeds: list[str | None],
-) -> dict[str, Any]:
-    """Return the numbers of a cluster; None where there are no labels."""
-    labels = np.zeros(0, np.int64) if index.labels is None else index.labels[members]
-    labels = labels[labels >= 0]
-    counts = np.bincount(labels) if len(labels) else np.zeros(0, np.int64)
-    name = None
-    if len(counts):
-        most = int(counts.argmax())
-        name = index.class_names[most] if index.class_names else f"class {most}"
-    return {
-        "id": cluster,
-        "size": len(members),
-        "class": name,
-        "purity": round(float(counts.max() / len(labels)), 4) if len(counts) else None,
-        "distance": round(float(np.nanmean(distances[members])), 4),
-        "seed": seeds[cluster] if cluster < len(seeds) else None,
-    }
+def _ends(
+    members: Int64[np.ndarray, " m"], most: int
+) -> tuple[Int64[np.ndarray, " near"], Int64[np.ndarray, " far"]]:
+    """Return so many members of a cluster: the nearest to its centroid, and the furthest."""
+    far = min(most // 3, max(0, len(members) - most))
+    return members[: most - far], members[::-1][:far]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What is said of every cluster [k]."""
+
+    sizes: Int64[np.ndarray, " k"]
+    purity: Float64[np.ndarray, " k"]
+    majority: Int64[np.ndarray, " k"]
+    distance: Float64[np.ndarray, " k"]
+    drift: Float64[np.ndarray, " k"]
+
+    def record(self, cluster: int, index: Index, seeds: list[str | None]) -> dict[str, Any]:
+        """Return the numbers of a cluster; None where there are no labels, or no round before."""
+        return {
+            "id": cluster,
+            "size": int(self.sizes[cluster]),
+            "class": class_name(index, int(self.majority[cluster])),
+            "purity": _rounded(self.purity[cluster]),
+            "distance": _rounded(self.distance[cluster]),
+            "drift": _rounded(self.drift[cluster]),
+            "seed": seeds[cluster] if cluster < len(seeds) else None,
+        }
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def class_name(index: Index, label: int) -> str | None:
+    """Return the name of a label, None for none (-1)."""
+    names = index.class_names
+    return None if label < 0 else names[label] if names else f"class {label}"
 
 
 class _Reader:
     """Reads images of an index and makes them small; counts those that cannot be read."""
 
-    def __init__(self, index: Index, max_pixels: int) -> None:
-        self.index, self.max_pixels, self.missing = index, max_pixels, 0
+    def __init__(self, index: Index, names: dict[int, str], max_pixels: int) -> None:
+        self.index, self.names, self.max_pixels, self.missing = index, names, max_pixels, 0
 
     def __enter__(self) -> _Reader:
         self.files = open_images(self.index, patience_s=2.0)
@@ -133,7 +146,7 @@ class _Reader:
             except DecodeError:
                 self.missing += 1
                 continue
-            made.append([self.index.keys[sample_id], _uri(pixels.permute(1, 2, 0).numpy())])
+            made.append([self.names[sample_id], _uri(pixels.permute(1, 2, 0).numpy())])
         return made
 
 
@@ -148,7 +161,7 @@ def _keys(index: Index, assignments: Int32[np.ndarray, " n"]) -> dict[str, list[
     """Return all keys and their clusters, or None where they are too many for a page."""
     if len(index) > MOST_KEYS:
         return None
-    return {"keys": [index.keys[i] for i in range(len(index))], "clusters": assignments.tolist()}
+    return {"keys": list(index.keys), "clusters": assignments.tolist()}
 
 
 def _note(index: Index, sizes: Int64[np.ndarray, " k"], shown: int) -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cluster_jobs.report.facts import Answered, Facts, Record
+from cluster_jobs.results.by_cluster import before_of, drift
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_assignments
 
@@ -46,6 +47,7 @@ ANSWERS = (  # scalars of the metrics that tell of a collapse, and their short n
 )
 MOST_POINTS = 600  # of a curve; more are averaged in runs of equal length
 MOST_ROWS = 30  # of the table of a curve
+MOST_DRIFTS = 40  # rounds, each of which is compared with the one before
 
 Curve = tuple[str, np.ndarray, np.ndarray]  # name, x [n], y [n]
 
@@ -69,6 +71,8 @@ def charts(run: Run, facts: Facts) -> list[Chart]:
         _evaluated(facts),
         _answers(facts),
         *_by_round(facts.rounds, seeded),
+        *(_labels(facts.seeds) if facts.seeds else ()),
+        _drift(run, facts),
         _sizes(run, facts),
     ]
     return [panel for panel in panels if panel is not None]
@@ -167,6 +171,34 @@ def _by_round(rounds: list[Record], seeded: bool) -> list[Chart | None]:
     ]
 
 
+def _labels(seeds: Record) -> list[Chart | None]:
+    """Return the panel of what the labels did, round by round."""
+    reading = "Of held-out images. Nearest: to a prototype of their class. Free: of other classes."
+    series = [("accuracy", "nearest"), ("purity", "purity"), ("recall", "recall"), ("free", "free")]
+    return [_lines(seeds["rounds"], "What the labels did", reading, series)]
+
+
+def _drift(run: Run, facts: Facts) -> Chart | None:
+    """Return the panel of how far clusters moved between rounds: quartiles over the clusters."""
+    numbers, quartiles = [], []
+    rounds = [record["round"] for record in facts.rounds][1:]
+    chosen = np.unique(np.linspace(0, len(rounds) - 1, MOST_DRIFTS).round().astype(int))
+    for number in (rounds[i] for i in chosen if rounds):
+        moved = drift(
+            before_of(run, number), read_assignments(run, number)[0], facts.recipe.clustering.k
+        )
+        if np.isfinite(moved).any():
+            numbers.append(number)
+            quartiles.append(np.nanquantile(moved, [0.25, 0.5, 0.75]))
+    if not numbers:
+        return None
+    xs, table = np.array(numbers, np.float64), np.array(quartiles)
+    names = ("a quarter", "half", "three quarters")
+    curves: list[Curve] = [(name, xs, table[:, i]) for i, name in enumerate(names)]
+    reading = "Share of a cluster's images that were not together a round before: at most this."
+    return curves_chart("Drift of the clusters", reading, "round", curves, _as_shares)
+
+
 def _lines(
     rounds: list[Record],
     title: str,
@@ -197,8 +229,12 @@ def curves_chart(
     curves = [(name, _thin(xs), _thin(ys)) for name, xs, ys in curves]
 
     def draw(axes: Axes) -> None:
-        for (name, xs, ys), colour in zip(curves, COLOURS, strict=False):
-            axes.plot(xs, ys, marker="o" if len(xs) <= 40 else "", color=colour, label=name)
+        for i, (name, xs, ys) in enumerate(curves):
+            again, colour = divmod(i, len(COLOURS))  # dashed where colours are used again
+            axes.plot(
+                xs, ys, "--" if again else "-", marker="o" if len(xs) <= 40 else "",
+                color=COLOURS[colour], label=name,
+            )  # fmt: skip
         _ticks(axes, np.concatenate([xs[np.isfinite(ys)] for _, xs, ys in curves]))
         axes.set_xlabel(x)
         if more is not None:
@@ -274,7 +310,7 @@ def _sizes(run: Run, facts: Facts) -> Chart | None:
 
 def _legend(axes: Axes) -> None:
     """Draw the legend as one line above the panel, where it hides no curve."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, borderpad=0, columnspacing=1)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, borderpad=0, columnspacing=1)
 
 
 def bin_edges(sizes: np.ndarray, wide: bool) -> np.ndarray:

@@ -124,23 +124,29 @@ def _swept(
     given = [values.get(key) for values in flat]
     if not all(isinstance(value, (int, float)) for value in given):
         return []
-    xs = np.array(given, np.float64)
-    order = np.argsort(xs, kind="stable")
+    xs, places = np.unique(np.array(given, np.float64), return_inverse=True)
     wide = bool(xs.min() > 0 and xs.max() >= 8 * xs.min())
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log" if wide else "linear")
 
+    seeds = "" if len(xs) == len(flat) else "The mean of the seeds. "
     return [
         curves_chart(
-            f"{name}, by {key}", "", key, [(name, xs[order], _numbers(values)[order])], draw
+            f"{name}, by {key}", f"{seeds}A point for each {key}.", key,
+            [(name, xs, _means(values, places))], draw,
         )
         for name, values in scores
-    ]
+    ]  # fmt: skip
 
 
-def _numbers(values: list[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values])
+def _means(values: list[float | None], places: np.ndarray) -> np.ndarray:
+    """Return the mean of the values of each place, NaN where none is known."""
+    known = np.array([np.nan if value is None else value for value in values])
+    there = np.isfinite(known)
+    counts = np.bincount(places[there], minlength=int(places.max()) + 1)
+    sums = np.bincount(places[there], weights=known[there], minlength=len(counts))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _curves_of(columns: list[Column]) -> list[Chart]:

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from cluster_jobs.evaluations import Score, read_scores
+from cluster_jobs.report.seeds import seeds_of
 from cluster_jobs.status import Status
 from cluster_jobs.status import status as status_of
 from deepclust.data.shards.find import described
@@ -16,10 +17,9 @@ from deepclust.files import file_hash, read_record
 from deepclust.recipe import Recipe
 from deepclust.recipe.sections import MethodSection, parse_cadence
 from deepclust.run import labels
-from deepclust.run.directory import ENVIRONMENT, Run, has_file
+from deepclust.run.directory import ENVIRONMENT, Run
 from deepclust.run.labels import class_names
-from deepclust.run.round_files import read_facts, read_statistics
-from deepclust.stages.trained import seeded_supers
+from deepclust.run.round_files import read_statistics
 
 Record = dict[str, Any]
 UNKNOWN = "not known before the run starts"
@@ -104,7 +104,7 @@ def gather(run: Run) -> Facts:
         tiles=_tiles(status, rounds, scores),
         rounds=rounds,
         heads=[_statistics(head) for head in rounds[-1].get("heads", [])] if rounds else [],
-        seeds=_seeds(run, rounds),
+        seeds=seeds_of(run, rounds),
         train=train,
         scores=scores,
         answered=_answered(tables),
@@ -132,18 +132,6 @@ def _statistics(record: Record) -> Record:
     """Return a record with None for each statistic that it lacks, so that the page can name it."""
     complete = {**dict.fromkeys(STATISTICS), **record}
     return {**complete, "sizes": {**SIZES, **(complete["sizes"] or {})}}
-
-
-def _seeds(run: Run, rounds: list[Record]) -> Record | None:
-    """Return the last round's seeded clusters and confusion, if labels seeded it."""
-    if not rounds:
-        return None
-    number = rounds[-1]["round"]
-    stage = run.round(number) / "assignments"
-    if not has_file(stage, "seeds.json"):
-        return None
-    unit = "cluster" if seeded_supers(run, number) is None else "super-cluster"
-    return {**read_facts(stage, "seeds.json"), "unit": unit}
 
 
 def _essentials(run: Run, recipe: Recipe) -> list[tuple[str, str]]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from PIL import Image
 
-from cluster_jobs.report.browser import Browser, browse
+from cluster_jobs.report.browser import Browser, browse, class_name
+from cluster_jobs.report.seeds import Record, unlabelled
 from cluster_jobs.results.assignments import open_clustered
+from cluster_jobs.results.by_cluster import before_of, majorities
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.image_files import open_images
 from deepclust.data.shards.find import is_remote
@@ -63,6 +66,7 @@ class Gallery:
     note: str = ""
     browser: Browser | None = None
     failed: bool = False  # whether the note is an error
+    unlabelled: Sequence[Record] = ()  # the classes without a label, of a seeded round
 
     @property
     def labelled(self) -> bool:
@@ -99,7 +103,10 @@ def _gallery(run: Run, number: int, index: Index) -> Gallery:
         (title, [_card(index, int(i), seeds[i], assignments, distances, most) for i in chosen])
         for title, chosen in choose(sizes, seed=number).items()
     ]
-    return Gallery(groups, browser=browse(index, assignments, distances, seeds, most))
+    browser = browse(index, assignments, distances, seeds, most, before_of(run, number))
+    return Gallery(
+        groups, browser=browser, unlabelled=unlabelled(index, assignments, seeds[: len(sizes)])
+    )
 
 
 def choose(sizes: Int64[np.ndarray, " k"], seed: int) -> dict[str, Int64[np.ndarray, " c"]]:
@@ -127,37 +134,25 @@ def _card(
     by_distance = members[np.argsort(distances[members], kind="stable")]
     draw = generator(cluster, "report", "members")
     rest = draw.permutation(by_distance[NEAREST:])
-    majority, purity = _majority(index, members)
+    labels = None if index.labels is None else np.asarray(index.labels)[members]
+    shares, most = majorities(labels, np.zeros(len(members), np.int32), 1)
+    majority = int(most[0])
     return Card(
         cluster,
         len(members),
-        None if majority is None else _class_name(index, majority),
-        purity,
+        class_name(index, majority),
+        None if majority < 0 else float(shares[0]),
         seed,
         _thumbnails(index, by_distance[: 2 * NEAREST], NEAREST, majority, max_pixels),
         _thumbnails(index, rest[: 2 * RANDOM], RANDOM, majority, max_pixels),
     )
 
 
-def _majority(index: Index, members: Int64[np.ndarray, " m"]) -> tuple[int | None, float | None]:
-    """Return the most frequent label of the members that have one, and its share."""
-    known = np.zeros(0, np.int64) if index.labels is None else index.labels[members]
-    known = known[known >= 0]
-    if not len(known):
-        return None, None
-    labels, counts = np.unique(known, return_counts=True)
-    return int(labels[counts.argmax()]), float(counts.max() / len(known))
-
-
-def _class_name(index: Index, label: int) -> str:
-    return index.class_names[label] if index.class_names else f"class {label}"
-
-
 def _thumbnails(
     index: Index,
     sample_ids: Int64[np.ndarray, " m"],
     count: int,
-    majority: int | None,
+    majority: int,
     max_pixels: int,
 ) -> list[Thumbnail]:
     """Return the first `count` of the samples that can be decoded."""
@@ -170,9 +165,9 @@ def _thumbnails(
         except DecodeError:
             continue
         label = -1 if index.labels is None else int(index.labels[sample_id])
-        kind = f" · {_class_name(index, label)}" if label >= 0 else ""
+        kind = f" · {class_name(index, label)}" if label >= 0 else ""
         title = f"{index.keys[sample_id]}{kind} · sample {sample_id}"
-        odd = majority is not None and label not in (-1, majority)
+        odd = majority >= 0 and label not in (-1, majority)
         thumbnails.append(
             Thumbnail(
                 _data_uri(image.permute(1, 2, 0).numpy()), title, odd, max(image.shape) <= EXACT

@@ -9,7 +9,7 @@ import contextlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
+from cluster_jobs.report.browser import class_name
 from cluster_jobs.results.assignments import open_clustered
+from cluster_jobs.results.by_cluster import ByCluster, before_of, drift, majorities, tightness
 from cluster_jobs.web.answers import NotThereError
 from deepclust.data.images.decode import DecodeError, decode
 from deepclust.data.read.image_files import open_images
@@ -25,7 +27,7 @@ from deepclust.data.shards.index import Index
 from deepclust.data.shards.keys import read_keys
 from deepclust.errors import DataError, RecipeError
 from deepclust.run.directory import Run
-from deepclust.run.round_files import last_round_before, read_array, read_assignments
+from deepclust.run.round_files import read_array, read_assignments
 from deepclust.stages.trained import choose_round, seeded_classes
 
 MOST_VIEWS = 4
@@ -47,31 +49,24 @@ class View:
     names: list[str | None]  # of seeded clusters
     max_pixels: int
     before: np.ndarray | None = None  # int32 [n]: the clusters of the round before
-    ids: np.ndarray = field(init=False)  # by cluster, the nearest to the centroid first
-    starts: np.ndarray = field(init=False)  # [k + 1]
 
     def __post_init__(self) -> None:
-        self.ids = np.lexsort((self.distances, self.assignments)).astype(np.int64)
-        k = max(int(self.assignments.max(initial=-1)) + 1, len(self.names))
-        self.starts = np.searchsorted(self.assignments[self.ids], np.arange(k + 1))
-        self.purity, self.majority = _purity(self.index.labels, self.assignments, k)
-        # the share of a cluster's images that were not in one cluster together a round before
-        self.drift = 1 - _purity(self.before, self.assignments, k)[0]
-        sizes, sums = self.sizes, np.zeros(k)
-        known = self.assignments >= 0
-        np.add.at(sums, self.assignments[known], self.distances[known])
-        self.tightness = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.nan)
+        self.order = ByCluster(self.assignments, self.distances, len(self.names))
+        k = self.order.k
+        self.purity, self.majority = majorities(self.index.labels, self.assignments, k)
+        self.drift = drift(self.before, self.assignments, k)
+        self.tightness = tightness(self.assignments, self.distances, k)
 
     @property
     def sizes(self) -> np.ndarray:
         """The images of each cluster [k]."""
-        return np.diff(self.starts)
+        return self.order.sizes
 
     def members(self, cluster: int) -> np.ndarray:
         """Return the sample ids of a cluster, the nearest to its centroid first."""
-        if not 0 <= cluster < len(self.starts) - 1:
-            raise NotThereError(f"there is no cluster {cluster}: {len(self.starts) - 1} there are")
-        return self.ids[self.starts[cluster] : self.starts[cluster + 1]]
+        if not 0 <= cluster < self.order.k:
+            raise NotThereError(f"there is no cluster {cluster}: {self.order.k:,} there are")
+        return self.order.members(cluster)
 
     def page(
         self, sort: str, descending: bool, offset: int, limit: int, text: str = "", least: int = 0
@@ -95,12 +90,8 @@ class View:
 
     def _is_named(self, cluster: int, text: str) -> bool:
         seed = self.names[cluster] if cluster < len(self.names) else None
-        named = self._class(int(self.majority[cluster]))
+        named = class_name(self.index, int(self.majority[cluster]))
         return any(text in name.lower() for name in (seed, named) if name) or text == str(cluster)
-
-    def _class(self, label: int) -> str | None:
-        names = self.index.class_names
-        return None if label < 0 else names[label] if names else f"class {label}"
 
     def cluster(self, cluster: int) -> Record:
         """Return the numbers of a cluster."""
@@ -108,7 +99,7 @@ class View:
         return {
             "id": cluster,
             "size": len(members),
-            "class": self._class(int(self.majority[cluster])),
+            "class": class_name(self.index, int(self.majority[cluster])),
             "purity": float(self.purity[cluster]),
             "tightness": float(self.tightness[cluster]),
             "drift": float(self.drift[cluster]),
@@ -123,19 +114,27 @@ class View:
         members = self.members(cluster)
         members = members[::-1] if order == "far" else members
         chosen = members[offset : offset + limit].tolist()
-        return {"total": len(members), "images": [self.image(one) for one in chosen]}
+        return {"total": len(members), "images": self.several(chosen)}
 
     def image(self, sample_id: int) -> Record:
         """Return what is known of an image."""
         if not 0 <= sample_id < len(self.index):
             raise NotThereError(f"there is no image {sample_id}: {len(self.index):,} there are")
+        return self.several([sample_id])[0]
+
+    def several(self, sample_ids: Sequence[int]) -> list[Record]:
+        """Return what is known of images: the keys of a shard are read once."""
+        keys = self.index.keys.of(np.array(sample_ids, np.int64))
+        return [self._record(one, key) for one, key in zip(sample_ids, keys, strict=True)]
+
+    def _record(self, sample_id: int, key: str) -> Record:
         label = -1 if self.index.labels is None else int(self.index.labels[sample_id])
         return {
             "id": sample_id,
-            "key": self.index.keys[sample_id],
+            "key": key,
             "cluster": int(self.assignments[sample_id]),
             "distance": float(self.distances[sample_id]),
-            "class": self._class(label),
+            "class": class_name(self.index, label),
         }
 
     def search(self, text: str) -> list[Record]:
@@ -150,7 +149,7 @@ class View:
             hits += places[: MOST_HITS - len(hits)].tolist()
             if len(hits) >= MOST_HITS:
                 break
-        return [self.image(one) for one in hits]
+        return self.several(hits)
 
     def picture(self, sample_id: int, side: int) -> bytes:
         """Return an image decoded, made small, and written as JPEG."""
@@ -167,26 +166,6 @@ class View:
         image.thumbnail((side, side))
         image.save(buffer, "JPEG", quality=85)
         return buffer.getvalue()
-
-
-def _purity(
-    labels: np.ndarray | None, assignments: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share of the most frequent label of each cluster [k], and the label (-1: none)."""
-    purity, majority = np.full(k, np.nan), np.full(k, -1)
-    if labels is None:
-        return purity, majority
-    known = (assignments >= 0) & (labels >= 0)
-    if not known.any():
-        return purity, majority
-    clusters, own = assignments[known].astype(np.int64), labels[known].astype(np.int64)
-    width = int(own.max()) + 1
-    pairs, counts = np.unique(clusters * width + own, return_counts=True)
-    totals = np.bincount(clusters, minlength=k)
-    order = np.argsort(counts, kind="stable")  # of each cluster the largest count is written last
-    at = pairs[order] // width
-    purity[at], majority[at] = counts[order] / totals[at], pairs[order] % width
-    return purity, majority
 
 
 @dataclass
@@ -245,14 +224,7 @@ def _read(run: Run, number: int, head: int) -> tuple[View, Callable[[], None]]:
         classes = seeded_classes(run, number)
         names = [] if classes is None else classes[:-1].tolist()
         most = run.recipe.data.max_pixels
-        before = _before(run, number, assignments.shape, head)
+        before = before_of(run, number, head)
         own = (assignments[head], distances[head])
         view = View(number, head, index, *own, names, most, before)
         return view, stack.pop_all().close
-
-
-def _before(run: Run, number: int, shape: tuple[int, ...], head: int) -> np.ndarray | None:
-    """Return the assignments of the round before, or None where none is there of that shape."""
-    earlier = last_round_before(run, number)
-    found = None if earlier is None else read_assignments(run, earlier)
-    return None if found is None or found.shape != shape else found[head]

@@ -37,8 +37,8 @@ def borderline(run: Run, view: View, cluster: int) -> Record:
     margins = np.where(moved, labels.distances - view.distances[members], labels.margins)
     order = np.argsort(margins, kind="stable")[:500]
     images = [
-        view.image(int(members[i])) | {"second": int(others[i]), "margin": float(margins[i])}
-        for i in order
+        one | {"second": int(others[i]), "margin": float(margins[i])}
+        for i, one in zip(order, view.several(members[order].tolist()), strict=True)
     ]
     return {"compared": len(members), "total": len(images), "images": images}
 
@@ -50,7 +50,7 @@ def duplicates(run: Run, view: View, cluster: int, similarity: float) -> Record:
     groups = near_duplicates(rows, np.zeros(len(rows), np.int32), similarity).groups
     firsts = [int(first) for first in np.unique(groups[groups >= 0])][:200]
     alike = [np.flatnonzero(groups == first) for first in firsts]
-    named = [[view.image(int(members[one])) for one in places[:50]] for places in alike]
+    named = [view.several(members[places[:50]].tolist()) for places in alike]
     return {"compared": len(members), "groups": named}
 
 
@@ -66,7 +66,10 @@ def neighbours(run: Run, view: View, sample: int, within: str, most: int) -> Rec
     squared = _squared(rows, ids, np.asarray(rows[sample], np.float32))
     squared[ids == sample] = np.inf
     order = np.argsort(squared, kind="stable")[: min(most, len(ids) - 1)]
-    images = [view.image(int(ids[i])) | {"distance": float(squared[i])} for i in order]
+    images = [
+        one | {"distance": float(squared[i])}
+        for i, one in zip(order, view.several(ids[order].tolist()), strict=True)
+    ]
     return {"image": own, "compared": len(ids), "images": images}
 
 

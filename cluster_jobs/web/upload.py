@@ -74,11 +74,14 @@ class Networks:
         with self._views.open(run, number, 0) as view:
             members = view.members(cluster)[:MOST_COMPARED]
             if not is_done(stage) or not has_file(stage, "rows.npy"):
-                near = [view.image(one) for one in members[:NEIGHBOURS].tolist()]
+                near = view.several(members[:NEIGHBOURS].tolist())
                 note = "The features are not kept: these are nearest to the cluster's centre."
                 return {"neighbours": near, "note": note}
             rows = np.asarray(read_array(stage, "rows.npy", dims=2)[members], np.float32)
             squared = ((rows - row) ** 2).sum(1)
             order = np.argsort(squared, kind="stable")[:NEIGHBOURS]
-            near = [view.image(int(members[i])) | {"distance": float(squared[i])} for i in order]
+            near = [
+                one | {"distance": float(squared[i])}
+                for i, one in zip(order, view.several(members[order].tolist()), strict=True)
+            ]
             return {"neighbours": near, "note": ""}

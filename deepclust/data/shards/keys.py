@@ -52,6 +52,16 @@ class Keys(Sequence[str]):
         for keys in read_keys(self._folder, range(len(self._bases) - 1)):
             yield keys.combine_chunks()
 
+    def of(self, sample_ids: Int64[np.ndarray, " m"]) -> list[str]:
+        """Return the keys of samples in any order; each shard that they are in is read once."""
+        found = np.empty(len(sample_ids), object)
+        shards = np.searchsorted(self._bases, sample_ids, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            rows = np.asarray(sample_ids)[here] - int(self._bases[shard])
+            found[here] = self._shard(shard).take(pa.array(rows)).to_pylist()
+        return found.tolist()
+
     def _shard(self, shard: int) -> pa.ChunkedArray:
         if self._loaded is None or self._loaded[0] != shard:
             self._loaded = shard, next(read_keys(self._folder, [shard]))

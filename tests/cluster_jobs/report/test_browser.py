@@ -52,6 +52,20 @@ def test_sizes_purity_and_distance_are_those_of_the_members(shards: Path) -> Non
     assert page.keys["clusters"] == assignments.tolist()
 
 
+def test_drift_is_what_was_not_together_a_round_before(shards: Path) -> None:
+    now = np.repeat(np.arange(4, dtype=np.int32), N // 4)
+    before = now.copy()
+    before[: N // 8] = 3  # half of cluster 0 comes from cluster 3, half from 0
+    before[N // 4] = -1  # an image that was excluded does not count
+    index, near = open_index(shards), np.ones(N, np.float32)
+    page = browse(index, now, near, [None] * 4, 10**8, before)
+    assert [one["drift"] for one in sorted(page.clusters, key=lambda one: one["id"])] == [
+        0.5, 0, 0, 0
+    ]  # fmt: skip
+    assert page.compared
+    assert not browse(index, now, near, [None] * 4, 10**8).compared
+
+
 def test_the_nearest_come_first_and_no_image_twice(shards: Path) -> None:
     page, assignments, distances = browsed(shards)
     index = open_index(shards)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster_jobs.report import write_comparison
-from cluster_jobs.report.compare import compare, differing
+from cluster_jobs.report.charts import curves_chart
+from cluster_jobs.report.compare import _swept, compare, differing
 from deepclust.errors import RecipeError
 from tests.cluster_jobs.synthetic import evaluate, make_run
 from tests.images import make_shards
@@ -43,6 +45,15 @@ def test_scores_are_side_by_side_and_drawn_against_what_was_swept(runs: list[Pat
     swept = next(chart for chart in page.charts if chart.title.endswith("by train.lr"))
     assert swept.columns[0] == "train.lr"
     assert swept.rows[-1][0] == "0.9"
+
+
+def test_seeds_of_a_sweep_are_averaged_and_no_run_of_many_is_left_out() -> None:
+    flat: list[dict[str, object]] = [{"cluster.k": k, "seed": s} for k in (5, 50) for s in (0, 1)]
+    (chart,) = _swept(["seed", "cluster.k"], flat, [("knn top1", [0.2, 0.4, None, 0.9])])
+    assert chart.rows == [["5", "0.3"], ["50", "0.9"]]
+    xs = np.arange(3.0)
+    many = curves_chart("t", "", "x", [(f"run{i:02}", xs, xs + i) for i in range(12)])
+    assert all(f"run{i:02}" in many.svg for i in range(12))
 
 
 def scores_of_last(runs: list[Path]) -> float:

@@ -73,6 +73,18 @@ def test_keys_are_a_sequence(shards: Path) -> None:
         keys[22]
 
 
+def test_keys_of_samples_are_in_their_order_and_read_a_shard_once(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, read = open_index(shards).keys, []
+    whole = keys._shard
+    monkeypatch.setattr(keys, "_shard", lambda shard: read.append(shard) or whole(shard))
+    ids = np.array([21, 0, 13, 1, 0])
+    assert keys.of(ids) == ["0000021", "0000000", "0000013", "0000001", "0000000"]
+    assert len(read) == len(set(read))
+    assert keys.of(np.zeros(0, np.int64)) == []
+
+
 def test_where_names_shard_key_and_offset(shards: Path) -> None:
     index = open_index(shards)
     offset = int(index.offsets[13])
