@@ -194,8 +194,8 @@ def _result(
 ) -> KMeansResult:
     one = repaired.assignment
     wanted = (repaired.centroids, one.cluster_ids, one.distances, repaired.forced)
-    told = (part.numpy() for part in to_host(*wanted, one.counts[:fixed], one.cost))
-    centroids, assignments, distances, forced, of_fixed, cost = told
+    facts = (part.numpy() for part in to_host(*wanted, one.counts[:fixed], one.cost))
+    centroids, assignments, distances, forced, of_fixed, cost = facts
     return KMeansResult(
         centroids=centroids,
         assignments=assignments,
@@ -283,12 +283,12 @@ class _Facts:
         if before is not None:
             moved = points.count(assignment.cluster_ids != before.cluster_ids)[None].double()
         is_empty = (assignment.counts[fixed:] == 0).double()
-        told = torch.cat([cost, moved, is_empty]).cpu().numpy()
-        if not np.isfinite(told[0]):
+        facts = torch.cat([cost, moved, is_empty]).cpu().numpy()
+        if not np.isfinite(facts[0]):
             raise NumericalError(
                 "the inertia is not finite: distances overflow float32. Scale the features down."
             )
-        return cls(float(told[0]), int(told[1]), np.flatnonzero(told[2:]) + fixed)
+        return cls(float(facts[0]), int(facts[1]), np.flatnonzero(facts[2:]) + fixed)
 
 
 def _update(

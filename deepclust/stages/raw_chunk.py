@@ -73,7 +73,7 @@ def has_rows(path: Path) -> bool:
     """Return whether a chunk has its rows; one that cannot be read counts as damaged, not so."""
     try:
         with safe_open(path, "pt") as tensors:
-            return "rows" in tensors.keys()  # noqa: SIM118 - it is no mapping
+            return "rows" in tensors.keys()  # noqa: SIM118 - not a mapping
     except (OSError, ValueError, SafetensorError):
         return True
 

@@ -1,8 +1,8 @@
 """The raw rows of a round that stay in memory until they are projected, as far as they fit.
 
 They take the way over the disk otherwise. Rows are the same either way, bit for bit. A chunk whose
-rows are in memory has its moments alone on disk. So rows are gone with their process, and whoever
-resumes the run extracts those chunks again.
+rows are in memory has its moments alone on disk. So rows are gone with their process, and a run
+that is resumed extracts those chunks again.
 """
 
 from __future__ import annotations
