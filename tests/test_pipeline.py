@@ -59,10 +59,11 @@ def test_the_features_are_unit_rows_in_half_precision(undisturbed: Path) -> None
     assert np.allclose(np.linalg.norm(rows.astype(np.float32), axis=1), 1, atol=2e-3)
 
 
-def test_the_same_recipe_gives_the_same_run_with_reader_processes(
-    shards: Path, undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("settings", [["data.workers=2"], ["data.crop_on=device"]])
+def test_the_same_recipe_gives_the_same_run_whoever_reads_and_crops(
+    shards: Path, undisturbed: Path, tmp_path: Path, settings: list[str]
 ) -> None:
-    pretrain(tiny_recipe(shards, "data.workers=2"), tmp_path / "run")
+    pretrain(tiny_recipe(shards, *settings), tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed)
 
 

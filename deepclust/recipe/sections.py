@@ -131,6 +131,9 @@ class Data(Section):
     colour_on: Literal["auto", "workers", "device"] = Field(
         "auto", description="where colours are computed; auto: device if a GPU"
     )
+    crop_on: Literal["workers", "device"] = Field(
+        "workers", description="where crops are made, with the same pixels; colours then follow"
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     workers: Readers = Field(
@@ -181,6 +184,8 @@ class Data(Section):
             raise ValueError(f"resize {self.short_side} is smaller than the crop, size {self.size}")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
+        if self.crop_on == "device" and self.colour_on == "workers":
+            raise ValueError("crop_on=device makes crops after the workers: leave colour_on=auto")
         return self
 
     @property

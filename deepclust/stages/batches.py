@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepclust.data.images.colour import Colour
 from deepclust.data.images.crops import Crop, RandomResizedCrop, to_float
+from deepclust.data.images.device_crops import on_device
 from deepclust.data.images.rotate import quarters, rotate
 from deepclust.data.plan import EpochPlan
 from deepclust.data.read.loader import Loaded, Request
@@ -92,6 +93,7 @@ class Feed:
             crops=crops,
             assignments=None if targets is None else targets.file,
             replace=True,
+            packed=self.recipe.data.crop_on == "device",
         )
         batch = self.recipe.train.batch
         part = plan.for_rank(world.rank, world.size).shape[1] // parts
@@ -136,7 +138,7 @@ class Feed:
         drawn = quarters(derive(key, "turn"), loaded.positions, max(self._turns))
         turns = torch.from_numpy(drawn)  # on the CPU, or `rotate` would wait for a GPU
         crops = tuple(
-            self._finish(images.to(device, non_blocking=True), number, loaded, turns, key)
+            self._finish(on_device(images, device), number, loaded, turns, key)
             for number, images in enumerate(loaded.images)
         )
         labels = labels_of(self.table, np.asarray(loaded.sample_ids))
@@ -264,8 +266,10 @@ class Feed:
 
     @cached_property
     def _colours_on_device(self) -> bool:
-        wanted = self.recipe.data.colour_on
-        return wanted == "device" or (wanted == "auto" and self.world.device.type == "cuda")
+        data = self.recipe.data
+        if "device" in (data.colour_on, data.crop_on):
+            return True
+        return data.colour_on == "auto" and self.world.device.type == "cuda"
 
 
 def crops_of(recipe: Recipe) -> tuple[Crop, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from deepclust.clustering.whiten import Moments
 from deepclust.copies import to_host
 from deepclust.data.images.crops import CentreCrop, Crop
+from deepclust.data.images.device_crops import on_device
 from deepclust.data.read.dataset import Loaded
 from deepclust.data.read.loader import Loader, Request
 from deepclust.data.shards.index import Index
@@ -231,7 +232,8 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
         return
     sample_ids = np.arange(chunk.start, min(chunk.stop, chunk.start + context.config.extract_batch))
     loaded = next(iter(context.loader.stream([_request(context.config, sample_ids)])))
-    (rows,) = to_host(embed(loaded.images[0]))
+    images = on_device(loaded.images[0], context.world.device)
+    (rows,) = to_host(embed(images))
     usable = torch.isfinite(rows).all(1)
     usable[[int(b.sample_id) - chunk.start for b in loaded.bad]] = False
     first = f"none of the first {len(sample_ids)} images of {context.index.origin}"
@@ -247,7 +249,8 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
 
 def _request(config: Data, sample_ids: Int64[np.ndarray, " b"], chunk: int = 0) -> Request:
     crop = Crop(CentreCrop(config.size, config.short_side))
-    return Request(sample_ids, positions=sample_ids, key=0, crops=(crop,), tag=chunk)
+    packed = config.crop_on == "device"
+    return Request(sample_ids, positions=sample_ids, key=0, crops=(crop,), tag=chunk, packed=packed)
 
 
 def _fill(
@@ -280,7 +283,7 @@ def _fill(
             context.report.alive()
             number = loaded.tag
             current = opened(number) if current is None else current
-            rows = embed(loaded.images[0]).float()
+            rows = embed(on_device(loaded.images[0], context.world.device)).float()
             count_bad(context, _add_batch(context, current, rows, loaded, pivot))
             if len(current.rows) == -(-len(chunks[number]) // step):
                 _keep(context, number, current)

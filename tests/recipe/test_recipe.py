@@ -393,3 +393,10 @@ def test_a_value_of_several_types_has_one_line_and_no_name_of_a_type_in_its_key(
     (said,) = str(caught.value).splitlines()[-1:]
     assert re.fullmatch(line, said), said
     assert "[" not in said.partition(": ")[0]
+
+
+def test_crops_on_the_device_and_colours_in_the_workers_contradict_each_other(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RecipeError, match="leave colour_on=auto"):
+        tiny_recipe(tmp_path, "data.crop_on=device", "data.colour_on=workers")

@@ -6,16 +6,16 @@ has integers has the same bits. The weights are made on the CPU in float64, as a
 (aten/src/ATen/native/cpu/UpSampleKernel.cpp, `compute_index_ranges_int16_weights`).
 
 `pack` lays what the crops take of a batch's images into one block of bytes, with a table.
-`crop` makes the crops on the device of the block: by a Triton kernel on a GPU, else in torch. No
-run uses it yet: whether it saves a reader more than the larger batches cost takes a GPU to measure
-(`tools/bench/device_crops.py`).
+`crop` makes the crops on the device of the block: by a Triton kernel on a GPU, else in torch. A
+run does so with `data.crop_on=device`. Whether it saves a reader more than the larger batches cost
+takes a GPU to measure (`tools/bench/device_crops.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from jaxtyping import Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.crops import CentreCrop, RandomResizedCrop, longest_kept
+from deepclust.errors import ResourceError
 
 MOST_BITS = 22  # of a weight's fraction, in aten
 
@@ -60,14 +61,59 @@ class Packed:
     weights: Int16[Tensor, "b 2 s t"]
     shifts: Int32[Tensor, "b 2"]
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """Its tensors (arrays on their way through a pipe)."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(part.nbytes for part in self.parts)
+
+    def each(self, change: Callable[[Any], Any]) -> Packed:
+        """Return the same with every tensor changed."""
+        return Packed(*map(change, self.parts))
+
     def to(self, device: torch.device) -> Packed:
         """Return a copy on the device, which the host does not wait for where it is pinned."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Packed(*(part.to(device, non_blocking=True) for part in parts))
+        return self.each(lambda part: part.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Packed:
-        """Return a copy in page-locked memory; a DataLoader calls it."""
-        return Packed(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+@dataclass
+class Boxes:
+    """A batch's images and their cuts, gathered row by row; a row without an image is black."""
+
+    size: int
+    images: list[UInt8[Tensor, "3 h w"]]
+    cuts: list[Cut]
+
+    @classmethod
+    def black(cls, count: int, size: int) -> Boxes:
+        """Return `count` rows without an image."""
+        pixel = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return cls(size, [pixel] * count, [Cut((0, 0, 1, 1), (size, size), (0, 0))] * count)
+
+    def put(self, row: int, image: UInt8[Tensor, "3 h w"], view: Any, draw: Any) -> None:
+        """Take a row's image, of which the view with this draw is wanted."""
+        height, width = image.shape[1:]
+        self.images[row], self.cuts[row] = image, cut_of(view, height, width, draw)
+
+    def pack(self) -> Packed:
+        """Return what is to be sent to the device."""
+        return pack(self.images, self.cuts, self.size)
+
+
+def each_tensor(images: Any, change: Callable[[Any], Any]) -> Any:
+    """Return crops, or what they are made of, with every tensor changed."""
+    return images.each(change) if isinstance(images, Packed) else change(images)
+
+
+def on_device(images: Tensor | Packed, device: torch.device) -> UInt8[Tensor, "b 3 s s"]:
+    """Return a batch's crops on the device, made there if they are not made yet."""
+    if isinstance(images, Packed):
+        return crop(images.to(device))
+    return images.to(device, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -143,8 +189,12 @@ def pack(
 def crop(packed: Packed) -> UInt8[Tensor, "b 3 s s"]:
     """Return the crops, on the device of `packed`."""
     if packed.pixels.is_cuda:
-        from deepclust.data.images.crop_kernel import crop_by_triton
-
+        try:
+            from deepclust.data.images.crop_kernel import crop_by_triton
+        except ImportError as error:
+            raise ResourceError(
+                f"data.crop_on=device needs Triton on a GPU ({error}): set data.crop_on=workers"
+            ) from error
         return crop_by_triton(packed)
     return torch.stack([_crop_one(packed, i) for i in range(len(packed.places))])
 

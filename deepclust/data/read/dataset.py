@@ -7,6 +7,7 @@ Training puts another sample into its row (`substitutes.py`). Extraction leaves 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deepclust.data.images.complaints import Complaints
-from deepclust.data.images.crops import Crop
+from deepclust.data.images.crops import Crop, View
 from deepclust.data.images.decode import MAX_PIXELS, decode
+from deepclust.data.images.device_crops import Boxes, Packed, each_tensor
 from deepclust.data.read.image_files import open_images
 from deepclust.data.read.substitutes import Labels, Substitutes
 from deepclust.data.shards.index import Index
@@ -38,8 +40,9 @@ class Request:
     or [heads, n]). Without them, `replace` asks for any sample of the index. `known` marks the rows
     of labelled samples, which may have crops of their own. `partners` are the rows that the first
     rows are mixed with, -1 for none. Rows beyond theirs are read for that alone, and belong to
-    another request, which reports them if they are bad. `tag` is the caller's, and comes back with
-    the batch.
+    another request, which reports them if they are bad. With `packed` the crops are made by the
+    caller (`device_crops.py`), and without their colours. `tag` is the caller's, and comes back
+    with the batch.
     """
 
     sample_ids: Int64[np.ndarray, " b"]
@@ -51,6 +54,7 @@ class Request:
     tag: int = 0
     known: Bool[np.ndarray, " b"] | None = None
     partners: Int64[np.ndarray, " own"] | None = None
+    packed: bool = False
 
     @property
     def own(self) -> int:
@@ -78,7 +82,7 @@ class Loaded:
     Images are arrays on their way through a pipe (`sending.py`), tensors otherwise.
     """
 
-    images: tuple[UInt8[Tensor, "b 3 s s"], ...]
+    images: tuple[Any, ...]  # UInt8[Tensor, "b 3 s s"], or Packed if the request was `packed`
     sample_ids: Int64[np.ndarray, " b"]
     positions: Int64[np.ndarray, " b"]
     bad: list[Bad] = field(default_factory=list)
@@ -89,13 +93,38 @@ class Loaded:
     @property
     def in_pipe(self) -> bool:
         """Whether there was no shared memory for the images."""
-        return not all(isinstance(images, Tensor) for images in self.images)
+        firsts = (i.pixels if isinstance(i, Packed) else i for i in self.images)
+        return not all(isinstance(first, Tensor) for first in firsts)
 
     def pin_memory(self) -> Loaded:
         """Return the same in page-locked memory, as the DataLoader wants it for a GPU."""
         if self.in_pipe:
             return self
-        return replace(self, images=tuple(images.pin_memory() for images in self.images))
+        return self.each(lambda tensor: tensor.pin_memory())
+
+    def each(self, change: Callable[[Any], Any]) -> Loaded:
+        """Return the same with every tensor of the images changed."""
+        return replace(self, images=tuple(each_tensor(images, change) for images in self.images))
+
+
+class Made:
+    """The crops of a batch, made row by row; a row without an image is black."""
+
+    def __init__(self, crops: UInt8[Tensor, "b 3 s s"]) -> None:
+        self.crops, self._rows = crops, crops.unbind()
+
+    @classmethod
+    def black(cls, count: int, size: int) -> Made:
+        """Return `count` rows without an image."""
+        return cls(torch.zeros((count, 3, size, size), dtype=torch.uint8))
+
+    def put(self, row: int, image: UInt8[Tensor, "3 h w"], view: View, draw: Any) -> None:
+        """Make a row's crop."""
+        self._rows[row].copy_(view(image, draw))
+
+    def pack(self) -> UInt8[Tensor, "b 3 s s"]:
+        """Return the crops."""
+        return self.crops
 
 
 class Batches(Dataset[Loaded]):
@@ -126,30 +155,30 @@ class Batches(Dataset[Loaded]):
         """Read, decode and crop every sample of the request, then change the colours."""
         sides = [crop.view.size for crop in request.crops]
         b = len(request.sample_ids)
-        images = tuple(torch.zeros((b, 3, side, side), dtype=torch.uint8) for side in sides)
+        kind = Boxes if request.packed else Made
+        rows = tuple(kind.black(b, side) for side in sides)
         sample_ids, bad = request.sample_ids.copy(), []
-        for row, reason in self._fill(images, request):
-            row_images = tuple(of_crop[row : row + 1] for of_crop in images)
-            sample_ids[row], entry = self._replace(row_images, request, row, reason)
+        for row, reason in self._fill(rows, request):
+            sample_ids[row], entry = self._replace(rows, request, row, reason)
             bad += [entry] * (row < request.own)
         self.files.release()
         at, known = request.positions, request.known
+        images = tuple(of_crop.pack() for of_crop in rows)
         for v, (crop, of_crop) in enumerate(zip(request.crops, images, strict=True)):
-            if crop.colour is not None:
+            if crop.colour is not None and isinstance(of_crop, Tensor):
                 of_crop.copy_(crop.coloured(of_crop, derive(request.key, "colour", v), at, known))
         return Loaded(images, sample_ids, at, bad, request.tag, known, request.partners)
 
     def _fill(
-        self, images: tuple[UInt8[Tensor, "b 3 s s"], ...], request: Request
+        self, images: tuple[Boxes | Made, ...], request: Request, first: int = 0
     ) -> list[tuple[int, str]]:
-        """Load what can be loaded, and return the rows that could not, and why."""
+        """Load what can be loaded into the rows from `first` on; return those that failed, why."""
         read, limit, failed = self.files.read, self.max_pixels, []
         views, at = [crop.view for crop in request.crops], request.positions
         crops = zip(request.crops, request.keys, strict=True)
         located = self.index.locate(request.sample_ids)
         places = zip(*(column.tolist() for column in located), strict=True)
         draws = [crop.draws(key, at, request.known) for crop, key in crops]
-        targets = [of_crop.unbind() for of_crop in images]
         for row, place in enumerate(places):
             sample_id = int(request.sample_ids[row])
             try:
@@ -161,12 +190,12 @@ class Batches(Dataset[Loaded]):
             except DataError as error:
                 failed.append((row, str(error)))
                 continue
-            for view, drawn, target in zip(views, draws, targets, strict=True):
-                target[row].copy_(view(image, drawn[row]))
+            for view, drawn, of_crop in zip(views, draws, images, strict=True):
+                of_crop.put(first + row, image, view, drawn[row])
         return failed
 
     def _replace(
-        self, images: tuple[UInt8[Tensor, "1 3 s s"], ...], request: Request, row: int, reason: str
+        self, images: tuple[Boxes | Made, ...], request: Request, row: int, reason: str
     ) -> tuple[int, Bad]:
         """Put another sample into a row if the request allows it, and report it."""
         sample_id, position = int(request.sample_ids[row]), int(request.positions[row])
@@ -184,7 +213,7 @@ class Batches(Dataset[Loaded]):
                 known=known,
                 partners=None,
             )
-            if not self._fill(images, one):
+            if not self._fill(images, one, row):
                 return substitute, Bad(sample_id, reason)
         raise DataError(
             f"{reason}; neither could {len(candidates)} samples in its place. "

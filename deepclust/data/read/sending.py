@@ -13,8 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch.utils.data import Dataset
@@ -48,17 +47,14 @@ class Sender(Dataset[Sent]):
 def share(loaded: Loaded) -> Loaded:
     """Move the images into shared memory, or make them arrays, which are sent through a pipe."""
     try:
-        for images in loaded.images:
-            images.share_memory_()  # type: ignore[no-untyped-call]
+        return loaded.each(lambda tensor: tensor.share_memory_())
     except (RuntimeError, OSError):
-        arrays: Any = tuple(images.numpy() for images in loaded.images)
-        return replace(loaded, images=arrays)
-    return loaded
+        return loaded.each(lambda tensor: tensor.numpy())
 
 
 def received(loaded: Loaded) -> Loaded:
     """Return the batch with tensors again."""
-    return replace(loaded, images=tuple(torch.as_tensor(images) for images in loaded.images))
+    return loaded.each(torch.as_tensor)
 
 
 def pipe_warning(loaded: Loaded) -> str:

@@ -12,7 +12,8 @@ import torch
 from deepclust.data.images.colour import Colour
 from deepclust.data.images.crops import CentreCrop, Crop, RandomResizedCrop
 from deepclust.data.images.decode import decode
-from deepclust.data.read import dataset
+from deepclust.data.images.device_crops import crop as crop_there
+from deepclust.data.read import dataset, sending
 from deepclust.data.read.dataset import Batches, Request
 from deepclust.data.read.substitutes import Labels
 from deepclust.data.shards.index import Index, open_index
@@ -153,6 +154,15 @@ def test_without_assignments_a_bad_row_is_black_and_reported(index):
     assert [entry.sample_id for entry in loaded.bad] == [5]
     first, bad, last = loaded.images[0].sum((1, 2, 3))
     assert bad == 0 < min(first, last)
+
+
+def test_a_packed_batch_has_the_pixels_of_one_that_readers_crop(index, tmp_path):
+    for path in (tmp_path, None):  # a bad sample is replaced, or its row is black
+        asked = replace(request([4, 5, 6], path), crops=(Crop(RandomResizedCrop(9)), CROP))
+        made, later = Batches(index)[asked], Batches(index)[replace(asked, packed=True)]
+        sent = sending.received(sending.share(later))
+        assert same([crop_there(packed) for packed in sent.images], made.images)
+        assert made.sample_ids.tolist() == later.sample_ids.tolist()
 
 
 def test_a_cluster_without_a_readable_member_borrows_from_the_others(index, tmp_path):
