@@ -21,6 +21,7 @@ from deepclust.evaluate.low_shot import low_shot_1, low_shot_10
 from deepclust.evaluate.multi_label import multi_label
 from deepclust.evaluate.nearest_prototype import prototypes
 from deepclust.evaluate.retrieval import retrieval
+from deepclust.evaluate.sgd import linear_sgd
 from deepclust.files import import_named
 
 Evaluator: TypeAlias = Callable[[Frozen], Iterator[tuple[str, Value]]]
@@ -40,6 +41,7 @@ EVALUATORS: dict[str, Evaluator] = {
 
 ON_REQUEST: dict[str, Evaluator] = {  # these train, or need other labels: not among all
     "multi_label": multi_label,
+    "linear_sgd": linear_sgd,
     "finetune": finetune,
     "finetune_1": finetune_1,
     "finetune_10": finetune_10,

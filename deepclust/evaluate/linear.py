@@ -40,7 +40,7 @@ def linear(frozen: Frozen) -> Iterator[tuple[str, Value]]:
     fewer than two rows of each class on average, as none could then be held out.
     """
     train = frozen.train
-    held_out = _draw_held_out(train.labels, frozen.seed)
+    held_out = draw_held_out(train.labels, frozen.seed)
     device = choose_device(train.features.size * len(frozen.classes))
     solve = _on_cpu if device.type == "cpu" else functools.partial(on_device, device=device)
     right, strength, converged = solve(frozen, held_out)
@@ -115,7 +115,7 @@ def _choose_strength(
     return max(scores, key=lambda c: (scores[c], -c))
 
 
-def _draw_held_out(y: Int[np.ndarray, " n"], seed: int) -> Int64[np.ndarray, " h"]:
+def draw_held_out(y: Int[np.ndarray, " n"], seed: int) -> Int64[np.ndarray, " h"]:
     """Return a random tenth of the rows, never the only row of a class."""
     classes, first = np.unique(y, return_index=True)
     if len(y) < 2 * len(classes):

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from deepclust.errors import DataError
 from deepclust.evaluate import device, logistic
 from deepclust.evaluate.frozen import Labelled, freeze
-from deepclust.evaluate.linear import C_PATH, _draw_held_out, linear, on_device
+from deepclust.evaluate.linear import C_PATH, draw_held_out, linear, on_device
 from tests.evaluate.blobs import splits
 
 
@@ -79,7 +79,7 @@ def test_one_row_a_class_is_too_few() -> None:
 def test_the_fit_on_a_device_agrees_with_scikit_learn() -> None:
     train, test = splits(1000, noise=2.0)
     frozen = freeze((train[0] + np.float64(1e6), train[1]), (test[0] + np.float64(1e6), test[1]))
-    held_out = _draw_held_out(frozen.train.labels, 0)
+    held_out = draw_held_out(frozen.train.labels, 0)
     right, strength, converged = on_device(frozen, held_out, torch.device("cpu"))
     expected = dict(linear(frozen))
     assert converged
@@ -91,7 +91,7 @@ def test_tiles_change_nothing_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     (x, y), test = splits(300, noise=2.0)
     x[:, 0] = 7
     frozen = freeze((x, y), test)
-    held_out = _draw_held_out(y, 0)
+    held_out = draw_held_out(y, 0)
     whole = on_device(frozen, held_out, torch.device("cpu"))
     monkeypatch.setattr(logistic, "LOGITS", 4 * 37)
     monkeypatch.setattr(device, "PIECE", 23)
@@ -103,7 +103,7 @@ def test_tiles_change_nothing_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_class_without_a_training_row_counts_as_wrong_on_a_device() -> None:
     train, (tx, ty) = splits(300)
     frozen = freeze(train, (tx, np.full_like(ty, 9)))
-    assert not on_device(frozen, _draw_held_out(train[1], 0), torch.device("cpu"))[0].any()
+    assert not on_device(frozen, draw_held_out(train[1], 0), torch.device("cpu"))[0].any()
 
 
 def test_without_a_gpu_or_with_little_to_do_the_cpu_computes(
