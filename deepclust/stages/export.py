@@ -310,6 +310,7 @@ def usage_of(backbone: Backbone, path: Path, format: str, head: Head | None = No
         return f"from deepclust import load_backbone\nnet = load_backbone({str(path)!r})"
     size = f"image_size={backbone.image_size}" if backbone.name.startswith("vit_") else ""
     return (
+        "import torch\nimport torchvision\n"
         f"net = torchvision.models.{backbone.torchvision}({size})\n"
         f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True), strict=False)"
     )

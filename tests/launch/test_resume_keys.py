@@ -22,6 +22,7 @@ OTHER = {  # another value of every key that may change
     "train.log": "7", "train.checkpoint": "5 steps", "keep.features": "0", "keep.checkpoints": "1",
     "data.workers": "1", "data.stage": "/s", "data.scratch": "/t", "data.shards": "/u",
     "data.index": "/v", "data.read": "block", "data.max_bad": "0.5", "cluster.final": "true",
+    "cluster.raw": "memory",
     "train.evaluate": "1 epoch", "train.evaluate_data": "/w",
 }  # fmt: skip
 
