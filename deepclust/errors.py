@@ -21,13 +21,13 @@ import yaml
 
 HIDDEN = "***"
 MOST = 1000  # secrets that are remembered: a list of shards may be signed one by one
-_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{0,40}://")  # without a limit: n^2 of n letters
 _HOST = re.compile(r"(?:\[[0-9a-fA-F:.]*\]|[^\s/?#@:\[\]]*)(:\d*)?(?=[/?#;,]|$)")
 _PARAMETERS = re.compile(r";[^\s/;=]*=[^\s/]*")
 _LOOSE_QUERY = re.compile(r"\?[\w.~%-]+=[^\s'\"]*")
 _ASSIGNMENT = re.compile(r"(\b[A-Za-z_]\w*=)(\"[^\"]*\"|'[^']*'|[^\s,;&|]+)")
 _SECRET_WORD = re.compile(
-    r"(?i)((?:^|\s)-*[\w-]*(?:token|passw|secret|api-?_?key|credential|login|auth)[\w-]*[ =:]+)\S+"
+    r"(?i)((?:^|\s)[\w-]*(?:token|passw|secret|api-?_?key|credential|login|auth)[\w-]*+[ =:]+)\S+"
 )
 _SECRET_NAME = re.compile(r"(?i)token|passw|pwd|secret|key|credential|auth|signature")
 _ENVIRONMENT = "ray.env"
