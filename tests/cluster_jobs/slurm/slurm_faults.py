@@ -22,7 +22,7 @@ from tests.cluster_jobs.slurm.slurm_here import SlurmHere
 
 PATIENCE_S = 240.0
 AGREE_S = 10.0
-LONG = 150  # epochs, until Slurm misses a node
+LONG = 90  # epochs, each a round of a second or two, until Slurm misses a node
 Strike = Callable[[SlurmHere, Path, str], None]
 
 
