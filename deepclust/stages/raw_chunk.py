@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float32
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from deepclust.errors import DataError
@@ -72,9 +72,9 @@ def opened(path: Path, alive: Callable[[], None] = unwatched) -> Iterator[Any]:
 def has_rows(path: Path) -> bool:
     """Return whether a chunk has its rows; one that cannot be read counts as damaged, not so."""
     try:
-        with safe_open(path, "pt") as tensors:
+        with reading(path, REMEDY), safe_open(path, "pt") as tensors:
             return "rows" in tensors.keys()  # noqa: SIM118 - not a mapping
-    except (OSError, ValueError, SafetensorError):
+    except DataError:
         return True
 
 

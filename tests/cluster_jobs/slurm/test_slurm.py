@@ -24,7 +24,7 @@ from tests.tiny import assert_same_run, deepclust, tiny_recipe
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 
 LAUNCHERS = ("srun", "ray")
-LONG = 30  # epochs, so that something comes in between
+LONG = 20  # epochs, each a round of a second or two, so that something comes in between
 NODES = ("slurm.nodes=2", "slurm.start=60")
 
 
