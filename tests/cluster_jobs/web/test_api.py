@@ -276,7 +276,9 @@ def test_the_list_reads_the_runs_of_its_page_alone_and_each_once(
         shutil.copytree(folder / "first", tmp_path / f"run-{number}")
     runs, seen = Runs(tmp_path), []
     read = web_folder.status
-    monkeypatch.setattr(web_folder, "status", lambda run: seen.append(run.path.name) or read(run))
+    monkeypatch.setattr(
+        web_folder, "status", lambda run, jobs: seen.append(run.path.name) or read(run, jobs)
+    )
     for _ in range(2):
         total, page = runs.page("", "RUN", 1, 2)
         assert total == 5
@@ -310,7 +312,9 @@ def test_many_who_ask_at_once_read_a_run_that_goes_on_once(
     runs, seen = Runs(tmp_path), []
     read = web_folder.status
     monkeypatch.setattr(web_folder, "FRESH_S", 600.0)
-    monkeypatch.setattr(web_folder, "status", lambda run: seen.append(run.path.name) or read(run))
+    monkeypatch.setattr(
+        web_folder, "status", lambda run, jobs: seen.append(run.path.name) or read(run, jobs)
+    )
     with ThreadPoolExecutor(16) as pool:
         states = list(pool.map(runs.status, [runs.run("run")] * 50))
     assert {one.state for one in states} == {"PENDING"}
