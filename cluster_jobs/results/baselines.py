@@ -72,9 +72,8 @@ def baselines(
     wanted = compared(COMPARED if names is None else names)
     if not wanted:
         return {**answered, **({RANDOM: tuned} if tuned else {})}
-    facts = {**({} if kept is None else kept[1]), **_facts(frozen, indexes)}
-    file = None if kept is None else kept[0] / "baselines" / f"{_hash(facts)}.json"
-    known = {} if file is None else _known(file, facts)
+    store = _Store.of(kept, _facts(frozen, indexes))
+    known = store.known
     missing = [name for name in wanted if any(name not in one for one in known.values())]
     if missing or not known:
         embedder = fresh()
@@ -82,8 +81,7 @@ def baselines(
         for name, one in frozens.items():
             measured = _measured(name, one, missing or wanted, emit)
             known[name] = {**known.get(name, {}), **measured}
-        if file is not None:
-            _keep(file, {"facts": facts, "scores": known}, emit)
+        store.keep(emit)
     known[RANDOM] = {**known.get(RANDOM, {}), **tuned}
     wanted = [*wanted, *tuned]
     beside = {name: {n: one[n] for n in wanted if n in one} for name, one in known.items()}
@@ -105,15 +103,13 @@ def _tuned(
     if not wanted or frozen.images is None:
         return {}
     own = {"finetuning": asdict(frozen.finetuning)}
-    facts = {**({} if kept is None else kept[1]), **_facts(frozen, indexes), **own}
-    file = None if kept is None else kept[0] / "baselines" / f"{_hash(facts)}.json"
-    known = {} if file is None else _known(file, facts)
+    store = _Store.of(kept, _facts(frozen, indexes) | own)
+    known = store.known
     if missing := [name for name in wanted if name not in known]:
         embedder = fresh()
         images = Images(embedder.method.trunk, indexes, embedder.data)
         known |= _measured(RANDOM, replace(frozen, images=images), missing, emit)
-        if file is not None:
-            _keep(file, {"facts": facts, "scores": known}, emit)
+        store.keep(emit)
     return {name: known[name] for name in wanted if name in known}
 
 
@@ -137,6 +133,29 @@ def _facts(frozen: Frozen, indexes: tuple[Index, Index]) -> dict[str, Any]:
         "seed": frozen.seed,
         "most_rows": MOST_ROWS,
     }
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Baselines that were measured before, in a file named by the facts that they depend on."""
+
+    facts: dict[str, Any]
+    file: Path | None
+    known: Scores
+
+    @classmethod
+    def of(cls, kept: tuple[Path, dict[str, Any]] | None, own: dict[str, Any]) -> _Store:
+        """Open the file of these facts and those of the network; there may be none."""
+        if kept is None:
+            return cls(own, None, {})
+        facts = kept[1] | own
+        file = kept[0] / "baselines" / f"{_hash(facts)}.json"
+        return cls(facts, file, _known(file, facts))
+
+    def keep(self, emit: Emit) -> None:
+        """Write what is known now, where there is a folder for it."""
+        if self.file is not None:
+            _keep(self.file, {"facts": self.facts, "scores": self.known}, emit)
 
 
 def _hash(facts: dict[str, Any]) -> str:
