@@ -33,7 +33,7 @@ class Fault:
     strike: Strike
     overrides: tuple[str, ...] = ("slurm.nodes=2",)
     launchers: tuple[str, ...] = ("ray", "srun")
-    epochs: int = 30  # that it may strike before the end
+    epochs: int = 12  # that it may strike before the end
 
 
 def until(moment: Callable[[], object], what: str = "the moment") -> None:
@@ -155,8 +155,8 @@ def node(slurm: SlurmHere, run: Path, number: str) -> None:
 FAULTS = {
     "USR2": Fault(usr2),
     "TERM": Fault(term),
-    "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true")),
-    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=1"), epochs=LONG),
+    "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true"), epochs=20),
+    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=40"), epochs=40),
     "kill -9 of the head": Fault(kill_head),
     "kill -9 of Ray's head": Fault(kill_gcs, launchers=("ray",)),
     "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",), epochs=LONG),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster_jobs import job_file
+from cluster_jobs.ray.folders import TEMPORARY
 from cluster_jobs.slurm import queue
 from deepclust import Recipe, pretrain
 from tests.cluster_jobs.ray.nodes import events, placed_at
@@ -64,6 +65,11 @@ def begin(slurm: SlurmHere, shards: Path, tmp_path: Path) -> Iterator[Callable[.
         until_gone(slurm, number)
 
 
+def job_folders() -> set[Path]:
+    """Of jobs on this machine; a killed job of any earlier Slurm may have left one."""
+    return set(TEMPORARY.glob("dc-job-*"))
+
+
 def state(run: Path) -> dict[str, Any]:
     found: list[dict[str, Any]] = json.loads(deepclust("status", run, "--json").stdout)
     return found[0]
@@ -74,7 +80,7 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path,
     launcher: str,
 ) -> None:  # fmt: skip
-    run = tmp_path / "a run; echo 'no' \"more\""
+    run, before = tmp_path / "a run; echo 'no' \"more\"", job_folders()
     number = begin(run, f"slurm.launcher={launcher}", "slurm.snapshot=true")
     assert state(run)["state"] in ("PENDING", "RUNNING")
     with watched(slurm, run, number) as disagreements:
@@ -88,7 +94,7 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
     assert name == run.name.replace('"', "`")  # as Slurm's accounting writes a quote
     assert_same_run(run, local(3))
     until_gone(slurm, number)
-    assert not list(Path("/tmp").glob(f"dc-job-{number}-*"))
+    assert job_folders() <= before
 
 
 @pytest.mark.parametrize(
