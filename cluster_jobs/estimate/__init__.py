@@ -85,7 +85,7 @@ def estimate(recipe: Recipe, source: Index | int, device: Device | None) -> Esti
         sizes=made,
         stages=stages(recipe, counts, made, taken, _image_bytes(source)),
         ranks=recipe.train.ranks,
-        gpus=recipe.train.ranks + (0 if recipe.clusters_inline else 1) if on_gpu else 0,
+        gpus=_gpus(recipe) if on_gpu else 0,
         assumptions=speeds.assumptions,
         warnings=misfits(recipe, made, room),
     )
@@ -107,6 +107,11 @@ def _speeds(
     speeds = calibrate(recipe, source)
     keep(recipe, speeds)
     return speeds
+
+
+def _gpus(recipe: Recipe) -> int:
+    """Return the GPUs that are held: one for each rank, and those of a cluster worker."""
+    return recipe.train.ranks + (0 if recipe.clusters_inline else recipe.clustering.gpus)
 
 
 def _image_bytes(source: Index | int) -> float:

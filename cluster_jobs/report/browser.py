@@ -8,18 +8,15 @@ left out.
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
-from PIL import Image
 
 from cluster_jobs.results.by_cluster import ByCluster, drift, majorities, tightness
-from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.read.image_files import open_images
+from cluster_jobs.results.pictures import Pictures, data_uri
+from deepclust.data.images.decode import DecodeError
 from deepclust.data.shards.index import Index
 
 MOST_IMAGES = 6000  # in all, some 1.4 KB each
@@ -73,13 +70,14 @@ def browse(
     ids = np.concatenate([np.zeros(0, np.int64), *(end for both in chosen for end in both)])
     names = dict(zip(ids.tolist(), index.keys.of(ids), strict=True))
     clusters = []
-    with _Reader(index, names, max_pixels) as reader:
+    with Pictures(index, max_pixels) as pictures:
+        thumbnails = _Thumbnails(pictures, names)
         for cluster, (near, far) in zip(shown.tolist(), chosen, strict=True):
             record = numbers.record(cluster, index, seeds)
-            record |= {"near": reader.thumbnails(near), "far": reader.thumbnails(far)}
+            record |= {"near": thumbnails.of(near), "far": thumbnails.of(far)}
             clusters.append(record)
-        missing = reader.missing
-    return Browser(clusters, _keys(index, assignments), _note(index, sizes, len(shown)), missing)
+    keys, note = _keys(index, assignments), _note(index, sizes, len(shown))
+    return Browser(clusters, keys, note, thumbnails.missing)
 
 
 def _ends(
@@ -123,38 +121,23 @@ def class_name(index: Index, label: int) -> str | None:
     return None if label < 0 else names[label] if names else f"class {label}"
 
 
-class _Reader:
-    """Reads images of an index and makes them small; counts those that cannot be read."""
+class _Thumbnails:
+    """Makes images small for the page; counts those that cannot be decoded."""
 
-    def __init__(self, index: Index, names: dict[int, str], max_pixels: int) -> None:
-        self.index, self.names, self.max_pixels, self.missing = index, names, max_pixels, 0
+    def __init__(self, pictures: Pictures, names: dict[int, str]) -> None:
+        self.pictures, self.names, self.missing = pictures, names, 0
 
-    def __enter__(self) -> _Reader:
-        self.files = open_images(self.index, patience_s=2.0)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.files.close()
-
-    def thumbnails(self, sample_ids: Int64[np.ndarray, " m"]) -> list[list[str]]:
-        """Return a key and a data URI for each image that can be read."""
+    def of(self, sample_ids: Int64[np.ndarray, " m"]) -> list[list[str]]:
+        """Return a key and a data URI for each image that can be decoded."""
         made = []
         for sample_id in sample_ids.tolist():
-            where = self.index.locate(np.array([sample_id]))
             try:
-                pixels = decode(self.files.read(*(int(c[0]) for c in where)), self.max_pixels)
+                image = self.pictures.read(sample_id)
             except DecodeError:
                 self.missing += 1
                 continue
-            made.append([self.names[sample_id], _uri(pixels.permute(1, 2, 0).numpy())])
+            made.append([self.names[sample_id], data_uri(image, SIDE, 72)])
         return made
-
-
-def _uri(pixels: np.ndarray) -> str:
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    image.save(buffer, "JPEG", quality=72)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _keys(index: Index, assignments: Int32[np.ndarray, " n"]) -> dict[str, list[Any]] | None:

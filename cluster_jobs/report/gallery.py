@@ -7,21 +7,18 @@ URIs.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
-from PIL import Image
 
 from cluster_jobs.report.browser import Browser, browse, class_name
 from cluster_jobs.report.seeds import Record, unlabelled
 from cluster_jobs.results.assignments import open_clustered
 from cluster_jobs.results.by_cluster import before_of, majorities
-from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.read.image_files import open_images
+from cluster_jobs.results.pictures import Pictures, data_uri
+from deepclust.data.images.decode import DecodeError
 from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.run.directory import Run
@@ -99,10 +96,15 @@ def _gallery(run: Run, number: int, index: Index) -> Gallery:
     classes = seeded_classes(run, number)
     seeds = [None] * len(sizes) if classes is None else classes.tolist()
     most = run.recipe.data.max_pixels
-    groups = [
-        (title, [_card(index, int(i), seeds[i], assignments, distances, most) for i in chosen])
-        for title, chosen in choose(sizes, seed=number).items()
-    ]
+    with Pictures(index, most) as pictures:
+
+        def card(cluster: int) -> Card:
+            return _card(pictures, index, cluster, seeds[cluster], assignments, distances)
+
+        groups = [
+            (title, [card(one) for one in some.tolist()])
+            for title, some in choose(sizes, seed=number).items()
+        ]
     browser = browse(index, assignments, distances, seeds, most, before_of(run, number))
     return Gallery(
         groups, browser=browser, unlabelled=unlabelled(index, assignments, seeds[: len(sizes)])
@@ -123,12 +125,12 @@ def choose(sizes: Int64[np.ndarray, " k"], seed: int) -> dict[str, Int64[np.ndar
 
 
 def _card(
+    pictures: Pictures,
     index: Index,
     cluster: int,
     seed: str | None,
     assignments: Int32[np.ndarray, " n"],
     distances: Float32[np.ndarray, " n"],
-    max_pixels: int,
 ) -> Card:
     members = np.flatnonzero(assignments == cluster)
     by_distance = members[np.argsort(distances[members], kind="stable")]
@@ -143,17 +145,17 @@ def _card(
         class_name(index, majority),
         None if majority < 0 else float(shares[0]),
         seed,
-        _thumbnails(index, by_distance[: 2 * NEAREST], NEAREST, majority, max_pixels),
-        _thumbnails(index, rest[: 2 * RANDOM], RANDOM, majority, max_pixels),
+        _thumbnails(pictures, index, by_distance[: 2 * NEAREST], NEAREST, majority),
+        _thumbnails(pictures, index, rest[: 2 * RANDOM], RANDOM, majority),
     )
 
 
 def _thumbnails(
+    pictures: Pictures,
     index: Index,
     sample_ids: Int64[np.ndarray, " m"],
     count: int,
     majority: int,
-    max_pixels: int,
 ) -> list[Thumbnail]:
     """Return the first `count` of the samples that can be decoded."""
     thumbnails: list[Thumbnail] = []
@@ -161,34 +163,14 @@ def _thumbnails(
         if len(thumbnails) == count:
             break
         try:
-            image = decode(_read(index, sample_id), max_pixels)
+            image = pictures.read(sample_id)
         except DecodeError:
             continue
+        tiny = max(image.size) <= EXACT
+        uri = data_uri(image, SIDE, 82, "PNG" if tiny else "JPEG")
         label = -1 if index.labels is None else int(index.labels[sample_id])
         kind = f" · {class_name(index, label)}" if label >= 0 else ""
         title = f"{index.keys[sample_id]}{kind} · sample {sample_id}"
         odd = majority >= 0 and label not in (-1, majority)
-        thumbnails.append(
-            Thumbnail(
-                _data_uri(image.permute(1, 2, 0).numpy()), title, odd, max(image.shape) <= EXACT
-            )
-        )
+        thumbnails.append(Thumbnail(uri, title, odd, tiny))
     return thumbnails
-
-
-def _read(index: Index, sample_id: int) -> bytes:
-    files = open_images(index, patience_s=2.0)
-    try:
-        return files.read(*(int(column[0]) for column in index.locate(np.array([sample_id]))))
-    finally:
-        files.close()
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    image = Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    exact = max(image.size) <= EXACT
-    image.thumbnail((SIDE, SIDE))
-    image.save(buffer, "PNG" if exact else "JPEG", quality=82)
-    kind = "png" if exact else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -6,7 +6,6 @@ What is read is kept for a few runs: 16 bytes a sample and the mapped columns of
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image
 
 from cluster_jobs.report.browser import class_name
 from cluster_jobs.results.assignments import open_clustered
 from cluster_jobs.results.by_cluster import ByCluster, before_of, drift, majorities, tightness
+from cluster_jobs.results.pictures import Pictures, small
 from cluster_jobs.web.answers import NotThereError
-from deepclust.data.images.decode import DecodeError, decode
-from deepclust.data.read.image_files import open_images
+from deepclust.data.images.decode import DecodeError
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.keys import read_keys
 from deepclust.errors import DataError, RecipeError
@@ -154,18 +152,11 @@ class View:
     def picture(self, sample_id: int, side: int) -> bytes:
         """Return an image decoded, made small, and written as JPEG."""
         self.image(sample_id)
-        files = open_images(self.index, patience_s=2.0)
         try:
-            where = self.index.locate(np.array([sample_id]))
-            pixels = decode(files.read(*(int(column[0]) for column in where)), self.max_pixels)
+            with Pictures(self.index, self.max_pixels) as pictures:
+                return small(pictures.read(sample_id), side, 85)
         except DecodeError as error:
             raise DataError(f"image {sample_id} cannot be decoded: {error}") from error
-        finally:
-            files.close()
-        image, buffer = Image.fromarray(pixels.permute(1, 2, 0).numpy()), io.BytesIO()
-        image.thumbnail((side, side))
-        image.save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
 
 
 @dataclass

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -16,7 +14,6 @@ from cluster_jobs import job_file
 from cluster_jobs import runs as verbs
 from cluster_jobs.estimate.devices import DEVICES
 from cluster_jobs.estimate.show import lines
-from cluster_jobs.report import write_report
 from cluster_jobs.report.map import has_map
 from cluster_jobs.status import Status
 from cluster_jobs.web import api, api_more
@@ -39,6 +36,7 @@ from cluster_jobs.web.html import (
     run_path,
 )
 from cluster_jobs.web.live import last_offset, lines_from
+from cluster_jobs.web.reports import Reports
 from deepclust.recipe import shipped
 from deepclust.run.directory import Run
 
@@ -206,9 +204,8 @@ def predict(request: Request, name: str, image: Annotated[UploadFile, File()]) -
 @router.get("/runs/{name}/report")
 def show_report(request: Request, name: str) -> Response:
     """Show the report of a run: one page with its own style and script, which loads nothing."""
-    run = runs_of(request).run(name)
-    with tempfile.TemporaryDirectory(prefix="deepclust-") as folder:
-        text = write_report(run.path, Path(folder) / "report.html").read_text("utf-8")
+    reports: Reports = request.app.state.reports
+    text = reports.page(runs_of(request).run(name))
     return HTMLResponse(text, headers={"Content-Security-Policy": OF_REPORT})
 
 

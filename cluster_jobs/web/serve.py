@@ -49,12 +49,13 @@ def make_app(
     from cluster_jobs.web.clusters import Views
     from cluster_jobs.web.folder import Runs
     from cluster_jobs.web.guard import Errors, Guard, known_hosts
+    from cluster_jobs.web.reports import Reports
     from cluster_jobs.web.upload import Networks
 
     # FastAPI's own pages of the API load scripts from elsewhere: /api.html is ours
     app = FastAPI(title="deepclust", docs_url=None, redoc_url=None)
     app.state.runs, app.state.views = Runs(folder), Views()
-    app.state.networks = Networks(app.state.views)
+    app.state.networks, app.state.reports = Networks(app.state.views), Reports()
     app.state.read_only, app.state.maps = read_only, {}
 
     def refuse(_: Request, error: Exception) -> Response:

@@ -309,6 +309,15 @@ def test_each_stage_that_does_not_fit_names_a_key(room: Room, recipe: str, key: 
     assert misfits(chosen, made, Room("large", 1e15, 1e15, 1e15)) == []
 
 
+def test_a_cluster_worker_holds_a_gpu_unless_it_clusters_on_the_cpu() -> None:
+    alone = ("train.ranks=8", "cluster.where=worker")
+    gpus = [
+        estimate(imagenet("deepcluster-resnet50-imagenet", *words), IMAGENET, H100).gpus
+        for words in (alone, (*alone, "cluster.gpus=0"), ("train.ranks=8", "cluster.where=ranks"))
+    ]
+    assert gpus == [9, 8, 8]
+
+
 def test_an_executor_gives_the_ranks_that_it_would_have() -> None:
     words = ["estimate", "deepcluster-resnet50-imagenet", "--samples", "1281167"]
     done = CliRunner().invoke(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from starlette.testclient import TestClient
 from cluster_jobs.web.form import overrides_of
 from cluster_jobs.web.html import REFRESH_S, curve, refresh_of
 from cluster_jobs.web.pages import _forms
+from cluster_jobs.web.reports import Reports
 from cluster_jobs.web.serve import make_app
 from deepclust import open_index
 from deepclust.run.directory import Run
@@ -48,6 +50,16 @@ def test_names_are_escaped_and_no_script_may_run(web: TestClient) -> None:
     assert "<b>" not in got.text
     assert "default-src 'none'" in got.headers["content-security-policy"]
     assert "&lt;i&gt;" in web.get("/runs/first/search?key=<i>").text
+
+
+def test_a_report_is_written_again_only_where_the_run_has_changed(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", n=48, classes=3)
+    run = Run(make_run(tmp_path / "runs" / "one", shards))
+    reports = Reports()
+    first = reports.page(run)
+    assert reports.page(run) is first
+    os.utime(run.round(0) / "assignments" / "statistics.json")
+    assert reports.page(run) is not first
 
 
 def test_an_uploaded_image_is_answered_with_its_cluster_and_neighbours(final_run: Path) -> None:
