@@ -25,6 +25,7 @@ from deepclust.run.directory import Run
 from deepclust.run.round_files import read_array, read_assignments
 from tests.cluster_jobs.synthetic import make_run
 from tests.images import make_shards
+from tools.bench import serve
 
 TOKEN = "a-token-of-tests"
 LOCAL = "http://127.0.0.1:8080"
@@ -423,3 +424,13 @@ def test_a_recipe_an_estimate_a_map_and_a_comparison_are_answered(
     with client(final_run.parent) as web:
         points = web.get(f"/api/runs/{final_run.name}/map").json()["points"]
     assert len(points) > 100
+
+
+def test_random_requests_of_the_openapi_document_never_end_in_an_error_of_the_server(
+    tmp_path: Path,
+) -> None:
+    make_run(tmp_path / "runs" / "first", make_shards(tmp_path / "shards", n=48, classes=3))
+    made = serve.requests(tmp_path / "runs", 300)
+    assert made["failed"] == []
+    assert made["requests"] >= 300
+    assert made["statuses"][200] > 30
