@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +49,7 @@ STAGE_FACTS = {  # of a progress record, in this order
     "moved": "{:,d} moved",
 }
 MANY = 100  # runs, from which on their table has no lines
+WIDGETS = "ipywidgets"  # what a bar in a notebook needs
 WIDE = 150  # columns of a terminal that hold the whole table of `status`
 
 
@@ -71,7 +73,11 @@ def _program() -> list[str]:
 
 
 class Display:
-    """The screen of a run: it is called with the records of a Report, one by one."""
+    """The screen of a run: it is called with the records of a Report, one by one.
+
+    In a notebook: `with Display() as display: deepclust.pretrain(recipe, run, show=display)`. With
+    ipywidgets installed that draws a bar, else lines.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -80,8 +86,14 @@ class Display:
         self.last_plain = 0.0
         self.pace = Pace()
 
+    @property
+    def draws_a_bar(self) -> bool:
+        """Whether this is a terminal, or a notebook that can change what it has shown."""
+        is_notebook = self.console.is_jupyter and find_spec(WIDGETS) is not None
+        return self.console.is_terminal or is_notebook
+
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self.draws_a_bar:
             self.bar = Progress(
                 TextColumn("{task.description:<22}"),
                 BarColumn(30),

@@ -38,6 +38,16 @@ def test_an_evaluation_says_its_score_and_the_best(best: int, words: str) -> Non
     assert screen.getvalue() == f"epoch 2: kNN top-1 50.0% · {words}\n"
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_notebook_draws_a_bar_where_it_has_widgets_and_else_lines(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    here = "cluster_jobs.display"  # any module stands for ipywidgets
+    monkeypatch.setattr("cluster_jobs.display.WIDGETS", here if installed else "not_there_at_all")
+    display = Display(Console(file=io.StringIO(), force_jupyter=True))
+    assert display.draws_a_bar is installed
+
+
 def test_any_stage_shows_how_far_it_is() -> None:
     record = {"stage": "cluster", "round": 3, "done": 4, "of": 20, "inertia": 0.51234567}
     text = shown({**record, "moved": 1234, "eta": 3725.0})
