@@ -19,6 +19,7 @@ CHECKS: tuple[tuple[str, Callable[[Path], Finding]], ...] = (
     ("python", software.python),
     ("packages", software.packages),
     ("torch", software.torch),
+    ("compiled", software.compiled),
     ("faiss", software.faiss),
     ("decoders", software.decoders),
     ("gpu", gpu.driver),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from cluster_jobs.doctor.finding import GREEN, RED, Finding, attempt
+from cluster_jobs.doctor.finding import GREEN, RED, YELLOW, Finding, attempt
+from cluster_jobs.doctor.places import existing
 
 OLDEST = (3, 11)
 INSTALL = "pip install --upgrade --force-reinstall"
@@ -77,6 +80,24 @@ def packages(_folder: Path) -> Finding:
 def torch(_folder: Path) -> Finding:
     """Check that torch computes, and that its processes can talk to each other."""
     return attempt(TORCH, f"{INSTALL} torch torchvision")
+
+
+def compiled(_folder: Path) -> Finding:
+    """Check that Python keeps its compiled modules: else every command compiles torch again."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return Finding(YELLOW, "torch is missing")
+    place = Path(cache_from_source(spec.origin))
+    if place.exists():
+        return Finding(GREEN, "torch is compiled")
+    if not sys.dont_write_bytecode and os.access(existing(place), os.W_OK):
+        return Finding(GREEN, "Python compiles modules when it first needs them")
+    why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else f"{place} is read-only"
+    packages = Path(spec.origin).parents[1]
+    return Finding(
+        YELLOW, f"every command compiles torch again, which takes seconds: {why}",
+        f"{sys.executable} -m compileall -q -j 0 {packages}",
+    )  # fmt: skip
 
 
 def faiss(_folder: Path) -> Finding:

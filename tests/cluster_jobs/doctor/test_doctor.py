@@ -80,10 +80,16 @@ def no_tmpdir(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tempfile, "tempdir", None)  # as in a new process
 
 
+def never_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "pycache_prefix", str(folder / "none"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
 BROKEN: list[tuple[str, Break, str, str]] = [
     ("packages", old_numpy, doctor.RED, "numpy 1.0"),
     ("torch", module("torch", "raise ImportError('libcudart is missing')"), doctor.RED,
      "ImportError: libcudart is missing"),
+    ("compiled", never_compiled, "yellow", "PYTHONDONTWRITEBYTECODE is set"),
     ("faiss", module("faiss", "import os; os.abort()"), doctor.RED, "ended by SIGABRT"),
     ("decoders", module("PIL", "raise ImportError('libjpeg is missing')"), doctor.RED, "libjpeg"),
     ("gpu", program("nvidia-smi", "echo GPU 0: a card"), doctor.RED, "torch"),
