@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from deepclust.clustering.whiten import Whitening
     from deepclust.data.plan import EpochPlan
     from deepclust.data.shards.index import open_index
+    from deepclust.export.backbone import load_backbone
     from deepclust.launch.start import pretrain
     from deepclust.recipe import Recipe
-    from deepclust.stages.classifier import load_classifier
-    from deepclust.stages.export import load_backbone
-    from deepclust.stages.export_clusters import load_clusters
-    from deepclust.stages.trained import load_run
+    from deepclust.trained.classifier import load_classifier
+    from deepclust.trained.export_clusters import load_clusters
+    from deepclust.trained.trained_run import load_run
 
 _HOMES = {
     "Recipe": "deepclust.recipe",
@@ -30,10 +30,10 @@ _HOMES = {
     "EpochPlan": "deepclust.data.plan",
     "Whitening": "deepclust.clustering.whiten",
     "kmeans": "deepclust.clustering.kmeans",
-    "load_backbone": "deepclust.stages.export",
-    "load_classifier": "deepclust.stages.classifier",
-    "load_clusters": "deepclust.stages.export_clusters",
-    "load_run": "deepclust.stages.trained",
+    "load_backbone": "deepclust.export.backbone",
+    "load_classifier": "deepclust.trained.classifier",
+    "load_clusters": "deepclust.trained.export_clusters",
+    "load_run": "deepclust.trained.trained_run",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the pipeline

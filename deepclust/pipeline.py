@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 
 from deepclust.errors import RecipeError, RequeueWanted
+from deepclust.export.backbone import Head, export_backbone
 from deepclust.files import remove_folder
 from deepclust.methods.base import Targets
 from deepclust.methods.parts.bank import find_bank
@@ -30,13 +31,12 @@ from deepclust.run.round_files import find_whitening, read_statistics
 from deepclust.stages import average, cluster, warm_start
 from deepclust.stages.bank import fill_bank, write_bank
 from deepclust.stages.build import Context, build_trainer, restore
-from deepclust.stages.classifier import head_of
 from deepclust.stages.during import evaluate_now, is_recorded, norm_statistics
-from deepclust.stages.export import Head, export_backbone
 from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project, write_no_rows
 from deepclust.stages.raw_memory import RawMemory
 from deepclust.stages.train import Trainer, train_segment
+from deepclust.trained.classifier import head_of
 
 
 def run(context: Context) -> None:

@@ -90,7 +90,7 @@ def evaluate(
     from cluster_jobs.results.evaluate import evaluate_run
     from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
     from deepclust.evaluate.finetune import parse_settings
-    from deepclust.stages.weights import Network
+    from deepclust.trained.weights import Network
 
     def show(scores: Scores) -> None:
         if as_json:

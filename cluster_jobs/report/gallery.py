@@ -23,7 +23,7 @@ from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_array, read_assignments
-from deepclust.stages.trained import seeded_classes
+from deepclust.trained.trained_run import seeded_classes
 from deepclust.world import generator
 
 PER_GROUP = 4  # clusters of each kind: the largest, median, random

@@ -11,7 +11,7 @@ from deepclust.clustering.match_ids import contingency, hungarian
 from deepclust.data.shards.index import Index
 from deepclust.run.directory import Run, has_file
 from deepclust.run.round_files import read_facts
-from deepclust.stages.trained import seeded_supers
+from deepclust.trained.trained_run import seeded_supers
 
 Record = dict[str, Any]
 MOST = 40  # classes without a label that are listed

@@ -22,7 +22,7 @@ from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError, RunDiffersError
 from deepclust.files import read_record
 from deepclust.run.directory import Run
-from deepclust.stages.trained import answered_classes
+from deepclust.trained.trained_run import answered_classes
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from deepclust.run.round_files import (
     read_assignments,
     read_excluded,
 )
-from deepclust.stages.trained import NO_ROUNDS, choose_round, seeded_classes
+from deepclust.trained.trained_run import NO_ROUNDS, choose_round, seeded_classes
 
 SCHEMA = pa.schema(
     {

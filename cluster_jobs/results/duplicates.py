@@ -31,7 +31,7 @@ from deepclust.errors import DataError, RecipeError
 from deepclust.files import target_of
 from deepclust.run.directory import Run, has_file, is_done, open_run
 from deepclust.run.round_files import read_array, read_assignments
-from deepclust.stages.trained import choose_round
+from deepclust.trained.trained_run import choose_round
 
 TILE = 2048  # rows compared with as many others at a time: 16 MB
 ROUNDING = 1e-5  # of a cosine in float32

@@ -38,8 +38,8 @@ from deepclust.methods.embed import Embedder
 from deepclust.recipe.sections import Data
 from deepclust.run.best import load_best
 from deepclust.run.directory import exists, open_run
-from deepclust.stages.saved import embedder_of, file_embedder, layer_of, newest
-from deepclust.stages.trained import best_labeller_of, labeller_of, no_image
+from deepclust.trained.saved import embedder_of, file_embedder, layer_of, newest
+from deepclust.trained.trained_run import best_labeller_of, labeller_of, no_image
 
 JOB, MANIFEST, WORK = "job.json", "manifest.json", "work"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}

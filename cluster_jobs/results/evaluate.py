@@ -45,8 +45,8 @@ from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, open_run
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
-from deepclust.stages.answers import columns_of
-from deepclust.stages.saved import embedder_of, fresh_embedder, newest
+from deepclust.trained.answers import columns_of
+from deepclust.trained.saved import embedder_of, fresh_embedder, newest
 
 log = logging.getLogger("deepclust")
 BASELINES = Beside()

@@ -35,9 +35,9 @@ from deepclust.recipe.sections import Data
 from deepclust.run.checkpoint import Checkpoint, load, read_state
 from deepclust.run.directory import Run, open_run
 from deepclust.run.round_files import read_assignments
-from deepclust.stages.labelling import label
-from deepclust.stages.saved import embedder_of
-from deepclust.stages.trained import Labeller, best_labeller_of, labeller_of
+from deepclust.trained.labelling import label
+from deepclust.trained.saved import embedder_of
+from deepclust.trained.trained_run import Labeller, best_labeller_of, labeller_of
 from deepclust.world import derive, generator
 
 IMAGES = 2_000  # drawn by the seed

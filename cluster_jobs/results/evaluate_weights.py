@@ -19,7 +19,7 @@ from deepclust.evaluate import Scores, evaluate, find_evaluator
 from deepclust.evaluate.frozen import Images, freeze_shards
 from deepclust.launch.role import cores
 from deepclust.models import start_weights
-from deepclust.stages.weights import Network, fresh_of, weights_embedder
+from deepclust.trained.weights import Network, fresh_of, weights_embedder
 
 log = logging.getLogger("deepclust")
 BASELINES = Beside()

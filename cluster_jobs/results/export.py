@@ -17,18 +17,19 @@ import numpy as np
 from cluster_jobs.results import model_card
 from cluster_jobs.results.evaluate import chosen_checkpoint
 from deepclust.errors import RecipeError
+from deepclust.export import elsewhere
+from deepclust.export.backbone import Exported, Head, export_backbone, usage_of, weights_hash
 from deepclust.files import atomic_file, file_hash, target_of, write_text
 from deepclust.methods.base import Method
 from deepclust.run.directory import Run, open_run
-from deepclust.stages import export_clusters, export_elsewhere
-from deepclust.stages.answers import Columns
-from deepclust.stages.classifier import head_of
-from deepclust.stages.cluster_head import ClusterHead, cluster_head_of, images_to_clusters
-from deepclust.stages.export import Exported, Head, export_backbone, usage_of, weights_hash
-from deepclust.stages.labelling import Answers
-from deepclust.stages.saved import embedder_of
-from deepclust.stages.trained import Labeller, best_labeller_of, labeller_of
 from deepclust.stages.warm_start import export_meta
+from deepclust.trained import export_clusters
+from deepclust.trained.answers import Columns
+from deepclust.trained.classifier import head_of
+from deepclust.trained.cluster_head import ClusterHead, cluster_head_of, images_to_clusters
+from deepclust.trained.labelling import Answers
+from deepclust.trained.saved import embedder_of
+from deepclust.trained.trained_run import Labeller, best_labeller_of, labeller_of
 
 log = logging.getLogger("deepclust")
 Tell = Callable[[str], None]
@@ -82,8 +83,8 @@ def export_run(
     """Export the backbone of a run, in a format (default: that of the suffix).
 
     In safetensors the classifier of its seeds is beside it, where it answers classes. With
-    `classifier` the file tells clusters too (`stages/export_clusters.py`). `card` is a file for the
-    model card, which a folder has as its README.md anyway.
+    `classifier` the file tells clusters too (`trained/export_clusters.py`). `card` is a file
+    for the model card, which a folder has as its README.md anyway.
 
     `emit` is given what to know about it, such as that a newer checkpoint cannot be read. Raises
     `RecipeError` for a run without clusters, and for a format that cannot hold it.
@@ -160,7 +161,7 @@ def _program(asked: _Asked, given: _Given) -> Exported:
     """Write images to clusters as one file."""
     assert given.program is not None
     trunk = given.method.trunk
-    export_elsewhere.check(trunk, asked.format)
+    elsewhere.check(trunk, asked.format)
     module = images_to_clusters(given.method, given.program)
     export_clusters.write_program(module, asked.file, asked.format, export_meta(asked.run))
     weights = weights_hash(trunk.export_state())

@@ -25,8 +25,8 @@ from deepclust.errors import DataError
 from deepclust.files import target_of
 from deepclust.run.directory import Run, has_file, manifest, open_run
 from deepclust.run.round_files import read_array, read_assignments
-from deepclust.stages.labelling import Labels, label
-from deepclust.stages.trained import Labeller, best_labeller_of, labeller_of
+from deepclust.trained.labelling import Labels, label
+from deepclust.trained.trained_run import Labeller, best_labeller_of, labeller_of
 
 SCHEMA = pa.schema(
     {

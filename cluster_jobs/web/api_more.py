@@ -23,7 +23,7 @@ from deepclust.errors import RecipeError
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
 from deepclust.stages.data_index import open_data_index
-from deepclust.stages.trained import choose_round
+from deepclust.trained.trained_run import choose_round
 
 router = APIRouter(prefix="/api")
 EXPORTS = ("export", "evaluations")  # folders of a run whose files are handed out

@@ -26,7 +26,7 @@ from deepclust.data.shards.keys import read_keys
 from deepclust.errors import DataError, RecipeError
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_array, read_assignments
-from deepclust.stages.trained import choose_round, seeded_classes
+from deepclust.trained.trained_run import choose_round, seeded_classes
 
 MOST_VIEWS = 4
 MOST_HITS = 200

@@ -16,7 +16,7 @@ from cluster_jobs.web.answers import NotThereError
 from cluster_jobs.web.clusters import View
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_assignments
-from deepclust.stages.labelling import label, rule_of
+from deepclust.trained.labelling import label, rule_of
 
 MOST_COMPARED = 5000  # members, the nearest to the centroid
 TILE = 2**15  # rows

@@ -16,8 +16,8 @@ from deepclust.data.images.decode import DecodeError, decode
 from deepclust.errors import DataError
 from deepclust.run.directory import Run, has_file, is_done
 from deepclust.run.round_files import read_array
-from deepclust.stages.labelling import label
-from deepclust.stages.trained import Labeller, labeller_of
+from deepclust.trained.labelling import label
+from deepclust.trained.trained_run import Labeller, labeller_of
 
 MOST_NETWORKS = 2
 MOST_COMPARED = 20_000  # members of the cluster, the nearest to its centroid

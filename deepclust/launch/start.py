@@ -221,7 +221,7 @@ def look_over(run: Run, show: Show) -> None:
     file = run.path / "export" / "backbone.safetensors"
     if not hashes or (file.is_file() and file_hash(file) == hashes[-1]):
         return
-    from deepclust.stages.again import export_again  # imports torch
+    from deepclust.trained.again import export_again  # imports torch
 
     written = export_again(run, file)
     run.event("exported", file=str(file), hash=written.hash)

@@ -13,6 +13,7 @@ from deepclust import __version__
 from deepclust.data.shards.find import is_remote
 from deepclust.data.shards.index import Index
 from deepclust.errors import DataError, RecipeError
+from deepclust.export.backbone import is_export, load_backbone
 from deepclust.files import write_json
 from deepclust.models import Backbone, start_weights
 from deepclust.recipe import Recipe
@@ -22,7 +23,6 @@ from deepclust.run.checkpoint import Checkpoint, counting_weights, load, load_la
 from deepclust.run.directory import Run, exists, has_file, is_done, manifest
 from deepclust.run.round_files import read_array, read_facts, read_whitening
 from deepclust.stages.data_index import open_data_index, open_kept_index
-from deepclust.stages.export import is_export, load_backbone
 
 
 def load_weights(backbone: Backbone, source: str) -> str:

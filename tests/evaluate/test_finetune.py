@@ -18,7 +18,7 @@ from deepclust.methods.base import Method
 from deepclust.methods.embed import Embedder
 from deepclust.models import build_backbone
 from deepclust.recipe.sections import Data
-from deepclust.stages.saved import Alone
+from deepclust.trained.saved import Alone
 from tests.evaluate.blobs import splits
 from tests.images import make_shards
 

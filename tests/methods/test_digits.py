@@ -18,7 +18,7 @@ from deepclust import Recipe, open_index, pretrain
 from deepclust.evaluate import evaluate_features
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
-from deepclust.stages.saved import fresh_embedder
+from deepclust.trained.saved import fresh_embedder
 from tests.images import encode, write_tar
 
 pytestmark = pytest.mark.slow

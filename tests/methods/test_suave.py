@@ -17,8 +17,8 @@ from deepclust.methods.parts.labelled import labelled
 from deepclust.methods.suave.method import Method as Suave
 from deepclust.models import build_backbone
 from deepclust.recipe.named import part_of
-from deepclust.stages.answers import parts_of
 from deepclust.stages.build import wrap_ddp
+from deepclust.trained.answers import parts_of
 from deepclust.world import ALONE, World
 from tests.methods.cases import CLASSES, batch, method, mixed, recipe
 from tests.methods.cases import share as part_of_batch

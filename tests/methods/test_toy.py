@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 
 from cluster_jobs.results.evaluate import load_trunk
 from deepclust import load_backbone
+from deepclust.export.backbone import weights_hash
 from deepclust.models import build_backbone
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
-from deepclust.stages.export import weights_hash
 from deepclust.stages.warm_start import load_weights
 from tests.killing import kill_when, start, training
 from tests.methods.cases import CASES, TOY

@@ -19,11 +19,11 @@ import torchvision
 from torch import Tensor
 
 from deepclust.errors import DataError, MissingError, RecipeError
+from deepclust.export.backbone import export_backbone
 from deepclust.models import Backbone, build_backbone, start_weights
 from deepclust.models.layouts import match
 from deepclust.models.start_weights import load_foreign
 from deepclust.recipe import HUBS
-from deepclust.stages.export import export_backbone
 from deepclust.stages.warm_start import load_weights
 
 State = dict[str, Tensor]

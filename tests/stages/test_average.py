@@ -14,17 +14,17 @@ from torch import nn
 from cluster_jobs.results.evaluate import load_trunk
 from deepclust import load_backbone, pretrain
 from deepclust.errors import DataError, RecipeError
+from deepclust.export.backbone import weights_hash
 from deepclust.launch.start import resume
 from deepclust.methods.base import Method
 from deepclust.models import build_backbone
 from deepclust.run.checkpoint import average_dir
 from deepclust.run.directory import Run
 from deepclust.stages import average
-from deepclust.stages.again import export_again
 from deepclust.stages.average import Average, measure_statistics
-from deepclust.stages.export import weights_hash
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.warm_start import load_weights
+from deepclust.trained.again import export_again
 from deepclust.world import ALONE, World
 from tests.methods.cases import CASES, batch, method, recipe, share
 from tests.ranks import on_ranks

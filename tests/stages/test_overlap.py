@@ -16,7 +16,7 @@ from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.launch.start import prepare_run, resume, run_stage
 from deepclust.run.directory import Run, is_done
 from deepclust.run.round_files import read_whitening
-from deepclust.stages.saved import fresh_embedder
+from deepclust.trained.saved import fresh_embedder
 from tests.killing import Moment, extracting, kill_when, pause_when, stages_done_twice, start
 from tests.tiny import assert_same_run, assignments, deepclust, tiny_recipe
 

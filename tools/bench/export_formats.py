@@ -29,9 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools/bench/clustering")]
 
 import report  # noqa: E402
 
+from deepclust.export.backbone import FORMATS, export_backbone  # noqa: E402
 from deepclust.models import Backbone, build_backbone  # noqa: E402
-from deepclust.stages.export import FORMATS, export_backbone  # noqa: E402
-from tests.stages.test_export_elsewhere import loaded  # noqa: E402
+from tests.export.test_elsewhere import loaded  # noqa: E402
 
 META = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize": 256}
 SUFFIX = {"torchvision": ".pth", "safetensors": ".safetensors", "timm": ".safetensors"}

@@ -248,7 +248,7 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
     """Return features of the recipe's network: at random initialisation, or trained."""
     from cluster_jobs.results.evaluate import load_embedder
     from deepclust.run.directory import Run
-    from deepclust.stages.saved import fresh_embedder
+    from deepclust.trained.saved import fresh_embedder
 
     wanted = recipe(args, kind, seed)
     if kind == "random":

@@ -127,7 +127,7 @@ def network(
     from cluster_jobs.results.evaluate import load_embedder
     from deepclust.run.checkpoint import load_latest
     from deepclust.run.directory import Run
-    from deepclust.stages.saved import fresh_embedder
+    from deepclust.trained.saved import fresh_embedder
 
     wanted = recipe(args, seed)
     if kind == "pixels":

@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools/bench/clustering")]
 import report  # noqa: E402
 
 from deepclust import Recipe, pretrain  # noqa: E402
+from deepclust.export.backbone import export_backbone  # noqa: E402
 from deepclust.models import Backbone, build_backbone  # noqa: E402
 from deepclust.run.directory import Run, exists  # noqa: E402
-from deepclust.stages.export import export_backbone  # noqa: E402
 from deepclust.stages.warm_start import load_weights  # noqa: E402
 
 NETWORKS = {"resnet18": 64, "timm/vit_tiny_patch16_224": 64}

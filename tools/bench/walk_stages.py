@@ -48,8 +48,8 @@ from deepclust.run.state import State
 from deepclust.seeds.table import load
 from deepclust.stages import cluster
 from deepclust.stages.extract import ExtractContext, extract
-from deepclust.stages.labelling import label, rule_of
 from deepclust.stages.project import project
+from deepclust.trained.labelling import label, rule_of
 from deepclust.world import ALONE, World
 
 SHARD = 5_000  # samples

@@ -20,7 +20,7 @@ from deepclust.evaluate import baselines as measured
 from deepclust.evaluate import evaluate_features
 from deepclust.run.directory import Run
 from deepclust.run.scores import flat_scores
-from deepclust.stages.saved import fresh_embedder
+from deepclust.trained.saved import fresh_embedder
 from tests.tiny import tiny_recipe, tiny_shards
 
 NAMES = ["knn", "spherical_clusters"]

@@ -28,7 +28,7 @@ from deepclust.files import file_hash
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.run.round_files import read_whitening
-from deepclust.stages.saved import fresh_embedder
+from deepclust.trained.saved import fresh_embedder
 from tests.methods.cases import CASES
 from tests.methods.cases import TOY as TOY_METHOD
 from tests.tiny import deepclust, tiny_recipe, tiny_shards

@@ -13,7 +13,7 @@ from cluster_jobs.results.evaluate_weights import evaluate_weights, is_weights
 from deepclust import pretrain
 from deepclust.errors import DataError, RecipeError
 from deepclust.models import build_backbone, start_weights
-from deepclust.stages.weights import Network, fresh_of, weights_embedder
+from deepclust.trained.weights import Network, fresh_of, weights_embedder
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
 
 

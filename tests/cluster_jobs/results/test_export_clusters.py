@@ -30,8 +30,8 @@ from deepclust.data.read.loader import Loader, Request
 from deepclust.errors import DataError, RecipeError
 from deepclust.run.directory import Run, has_file
 from deepclust.run.round_files import read_array
-from deepclust.stages.cluster_head import TIES
-from deepclust.stages.trained import labeller_of
+from deepclust.trained.cluster_head import TIES
+from deepclust.trained.trained_run import labeller_of
 from tests.methods.cases import CASES
 from tests.tiny import tiny_recipe
 

@@ -15,7 +15,7 @@ from deepclust.evaluate.finetune import finetune
 from deepclust.evaluate.frozen import FineTuning, Images, freeze_shards
 from deepclust.run.directory import Run
 from deepclust.run.labels import class_names
-from deepclust.stages.saved import fresh_embedder
+from deepclust.trained.saved import fresh_embedder
 
 ONE = FineTuning(epochs=1, least=2, batch=100)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import cast
 
 from deepclust.errors import RecipeError
+from deepclust.export.backbone import is_export
 from deepclust.methods.base import Method
 from deepclust.methods.embed import Embedder
 from deepclust.models import BACKBONES, Backbone, build_backbone, start_weights
 from deepclust.recipe.sections import Data
-from deepclust.stages.export import is_export
-from deepclust.stages.saved import Alone, best_device, file_embedder
+from deepclust.trained.saved import Alone, best_device, file_embedder
 
 SIZE = 224  # pixels, of most released weights
 

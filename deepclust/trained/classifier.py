@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deepclust.errors import DataError, DeepclustError
+from deepclust.export.backbone import CLASSIFIER, Head, read_export, weights_hash
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting
 from deepclust.models import Backbone
@@ -26,8 +27,7 @@ from deepclust.recipe import Recipe
 from deepclust.recipe.named import part_of, section_of
 from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.run.directory import Run
-from deepclust.stages.answers import Columns, columns_of, parts_of, try_answer
-from deepclust.stages.export import CLASSIFIER, Head, read_export, weights_hash
+from deepclust.trained.answers import Columns, columns_of, parts_of, try_answer
 from deepclust.world import ALONE
 
 LARGEST = 2**20  # columns of a classifier, or clusters

@@ -12,9 +12,9 @@ import torchvision.transforms.v2 as transforms
 from PIL import Image
 
 from deepclust.errors import DataError
+from deepclust.export.backbone import export_backbone, load_backbone
+from deepclust.export.preprocess import Preprocess
 from deepclust.models import build_backbone
-from deepclust.stages.export import export_backbone, load_backbone
-from deepclust.stages.preprocess import Preprocess
 
 META = {"image_size": 32, "resize": 40, "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]}
 

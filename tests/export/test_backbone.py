@@ -11,9 +11,8 @@ import safetensors.torch
 import torch
 
 from deepclust.errors import DataError, DiskError, NumericalError, RecipeError
+from deepclust.export.backbone import export_backbone, load_backbone
 from deepclust.models import Backbone, build_backbone
-from deepclust.stages import export
-from deepclust.stages.export import export_backbone, load_backbone
 
 META = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "run": "abc"}
 
@@ -115,7 +114,9 @@ def test_a_file_that_reads_back_differently_never_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b").write_text("older")
-    monkeypatch.setattr(export, "load_backbone", lambda path: trained("conv4").train())
+    monkeypatch.setattr(
+        "deepclust.export.backbone.load_backbone", lambda path: trained("conv4").train()
+    )
     with pytest.raises(DataError, match="other features"):
         export_backbone(trained("conv4"), tmp_path / "b", "safetensors", meta={})
     assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import deepclust
 from deepclust import files
 from deepclust.errors import DataError, RecipeError
+from deepclust.export import program
+from deepclust.export.program import Traced
 from deepclust.models import Backbone, libraries
-from deepclust.stages import export_program
-from deepclust.stages.export_program import Traced
 
 SAME_IN_TIMM = ("resnet", "resnext", "wide_resnet", "densenet")  # of torchvision's, by name
 OUTPUT = "features"
@@ -219,29 +219,29 @@ def model_card(backbone: Backbone, meta: dict[str, Any]) -> str:
 
 
 def _write_onnx(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
-    export_program.write_onnx(_traced(backbone, meta), path)
+    program.write_onnx(_traced(backbone, meta), path)
 
 
 def _read_onnx(backbone: Backbone, path: Path) -> Reloaded:
-    outputs = export_program.read_onnx(path)
+    outputs = program.read_onnx(path)
     return lambda images: outputs(images)[0]
 
 
 def _onnx_usage(backbone: Backbone, path: Path) -> str:
-    return export_program.onnx_usage(path, (OUTPUT,))
+    return program.onnx_usage(path, (OUTPUT,))
 
 
 def _write_program(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
-    export_program.write_program(_traced(backbone, meta), path)
+    program.write_program(_traced(backbone, meta), path)
 
 
 def _read_program(backbone: Backbone, path: Path) -> Reloaded:
-    outputs = export_program.read_program(path)
+    outputs = program.read_program(path)
     return lambda images: outputs(images)[0]
 
 
 def _program_usage(backbone: Backbone, path: Path) -> str:
-    return export_program.program_usage(path, (OUTPUT,))
+    return program.program_usage(path, (OUTPUT,))
 
 
 def _traced(backbone: Backbone, meta: dict[str, Any]) -> Traced:

@@ -1,6 +1,6 @@
 """Export a trained backbone, and load it again.
 
-Two formats hold the backbone's weights under the network's own names (`export_elsewhere.py` has
+Two formats hold the backbone's weights under the network's own names (`elsewhere.py` has
 those of other libraries).
 
 - `torchvision`: a `.pth` state dict of plain tensors (loads with `weights_only=True`) for
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import deepclust
 from deepclust import files
 from deepclust.errors import DataError, NumericalError, RecipeError
+from deepclust.export import elsewhere
+from deepclust.export.preprocess import Preprocess
 from deepclust.models import Backbone, build_backbone, libraries
-from deepclust.stages import export_elsewhere as elsewhere
-from deepclust.stages.preprocess import Preprocess
 
 FORMATS = ("torchvision", "safetensors", *elsewhere.TARGETS)
 HEADER = "deepclust"  # the key of our JSON in a safetensors header
@@ -135,7 +135,7 @@ def load_backbone(path: str | Path) -> Backbone:
 
     It is on the CPU, in eval mode. `net(images)` takes normalised float images [b, 3, h, w] to
     features [b, net.dim]. `net.meta` is the header, where `mean` and `std` say how images were
-    normalised in training. `net.preprocess(image)` does it (`stages.preprocess`). Nothing in the
+    normalised in training. `net.preprocess(image)` does it (`preprocess.py`). Nothing in the
     file is executed.
 
     Raises `DataError` for a file that is broken or not such an export.

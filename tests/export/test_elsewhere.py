@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from deepclust.errors import DataError, RecipeError
+from deepclust.export import elsewhere
+from deepclust.export.backbone import export_backbone
 from deepclust.models import Backbone, build_backbone
-from deepclust.stages import export_elsewhere as elsewhere
-from deepclust.stages.export import export_backbone
 
 META = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize": 36, "method": "swav"}
 CASES = [

@@ -28,7 +28,7 @@ LARGEST = 2**14  # pixels of the shorter side
 
 @dataclass(frozen=True)
 class Preprocess:
-    """An image to a normalised crop, by the header of an export (`stages.export.KEYS`).
+    """An image to a normalised crop, by the header of an export (`backbone.KEYS`).
 
     `net(net.preprocess(image)[None])` are the features of one image. An image is a path, the bytes
     of a file, a PIL image, or a uint8 tensor [3, h, w] of RGB. Images of more than 8 bits are read

@@ -34,8 +34,8 @@ from deepclust.run.best import load_best
 from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, has_file, manifest, open_run
 from deepclust.run.round_files import read_facts
-from deepclust.stages.answers import columns_of
-from deepclust.stages.labelling import (
+from deepclust.trained.answers import columns_of
+from deepclust.trained.labelling import (
     Answers,
     Labels,
     Projection,
@@ -44,7 +44,7 @@ from deepclust.stages.labelling import (
     projection_of,
     rule_of,
 )
-from deepclust.stages.saved import Tell, checkpoint_of_round, embedder_of, newest
+from deepclust.trained.saved import Tell, checkpoint_of_round, embedder_of, newest
 
 log = logging.getLogger("deepclust")
 

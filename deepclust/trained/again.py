@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepclust.errors import DataError
+from deepclust.export.backbone import Exported, Head, export_backbone
 from deepclust.run import checkpoint, labels
 from deepclust.run.directory import Run
 from deepclust.stages.build import build_method
-from deepclust.stages.classifier import head_of
-from deepclust.stages.export import Exported, Head, export_backbone
 from deepclust.stages.warm_start import backbone_part, export_meta
+from deepclust.trained.classifier import head_of
 from deepclust.world import ALONE
 
 

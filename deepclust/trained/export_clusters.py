@@ -21,8 +21,10 @@ import torch
 
 from deepclust import files
 from deepclust.errors import DataError, RecipeError
-from deepclust.stages import export_elsewhere, export_program
-from deepclust.stages.cluster_head import (
+from deepclust.export import elsewhere, program
+from deepclust.export.backbone import CLUSTERS, HEADER, Head, part_of, weights_hash
+from deepclust.export.program import Traced
+from deepclust.trained.cluster_head import (
     OUTPUTS,
     OWN,
     ClusterHead,
@@ -31,13 +33,11 @@ from deepclust.stages.cluster_head import (
     cluster_head_from,
     same_clusters,
 )
-from deepclust.stages.export import CLUSTERS, HEADER, Head, part_of, weights_hash
-from deepclust.stages.export_program import Traced
 
 PROGRAMS = {
-    "onnx": (export_program.write_onnx, export_program.read_onnx, export_program.onnx_usage),
+    "onnx": (program.write_onnx, program.read_onnx, program.onnx_usage),
     "torch-export": (
-        export_program.write_program, export_program.read_program, export_program.program_usage,
+        program.write_program, program.read_program, program.program_usage,
     ),
 }  # fmt: skip
 BESIDE = "clusters.safetensors"
@@ -54,7 +54,7 @@ def write_program(module: ImagesToClusters, path: Path, format: str, facts: dict
     about = module.head.about
     facts = {**facts, "name": module.name, "names": about["names"], "round": about["round"]}
     traced = Traced(module, module.image_size, OUTPUTS, facts)
-    with files.atomic_file(path) as partial, export_elsewhere.quiet():
+    with files.atomic_file(path) as partial, elsewhere.quiet():
         write(traced, partial)
         outputs = read(partial)
         random = torch.Generator().manual_seed(0)

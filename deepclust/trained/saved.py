@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deepclust.errors import DataError, RecipeError
+from deepclust.export.backbone import load_backbone
 from deepclust.methods.base import Method
 from deepclust.methods.embed import Embedder
 from deepclust.models import Backbone
@@ -28,7 +29,6 @@ from deepclust.run.checkpoint import (
 from deepclust.run.directory import Run
 from deepclust.run.labels import class_names
 from deepclust.stages.build import build_method
-from deepclust.stages.export import load_backbone
 from deepclust.world import World
 
 Tell = Callable[[str], None]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from deepclust.errors import DataError
 from deepclust.methods.base import Method
-from deepclust.stages.labelling import Answers, Balanced, Nearest, Projection, Rule
-from deepclust.stages.trained import Labeller
+from deepclust.trained.labelling import Answers, Balanced, Nearest, Projection, Rule
+from deepclust.trained.trained_run import Labeller
 
 TIES = 2e-2  # a smaller margin: kernels that sum in another order may decide otherwise
 OUTPUTS = ("clusters", "distances", "margins")
