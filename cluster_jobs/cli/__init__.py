@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from cluster_jobs.cli import begin, data, going_on, results, runs, stages
+from cluster_jobs.cli import begin, common, data, going_on, results, runs, stages
 from cluster_jobs.cli.common import log
 from deepclust import __version__
 from deepclust.errors import DeepclustError, DiskError, lack_of_memory, redact
@@ -78,6 +78,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -86,3 +87,4 @@ def options(
     ] = False,
 ) -> None:
     """Pretrain image backbones by clustering."""
+    context.call_on_close(common.ended)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STILL_S = 10.0  # between two lines of `begun`
+BEAT = "what was begun"  # the name of a thread
 WIDE = 200  # columns of a table where there is no terminal
+_going_on: list[threading.Event] = []
 RunDir = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="The run directory.", autocompletion=complete.runs),
@@ -87,18 +89,27 @@ def log(text: str) -> None:
 
 
 def begun(text: str) -> None:
-    """Say what begins, before anything slow is imported, and then that it goes on, to the end.
+    """Say what begins, before anything slow is imported, and then that it goes on, until `ended`.
 
     Descriptor 2 is another one while an image is decoded (`complaints.py`), so this has its own.
     """
     log(text)
+    over = threading.Event()
     with contextlib.suppress(OSError):  # there may be no stderr
-        beats = (os.dup(2), visible(text).encode(errors="replace"), time.monotonic())
-        threading.Thread(target=_beat, args=beats, daemon=True).start()
+        words = (os.dup(2), visible(text).encode(errors="replace"), over)
+        threading.Thread(target=_beat, args=words, daemon=True, name=BEAT).start()
+        _going_on.append(over)
 
 
-def _beat(stderr: int, text: bytes, began: float) -> None:
+def ended() -> None:
+    """Say no more of what was begun: the command has ended, well or not."""
+    while _going_on:
+        _going_on.pop().set()
+
+
+def _beat(stderr: int, text: bytes, over: threading.Event) -> None:
+    began = time.monotonic()
     with contextlib.suppress(OSError):
-        while True:
-            time.sleep(STILL_S)
+        while not over.wait(STILL_S):
             os.write(stderr, text + f": {duration(time.monotonic() - began)} so far\n".encode())
+    os.close(stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cluster_jobs import cli
+from cluster_jobs.cli import common
 from deepclust import Recipe, __version__
 from deepclust.run.directory import Run
 from tests.tiny import deepclust, tiny_recipe, tiny_shards
@@ -92,6 +95,18 @@ def letters(text: str) -> str:
 
 def test_version_prints_the_version() -> None:
     assert deepclust("--version").stdout == f"deepclust {__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["moco-v2-fashion", "no-such-recipe"])
+def test_what_a_command_has_begun_ends_with_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(common, "STILL_S", 0.01)
+    words = ["estimate", name, "--device", "a100", "--samples", "60000"]
+    done = CliRunner().invoke(cli.app, words)
+    assert (done.exit_code == 0) is (name == "moco-v2-fashion")
+    for thread in threading.enumerate():
+        if thread.name == common.BEAT:
+            thread.join(5.0)
+            assert not thread.is_alive()
 
 
 def test_a_bad_option_is_usage_and_exits_with_2() -> None:
