@@ -87,7 +87,9 @@ def onnx_usage(path: Path, outputs: tuple[str, ...]) -> str:
 
 def program_usage(path: Path, outputs: tuple[str, ...]) -> str:
     """Return lines that load a program of torch.export."""
-    lines = f"import torch\nnet = torch.export.load({str(path)!r}).module()"
+    # by its name torch takes a file without that suffix too, but with a warning
+    given = repr(str(path)) if path.suffix == ".pt2" else f"open({str(path)!r}, 'rb')"
+    lines = f"import torch\nnet = torch.export.load({given}).module()"
     return lines if len(outputs) == 1 else f"{lines}\n{', '.join(outputs)} = net(images)"
 
 

@@ -31,10 +31,11 @@ TREE = {
     },
     "backbone": {"name": "conv4"},
     "train": {
-        "epochs": 40, "batch": 64, "threads": 1, "lr": 0.1, "weight_decay": 1e-4,
+        "epochs": 20, "batch": 64, "threads": 1, "lr": 0.1, "weight_decay": 1e-4,
         "schedule": "cosine", "head_momentum": 0.9, "device": "cpu", "checkpoint": "40 epochs",
     },
 }  # fmt: skip
+LONGER = {**TREE["train"], "epochs": 40}  # for those that are not there after 20 epochs
 METHODS = {
     "deepcluster": {"cluster": {"k": 30, "dim": 32, "every": "90 steps"}},
     "deepcluster-v2": {
@@ -43,6 +44,7 @@ METHODS = {
     },
     "deepercluster": {
         "method": {"name": "deepercluster"},
+        "train": LONGER,
         "cluster": {"k": 30, "supers": 2, "dim": 32, "every": "90 steps"},
     },
     "dino": {
@@ -76,6 +78,7 @@ METHODS = {
     },
     "sela": {
         "method": {"name": "sela", "heads": 1},
+        "train": LONGER,
         "cluster": {"k": 30, "every": "12 rounds"},
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
@@ -88,7 +91,10 @@ METHODS = {
         "method": {"name": "suave", "free": 20, "hidden": 128, "out": 64},
         "seeds": {"labels": "shards", "per_class": 5, "share": 0.25},
     },
-    "byol": {"method": {"name": "byol", "hidden": 128, "out": 64, "momentum": 0.99}},
+    "byol": {
+        "method": {"name": "byol", "hidden": 128, "out": 64, "momentum": 0.99},
+        "train": LONGER,
+    },
 }
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -263,6 +264,7 @@ def test_without_an_address_a_run_gets_a_ray_of_its_own_on_loopback(
     deepclust("submit", file, "--on", "ray", "--run", run)
     while not training(run):
         assert status.status(Run(run)).state in ("PENDING", "RUNNING")
+        time.sleep(0.05)
     opened = [address for pid in family(owner_pid(run) or 0) for address in listening(pid)]
     assert opened
     assert [address for address in opened if not address.is_loopback] == []
