@@ -81,4 +81,6 @@ def disk_of(
     held = [sum(rows[max(0, i - keep.features) : i]) for i in range(len(rows) + 1)]
     making = [before + one.rows + one.raw for before, one in zip(held, rounds, strict=False)]
     end = fixed + held[-1]
-    return end, max(end + checkpoint, fixed + max(making, default=0.0))
+    # a checkpoint that is written is beside the oldest one that is kept, before the export
+    beside = checkpoint - out if counts.checkpoints > keep.checkpoints else 0.0
+    return end, max(end + max(0.0, beside), fixed + max(making, default=0.0))
