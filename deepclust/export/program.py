@@ -87,9 +87,10 @@ def onnx_usage(path: Path, outputs: tuple[str, ...]) -> str:
 
 def program_usage(path: Path, outputs: tuple[str, ...]) -> str:
     """Return lines that load a program of torch.export."""
-    # by its name torch takes a file without that suffix too, but with a warning
-    given = repr(str(path)) if path.suffix == ".pt2" else f"open({str(path)!r}, 'rb')"
-    lines = f"import torch\nnet = torch.export.load({given}).module()"
+    lines = f"import torch\nnet = torch.export.load({str(path)!r}).module()"
+    if path.suffix != ".pt2":  # by its name torch takes such a file too, but with a warning
+        opened = f"with open({str(path)!r}, 'rb') as file:"
+        lines = f"import torch\n{opened}\n    net = torch.export.load(file).module()"
     return lines if len(outputs) == 1 else f"{lines}\n{', '.join(outputs)} = net(images)"
 
 
