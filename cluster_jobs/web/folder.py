@@ -157,10 +157,11 @@ def _lacks(value: object) -> bool:
 def stamp_of(run_dir: Path) -> Stamp:
     """Return times and sizes that change when a run's status does."""
     base = str(run_dir)  # a Path of each file would take longer than to look at it
-    return tuple(part for name in WATCHED for part in _facts(f"{base}/{name}"))
+    return tuple(part for name in WATCHED for part in facts_of(f"{base}/{name}"))
 
 
-def _facts(path: str) -> tuple[int, int]:
+def facts_of(path: str) -> tuple[int, int]:
+    """Return the time and the size of a file, zeros where it is gone."""
     try:
         seen = os.stat(path, follow_symlinks=False)
     except OSError:

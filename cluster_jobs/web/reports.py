@@ -6,14 +6,13 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 
 from cluster_jobs.report import write_report
+from cluster_jobs.web.folder import facts_of
 from deepclust.run.directory import Run
 
 MOST_KEPT = 4  # of at most some 15 MB each
-DEPTH = 3  # folders below the run that are looked into: those of a stage are below rounds/N
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -28,7 +27,7 @@ class Reports:
     def page(self, run: Run) -> str:
         """Return the report of a run as HTML: written again where a file of the run has changed."""
         with self._lock:
-            stamp = tuple(sorted(_files(run.path, DEPTH)))
+            stamp = _stamp(run.path)
             known = self._known.pop(run.path, None)
             if known is None or known[0] != stamp:
                 known = stamp, _written(run)
@@ -43,11 +42,7 @@ def _written(run: Run) -> str:
         return write_report(run.path, Path(folder) / "report.html").read_text("utf-8")
 
 
-def _files(folder: Path | os.DirEntry[str], depth: int) -> Iterator[tuple[str, int, int]]:
-    """Yield the path, time and size of all that is in a folder, so many folders deep."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            seen = entry.stat(follow_symlinks=False)
-            yield entry.path, seen.st_mtime_ns, seen.st_size
-            if depth and entry.is_dir(follow_symlinks=False):
-                yield from _files(entry, depth - 1)
+def _stamp(folder: Path) -> Stamp:
+    """Return what changes with the files of a run, which come and go while it is made."""
+    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return tuple(sorted((path, *facts_of(path)) for path in paths))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import os
 import re
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from starlette.testclient import TestClient
 from cluster_jobs.web.form import overrides_of
 from cluster_jobs.web.html import REFRESH_S, curve, refresh_of
 from cluster_jobs.web.pages import _forms
-from cluster_jobs.web.reports import Reports
+from cluster_jobs.web.reports import Reports, _stamp
 from cluster_jobs.web.serve import make_app
 from deepclust import open_index
 from deepclust.run.directory import Run
@@ -60,6 +62,29 @@ def test_a_report_is_written_again_only_where_the_run_has_changed(tmp_path: Path
     assert reports.page(run) is first
     os.utime(run.round(0) / "assignments" / "statistics.json")
     assert reports.page(run) is not first
+
+
+def test_a_report_is_written_while_files_of_the_run_come_and_go(tmp_path: Path) -> None:
+    run = Run(make_run(tmp_path / "one", make_shards(tmp_path / "shards", n=48, classes=3)))
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            for number in range(50):
+                (run.path / f".file-{number}.tmp").mkdir()
+                (run.path / f".file-{number}.tmp" / "part").touch()
+            for folder in run.path.glob(".file-*.tmp"):
+                shutil.rmtree(folder)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            _stamp(run.path)
+    finally:
+        over.set()
+        thread.join()
+    assert "one" in Reports().page(run)
 
 
 def test_an_uploaded_image_is_answered_with_its_cluster_and_neighbours(final_run: Path) -> None:
