@@ -86,18 +86,17 @@ def compiled(_folder: Path) -> Finding:
     """Check that Python keeps its compiled modules: else every command compiles torch again."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
-        return Finding(YELLOW, "torch is missing")
-    place = Path(cache_from_source(spec.origin))
+        return Finding(YELLOW, "torch is missing", f"{INSTALL} torch torchvision")
+    place, again = Path(cache_from_source(spec.origin)), "every command compiles torch again"
     if place.exists():
         return Finding(GREEN, "torch is compiled")
-    if not sys.dont_write_bytecode and os.access(existing(place), os.W_OK):
-        return Finding(GREEN, "Python compiles modules when it first needs them")
-    why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else f"{place} is read-only"
-    packages = Path(spec.origin).parents[1]
-    return Finding(
-        YELLOW, f"every command compiles torch again, which takes seconds: {why}",
-        f"{sys.executable} -m compileall -q -j 0 {packages}",
-    )  # fmt: skip
+    if not os.access(existing(place), os.W_OK):
+        fix = "set PYTHONPYCACHEPREFIX to a folder that you can write"
+        return Finding(YELLOW, f"{again}: {existing(place)} is read-only", fix)
+    if sys.dont_write_bytecode:
+        fix = f"{sys.executable} -m compileall -q -j 0 {Path(spec.origin).parents[1]}"
+        return Finding(YELLOW, f"{again}: PYTHONDONTWRITEBYTECODE is set", fix)
+    return Finding(GREEN, "Python compiles modules when it first needs them")
 
 
 def faiss(_folder: Path) -> Finding:

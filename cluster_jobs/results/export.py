@@ -19,6 +19,7 @@ from cluster_jobs.results.evaluate import chosen_checkpoint
 from deepclust.errors import RecipeError
 from deepclust.export import elsewhere
 from deepclust.export.backbone import Exported, Head, export_backbone, usage_of, weights_hash
+from deepclust.export.program import PROGRAMS
 from deepclust.files import atomic_file, file_hash, target_of, write_text
 from deepclust.methods.base import Method
 from deepclust.run.directory import Run, open_run
@@ -110,7 +111,7 @@ def _with_clusters(asked: _Asked, emit: Tell, best: bool) -> _Given:
     """Return the weights of the last round, or the best ones, with what tells their clusters."""
     labeller = best_labeller_of(asked.run, emit) if best else labeller_of(asked.run, None, emit)
     method, step, rule = labeller.embedder.method, labeller.step, cluster_head_of(labeller)
-    if asked.format in export_clusters.PROGRAMS:
+    if asked.format in PROGRAMS:
         return _Given(method, step, program=rule)
     if isinstance(labeller.rule, Answers) and asked.format == "safetensors":
         return _Given(method, step, head=_answering_head(asked, labeller))

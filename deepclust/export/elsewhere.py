@@ -31,8 +31,7 @@ from torch import Tensor, nn
 import deepclust
 from deepclust import files
 from deepclust.errors import DataError, RecipeError
-from deepclust.export import program
-from deepclust.export.program import Traced
+from deepclust.export.program import PROGRAMS, Traced
 from deepclust.models import Backbone, libraries
 
 SAME_IN_TIMM = ("resnet", "resnext", "wide_resnet", "densenet")  # of torchvision's, by name
@@ -218,39 +217,27 @@ def model_card(backbone: Backbone, meta: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_onnx(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
-    program.write_onnx(_traced(backbone, meta), path)
-
-
-def _read_onnx(backbone: Backbone, path: Path) -> Reloaded:
-    outputs = program.read_onnx(path)
-    return lambda images: outputs(images)[0]
-
-
-def _onnx_usage(backbone: Backbone, path: Path) -> str:
-    return program.onnx_usage(path, (OUTPUT,))
-
-
-def _write_program(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
-    program.write_program(_traced(backbone, meta), path)
-
-
-def _read_program(backbone: Backbone, path: Path) -> Reloaded:
-    outputs = program.read_program(path)
-    return lambda images: outputs(images)[0]
-
-
-def _program_usage(backbone: Backbone, path: Path) -> str:
-    return program.program_usage(path, (OUTPUT,))
-
-
 def _traced(backbone: Backbone, meta: dict[str, Any]) -> Traced:
     return Traced(backbone, backbone.image_size, (OUTPUT,), {**meta, "name": backbone.name})
+
+
+def _program(format: str, *packages: str) -> Target:
+    """Return a target whose file is a program of the features alone."""
+    program = PROGRAMS[format]
+
+    def write(backbone: Backbone, path: Path, meta: dict[str, Any]) -> None:
+        program.write(_traced(backbone, meta), path)
+
+    def read(backbone: Backbone, path: Path) -> Reloaded:
+        outputs = program.read(path)
+        return lambda images: outputs(images)[0]
+
+    return Target(packages, write, read, lambda backbone, path: program.usage(path, (OUTPUT,)))
 
 
 TARGETS: dict[str, Target] = {
     "timm": Target(("timm",), _write_timm, _read_timm, _timm_usage, timm=True),
     "hf": Target(("timm",), _write_hf, _read_hf, _hf_usage, timm=True, folder=True),
-    "onnx": Target(("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx, _onnx_usage),
-    "torch-export": Target((), _write_program, _read_program, _program_usage),
+    "onnx": _program("onnx", "onnx", "onnxscript", "onnxruntime"),
+    "torch-export": _program("torch-export"),
 }

@@ -96,3 +96,18 @@ def program_usage(path: Path, outputs: tuple[str, ...]) -> str:
 
 def _any_batch() -> dict[str, Any]:
     return {"images": {0: torch.export.Dim("batch", min=1)}}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A format of programs: what writes one, what reads it again, and lines that load it."""
+
+    write: Callable[[Traced, Path], None]
+    read: Callable[[Path], Callable[[Tensor], Outputs]]
+    usage: Callable[[Path, tuple[str, ...]], str]
+
+
+PROGRAMS = {
+    "onnx": Program(write_onnx, read_onnx, onnx_usage),
+    "torch-export": Program(write_program, read_program, program_usage),
+}

@@ -21,9 +21,9 @@ import torch
 
 from deepclust import files
 from deepclust.errors import DataError, RecipeError
-from deepclust.export import elsewhere, program
+from deepclust.export import elsewhere
 from deepclust.export.backbone import CLUSTERS, HEADER, Head, part_of, weights_hash
-from deepclust.export.program import Traced
+from deepclust.export.program import PROGRAMS, Traced
 from deepclust.trained.cluster_head import (
     OUTPUTS,
     OWN,
@@ -34,12 +34,6 @@ from deepclust.trained.cluster_head import (
     same_clusters,
 )
 
-PROGRAMS = {
-    "onnx": (program.write_onnx, program.read_onnx, program.onnx_usage),
-    "torch-export": (
-        program.write_program, program.read_program, program.program_usage,
-    ),
-}  # fmt: skip
 BESIDE = "clusters.safetensors"
 REMEDY = "Write one with `deepclust export RUN --classifier --out FILE`."
 
@@ -50,13 +44,13 @@ def write_program(module: ImagesToClusters, path: Path, format: str, facts: dict
     `facts` go into the file, with the names of the clusters. Raises `DataError` where the file,
     read back, answers otherwise.
     """
-    write, read, _ = PROGRAMS[format]
+    program = PROGRAMS[format]
     about = module.head.about
     facts = {**facts, "name": module.name, "names": about["names"], "round": about["round"]}
     traced = Traced(module, module.image_size, OUTPUTS, facts)
     with files.atomic_file(path) as partial, elsewhere.quiet():
-        write(traced, partial)
-        outputs = read(partial)
+        program.write(traced, partial)
+        outputs = program.read(partial)
         random = torch.Generator().manual_seed(0)
         for count in (1, 3):
             images = torch.randn(count, 3, module.image_size, module.image_size, generator=random)
@@ -71,7 +65,7 @@ def write_program(module: ImagesToClusters, path: Path, format: str, facts: dict
 
 def usage_of(path: Path, format: str) -> str:
     """Return lines that load a program of images to clusters."""
-    return PROGRAMS[format][2](path, OUTPUTS)
+    return PROGRAMS[format].usage(path, OUTPUTS)
 
 
 def beside_usage(path: Path) -> str:

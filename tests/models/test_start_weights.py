@@ -161,20 +161,23 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(
 
 
 class Danger:
-    """What a pickle could execute."""
+    """What a pickle could execute: it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path("/tmp/deepclust-danger"),))
+        return (Path.touch, (self.file,))
 
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
-    torch.save({"state_dict": Danger()}, tmp_path / "w.pth")
+    torch.save({"state_dict": Danger(tmp_path / "made")}, tmp_path / "w.pth")
     (tmp_path / "half.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:50])
     torch.save([1], tmp_path / "list.pth")
     for name in ("w.pth", "half.pth", "list.pth"):
         with pytest.raises(DataError, match=name):
             load_foreign(conv4(), str(tmp_path / name))
-    assert not Path("/tmp/deepclust-danger").exists()
+    assert not (tmp_path / "made").exists()
     with pytest.raises(MissingError, match=r"none\.pth"):
         load_foreign(conv4(), str(tmp_path / "none.pth"))
 
