@@ -318,6 +318,17 @@ def test_a_cluster_worker_holds_a_gpu_unless_it_clusters_on_the_cpu() -> None:
     assert gpus == [9, 8, 8]
 
 
+def test_a_checkpoint_counts_twice_only_where_an_older_one_has_to_go() -> None:
+    def beyond_the_end(epochs: int) -> float:
+        words = (f"train.epochs={epochs}", "train.checkpoint=1 epoch", "keep.checkpoints=3")
+        made = estimate(imagenet("swav-resnet50-imagenet", *words), IMAGENET, H100).sizes
+        return made.disk_peak - made.disk
+
+    few, many = beyond_the_end(3), beyond_the_end(5)
+    assert few == 0
+    assert many > 4.0 * 23e6  # the weights at least, which the export has once
+
+
 def test_an_executor_gives_the_ranks_that_it_would_have() -> None:
     words = ["estimate", "deepcluster-resnet50-imagenet", "--samples", "1281167"]
     done = CliRunner().invoke(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster_jobs import status
+from cluster_jobs.ray.folders import TEMPORARY
 from deepclust.run.directory import Run
 from tests.cluster_jobs.ray.nodes import events
 from tests.cluster_jobs.slurm.slurm_here import SlurmHere
@@ -47,6 +48,11 @@ def until(moment: Callable[[], object], what: str = "the moment") -> None:
 def until_gone(slurm: SlurmHere, number: str) -> None:
     """Wait for the end of every process with that job's number in its environment."""
     until(lambda: not slurm.processes(number), "the end of every process of the job")
+
+
+def job_folders() -> set[Path]:
+    """Of jobs on this machine; a killed job of any earlier Slurm may have left one."""
+    return set(TEMPORARY.glob("dc-job-*"))
 
 
 def starts(run: Path, number: str) -> int:

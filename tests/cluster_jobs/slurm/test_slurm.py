@@ -13,11 +13,17 @@ from typing import Any
 import pytest
 
 from cluster_jobs import job_file
-from cluster_jobs.ray.folders import TEMPORARY
 from cluster_jobs.slurm import queue
 from deepclust import Recipe, pretrain
 from tests.cluster_jobs.ray.nodes import events, placed_at
-from tests.cluster_jobs.slurm.slurm_faults import FAULTS, starts, until, until_gone, watched
+from tests.cluster_jobs.slurm.slurm_faults import (
+    FAULTS,
+    job_folders,
+    starts,
+    until,
+    until_gone,
+    watched,
+)
 from tests.cluster_jobs.slurm.slurm_here import SlurmHere
 from tests.killing import stages_done_twice, training
 from tests.tiny import assert_same_run, deepclust, tiny_recipe
@@ -63,11 +69,6 @@ def begin(slurm: SlurmHere, shards: Path, tmp_path: Path) -> Iterator[Callable[.
         slurm.call("scancel", number)
         slurm.wait(number)
         until_gone(slurm, number)
-
-
-def job_folders() -> set[Path]:
-    """Of jobs on this machine; a killed job of any earlier Slurm may have left one."""
-    return set(TEMPORARY.glob("dc-job-*"))
 
 
 def state(run: Path) -> dict[str, Any]:

@@ -33,7 +33,14 @@ from deepclust import pretrain  # noqa: E402
 from deepclust.world import generator  # noqa: E402
 from tests import tiny  # noqa: E402 - the harness of the tests
 from tests.cluster_jobs.ray.nodes import events  # noqa: E402
-from tests.cluster_jobs.slurm.slurm_faults import FAULTS, Fault, starts, until, until_gone  # noqa: E402
+from tests.cluster_jobs.slurm.slurm_faults import (  # noqa: E402
+    FAULTS,
+    Fault,
+    job_folders,
+    starts,
+    until,
+    until_gone,
+)
 from tests.cluster_jobs.slurm.slurm_here import SlurmHere, running  # noqa: E402
 from tests.killing import stages_done_twice  # noqa: E402
 
@@ -75,7 +82,7 @@ def arguments() -> argparse.Namespace:
 def one(slurm: SlurmHere, work: Path, launcher: str, kind: str, number: int) -> dict[str, Any]:
     """One job, one fault, and what became of it."""
     run, fault = work / f"{kind.replace(' ', '-')}-{launcher}-{number}", FAULTS[kind]
-    name = submitted(work, run, launcher, fault)
+    before, name = job_folders(), submitted(work, run, launcher, fault)
     until(lambda: events(run, "training"), "training")
     time.sleep(generator(number, "bench", kind).uniform(0.0, 3.0))
     struck = time.time()
@@ -83,7 +90,7 @@ def one(slurm: SlurmHere, work: Path, launcher: str, kind: str, number: int) -> 
     state = slurm.wait(name, patience=300)
     until_gone(slurm, name)
     record = {"kind": kind, "launcher": launcher, "state": state, "starts": starts(run, name)}
-    record |= judged(run, whole(work, fault.epochs)) | timed(run, name, kind, struck)
+    record |= judged(run, whole(work, fault.epochs), before) | timed(run, name, kind, struck)
     print(json.dumps(record), flush=True)
     return record
 
@@ -101,14 +108,14 @@ def whole(work: Path, epochs: int) -> Path:
     return work / f"whole-{epochs}"
 
 
-def judged(run: Path, undisturbed: Path) -> dict[str, Any]:
+def judged(run: Path, undisturbed: Path, before: set[Path]) -> dict[str, Any]:
     """Whether the result is the undisturbed run's, and what was made twice."""
     try:
         tiny.assert_same_run(run, undisturbed)
         same = True
     except AssertionError:
         same = False
-    left = list(Path("/tmp").glob("dc-job-*"))
+    left = job_folders() - before
     return {"same": same, "twice": len(stages_done_twice(run)), "left": len(left)}
 
 
