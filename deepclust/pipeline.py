@@ -28,6 +28,7 @@ from deepclust.run import final_round
 from deepclust.run.checkpoint import State
 from deepclust.run.directory import is_done, prune
 from deepclust.run.round_files import find_whitening, read_statistics
+from deepclust.run.settled import settle
 from deepclust.stages import average, cluster, warm_start
 from deepclust.stages.bank import fill_bank, write_bank
 from deepclust.stages.build import Context, build_trainer, restore
@@ -46,8 +47,10 @@ def run(context: Context) -> None:
     try:
         state, targets = restore(context, trainer)
         began = state.step
-        if context.world.is_first and not timeline.finished(state):
-            final_round.drop(context.run)  # one of a shorter run, or of a checkpoint that was lost
+        if context.world.is_first:
+            if not timeline.finished(state):
+                final_round.drop(context.run)  # of a shorter run, or a checkpoint that was lost
+            settle(context.run)
         context.world.barrier()
         if timeline.evaluate_due(state) and not is_recorded(trainer, state):
             evaluate_now(trainer, state)  # a kill came between the checkpoint and the record

@@ -41,6 +41,7 @@ from deepclust.run.round_files import (
     read_excluded,
     read_kept,
 )
+from deepclust.run.settled import is_settled
 from deepclust.run.signs import computing
 from deepclust.seeds import round as seeded_round
 from deepclust.seeds.round import SeededRound
@@ -229,7 +230,12 @@ def advance(context: ClusterContext, number: int) -> None:
 
 
 def serve(context: ClusterContext, stopping: Callable[[], bool]) -> None:
-    """Watch the newest round and advance it until a stop is wanted, as the cluster worker."""
+    """Watch the newest round and advance it until a stop is wanted, as the cluster worker.
+
+    It begins when the first rank has settled the rounds of this attempt (`run.settled`).
+    """
+    while not (is_settled(context.run) or stopping()):
+        time.sleep(POLL_S)
     while not stopping():
         rounds = numbered(context.run.path / "rounds")
         if rounds:
