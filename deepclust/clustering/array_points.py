@@ -288,9 +288,9 @@ class ArrayPoints:
         if self.kept is not None:
             return Nearest(centroids, origin=self.kept.origin)
         search = SEARCHES[self.backend](centroids, type_of(self.rows) == torch.float16)
-        if isinstance(search, Nearest) and search.half:
+        if isinstance(search, Nearest):
             in_memory = self.n * self.rows[:1].nbytes if isinstance(self.rows, Tensor) else 0
-            if may_keep(self.n, search.width, in_memory):
+            if may_keep(self.n, search.row_bytes, in_memory):
                 self.kept = KeptRows.empty(self.n, search)
         return search
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from deepclust.clustering.tiles import Tile
 
 BITS = 51  # one less than the 52 of the fraction, since `on_grid` needs the next one
+MAGIC = 1.5 * 2.0**52  # times a grid: what is added to it keeps its multiples only
 
 
 def grid_of(largest: float, count: int) -> float:
@@ -34,12 +35,11 @@ def grid_of(largest: float, count: int) -> float:
 
 def on_grid(values: Float64[Tensor, " *shape"], grid: float) -> Float64[Tensor, " *shape"]:
     """Round to multiples of `grid` in place (half to even): adding 1.5 * 2^52 g drops the rest."""
-    magic = 1.5 * 2.0**52 * grid
+    magic = MAGIC * grid
     return values.add_(magic).sub_(magic)
 
 
 PARTIALS = 2
-BLOCK = 2**16  # numbers that a CPU's core has in its cache, in float64, with their parts
 
 
 def into_partials(
@@ -88,17 +88,25 @@ class ClusterSums:
         before: Int64[Tensor, " m"] | None = None,
     ) -> None:
         """Add rows to their clusters' sums, and take them off those of the clusters `before`."""
-        size = len(rows) if rows.is_cuda else max(1, BLOCK // rows.shape[1])
-        for start in range(0, len(rows), size):
-            piece = slice(start, start + size)
-            wide = rows[piece].double()
-            if weights is not None:
-                wide *= weights[piece, None]
-            parts = into_partials(wide, self._grid, self._count)
-            with self._lock:
-                self.partials.index_add_(1, clusters[piece], parts)
-                if before is not None:
-                    self.partials.index_add_(1, before[piece], parts, alpha=-1)
+        if not rows.is_cuda:
+            self._add_here(clusters, rows, weights, before)
+            return
+        wide = rows.double() if weights is None else rows * weights[:, None]
+        parts = into_partials(wide, self._grid, self._count)
+        self.partials.index_add_(1, clusters, parts)
+        if before is not None:
+            self.partials.index_add_(1, before, parts, alpha=-1)
+
+    def _add_here(
+        self, clusters: Tensor, rows: Tensor, weights: Tensor | None, before: Tensor | None
+    ) -> None:
+        """Add rows on a CPU, each while it is in the cache."""
+        from deepclust.clustering.compiled import add_rows  # Numba takes 0.3 s to import
+
+        magic = MAGIC * self._grid, MAGIC * grid_of(self._grid, self._count)
+        arrays = (None if one is None else one.numpy() for one in (weights, before))
+        with self._lock:
+            add_rows(self.partials.numpy(), magic, clusters.numpy(), rows.numpy(), *arrays)
 
     def move(
         self,

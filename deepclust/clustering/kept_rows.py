@@ -1,9 +1,9 @@
-"""Rows packed in bfloat16 and kept between the passes of k-means, where memory allows.
+"""Rows packed for a product and kept between the passes of k-means, where memory allows.
 
-The exact search of a CPU (`nearest.py`) guesses from a bfloat16 product. Packing reads and writes
-every row, which takes longer than the product itself when there are few centroids. Rows do not
-change between passes, so they are packed once, about the mean of the first centroids. Later passes
-read a row itself only if its guess is open or if it changed its cluster.
+The exact search of a CPU (`nearest.py`) guesses from a product of centred rows. Packing reads and
+writes every row, which takes longer than the product itself when there are few centroids. Rows do
+not change between passes, so they are packed once, about the mean of the first centroids. Later
+passes read a row itself only if its guess is open or if it changed its cluster.
 
 Nothing here can change a result: the error bounds hold for any origin.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from deepclust.clustering.nearest import Nearest
 from deepclust.clustering.tiles import Tile
 
-MOST = 2**28  # bytes that may be kept; of rows that are in memory, as much as they take there
+MOST = 2**30  # bytes that may be kept; of rows that are in memory, as much as they take there
 SHARE = 0.25  # of the memory that is free, because other ranks of this machine keep theirs
 
 
@@ -36,7 +36,7 @@ class KeptRows:
     @classmethod
     def empty(cls, n: int, search: Nearest) -> KeptRows:
         """Return room for n rows, about the origin of a search."""
-        rows = torch.empty(n, search.width, dtype=torch.bfloat16)
+        rows = torch.empty(n, search.width, dtype=search.dtype)
         return cls(search.origin, rows, torch.empty(n), np.zeros(n, bool))
 
     def nearest(self, search: Nearest, tile: Tile) -> Int64[Tensor, " m"]:
@@ -51,9 +51,9 @@ class KeptRows:
         return search.search((self.rows[piece], self.lengths[piece]), tile.take)
 
 
-def may_keep(n: int, width: int, in_memory: int) -> bool:
+def may_keep(n: int, row_bytes: int, in_memory: int) -> bool:
     """Return whether n packed rows may be kept, beside rows of `in_memory` bytes (0: a file)."""
-    need = n * (2 * width + 5)
+    need = n * (row_bytes + 5)
     return need <= max(MOST, in_memory) and need <= SHARE * free_memory()
 
 

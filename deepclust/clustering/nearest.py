@@ -1,16 +1,16 @@
-"""The nearest centroid, exactly, mostly at the speed of bfloat16: guess, bound the error, decide.
+"""The nearest centroid, exactly, at the speed of a product: guess, bound the error, decide.
 
-A product in low precision gives every row the centroids that can be its nearest. Their score
-is within twice the error bound of the best one. Usually that is one (1.1 to 1.3 on whitened
-features). Where it is more, float32 distances by difference decide, ties to the lowest id. So the
-result does not depend on the precision of the product or on the tile that a row is in.
+A product gives every row the centroids that can be its nearest. Their score is within twice the
+error bound of the best one. Usually that is one. Where it is more, float32 distances by difference
+decide, ties to the lowest id. So the result does not depend on the precision of the product or on
+the tile that a row is in.
 
-On a CPU with avx512_bf16 the bfloat16 product is four times as fast as torch's float32 one and
-twice as fast as the best BLAS's. An exact search for k = 1000 takes about the time of the float32
-arithmetic alone (`tools/bench/clustering`, kmeans-cpu).
+The product is bfloat16 where the CPU is faster with it, else float32. On a CPU with avx512_bf16 it
+is four times as fast as torch's float32 one. There whitened features have 1.1 to 1.3 candidates.
 
-Scores are compared as int16, which orders positive bfloat16 numbers as their values. Rows without
-a clearly positive best score, or with many candidates, are compared in float32.
+Scores are compared as integers, which orders positive numbers as their values. Rows without a
+clearly positive best score, or with many candidates, are scored again about the mean centroid. What
+follows the product is compiled (`compiled.py`).
 
 The bounds are Higham's ("Accuracy and Stability of Numerical Algorithms", 3.1), for the roundoff u
 of the factors and u' of the sum:
@@ -24,24 +24,26 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-# rows (ascending) and centroids that can be their nearest
-Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]
+# rows (ascending), where their candidates begin, and these: centroids that can be their nearest
+Candidates: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 # rows of a tile in bfloat16, less the origin, for a product; and a bound of their lengths
 Packed: TypeAlias = tuple[Tensor, Float32[Tensor, " m"]]
 # rows float32 [c, d] at some places of a tile
 Take: TypeAlias = Callable[[Int64[Tensor, " c"]], Float32[Tensor, "c d"]]
 
-U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
+U32 = 2.0**-24
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: U32}  # of the types of a guess, and
+INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # how their scores are compared
 SCORES = 2**22  # float32 scores made at once, and
 PAIRS = 4096  # pairs compared at once: both bound the memory of a thread
-CROWD = 32  # a row with more candidates than this in bfloat16 is left to float32
+CROWD = 32  # a row with more candidates than this is left to scores about the mean
 
 
 class Nearest:
@@ -55,10 +57,12 @@ class Nearest:
     ) -> None:
         """Prepare the search.
 
-        half: guess in bfloat16 (None: if that is faster on this CPU). origin: what is subtracted
-        from rows that are packed (None: the mean centroid, which makes the bounds tightest).
+        half: guess in bfloat16, else in float32 (None: what is faster on this CPU). origin: what is
+        subtracted from rows that are packed (None: the mean centroid, for the tightest bounds).
         """
         self.centroids = centroids
+        self._plain = centroids.contiguous().numpy()  # for compiled loops
+        self._gap = 4 * (centroids.shape[1] + 4) * U32
         self._kept = threading.local()
         wide = centroids.double()
         self.mean = wide.mean(0).float()
@@ -67,25 +71,27 @@ class Nearest:
         squares = offsets.square().sum(1)
         self.reach = float(squares.max().sqrt())
         # score = (x - m).e - |e|^2 / 2: the largest is nearest. Their mean over the centroids is
-        # made zero, so the largest is never negative: bfloat16 can be compared as int16.
+        # made zero, so the largest is never negative: scores can be compared as integers.
         bias = (squares.mean() - squares) / 2
         self.columns = offsets.float().T.contiguous()
         self.bias = bias.float()
-        self.half = half_is_faster() if half is None else half
+        half = half_is_faster() if half is None else half
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.width = -(-(offsets.shape[1] + 3) // 4) * 4  # of a packed row
-        self.packed: Tensor | None = None
-        if self.half:
-            self._prepare_half(offsets, bias)
+        self.row_bytes = self.width * self.dtype.itemsize
+        self._prepare(offsets, bias)
 
-    def _prepare_half(self, offsets: Tensor, bias: Tensor) -> None:
+    def _prepare(self, offsets: Tensor, bias: Tensor) -> None:
         """Pack the centroids, and bound the error of a product with them."""
         shift = self.mean.double() - self.origin.double()  # (x - m).e = (x - o).e - (m - o).e
-        self.shift = 1.01 * float(torch.linalg.vector_norm(shift))
-        self.packed = packed_columns(self.columns, bias - offsets @ shift, torch.bfloat16)
-        dim = offsets.shape[1]
+        away = 1.01 * float(torch.linalg.vector_norm(shift))
+        self.packed = packed_columns(self.columns, bias - offsets @ shift, self.dtype)
+        dim, unit = offsets.shape[1], ROUNDOFF[self.dtype]
         lost = (offsets - self.packed[:dim].T.double()).square().sum(1).max().sqrt()
         # of a product, for a row of length one
-        self.error = 1.01 * (U16 + 2 * dim * U32) * self.reach + 1.01 * float(lost)
+        error = 1.01 * (unit + 2 * dim * U32) * self.reach + 1.01 * float(lost)
+        reach = self.reach + away
+        self._bounds = error, 8 * U32 * self.reach * reach, (dim + 4) * U32, reach, unit
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of every row."""
@@ -93,106 +99,87 @@ class Nearest:
         def take(places: Tensor) -> Tensor:
             return rows.index_select(0, places)  # 4 times as fast as rows[places]
 
-        if self.packed is not None:
-            return self.search(self.pack(rows), take)
-        return self._settle(len(rows), [], torch.arange(len(rows)), take)
+        return self.search(self.pack(rows), take)
 
     def pack(self, rows: Float32[Tensor, "m d"]) -> Packed:
         """Return rows as `search` wants them."""
-        assert self.packed is not None
         tile = packed_rows(rows, self.origin, self.packed)
         lengths = torch.linalg.vector_norm(tile[:, : rows.shape[1]], dim=1, dtype=torch.float32)
         return tile, 1.01 * lengths
 
     def search(self, packed: Packed, take: Take) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of packed rows; `take` reads those that are left open."""
-        pairs, left = self._guess(*packed)
-        return self._settle(len(packed[0]), [pairs], left, take)
-
-    def _settle(self, m: int, guesses: list[Pairs], left: Tensor, take: Take) -> Tensor:
-        """Return the nearest of m rows, those in `left` by float32 scores."""
-        block = min(256, max(1, SCORES // len(self.centroids)))
-        parts = (part for part in torch.split(left, block) if len(part))
-        guesses += (self._score(take(part), part) for part in parts)
-        return torch.from_numpy(self._decide(m, guesses, take))
-
-    def _guess(self, tile: Tensor, lengths: Tensor) -> tuple[Pairs, Int64[Tensor, " u"]]:
-        """Return candidates by a bfloat16 product, and the rows that it leaves undecided."""
-        assert self.packed is not None
-        scores, mask = self._space(len(tile))
+        tile, lengths = packed
+        above, _, floors_of = loops()
+        scores = self._space(len(tile))
         torch.mm(tile, self.packed, out=scores)
-        whole = scores.view(torch.int16).numpy()
-        best = torch.from_numpy(whole.max(1)).view(torch.bfloat16).float()
-        lowest = best - 2.02 * (self._bound(lengths) + U16 * best.abs())
-        unclear = ~(lowest > 0)
-        floor = lowest.clamp(min=0).bfloat16().view(torch.int16) - 1
-        floor[unclear] = torch.iinfo(torch.int16).max
-        np.greater_equal(whole, floor.numpy()[:, None], out=mask)
-        rows_of, ids = _true_entries(mask)
-        crowded = np.bincount(rows_of, minlength=len(mask)) > CROWD
-        if crowded.any():
-            keep = ~crowded[rows_of]
-            rows_of, ids = rows_of[keep], ids[keep]
-            unclear |= torch.from_numpy(crowded)
-        return (rows_of, ids), unclear.nonzero().flatten()
+        whole = scores.view(INTEGER[self.dtype]).numpy()
+        floors = floors_of(whole, lengths.numpy(), self._bounds)
+        nearest, rows, starts, ids, left = above(whole, floors, CROWD)
+        self._compare(take, (rows, starts, ids), nearest)
+        return self._settle(nearest, torch.from_numpy(left), take)
 
-    def _bound(self, lengths: Tensor) -> Tensor:
-        """Return how far scores of rows of these lengths, and what decides, may be off."""
-        dim = len(self.columns)
-        product = self.error * lengths + 8 * U32 * self.reach * (self.reach + self.shift)
-        return product + (dim + 4) * U32 * (self.reach + self.shift + lengths) ** 2
+    def _settle(self, nearest: np.ndarray, left: Tensor, take: Take) -> Int64[Tensor, " m"]:
+        """Return the nearest of a tile's rows, those in `left` decided by float32 scores.
 
-    def _space(self, size: int) -> tuple[Tensor, np.ndarray]:
-        """Return a thread's scores and mask of a tile.
-
-        New memory would cost a fault every 4 KB.
+        0 where distances overflow.
         """
+        (above, _, _), k = loops(), len(self.centroids)
+        for part in torch.split(left, min(256, max(1, SCORES // k))):
+            if not len(part):
+                continue
+            scores, lowest = self._score(take(part))
+            places = part.numpy()
+            nearest[places], rows, starts, ids, _ = above(scores.numpy(), lowest.numpy(), k)
+            self._compare(take, (places[rows], starts, ids), nearest)
+        return torch.from_numpy(nearest)
+
+    def _space(self, size: int) -> Tensor:
+        """Return a thread's scores of a tile: new memory would cost a fault every 4 KB."""
         kept = self._kept
         if getattr(kept, "size", 0) < size:
-            kept.size, k = size, len(self.centroids)
-            kept.scores = torch.empty(size, k, dtype=torch.bfloat16)
-            kept.mask = np.empty((size, k), bool)
-        return kept.scores[:size], kept.mask[:size]
+            kept.size = size
+            kept.scores = torch.empty(size, len(self.centroids), dtype=self.dtype)
+        scores: Tensor = kept.scores[:size]
+        return scores
 
-    def _score(self, rows: Float32[Tensor, "u d"], part: Int64[Tensor, " u"]) -> Pairs:
-        """Return candidates of some rows, at the places `part`, by a float32 product."""
+    def _score(self, rows: Float32[Tensor, "u d"]) -> tuple[Tensor, Tensor]:
+        """Return float32 scores of some rows, and the lowest that can be a row's best."""
         centred = rows.sub_(self.mean)
         lengths = torch.linalg.vector_norm(centred, dim=1)
         scores = torch.addmm(self.bias, centred, self.columns)
         product = (2 * rows.shape[1] + 16) * U32 * (self.reach + lengths) ** 2
-        lowest = scores.max(1).values - 4 * product
-        places, ids = _true_entries((scores >= lowest[:, None]).numpy())
-        return part.numpy()[places], ids
+        return scores, scores.max(1).values - 4 * product
 
-    def _decide(self, m: int, guesses: list[Pairs], take: Take) -> Int64[np.ndarray, " m"]:
-        """Return each row's only candidate, or the one at the smallest distance, ties by id."""
-        nearest = np.zeros(m, np.int64)  # 0 where distances overflow
-        for places, ids in guesses:
-            nearest[places] = ids
-            several = np.zeros(
-                len(places) + 1, bool
-            )  # whether a pair is of the row of the one before
-            np.equal(places[1:], places[:-1], out=several[1:-1])
-            rest = np.flatnonzero(several[1:] | several[:-1])
-            for part in _whole_rows(places[rest]):
-                chosen = rest[part]
-                self._compare(take, places[chosen], ids[chosen], nearest)
-        return nearest
+    def _compare(self, take: Take, open_rows: Candidates, out: np.ndarray) -> None:
+        """Write the nearest of each row's candidates: at the smallest distance, ties by id."""
+        _, closest, _ = loops()
+        for places, starts, ids in _blocks(*open_rows):
+            rows = take(torch.from_numpy(places))
+            out[places], certain = closest(rows.numpy(), starts, ids, self._plain, self._gap)
+            if not certain.all():
+                self._decide(rows, places, starts, ids, ~certain, out)
 
-    def _compare(self, take: Take, places: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
-        """Write the nearest of each row's candidates.
-
-        Both arrays ascend within a row.
-        """
-        distances = squared_distances(
-            take(torch.from_numpy(places)), self.centroids, torch.from_numpy(ids)
-        ).numpy()
-        starts = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
-        least = np.minimum.reduceat(distances, starts)
-        counts = np.diff(np.r_[starts, len(places)])
+    def _decide(
+        self,
+        rows: Float32[Tensor, "c d"],
+        places: np.ndarray,
+        starts: np.ndarray,
+        ids: np.ndarray,
+        which: Bool[np.ndarray, " c"],
+        out: np.ndarray,
+    ) -> None:
+        """Write the nearest of some rows, whose candidates are nearly as far as each other."""
+        counts = np.diff(starts)
+        chosen, own = which.repeat(counts), np.arange(len(counts)).repeat(counts)
+        ids, own = ids[chosen], own[chosen]
+        pairs = rows.index_select(0, torch.from_numpy(own))
+        distances = squared_distances(pairs, self.centroids, torch.from_numpy(ids)).numpy()
+        counts = counts[which]
+        least = np.minimum.reduceat(distances, np.r_[0, counts.cumsum()[:-1]])
         # reversed, so that the first of equals is written last
         winners = np.flatnonzero(distances == least.repeat(counts))[::-1]
-        out[places[winners]] = ids[winners]
+        out[places[own[winners]]] = ids[winners]
 
 
 def squared_distances(
@@ -246,21 +233,23 @@ def packed_rows(
     return tile
 
 
-def _true_entries(mask: np.ndarray) -> Pairs:
-    """Return row and column of every true entry, row by row."""
-    flat = np.flatnonzero(mask)
-    rows = flat // mask.shape[1]
-    return rows, flat - rows * mask.shape[1]
+@functools.cache
+def loops() -> tuple[Callable[..., Any], ...]:
+    """Return the compiled loops, by name; a rank that does not cluster need not wait for Numba."""
+    from deepclust.clustering.compiled import above, closest, floors_of
+
+    return above, closest, floors_of
 
 
-def _whole_rows(places: np.ndarray) -> Iterator[slice]:
-    """Cut ascending row numbers into stretches of about PAIRS entries that split no row."""
-    start = 0
-    while start < len(places):
-        stop = min(start + PAIRS, len(places))
-        stop = int(np.searchsorted(places, places[stop - 1], side="right"))
-        yield slice(start, stop)
-        start = stop
+def _blocks(rows: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> Iterator[Candidates]:
+    """Cut rows and their candidates into stretches of about PAIRS candidates."""
+    first = 0
+    while first < len(rows):
+        last = int(np.searchsorted(starts, starts[first] + PAIRS, side="right")) - 1
+        last = max(first + 1, last)
+        begin, end = starts[first], starts[last]
+        yield rows[first:last], starts[first : last + 1] - begin, ids[begin:end]
+        first = last
 
 
 @functools.cache

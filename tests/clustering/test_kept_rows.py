@@ -77,8 +77,8 @@ def test_another_view_of_the_rows_does_not_use_them() -> None:
 
 
 def test_more_than_memory_allows_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert may_keep(1000, 260, 0)
-    assert not may_keep(10**6, 260, 0)  # of a file: 525 MB
-    assert may_keep(10**6, 260, 10**6 * 1024)  # of rows that take more themselves
+    assert may_keep(1000, 520, 0)
+    assert not may_keep(10**7, 520, 0)  # of a file: 5 GB
+    assert may_keep(10**6, 1040, 10**6 * 1050)  # of rows that take more themselves
     monkeypatch.setattr(kept_rows, "free_memory", lambda: 1e6)
-    assert not may_keep(1000, 260, 0)
+    assert not may_keep(1000, 520, 0)
