@@ -27,7 +27,7 @@ from deepclust.clustering.exact_sums import (
 from deepclust.clustering.frame import Frame
 from deepclust.clustering.fused import FusedNearest, Late
 from deepclust.clustering.kept_rows import KeptRows, may_keep
-from deepclust.clustering.nearest import Nearest, squared_distances
+from deepclust.clustering.nearest import CACHED, Nearest, squared_distances
 from deepclust.clustering.points import (
     Assignment,
     Rows,
@@ -55,6 +55,7 @@ from deepclust.errors import DataError, NumericalError
 # between launches, half a GB of scores; 2**23 would be 104 rows for 80,000 centroids
 TILE = {"cpu": 2**21, "cuda": 2**27}
 FEW_ROWS = 16_384  # so few are cut into one tile a thread: a tile costs a millisecond
+FEW_PRODUCTS = 2**25  # so few multiplications are one tile: a thread takes longer to begin
 GATHERED = 4096  # rows of a memory map that are read between two signs of life
 
 
@@ -434,9 +435,10 @@ class ArrayPoints:
     def _tile(self, k: int) -> int:
         """Return the rows of a tile of k scores each: few enough for cache and threads."""
         size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
-        turns = (
-            4 if self.n > FEW_ROWS else 1
-        )  # several a thread, where a tile is worth its overhead
+        if self.n * self.dim * k <= FEW_PRODUCTS:
+            return MAX_TILE_ROWS
+        # several a thread, where a tile is worth its overhead
+        turns = 4 if self.n > FEW_ROWS else 1
         share = -(-self.n // (turns * self.threads))
         return min(max(min(size, share), 64), MAX_TILE_ROWS)
 
@@ -453,7 +455,8 @@ class ArrayPoints:
 
     def _sum_sq(self, rows: Tensor, weights: Tensor | None) -> Float64[Tensor, ""]:
         """Return the sum of w |x|^2 over the rows of a tile, on its grid."""
-        squares = rows.double().square_().sum(1)
+        size = len(rows) if rows.is_cuda else max(1, CACHED // self.dim)
+        squares = torch.cat([part.double().square_().sum(1) for part in rows.split(size)])
         squares = squares if weights is None else squares * weights
         return on_grid(squares, self._grids().sum_sq).sum()
 

@@ -43,6 +43,7 @@ ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: U32}  # of the types of a gu
 INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # how their scores are compared
 SCORES = 2**22  # float32 scores made at once, and
 PAIRS = 4096  # pairs compared at once: both bound the memory of a thread
+CACHED = 2**16  # numbers that a core has in its cache, in float64
 CROWD = 32  # a row with more candidates than this is left to scores about the mean
 
 
@@ -186,7 +187,9 @@ def squared_distances(
     rows: Float32[Tensor, "m d"], centroids: Float32[Tensor, "k d"], ids: Int64[Tensor, " m"]
 ) -> Float32[Tensor, " m"]:
     """Return |x - c|^2 of every row, by difference: 0 for equals, no cancellation."""
-    return centroids.index_select(0, ids).sub_(rows).square_().sum(1)
+    size = len(rows) if rows.is_cuda else max(1, CACHED // rows.shape[1])
+    parts = zip(rows.split(size), ids.split(size), strict=True)
+    return torch.cat([centroids.index_select(0, i).sub_(r).square_().sum(1) for r, i in parts])
 
 
 def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:

@@ -1,6 +1,7 @@
 """Benchmarks of the clustering, each against its peers: same rows, same first centroids.
 
     python tools/bench/clustering kmeans-cpu [--busy]     # k-means on a CPU against FAISS, sklearn
+    python tools/bench/clustering kmeans-grid             # the same for 72 sizes
     python tools/bench/clustering step-cpu                # DeepCluster's step: PCA, L2, k-means
     python tools/bench/clustering empties                 # inputs that leave clusters empty
     python tools/bench/clustering out-of-core             # rows larger than we may allocate
@@ -22,13 +23,14 @@ import empties
 import fixed
 import gpu
 import kmeans_cpu
+import kmeans_grid
 import out_of_core
 import processes
 import report
 import step_cpu
 
 BENCHES = {
-    "kmeans-cpu": kmeans_cpu, "step-cpu": step_cpu, "empties": empties,
+    "kmeans-cpu": kmeans_cpu, "kmeans-grid": kmeans_grid, "step-cpu": step_cpu, "empties": empties,
     "out-of-core": out_of_core, "fixed": fixed, "gpu": gpu,
 }  # fmt: skip
 
