@@ -456,7 +456,7 @@ class ArrayPoints:
     def _sum_sq(self, rows: Tensor, weights: Tensor | None) -> Float64[Tensor, ""]:
         """Return the sum of w |x|^2 over the rows of a tile, on its grid."""
         size = len(rows) if rows.is_cuda else max(1, CACHED // self.dim)
-        squares = torch.cat([part.double().square_().sum(1) for part in rows.split(size)])
+        squares = torch.cat([part.double().square_().sum(1) for part in torch.split(rows, size)])
         squares = squares if weights is None else squares * weights
         return on_grid(squares, self._grids().sum_sq).sum()
 

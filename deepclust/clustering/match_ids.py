@@ -14,6 +14,7 @@ import scipy.sparse as sparse
 from jaxtyping import Bool, Int, Int64
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
+BLOCK = 2**20  # samples whose pairs are counted at once
 EXACT_UP_TO = 20_000  # clusters; above, the Hungarian method takes too long
 
 
@@ -34,16 +35,51 @@ def contingency(
     """Count pairs of ids: sparse int64 [rows, columns], without pairs of a negative id.
 
     Without a shape there is a row or a column for each id that occurs, in ascending order. So the
-    size of an id costs nothing.
+    size of an id costs nothing. Samples are read in blocks, and only counts are held.
     """
-    both = (rows >= 0) & (columns >= 0)
-    a, b = rows[both].astype(np.int64), columns[both].astype(np.int64)
+    a, b, counts = _count_pairs(rows, columns)
     if shape is None:
         known, a = np.unique(a, return_inverse=True)
         others, b = np.unique(b, return_inverse=True)
         shape = (len(known), len(others))
-    table = sparse.coo_array((np.ones(len(a), np.int64), (a, b)), shape=shape)
-    return table.tocsr()  # sums what occurs more than once
+    table = sparse.coo_array((counts, (a, b)), shape=shape)
+    return table.tocsr()
+
+
+def _count_pairs(
+    rows: Int[np.ndarray, " n"], columns: Int[np.ndarray, " n"]
+) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]:
+    """Return the different pairs of ids, none negative, in ascending order, and their counts."""
+    pairs, counts = np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
+    waiting, held = [(pairs, counts)], 0
+    for start in range(0, len(rows), BLOCK):
+        block = np.stack([one[start : start + BLOCK] for one in (rows, columns)], 1, dtype=np.int64)
+        waiting.append(_merged(block[(block >= 0).all(1)]))
+        held += len(waiting[-1][0])
+        if held > max(BLOCK, 2 * len(waiting[0][0])):  # so that what is merged again is a share
+            waiting, held = [_added(waiting)], 0
+    pairs, counts = _added(waiting)
+    return pairs[:, 0], pairs[:, 1], counts
+
+
+def _added(
+    parts: list[tuple[Int64[np.ndarray, "p 2"], Int64[np.ndarray, " p"]]],
+) -> tuple[Int64[np.ndarray, "q 2"], Int64[np.ndarray, " q"]]:
+    """Return the pairs of all parts once, with the sums of their counts."""
+    return _merged(*(np.concatenate(some) for some in zip(*parts, strict=True)))
+
+
+def _merged(
+    pairs: Int64[np.ndarray, "p 2"], counts: Int64[np.ndarray, " p"] | None = None
+) -> tuple[Int64[np.ndarray, "q 2"], Int64[np.ndarray, " q"]]:
+    """Return each pair once, in ascending order, with the sum of its counts (1 where none)."""
+    order = np.lexsort(pairs.T[::-1])
+    pairs = pairs[order]
+    first = np.flatnonzero(np.r_[True, (pairs[1:] != pairs[:-1]).any(1)][: len(pairs)])
+    if counts is None:
+        return pairs[first], np.diff(np.r_[first, len(pairs)])
+    sums = np.add.reduceat(counts[order], first) if len(first) else counts
+    return pairs[first], sums
 
 
 def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: int) -> Matching:
@@ -52,7 +88,12 @@ def match(previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: in
     Exact (Hungarian) up to 20,000 clusters, above greedy by overlap, which is at least half as
     good. Clusters without overlap take the ids that are left, in ascending order.
     """
-    table = contingency(np.asarray(current), np.asarray(previous), (k, k))
+    return match_table(contingency(np.asarray(current), np.asarray(previous), (k, k)))
+
+
+def match_table(table: sparse.csr_array) -> Matching:
+    """Return the renumbering of rows (current ids) closest to the columns: see `match`."""
+    k = table.shape[0]
     partners = hungarian(table) if k <= EXACT_UP_TO else _greedy(table)
     overlapping = partners >= 0
     new_ids = partners.copy()

@@ -188,7 +188,7 @@ def squared_distances(
 ) -> Float32[Tensor, " m"]:
     """Return |x - c|^2 of every row, by difference: 0 for equals, no cancellation."""
     size = len(rows) if rows.is_cuda else max(1, CACHED // rows.shape[1])
-    parts = zip(rows.split(size), ids.split(size), strict=True)
+    parts = zip(torch.split(rows, size), torch.split(ids, size), strict=True)
     return torch.cat([centroids.index_select(0, i).sub_(r).square_().sum(1) for r, i in parts])
 
 

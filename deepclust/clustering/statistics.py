@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int64
 from scipy.optimize import linear_sum_assignment
 
-from deepclust.clustering.match_ids import Matching, contingency, hungarian, match
+from deepclust.clustering.match_ids import (
+    BLOCK,
+    Matching,
+    contingency,
+    hungarian,
+    match,
+    match_table,
+)
 
 __all__ = ["Matching", "accuracy", "ari", "contingency", "describe", "entropy", "match", "nmi"]
 __all__ += ["reassigned"]
@@ -35,13 +42,14 @@ def describe(
     share of samples that changed cluster since `previous` after the ids were matched. What cannot
     be known (no previous round, no class labels) is None.
     """
-    valid = assignments[assignments >= 0]
-    sizes = np.bincount(valid, minlength=k)
+    sizes = sizes_of(assignments, k)
+    valid = int(sizes.sum())
+    moved = None if previous is None else contingency(assignments, np.asarray(previous), (k, k))
     nats = entropy(sizes)
     return {
         "k": k,
         "n": len(assignments),
-        "excluded": len(assignments) - len(valid),
+        "excluded": len(assignments) - valid,
         "sizes": {
             "min": int(sizes.min()),
             "median": float(np.median(sizes)),
@@ -49,23 +57,30 @@ def describe(
         },
         "entropy": nats,
         "entropy_ratio": float(nats / np.log(k)) if k > 1 else 1.0,
-        "largest_share": float(sizes.max() / max(len(valid), 1)),
-        "reassigned": None if previous is None else reassigned(previous, assignments, k),
-        "nmi_previous": None if previous is None else nmi(previous, assignments),
+        "largest_share": float(sizes.max() / max(valid, 1)),
+        "reassigned": None if moved is None else _moved_share(moved),
+        "nmi_previous": None if moved is None else _nmi(moved.T.tocsr()),
         **_agreement(assignments, classes),
     }
+
+
+def sizes_of(assignments: Int[np.ndarray, " n"], k: int) -> Int64[np.ndarray, " k"]:
+    """Return the number of samples of each cluster, read in blocks: -1 is none."""
+    sizes = np.zeros(k, np.int64)
+    for start in range(0, len(assignments), BLOCK):
+        block = assignments[start : start + BLOCK]
+        sizes += np.bincount(block[block >= 0], minlength=k)
+    return sizes
 
 
 def _agreement(
     assignments: Int[np.ndarray, " n"], classes: Int[np.ndarray, " n"] | None
 ) -> dict[str, float | None]:
-    if classes is None or not ((classes >= 0) & (assignments >= 0)).any():
+    table = None if classes is None else contingency(assignments, classes)
+    if table is None or table.nnz == 0:
         return {"nmi_labels": None, "ari_labels": None, "accuracy_labels": None}
-    return {
-        "nmi_labels": nmi(assignments, classes),
-        "ari_labels": ari(assignments, classes),
-        "accuracy_labels": accuracy(assignments, classes),
-    }
+    accurate = _share(table, *_matched(table))
+    return {"nmi_labels": _nmi(table), "ari_labels": _ari(table), "accuracy_labels": accurate}
 
 
 def entropy(sizes: Int[np.ndarray, " k"]) -> float:
@@ -76,7 +91,11 @@ def entropy(sizes: Int[np.ndarray, " k"]) -> float:
 
 def nmi(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
     """Return mutual information over sqrt(H(a) H(b)), in [0, 1]; two constant labelings: 1."""
-    table = contingency(np.asarray(a), np.asarray(b))
+    return _nmi(contingency(np.asarray(a), np.asarray(b)))
+
+
+def _nmi(table: sparse.csr_array) -> float:
+    """Return the NMI of a table of counts."""
     h_a, h_b = entropy(table.sum(1)), entropy(table.sum(0))
     if h_a == 0 or h_b == 0:
         return float(h_a == h_b)
@@ -86,7 +105,11 @@ def nmi(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
 
 def ari(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> float:
     """Return the adjusted Rand index (Hubert and Arabie 1985): 0 by chance, 1 for equal ones."""
-    table = contingency(np.asarray(a), np.asarray(b))
+    return _ari(contingency(np.asarray(a), np.asarray(b)))
+
+
+def _ari(table: sparse.csr_array) -> float:
+    """Return the ARI of a table of counts."""
     both, in_a, in_b = (_pairs(x) for x in (table.data, table.sum(1), table.sum(0)))
     everything = _pairs(np.array([table.data.sum()]))
     if in_a == in_b == both:
@@ -137,10 +160,14 @@ def reassigned(
     previous: Int[np.ndarray, " n"], current: Int[np.ndarray, " n"], k: int
 ) -> float | None:
     """Return the share of samples (valid in both) that changed cluster, after matching ids."""
-    table = contingency(np.asarray(current), np.asarray(previous), (k, k))
+    return _moved_share(contingency(np.asarray(current), np.asarray(previous), (k, k)))
+
+
+def _moved_share(table: sparse.csr_array) -> float | None:
+    """Return the share of samples beside the best matching of a table of current and old ids."""
     if table.nnz == 0:
         return None
-    return 1.0 - _share(table, np.arange(k), match(previous, current, k).new_ids)
+    return 1.0 - _share(table, np.arange(table.shape[0]), match_table(table).new_ids)
 
 
 def _share(table: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> float:

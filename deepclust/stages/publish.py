@@ -98,11 +98,11 @@ def _prepare(
     if seeds is not None:
         report = seeded_round.evaluate_seeds(seeds, rows, *clusters.first_level())
     assignments, k = clusters.assignments, context.config.k
-    valid = assignments[assignments >= 0]
+    sizes = stats.sizes_of(assignments, k)
     statistics = {
         **stats.describe(assignments, k, previous=previous, classes=context.index.labels),
-        "empty": k - len(np.unique(valid)),
-        "inertia": float(clusters.inertia) / max(1, len(valid)),
+        "empty": int((sizes == 0).sum()),
+        "inertia": float(clusters.inertia) / max(1, int(sizes.sum())),
         **clusters.facts,
         **_seed_statistics(report, clusters),
     }
@@ -172,7 +172,8 @@ def _match_ids(
         last = last_round_before(context.run, number)
         assert last is not None
         kept[:m] = seeds.continues(context.run.round(last))
-    assignments = np.where(assignments < 0, -1, new_ids[assignments]).astype(np.int32)
+    renamed = np.append(new_ids, -1).astype(np.int32)  # -1, excluded, stays: it is the last
+    assignments = renamed[assignments]
     centroids = clusters.centroids[np.argsort(new_ids)]
     return replace(clusters, assignments=assignments, centroids=centroids), kept
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,3 +142,26 @@ def test_as_many_classes_as_samples_are_matched_without_a_dense_table(
     monkeypatch.undo()
     many = np.arange(200_000)
     assert accuracy(many % 1000, many * 10_000) == 1000 / 200_000
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_pairs_counted_in_blocks_are_those_of_a_dense_table(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(match_ids, "BLOCK", block)
+    a, b = np.random.default_rng(0).integers(-1, 9, (2, 500)).astype(np.int32)
+    dense = np.zeros((10, 10), np.int64)
+    both = (a >= 0) & (b >= 0)
+    np.add.at(dense, (a[both], b[both]), 1)
+    np.testing.assert_array_equal(match_ids.contingency(a, b, (10, 10)).toarray(), dense)
+    none = match_ids.contingency(np.full(5, -1), np.zeros(5, int))
+    assert none.shape == (0, 0)
+
+
+def test_counting_pairs_takes_no_memory_for_each_sample() -> None:
+    a = np.random.default_rng(0).integers(0, 50, 2**22).astype(np.int32)
+    tracemalloc.start()
+    match_ids.contingency(a, a)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * len(a)  # as one sort of all pairs would hold
