@@ -39,6 +39,7 @@ from deepclust.clustering.whiten import Whitening
 from deepclust.data.owned_folder import owned, sweep
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 from deepclust.files import atomic_folder, disk_errors, read_json, write_json
+from deepclust.launch.devices import make_present
 from deepclust.recipe.sections import ClusterSection
 from deepclust.run.directory import environment
 
@@ -177,6 +178,7 @@ class Job:
         instead = f"; {backend} on {device} is used instead" if is_other else ""
         for note in notes:
             _log(f"warning: {note}{instead}")
+        make_present(device)
         options, frame = chosen.kmeans(backend), frame_of(rows, spherical=chosen.spherical)
         whole = ArrayPoints(rows, device=device)
         points = (whole if valid is None else whole.select(valid)).framed(frame)

@@ -31,9 +31,11 @@ def guess_nearest(rows: Tensor, facts: Tensor, columns: Tensor, bias: Tensor) ->
     """
     out = torch.empty(3, len(rows), dtype=torch.float32, device=rows.device)
     sizes = (len(rows), len(columns), rows.shape[1])
-    _guess[(triton.cdiv(len(rows), GUESS["ROWS"]),)](
-        rows, facts, columns, bias, out, *sizes, **_blocks(GUESS, rows.shape[1])
-    )
+    # else Triton launches on torch's present card, wherever the rows are
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        _guess[(triton.cdiv(len(rows), GUESS["ROWS"]),)](
+            rows, facts, columns, bias, out, *sizes, **_blocks(GUESS, rows.shape[1])
+        )
     return out
 
 
@@ -52,9 +54,10 @@ def decide_candidates(
     """
     rows, columns = packed[0], packed[2]
     sizes = (len(rows), len(columns), rows.shape[1], exact[0].shape[1])
-    _decide[(triton.cdiv(len(rows), DECIDE["ROWS"]),)](
-        *packed, *exact, *listed, out, *sizes, PIECE=PIECE, **_blocks(DECIDE, rows.shape[1])
-    )
+    with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        _decide[(triton.cdiv(len(rows), DECIDE["ROWS"]),)](
+            *packed, *exact, *listed, out, *sizes, PIECE=PIECE, **_blocks(DECIDE, rows.shape[1])
+        )
 
 
 def _blocks(table: dict[str, int], width: int) -> dict[str, int]:

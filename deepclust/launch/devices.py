@@ -36,7 +36,7 @@ def training_device(recipe: Recipe, role: Role) -> torch.device:
             f"set {key}"
         )
     device = working(torch.device("cuda", number), key)
-    torch.cuda.set_device(device)
+    make_present(device)
     return device
 
 
@@ -79,6 +79,12 @@ def _clustering_number(recipe: Recipe, role: Role, named: int | None, gpus: int)
             "from 0. Name one of them, or set cluster.device=cpu"
         )
     return number
+
+
+def make_present(device: torch.device) -> None:
+    """Let a GPU be the one that torch and Triton use where none is named."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def check_shared(recipe: Recipe, device: torch.device) -> None:

@@ -34,7 +34,13 @@ from deepclust.errors import (
     redact,
 )
 from deepclust.files import disk_errors, read_record, write_json
-from deepclust.launch.devices import check_shared, clustering_device, threads_of, training_device
+from deepclust.launch.devices import (
+    check_shared,
+    clustering_device,
+    make_present,
+    threads_of,
+    training_device,
+)
 from deepclust.launch.role import Role, die_with
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
@@ -71,7 +77,9 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
             report.event("warning", text=note)
     if role.is_cluster_worker:
         device = clustering_device(recipe, role)
-        cluster.serve(cluster.make_context(run, recipe, index, device, report, World()), stopping)
+        alone = cluster.make_context(run, recipe, index, device, report, World())
+        make_present(alone.device)  # the one that was tried and works
+        cluster.serve(alone, stopping)
         return
     device = training_device(recipe, role)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)

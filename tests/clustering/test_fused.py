@@ -21,6 +21,7 @@ from deepclust.clustering.nearest import Nearest, squared_distances
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.search import SEARCHES
 from tests.forks import in_fork
+from tests.launches import launches
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +200,18 @@ def test_a_pass_waits_for_the_device_once_or_twice_where_many_rows_are_open() ->
     assert first == "cpu"
     assert rest.count("cpu") == 0  # what follows is of tensors on the host
     assert in_fork(count_waits, 2).count("cpu") == 2
+
+
+def check_launches() -> None:
+    from deepclust.clustering import fused_kernel
+
+    with launches(fused_kernel, "_guess", "_decide") as seen:
+        FusedNearest(noise(3, 4))(noise(2, 4))
+    assert seen == {"_guess": [(2, 16)], "_decide": [(2, 16)]}
+
+
+def test_a_kernel_is_launched_on_the_card_of_its_rows() -> None:
+    in_fork(check_launches)
 
 
 def test_without_a_gpu_the_search_is_the_cpus() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepclust import Recipe
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch import devices
+from deepclust.launch import devices, worker
 from deepclust.launch.devices import (
     check_shared,
     clustering_device,
@@ -17,8 +18,11 @@ from deepclust.launch.devices import (
     training_device,
     working,
 )
+from deepclust.launch.in_process import borrowed_process
 from deepclust.launch.role import CLUSTER_WORKER, Role, cores
 from deepclust.launch.visible_gpus import MASK, number_of, place_of, visible
+from deepclust.run.directory import Run, create
+from deepclust.run.reporting import DirectReport
 from tests.tiny import tiny_recipe
 
 WORKER = Role(CLUSTER_WORKER, 2)
@@ -138,6 +142,22 @@ def test_contradictions_and_numbers_that_are_not_there_are_refused(
     for wanted in ("cpu", "cuda:0"):
         with pytest.raises(RecipeError, match=f"cluster.device={wanted} cannot be"):
             check_shared(recipe(f"cluster.device={wanted}"), torch.device("cuda", 1))
+
+
+def test_the_card_of_the_cluster_worker_becomes_torchs_present_one(
+    gpus: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[object] = []
+    gpus.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    gpus.setattr(worker, "open_data", lambda run, recipe: (None, "offset"))
+    tried = SimpleNamespace(device=torch.device("cuda", 2))
+    gpus.setattr(worker.cluster, "make_context", lambda *_: tried)
+    gpus.setattr(worker.cluster, "serve", lambda *_: seen.append("serves"))
+    create(tmp_path / "run", recipe())
+    run = Run(tmp_path / "run")
+    with borrowed_process():
+        worker.work(run, WORKER, DirectReport(run, lambda record: None), lambda: False)
+    assert seen == ["cuda:2", "serves"]
 
 
 @pytest.mark.parametrize("key", ["train", "cluster"])

@@ -20,10 +20,12 @@ def crop_by_triton(packed: Packed) -> UInt8[Tensor, "b 3 s s"]:
     """Return the crops, as `device_crops.crop` defines them."""
     count, _, size, wide = packed.weights.shape
     crops = torch.empty(count, 3, size, size, dtype=torch.uint8, device=packed.pixels.device)
-    _crop[(size, 3, count)](
-        packed.pixels, packed.places, packed.turns, packed.first, packed.weights, packed.shifts,
-        crops, size, wide, LANES=triton.next_power_of_2(size),
-    )  # fmt: skip
+    # else Triton launches on torch's present card
+    with torch.cuda.device_of(packed.pixels):  # type: ignore[no-untyped-call]
+        _crop[(size, 3, count)](
+            packed.pixels, packed.places, packed.turns, packed.first, packed.weights,
+            packed.shifts, crops, size, wide, LANES=triton.next_power_of_2(size),
+        )  # fmt: skip
     return crops
 
 

@@ -115,6 +115,15 @@ def test_a_backend_that_does_not_work_here_is_replaced_and_named(
     assert "cluster.backend=faiss does not work on cpu: no kernel image" in capsys.readouterr().err
 
 
+def test_the_device_that_was_tried_becomes_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(cluster_file, "make_present", lambda device: seen.append(str(device)))
+    cluster_features(save(tmp_path, draw()), tmp_path / "out", Options(K, device="cpu"))
+    assert seen == ["cpu"]
+
+
 def test_the_seed_decides_the_result(tmp_path: Path) -> None:
     source = save(tmp_path, draw())
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():

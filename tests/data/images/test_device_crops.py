@@ -14,6 +14,7 @@ from torch import Tensor
 from deepclust.data.images.crops import CentreCrop, RandomResizedCrop
 from deepclust.data.images.device_crops import Cut, Packed, crop, cut_of, pack, taps
 from tests.forks import in_fork
+from tests.launches import launches
 
 VIEWS = (RandomResizedCrop(24), CentreCrop(20, 28), CentreCrop(24, 24), RandomResizedCrop(9))
 
@@ -90,3 +91,18 @@ def test_the_kernel_has_the_bits_of_the_cpus_crops(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for made, expected in in_fork(kernel_and_cpu):
         torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
+def launched_crop() -> tuple[dict[str, list[tuple[int, ...]]], tuple[int, ...]]:
+    from deepclust.data.images import crop_kernel
+
+    work = packed([image(9, 12, 0)], RandomResizedCrop(5), [0])
+    with launches(crop_kernel, "_crop") as seen:
+        crop_kernel.crop_by_triton(work)
+    return seen, tuple(work.pixels.shape)
+
+
+def test_the_kernel_is_launched_on_the_card_of_the_pixels() -> None:
+    pytest.importorskip("triton")
+    seen, shape = in_fork(launched_crop)
+    assert seen == {"_crop": [shape]}
