@@ -126,6 +126,8 @@ _NO_MEMORY = (
     "allocate memory", "failed to map segment", "Cannot allocate", "bad_alloc", "not enough memory",
     "start new thread", "unable to mmap", "temporarily unavailable",
 )  # fmt: skip
+# torch.OutOfMemoryError, CUDA's own error, cuBLAS: of a GPU
+_NO_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def lack_of_memory(error: BaseException) -> ResourceError | None:
@@ -134,6 +136,12 @@ def lack_of_memory(error: BaseException) -> ResourceError | None:
     Return None for an error of something else. An import fails like this under `ulimit -v`, too.
     """
     text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _NO_GPU_MEMORY):
+        return ResourceError(
+            f"the GPU is out of memory ({text}): end what else uses it, lower train.batch, "
+            "data.extract_batch or cluster.k, or cluster on the CPU (cluster.device=cpu of a run, "
+            "--device cpu of a file). Finished work is kept."
+        )
     kinds = (ImportError, OSError, RuntimeError, SystemError)
     says_so = isinstance(error, kinds) and any(sign in str(error) for sign in _NO_MEMORY)
     if isinstance(error, DeepclustError) or not (says_so or isinstance(error, MemoryError)):

@@ -9,8 +9,10 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cluster_jobs import cli
@@ -242,3 +244,16 @@ def test_the_last_lines_of_a_log_are_its_last_lines(run: Path) -> None:
     whole = deepclust("logs", run).stdout.splitlines()
     assert deepclust("logs", run, "-n", 2).stdout.splitlines() == whole[-2:]
     assert deepclust("logs", run, "-n", 0).stdout == ""
+
+
+def test_a_verb_whose_gpu_is_full_says_how_to_go_on_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 4
+    said = capsys.readouterr().err
+    assert said.startswith("error: the GPU is out of memory (CUDA out of memory. Tried")
+    assert said.count("\n") == 1

@@ -160,6 +160,24 @@ def test_the_card_of_the_cluster_worker_becomes_torchs_present_one(
     assert seen == ["cuda:2", "serves"]
 
 
+def test_a_cluster_worker_whose_gpu_is_full_says_how_to_go_on(
+    gpus: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def serve(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    gpus.setattr(worker, "open_data", lambda run, recipe: (None, "offset"))
+    gpus.setattr(worker.cluster, "make_context", lambda *_: SimpleNamespace(device=devices.CPU))
+    gpus.setattr(worker.cluster, "serve", serve)
+    create(tmp_path / "run", recipe())
+    run = Run(tmp_path / "run")
+    with borrowed_process(), pytest.raises(ResourceError) as told:
+        worker.work(run, WORKER, DirectReport(run, lambda record: None), lambda: False)
+    assert "2.00 GiB.): end what else uses it" in str(told.value)
+    assert "cluster.device=cpu" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("key", ["train", "cluster"])
 def test_a_device_that_is_named_and_missing_is_an_error_and_never_the_cpu(
     monkeypatch: pytest.MonkeyPatch, key: str
