@@ -6,11 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from tests.pretended_device import pretended
 
 FOLDER = Path(__file__).parents[1] / "tools" / "gpu_check"
 
@@ -21,13 +25,15 @@ def tool() -> Iterator[Any]:
     sys.path.insert(0, str(FOLDER))
     try:
         import agreement
+        import jobs
         import outcome
         import speed
         import table
 
         scope: dict[str, Any] = {"__name__": "gpu_check", "__file__": str(FOLDER / "__main__.py")}
         exec(compile((FOLDER / "__main__.py").read_text(), "__main__.py", "exec"), scope)
-        yield {**scope, "agreement": agreement, "outcome": outcome, "speed": speed, "table": table}
+        modules = (agreement, jobs, outcome, speed, table)
+        yield {**scope, **{module.__name__: module for module in modules}}
     finally:
         sys.path[:] = [path for path in sys.path if path != str(FOLDER)]
         for name in ("agreement", "jobs", "machine", "outcome", "speed", "table"):
@@ -96,7 +102,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_json_has_all_of_them(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("waits", {"names": ["deepcluster", "simclr"]}),
+        ("waits", {"names": ["deepcluster"]}),
         ("search", {"n": 2000, "ks": (4, 260)}),
         ("clusters", {"n": 2000, "k": 20}),
         ("whitening", {"n": 2000, "wide": 64, "dim": 16}),
@@ -111,6 +117,27 @@ def test_the_checks_of_numbers_pass_where_the_device_is_the_cpu_itself(
     assert outcome.verdict == "pass", outcome
 
 
+def test_no_method_waits_in_a_step_but_those_of_the_table(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def no_waits(device: torch.device) -> Iterator[None]:
+        with log.within("asked"):
+            yield
+        if seen := [where for phase, where in log.waits if phase == "asked"]:
+            log.waits.clear()
+            raise RuntimeError(", ".join(seen))
+
+    monkeypatch.setattr(tool["agreement"], "no_waits", no_waits)
+    with pretended() as log:
+        setting = tool["Setting"](torch.device("cuda", 0), tmp_path)
+        assert tool["agreement"].waits(setting).verdict == "pass"
+        monkeypatch.setattr(tool["agreement"], "TABLE", tmp_path / "table.json")
+        (tmp_path / "table.json").write_text("{}")
+        outcome = tool["agreement"].waits(setting, ["deepercluster", "daino"])
+    assert list(outcome.numbers["methods"]) == ["deepercluster"]
+
+
 def test_gradients_of_float32_parts_are_compared_with_float64(tool: Any, tmp_path: Path) -> None:
     outcome = tool["agreement"].gradients(tool["Setting"](torch.device("cpu"), tmp_path))
     assert outcome.numbers["nt_xent"] < 1e-5
@@ -123,3 +150,31 @@ def test_the_checks_of_speed_measure_a_step_and_its_readers(tool: Any, tmp_path:
     assert outcome.numbers["conv4"] > 0
     outcome = tool["speed"].feeding(setting, count=64, network="conv4", size=16, batch=16)
     assert 0 <= outcome.numbers["waiting"] <= 1
+
+
+def test_the_check_of_kmeans_gives_a_pass_20_iterations_and_the_share_of_the_peak(
+    tool: Any, tmp_path: Path
+) -> None:
+    setting = tool["Setting"](torch.device("cpu"), tmp_path)
+    outcome = tool["jobs"].kmeans_speed(setting, n=2000, k=20)
+    assert outcome.numbers["iterations_s"] > outcome.numbers["seconds"] > 0
+    assert outcome.numbers["share_of_peak"] > 0
+    assert "20 iterations" in outcome.text
+
+
+def test_the_check_of_a_refresh_runs_the_bench_on_its_device(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [{"device": "cuda:1", "stages": [{"stage": "moments", "seconds": 1.5}]}]
+
+    def bench(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[command.index("--device") + 1] == "cuda:1"
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"runs": runs}))
+        return SimpleNamespace(stdout="", stderr="")
+
+    monkeypatch.setattr(tool["jobs"].subprocess, "run", bench)
+    setting = tool["Setting"](torch.device("cuda", 1), tmp_path)
+    outcome = tool["jobs"].refresh(setting)
+    assert (outcome.verdict, outcome.numbers) == ("pass", {"seconds": {"moments": 1.5}})
+    runs[0] = {"error": "exit code 1"}
+    assert tool["jobs"].refresh(setting).verdict == "fail"

@@ -26,7 +26,7 @@ from tests.methods import cases
 from tests.tiny import tiny_recipe
 
 NETWORKS = (("resnet50", 64), ("alexnet_bn", 256))  # and images a step
-SHARE = 0.8
+SHARE = 0.9
 ROUNDS = 3
 LONGEST_WAIT = 0.05
 

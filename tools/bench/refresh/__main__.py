@@ -2,6 +2,8 @@
 
     python tools/bench/refresh [--n 250000 1000000] [--raw 2048] [--threads 2] [--json FILE]
 
+With --device cuda all stages but the writing are on a GPU.
+
 Moments, eigenvectors, projection to float16 [n, 256], m = 4 super-clusters, k = n / 300 clusters,
 10 iterations a level, assignments written; each size in its own process (`stages.py`). The raw
 rows are made twice instead of stored, and the time of making them is taken off (`stream.py`). Then
@@ -38,11 +40,11 @@ COLUMNS = {
 def main() -> None:
     """Measure, print both tables, write the JSON."""
     options = parse()
-    machine = processes.machine()
+    machine, on_it = processes.machine(), {"device": options.device}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        rates = [processes.call("stages", "product_rates", {}, options)]
+        rates = [processes.call("stages", "product_rates", on_it, options)]
         runs = [processes.call("stages", "refresh", job, options) for job in jobs(options, work)]
-        rates.append(processes.call("stages", "product_rates", {}, options))
+        rates.append(processes.call("stages", "product_rates", on_it, options))
     best = {kind: max(rate[kind] for rate in rates) for kind in rates[0]}
     found = {"machine": machine, "product_rates": rates, "runs": runs, "model": extrapolated()}
     print(f"load before: {machine['load_before']}; products, GFLOP/s:", end=" ")
@@ -68,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n", type=int, nargs="+", default=[250_000, 1_000_000])
     for name, value in {"raw": 2048, "dim": 256, "m": 4, "iterations": 10, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cpu", help="cuda: all stages but the writing")
     parser.add_argument("--work", type=Path, help="folder for rows.npy (default: TMPDIR)")
     parser.add_argument("--threads", type=int, help="default: what the environment says")
     parser.add_argument(
@@ -81,7 +84,8 @@ def jobs(options: argparse.Namespace, work: str) -> list[dict]:
     """A refresh of every size; k is the multiple of m next below n / 300."""
     return [
         {"n": n, "k": n // 300 // options.m * options.m, "m": options.m, "D": options.raw,
-         "d": options.dim, "iterations": options.iterations, "seed": options.seed, "work": work}
+         "d": options.dim, "iterations": options.iterations, "seed": options.seed, "work": work,
+         "device": options.device}
         for n in options.n
     ]  # fmt: skip
 

@@ -48,8 +48,8 @@ class Counted(np.memmap):
 class Laps:
     """What each stage took."""
 
-    def __init__(self, folder: Path, stream: Stream) -> None:
-        self.folder, self.stream, self.stages = folder, stream, []
+    def __init__(self, folder: Path, stream: Stream, device: torch.device) -> None:
+        self.folder, self.stream, self.device, self.stages = folder, stream, device, []
         self.base = anonymous(os.getpid())
 
     @contextmanager
@@ -64,6 +64,7 @@ class Laps:
         with Peak() as peak:
             began, cpu = time.perf_counter(), time.process_time()
             yield lap
+            wait_for(self.device)
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         lap["generator_s"] = self.stream.seconds - made
         lap["seconds"] = seconds - lap["generator_s"]
@@ -79,20 +80,28 @@ class Laps:
         return sum(file.stat().st_size for file in self.folder.iterdir())
 
 
+def wait_for(device: torch.device) -> None:
+    """Let a GPU end what it was given: its operations return before they are done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def refresh(job: dict) -> dict:
     """All stages, after a tiny one of each that is not counted."""
-    stream = Stream(job["D"], job["seed"])
-    solve(Moments.zero(torch.zeros(8)).add(torch.rand(300, 8)), 4)(torch.rand(9, 8))
-    two_level(ArrayPoints(torch.rand(300, 8).half()), 2, 4, iterations=1)
+    stream, device = Stream(job["D"], job["seed"]), torch.device(job["device"])
+    few = torch.rand(300, 8).to(device)
+    solve(Moments.zero(few[0]).add(few), 4)(few)
+    two_level(ArrayPoints(few.half()), 2, KMeansOptions(4, 1))
     with tempfile.TemporaryDirectory(dir=job["work"]) as name:
-        laps = Laps(Path(name), stream)
+        laps = Laps(Path(name), stream, device)
         found, facts = run(job, laps)
     supers = np.bincount(found.supers, minlength=job["m"])
     return {
         **job, "stages": laps.stages, **facts, "base_bytes": laps.base,
         "super_shares": sorted((supers / job["n"]).tolist()),
         "inertia_a_row": found.inertia / job["n"], "forced": len(found.forced),
-        "bf16_search": half_is_faster(), "environment": processes.environment(),
+        "bf16_search": device.type != "cpu" or half_is_faster(),
+        "environment": processes.environment(),
     }  # fmt: skip
 
 
@@ -100,20 +109,22 @@ def run(job: dict, laps: Laps) -> tuple[TwoLevel, dict]:
     """Raw rows -> moments -> whitening -> rows.npy -> two levels -> assignments."""
     n, stream, folder = job["n"], laps.stream, laps.folder
     with laps.stage("moments"):
-        moments = moments_of(stream, n)
+        moments = moments_of(stream, n, laps.device)
     with laps.stage("eigenvectors"):
         whitening = solve(moments, job["d"])
         whitening.save(folder / "whitening.safetensors")
     del moments
     with laps.stage("projection"):
-        project(stream, n, whitening, folder / "rows.npy")
+        project(stream, n, whitening, folder / "rows.npy", laps.device)
     shape = (n, job["d"])
     offset = np.load(folder / "rows.npy", mmap_mode="r").offset
     rows = Counted(folder / "rows.npy", np.float16, "r", offset, shape)
     with laps.stage("both levels"):
-        found = two_level(
-            ArrayPoints(rows), job["m"], KMeansOptions(job["k"], job["iterations"], job["seed"])
-        )
+        points = ArrayPoints(rows, device=laps.device)
+        if isinstance(points.rows, np.ndarray):
+            points.rows = rows  # again: as a plain array it counts nothing
+        options = KMeansOptions(job["k"], job["iterations"], job["seed"])
+        found = two_level(points, job["m"], options)
     split_levels(laps, found)
     with laps.stage("assignments"):
         described = statistics.describe(found.assignments, job["k"])
@@ -123,9 +134,9 @@ def run(job: dict, laps: Laps) -> tuple[TwoLevel, dict]:
     return found, {"rank": whitening.rank, "statistics": described}
 
 
-def moments_of(stream: Stream, n: int) -> Moments:
-    """Each unit's moments, merged in unit order, about the first batch's mean."""
-    pivot = stream.rows(range(BATCH)).mean(0)
+def moments_of(stream: Stream, n: int, device: torch.device) -> Moments:
+    """Each unit's moments, merged in unit order, about the first batch's mean, on the device."""
+    pivot = stream.rows(range(BATCH)).mean(0).to(device)
     total = Moments.zero(pivot)
     for unit in chunk_ranges(np.array([0, n])):
         own = Moments.zero(pivot)
@@ -136,12 +147,13 @@ def moments_of(stream: Stream, n: int) -> Moments:
     return total
 
 
-def project(stream: Stream, n: int, whitening: Whitening, file: Path) -> None:
+def project(stream: Stream, n: int, whitening: Whitening, file: Path, device: torch.device) -> None:
     """The same rows again, whitened, to float16."""
     out = np.lib.format.open_memmap(file, "w+", np.float16, (n, whitening.matrix.shape[1]))
     for unit in chunk_ranges(np.array([0, n])):
         for block in blocks(unit):
-            out[block.start : block.stop] = whitening(stream.rows(block)).half().numpy()
+            rows = whitening(stream.rows(block).to(device))
+            out[block.start : block.stop] = rows.half().cpu().numpy()
     out.flush()
 
 
@@ -152,14 +164,20 @@ def blocks(unit: range) -> Iterator[range]:
 
 
 def split_levels(laps: Laps, found: TwoLevel) -> None:
-    """Two stages out of the one call, by the times that it returns; the peak is of both."""
+    """Two stages out of the one call, by the times that it returns; the peak is of both.
+
+    Rows that memory or a GPU holds are not read again: then CPU seconds are shared out by time.
+    """
     both = laps.stages.pop()
-    middle = READS[0][0] + found.seconds[0]
+    middle = (READS[0][0] if READS else 0.0) + found.seconds[0]
     parts = (
         [read for read in READS if read[0] < middle],
         [read for read in READS if read[0] >= middle],
     )
-    first = parts[1][0][2] - READS[0][2]
+    if READS and parts[1]:
+        first = parts[1][0][2] - READS[0][2]
+    else:
+        first = both["cpu_s"] * found.seconds[0] / sum(found.seconds)
     cpus = first, both["cpu_s"] - first
     for name, seconds, cpu, reads in zip(LEVELS, found.seconds, cpus, parts, strict=True):
         size = sum(size for _, size, _ in reads)
@@ -173,11 +191,12 @@ def product_rates(job: dict) -> dict[str, float]:
     """
     rates = {}
     for name in ("float32", "bfloat16", "float64"):
-        a = torch.ones(2048, 2048, dtype=getattr(torch, name))
+        a = torch.ones(2048, 2048, dtype=getattr(torch, name), device=job["device"])
         seconds = []
         for _ in range(6):
             began = time.perf_counter()
             torch.mm(a, a)
+            wait_for(a.device)
             seconds.append(time.perf_counter() - began)
         rates[name] = 2 * 2048**3 / min(seconds)
     return rates
