@@ -5,7 +5,7 @@ dispatch mode, which raises where devices are mixed as CUDA does, and notes each
 for the device by file and line: `item`, `nonzero`, a boolean mask, a blocking copy, a list. It
 counts operations by phase of a run, and holds collectives to NCCL's rules (gloo carries them out).
 It shows no speed, no rounding of CUDA, and runs neither cuDNN nor NCCL. It uses private parts of
-torch, so it is for tests only. `python -m tests.pretended_device METHOD` shows a run's waits.
+torch, so it is for tests only. `python -m tests.pretended_run METHOD` shows a run's waits.
 """
 
 from __future__ import annotations

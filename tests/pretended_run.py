@@ -24,6 +24,7 @@ from deepclust.launch import worker
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
 from deepclust.stages import round_kmeans, train
+from tests.forks import in_fork
 from tests.methods.cases import CASES
 from tests.pretended_device import Log, pretended
 from tests.tiny import tiny_recipe
@@ -107,14 +108,19 @@ def _told(log: Log) -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
+def main(name: str, ranks: str = "1", *overrides: str) -> None:
+    """Run a method on new shards and print what it waits for."""
+    from tests.pretended_run import run_method as run  # a fork knows no `__main__`
     from tests.tiny import tiny_shards
 
     with tempfile.TemporaryDirectory() as made:
-        told = run_method(
-            sys.argv[1], int((sys.argv[2:] or ["1"])[0]), tiny_shards(Path(made, "shards")),
-            Path(made), *sys.argv[3:],
-        )  # fmt: skip
+        folder, shards = Path(made), tiny_shards(Path(made, "shards"))
+        # new interpreters, as ranks of a run are, would have no pretended device
+        told = in_fork(run, name, int(ranks), shards, folder, *overrides)
     for phase, where, n in told["waits"]:
         print(f"{phase:10} {n:6d}  {where}")
     print(told["table"], told["calls"], told["kernels"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -16,7 +16,7 @@ import torch
 from deepclust.methods import METHODS
 from tests.forks import in_fork
 from tests.pretended_device import Mixed, on_card, pretended
-from tests.pretended_run import run_method
+from tests.pretended_run import main, run_method
 
 TABLE = Path(__file__).parent / "waits.json"
 TWO_RANKS = ("deepercluster", "moco-v2")  # a sharded head and a shuffle: the most collectives
@@ -52,6 +52,14 @@ def test_two_ranks_keep_to_the_rules_of_nccl(name: str, shards: Path, tmp_path: 
     told = in_fork(run_method, name, 2, shards, tmp_path, "train.epochs=1")
     step = {"step": told["table"]["step"]}  # which rank extracts what is decided by their speed
     check(f"{name} on 2 ranks", step, told["waits"])
+
+
+@pytest.mark.slow
+def test_the_command_shows_where_two_ranks_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    main("simclr", "2", "train.epochs=1")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("step ") for line in lines)
+    assert lines[-1].startswith("{'step': 0")
 
 
 def test_devices_are_not_mixed_and_waits_are_counted() -> None:
