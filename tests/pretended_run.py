@@ -17,19 +17,25 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from deepclust import pipeline, pretrain
+from deepclust import pretrain
+from deepclust.clustering import two_level
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.sharded_points import ShardedPoints
 from deepclust.launch import worker
 from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run
-from deepclust.stages import round_kmeans, train
+from deepclust.stages import extract, round_kmeans, train
 from tests.forks import in_fork
 from tests.methods.cases import CASES
 from tests.pretended_device import Log, pretended
 from tests.tiny import tiny_recipe
 
 STEP, EXTRACT, BATCH, KMEANS, PASS = "step", "extract", "batch", "k-means", "pass"
+PARTS = (
+    ("step", STEP, STEP),
+    ("batch of extraction", EXTRACT, BATCH),
+    ("pass of k-means", KMEANS, PASS),
+)  # names in the table, phases, and the calls by which they are divided
 RESULT = "pretended.json"
 
 
@@ -59,25 +65,30 @@ def phases(log: Log) -> Iterator[None]:
             stack.enter_context(patch.object(owner, function, counted))
 
         name(train, "train_step", STEP)
-        name(pipeline, "extract", EXTRACT)
+        name(extract, "_fill", EXTRACT)  # without the pivot's batch and what is committed
         count(Embedder, "_apply", BATCH, EXTRACT)
-        name(round_kmeans, "solve_kmeans", KMEANS)
+        for level in (round_kmeans, two_level):
+            name(level, "solve_kmeans", KMEANS)
         for points in (ArrayPoints, ShardedPoints):
             count(points, "assign_to", PASS, KMEANS)
         yield
 
 
 def table_of(log: Log) -> dict[str, int]:
-    """Waits of a step (the most of one), and of a batch and of a pass on average, rounded up."""
-    return {
-        "step": log.most.get(STEP, 0),
-        "batch of extraction": _share(log, EXTRACT, BATCH),
-        "pass of k-means": _share(log, KMEANS, PASS),
+    """Waits and kernels of a step, of a batch and of a pass: on average, rounded up.
+
+    The waits of a step are the most of one.
+    """
+    waits = {name: _share(log.count(phase), log.calls[call]) for name, phase, call in PARTS}
+    kernels = {
+        f"kernels of a {name}": _share(log.kernels[phase], log.calls[call])
+        for name, phase, call in PARTS
     }
+    return {**waits, "step": log.most.get(STEP, 0), **kernels}
 
 
-def _share(log: Log, phase: str, call: str) -> int:
-    return math.ceil(log.count(phase) / log.calls[call]) if log.calls[call] else 0
+def _share(count: int, calls: int) -> int:
+    return math.ceil(count / calls) if calls else 0
 
 
 def run_method(name: str, ranks: int, shards: Path, folder: Path, *overrides: str) -> Any:

@@ -1,6 +1,7 @@
 """Whole runs on the pretended device: a method may wait for a GPU as often as the table says.
 
-The table `waits.json` may only fall. Where it can, a test says how to write it again.
+The table `waits.json` may only fall, and has the numbers of kernels too. Where it can fall, a test
+says how to write it again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.pretended_device import Mixed, on_card, pretended
 from tests.pretended_run import main, run_method
 
 TABLE = Path(__file__).parent / "waits.json"
-TWO_RANKS = ("deepercluster", "moco-v2")  # a sharded head and a shuffle: the most collectives
+KERNELS, ROOM = "kernels of a ", 0.1  # versions of torch differ by a few kernels, not by waits
 AGAIN = "DEEPCLUST_WRITE_WAITS=1 pytest tests/test_pretended_device.py"
 
 
@@ -30,11 +31,15 @@ def check(name: str, now: dict[str, int], waits: list[tuple[str, str, int]]) -> 
         TABLE.write_text(json.dumps({**table, name: now}, indent=1, sort_keys=True) + "\n")
         return
     listed = "\n".join(f"{phase}: {count} x {where}" for phase, where, count in waits)
-    more = {key: (table[name][key], n) for key, n in now.items() if n > table[name][key]}
-    assert not more, f"{name} waits more often for a GPU (allowed, now): {more}\n{listed}"
-    fewer = {key: (table[name][key], n) for key, n in now.items() if n < table[name][key]}
-    if fewer:
-        warnings.warn(f"{name} waits less often (allowed, now): {fewer}. Run {AGAIN}", stacklevel=2)
+    apart = {
+        key: (table[name][key], n)
+        for key, n in now.items()
+        if abs(n - table[name][key]) > key.startswith(KERNELS) * ROOM * table[name][key]
+    }
+    more = {key: (allowed, n) for key, (allowed, n) in apart.items() if n > allowed}
+    assert not more, f"{name} asks more of a GPU (allowed, now): {more}\n{listed}"
+    if apart:
+        warnings.warn(f"{name} asks less (allowed, now): {apart}. Run {AGAIN}", stacklevel=2)
 
 
 @pytest.mark.slow
@@ -47,10 +52,11 @@ def test_a_run_waits_for_the_device_no_more_often_than_it_did(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TWO_RANKS)
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_two_ranks_keep_to_the_rules_of_nccl(name: str, shards: Path, tmp_path: Path) -> None:
     told = in_fork(run_method, name, 2, shards, tmp_path, "train.epochs=1")
-    step = {"step": told["table"]["step"]}  # which rank extracts what is decided by their speed
+    names = ("step", f"{KERNELS}step")  # which rank extracts what is decided by their speed
+    step = {key: told["table"][key] for key in names}
     check(f"{name} on 2 ranks", step, told["waits"])
 
 
