@@ -15,7 +15,7 @@ from cluster_jobs.data_places import places_of
 from cluster_jobs.executors import background
 from cluster_jobs.executors.base import Executor, JobState, open_to_resume
 from deepclust.errors import ResourceError
-from deepclust.launch.start import prepare_run, with_readers
+from deepclust.launch.start import prepare_run, with_clustering_ranks, with_readers
 from deepclust.recipe import Recipe
 from deepclust.run import lock
 
@@ -46,7 +46,7 @@ class LocalExecutor(Executor[Plan]):
 
     def submit(self, plan: Plan) -> None:
         """Create the run and start its controller."""
-        prepare_run(plan.recipe, plan.run_dir)
+        prepare_run(with_clustering_ranks(plan.recipe), plan.run_dir)
         background.start(plan.run_dir, plan.command)
 
     def resume(self, run_dir: Path, overrides: list[str]) -> None:

@@ -27,6 +27,7 @@ from deepclust.launch.signals import collected_signals
 from deepclust.launch.supervisor import Show, Supervisor, attempts_of
 from deepclust.launch.torchrun import Place
 from deepclust.launch.tracking import send_rest
+from deepclust.launch.visible_gpus import gpus_here
 from deepclust.optim.schedule import learning_rate
 from deepclust.recipe import HUBS, PATHS, Recipe, differences
 from deepclust.recipe.may_change import MAY_CHANGE, may_change
@@ -51,7 +52,7 @@ def pretrain(recipe: Recipe | str | Path, run: str | Path, show: Show | None = N
     given = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     place = torchrun.place()
     if place is None:
-        prepare_run(given, path)
+        prepare_run(with_clustering_ranks(given), path)
         return _start(path, show)
     if place.rank > 0:
         return place.follow(path)
@@ -94,7 +95,7 @@ def _of_place(recipe: Recipe, place: Place) -> Recipe:
     recipe, share = place.fitted(recipe), max(1, cores() // place.local_size)
     recipe = with_readers(recipe, share)
     threads = recipe.train.threads or max(1, share - recipe.data.readers())
-    return recipe.replace(f"train.threads={threads}")
+    return with_clustering_ranks(recipe.replace(f"train.threads={threads}"), workers=False)
 
 
 def _changed_run(run: str | Path, *overrides: str, show: Show | None) -> Path:
@@ -239,6 +240,23 @@ def resolved(recipe: Recipe) -> Recipe:
     threads = recipe.train.threads or max(1, share - recipe.data.readers())
     train = recipe.train.model_copy(update={"threads": threads})
     return with_absolute_paths(recipe.model_copy(update={"train": train}))
+
+
+def with_clustering_ranks(recipe: Recipe, workers: bool = True) -> Recipe:
+    """Return a new run's recipe with `cluster.where=ranks` where no GPU is left for a worker.
+
+    A worker would share the first rank's GPU, and the others would wait for it. `workers`: whether
+    there can be one at all. On CPUs, and where the recipe says what clusters, nothing changes.
+    """
+    config, train = recipe.cluster, recipe.train
+    if config is None or config.where != "auto" or config.overlap or train.ranks == 1:
+        return recipe
+    if train.device == "cpu" or config.gpus == 0 or config.device not in ("auto", "cuda"):
+        return recipe
+    gpus = gpus_here()
+    if gpus == 0 or (workers and train.ranks < gpus):
+        return recipe
+    return recipe.replace("cluster.where=ranks")
 
 
 def with_readers(recipe: Recipe, cpus: int | None = None) -> Recipe:

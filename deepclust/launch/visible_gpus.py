@@ -12,7 +12,17 @@ import os
 from deepclust.errors import ResourceError
 
 MASK = "CUDA_VISIBLE_DEVICES"
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux inside Windows
 NOTHING = ("", "-1", "NoDevFiles")  # entries at which CUDA stops reading the mask
+
+
+def gpus_here() -> int:
+    """Return how many GPUs torch would see; without a driver torch is not even imported."""
+    if not any(os.path.exists(file) for file in DRIVERS):
+        return 0
+    import torch  # slow
+
+    return torch.cuda.device_count()
 
 
 def visible() -> list[str] | None:

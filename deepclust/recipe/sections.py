@@ -323,8 +323,9 @@ class ClusterSection(Section):
     backend: Literal["auto", "torch", "faiss"] = "auto"
     where: Literal["auto", "inline", "worker", "ranks"] = Field(
         "auto",
-        description="auto: inline at one rank, else the process of the cluster worker; "
-        "ranks: all ranks together, each with its part of the rows",
+        description="auto: inline at one rank, else the process of the cluster worker, but ranks "
+        "where a new run on this machine leaves it no GPU; ranks: all ranks together, each with "
+        "its part of the rows",
     )
     raw: Literal["auto", "memory", "disk"] = Field(
         "auto",

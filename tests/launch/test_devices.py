@@ -10,7 +10,7 @@ import torch
 
 from deepclust import Recipe
 from deepclust.errors import RecipeError, ResourceError
-from deepclust.launch import devices, worker
+from deepclust.launch import devices, start, visible_gpus, worker
 from deepclust.launch.devices import (
     check_shared,
     clustering_device,
@@ -20,7 +20,7 @@ from deepclust.launch.devices import (
 )
 from deepclust.launch.in_process import borrowed_process
 from deepclust.launch.role import CLUSTER_WORKER, Role, cores
-from deepclust.launch.visible_gpus import MASK, number_of, place_of, visible
+from deepclust.launch.visible_gpus import MASK, gpus_here, number_of, place_of, visible
 from deepclust.run.directory import Run, create
 from deepclust.run.reporting import DirectReport
 from tests.tiny import tiny_recipe
@@ -129,6 +129,45 @@ def test_the_device_of_the_clustering_is_the_documented_one(
     gpus: pytest.MonkeyPatch, settings: tuple[str, ...], role: Role, device: str
 ) -> None:
     assert str(clustering_device(recipe(*settings), role)) == device
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "where"),
+    [
+        ((), 2, "ranks"),
+        (("train.device=cuda", "cluster.device=cuda"), 2, "ranks"),
+        ((), 0, "auto"),
+        ((), 3, "auto"),  # one is left for the worker
+        (("train.ranks=1",), 1, "auto"),
+        (("train.device=cpu",), 2, "auto"),
+        (("cluster.gpus=0",), 2, "auto"),
+        (("cluster.device=cpu",), 2, "auto"),
+        (("cluster.overlap=true",), 2, "auto"),
+        (("cluster.where=worker",), 2, "worker"),
+    ],
+)
+def test_ranks_of_a_new_run_cluster_together_where_no_gpu_is_left_for_a_worker(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    gpus: int,
+    where: str,
+) -> None:
+    monkeypatch.setattr(start, "gpus_here", lambda: gpus)
+    monkeypatch.setattr(start, "_start", lambda path, show: Run(path))
+    run = start.pretrain(recipe(*settings), tmp_path / "new")
+    assert run.recipe.clustering.where == where
+    create(tmp_path / "old", start.resolved(recipe(*settings)))
+    before = Run(tmp_path / "old").recipe
+    assert start.resume(tmp_path / "old").recipe == before
+
+
+def test_without_a_driver_no_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(visible_gpus, "DRIVERS", ("/no/such/file",))
+    assert gpus_here() == 0
+    monkeypatch.setattr(visible_gpus, "DRIVERS", ("/dev/null",))
+    assert gpus_here() == 8
 
 
 def test_contradictions_and_numbers_that_are_not_there_are_refused(
