@@ -148,19 +148,27 @@ def _in_frame(moments: Moments, dim: int, frame: Frame) -> Whitening:
     return replace(inside, mean=mean, scale=frame.scale)
 
 
-def solve(moments: Moments, dim: int, clamp: float = CLAMP, noise: float = 0.0) -> Whitening:
+def solve(
+    moments: Moments,
+    dim: int,
+    clamp: float = CLAMP,
+    noise: float = 0.0,
+    device: torch.device | None = None,
+) -> Whitening:
     """Return the whitening of the rows behind `moments`, always of shape [D, dim].
 
     Column i is eigenvector i of the covariance over the square root of its eigenvalue. This is
     first raised to `clamp` times the largest if smaller (0: as in FAISS). Signs: the component of
     largest magnitude is positive (ties: the first), so that runs and machines agree. A variance of
-    `noise` or less counts as none.
+    `noise` or less counts as none. `device` solves for the eigenvectors, by default that of the
+    moments.
 
     Raises `NumericalError` if the features are constant or not finite.
     """
-    covariance = moments.covariance().cpu().numpy()
+    covariance = moments.covariance()
+    covariance = covariance.to(device or covariance.device)
     mean = moments.mean().cpu().numpy()
-    _check(moments.count, mean, covariance)
+    _check(moments.count, mean, covariance.diagonal().cpu().numpy())
     values, vectors = _top_eigenvectors(covariance, min(dim, len(mean)))
     floor = _rounding(mean) + noise + RANK_TOLERANCE * values[0]
     rank = min(int((values > floor).sum()), moments.count - 1)
@@ -174,10 +182,10 @@ def solve(moments: Moments, dim: int, clamp: float = CLAMP, noise: float = 0.0) 
     return Whitening(mean.astype(np.float32), matrix, eigenvalues, rank)
 
 
-def _check(count: int, mean: np.ndarray, covariance: np.ndarray) -> None:
+def _check(count: int, mean: np.ndarray, variances: np.ndarray) -> None:
     if count == 0:
         raise DataError("whitening needs at least one row, and no row was added")
-    broken = np.flatnonzero(~np.isfinite(mean + np.diagonal(covariance)))
+    broken = np.flatnonzero(~np.isfinite(mean + variances))
     if len(broken):
         raise NumericalError(
             f"the moments of {count} feature rows are not finite in {len(broken)} dimensions, "
@@ -186,6 +194,16 @@ def _check(count: int, mean: np.ndarray, covariance: np.ndarray) -> None:
 
 
 def _top_eigenvectors(
+    covariance: Float64[Tensor, "D D"], count: int
+) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
+    """Return the largest eigenvalues first; a covariance on the CPU is overwritten."""
+    if covariance.device.type == "cpu":
+        return _by_lapack(covariance.numpy(), count)
+    values, vectors = torch.linalg.eigh(covariance)  # torch has none for the top alone
+    return values.flip(0)[:count].cpu().numpy(), vectors.flip(1)[:, :count].cpu().numpy()
+
+
+def _by_lapack(
     covariance: Float64[np.ndarray, "D D"], count: int
 ) -> tuple[Float64[np.ndarray, " count"], Float64[np.ndarray, "D count"]]:
     """Return the largest eigenvalues first, and overwrite the covariance, which can be large."""

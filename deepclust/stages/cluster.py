@@ -127,7 +127,7 @@ def solve_whitening(context: ClusterContext, number: int) -> None:
     progress = StageProgress(context.report, ALONE, "whiten", number)
     moments = merge_moments(round_dir / "raw", progress)
     with computing(context.report.alive):  # eigenvectors of thousands of dimensions take minutes
-        whitening = solve(moments, context.config.dim)
+        whitening = solve(moments, context.config.dim, device=context.device)
     facts: dict[str, Any] = {"rank": whitening.rank, "seconds": time.monotonic() - started}
     context.run.commit(
         round_dir / "whitening",

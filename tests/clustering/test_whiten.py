@@ -14,6 +14,7 @@ import torch
 from deepclust.clustering.moments import BLOCK, Moments
 from deepclust.clustering.whiten import CLAMP, Whitening, solve
 from deepclust.errors import DataError, DiskError, NumericalError, RecipeError
+from tests.pretended_device import pretended
 
 
 def features(n: int, dim: int, mean: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -174,6 +175,17 @@ def test_merging_is_associative_and_commutes() -> None:
     assert left.count == right.count == 2100
     torch.testing.assert_close(left.outer, right.outer, rtol=1e-14, atol=0)
     torch.testing.assert_close(left.sum, right.sum, rtol=1e-13, atol=1e-12)
+
+
+def test_a_device_solves_for_the_same_directions() -> None:
+    moments = moments_of(features(3000, 48))
+    here = solve(moments, 16)
+    with pretended() as log:
+        there = solve(moments, 16, device=torch.device("cuda", 0))
+    assert ("_linalg_eigh", torch.float64) in log.types
+    np.testing.assert_allclose(there.matrix, here.matrix, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(there.eigenvalues, here.eigenvalues, rtol=1e-6)
+    assert there.rank == here.rank == 16
 
 
 def test_moments_about_another_pivot_cannot_be_merged() -> None:

@@ -162,7 +162,6 @@ def whitening(setting: Setting, n: int = 20_000, wide: int = 512, dim: int = 64)
     rows = white_rows(n, wide)
     pivot = rows[:100].mean(0)
     there = Moments.zero(pivot.to(setting.device)).add(rows.to(setting.device))
-    there = Moments(there.count, *(t.cpu() for t in (there.pivot, there.sum, there.outer)))
     ours = solve(there, dim)
     covariance = torch.cov(rows.double().T, correction=0)
     exact = torch.linalg.eigh(covariance).eigenvectors[:, -dim:]
