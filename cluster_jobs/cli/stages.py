@@ -113,6 +113,7 @@ def cluster(
     rich_help_panel=PANEL,
     epilog=examples(
         "vae resnet.npy vit.npy --out latents",
+        "vae features_of_a features_of_b --out latents",
         "cluster latents/features.npy --k 1000 --whiten 64 --out clusters",
         "vae runs/a/rounds/0003/features/rows.npy --latent 16 --out latents",
     ),
@@ -121,8 +122,8 @@ def vae(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FEATURES.npy|RUN ...",
-            help="Rows (n x d) of the same images, a file for each network; a run: its last round.",
+            metavar="FEATURES.npy|RUN|EMBED_FOLDER ...",
+            help="Rows (n x d) of the same images, one source a network; a run: its last round.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder for the result.")],

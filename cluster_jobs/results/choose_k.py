@@ -29,7 +29,7 @@ from cluster_jobs.results.cluster_file import (
     named_errors,
 )
 from cluster_jobs.results.npy_file import open_rows
-from cluster_jobs.results.vae_files import rows_file
+from cluster_jobs.results.vae_files import run_rows_file
 from deepclust.clustering.kmeans import KMeansResult
 from deepclust.clustering.statistics import ari, nmi
 from deepclust.errors import RecipeError
@@ -69,7 +69,8 @@ def compare(source: Path, out: Path | None, ks: tuple[int, ...], options: Option
     for k in ks:
         check_options(replace(options, k=k))
     place = None if out is None else _parent(out)  # for a scratch file as large as the rows
-    file, device = rows_file(source), device_of(options.device)
+    file = run_rows_file(source) if source.is_dir() else source
+    device = device_of(options.device)
     rows = open_rows(file)
     valid = None
     if source.is_dir():

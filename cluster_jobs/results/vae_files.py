@@ -68,8 +68,8 @@ def build_vaes(
 ) -> dict[str, Any]:
     """Fit a VAE on each source, write the features of all into `out`, and return the manifest.
 
-    A source is a .npy file [n, D], or a run, which stands for the features of its last round. What
-    is there of the same job is not done again.
+    A source is a .npy file [n, D], a folder that `deepclust embed` wrote, or a run, which stands
+    for the features of its last round. What is there of the same job is not done again.
 
     Raises `DataError` for files that are no features or differ in n. Raises `NumericalError` for
     rows that are not finite or all equal, and `RunDiffersError` where `out` is of another job.
@@ -88,9 +88,19 @@ def build_vaes(
 
 
 def rows_file(source: Path) -> Path:
-    """Return the file of rows that a source means."""
-    if not source.is_dir():
-        return source
+    """Return the file of rows that a source means.
+
+    Raises `DataError` for a run without features, and for a folder of features in Parquet.
+    """
+    if (source / FEATURES).is_file():  # of `deepclust embed`, or of this module
+        return source / FEATURES
+    if (source / "features.parquet").is_file():
+        raise DataError(f"{source} has features in Parquet: embed again with --format npy")
+    return run_rows_file(source) if source.is_dir() else source
+
+
+def run_rows_file(source: Path) -> Path:
+    """Return the file of the features of a run's last round."""
     run = open_run(source)
     for number in reversed(run.rounds()):
         features = run.round(number) / "features"

@@ -13,6 +13,7 @@ import pytest
 
 from cluster_jobs.results import vae_files
 from cluster_jobs.results.cluster_file import Options, cluster_features
+from cluster_jobs.results.embed import EmbedOptions, embed
 from cluster_jobs.results.vae_files import build_vaes
 from deepclust.clustering.vae import Vae, VaeOptions
 from deepclust.clustering.vae_fit import Fit
@@ -121,6 +122,18 @@ def test_a_run_stands_for_the_features_of_its_last_round(tmp_path: Path) -> None
     assert [one["path"] for one in found["inputs"]] == [str(rows.resolve())]
     with pytest.raises(DataError, match="no features of a round"):
         build_vaes([make_simclr(tmp_path / "simclr", shards)], tmp_path / "no", QUICK)
+
+
+def test_a_folder_that_embed_wrote_stands_for_its_features(
+    final_run: Path, shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "features"
+    embed(final_run, str(shards), out, EmbedOptions(), emit=print)
+    found = build_vaes([out], tmp_path / "latents", QUICK)
+    assert [one["path"] for one in found["inputs"]] == [str((out / "features.npy").resolve())]
+    (out / "features.npy").rename(out / "features.parquet")
+    with pytest.raises(DataError, match="embed again with --format npy"):
+        build_vaes([out], tmp_path / "no", QUICK)
 
 
 BROKEN: dict[str, tuple[Any, type[Exception], str]] = {
