@@ -68,7 +68,7 @@ def build_vaes(
 ) -> dict[str, Any]:
     """Fit a VAE on each source, write the features of all into `out`, and return the manifest.
 
-    A source is a .npy file [n, D], a folder that `deepclust embed` wrote, or a run, which stands
+    A source is a .npy file [n, D], a folder that `deepclust embed` wrote, or a run. A run stands
     for the features of its last round. What is there of the same job is not done again.
 
     Raises `DataError` for files that are no features or differ in n. Raises `NumericalError` for

@@ -21,6 +21,7 @@ from deepclust.data.shards.remote import never
 from deepclust.errors import DataError, RecipeError, RunDiffersError
 from deepclust.methods import METHODS
 from deepclust.methods.base import Method, Setting, Targets
+from deepclust.methods.terms import OLD_NAMES
 from deepclust.methods.terms.term import attach_terms
 from deepclust.models import build_backbone, check_norms, check_sizes
 from deepclust.optim.optimizers import Group, Optimizers
@@ -84,6 +85,9 @@ def build_trainer(context: Context) -> Trainer:
         recipe, world, not run.checkpoints(), len(context.index), classes,
         lambda text: context.emit("loaded", text=text),
     )  # fmt: skip
+    for name in recipe.terms:
+        if name in OLD_NAMES and not run.checkpoints():  # an old run goes on without a word
+            context.emit("warning", text=OLD_NAMES[name])
     method = method.to(world.device)
     method = convert_norms(method, recipe.train.sync_bn, world)
     if world.device.type == "cuda":

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from deepclust import pretrain
 from deepclust.errors import RecipeError
+from deepclust.launch.start import resume
 from deepclust.methods.base import Method, Output
 from deepclust.world import ALONE, World
 from tests.methods.cases import batch, method, recipe
 from tests.ranks import on_ranks
+from tests.tiny import tiny_recipe
 
 C = 5
 EQUAL, BALANCED = torch.zeros(20, C), 1e4 * torch.eye(C).repeat(4, 1)
@@ -61,6 +65,19 @@ def test_a_class_that_no_answer_has_gives_a_finite_gradient(name: str) -> None:
 def test_the_old_name_is_the_same_term() -> None:
     logits = torch.arange(30.0).sin().view(6, C)
     assert torch.equal(value(built("mean_entropy"), logits), value(built("batch_entropy"), logits))
+
+
+def test_a_new_run_by_the_old_name_is_told_of_both_terms_and_an_old_run_of_none(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = pretrain(
+        tiny_recipe(shards, "terms.mean_entropy.weight=0.1", "train.epochs=1"), tmp_path / "run"
+    )
+    resume(tmp_path / "run", "train.epochs=2")
+    told = [event["text"] for event in run.events() if event["event"] == "warning"]
+    (old,) = [text for text in told if "old name" in text]
+    assert "terms.batch_entropy" in old
+    assert "terms.sample_entropy" in old
 
 
 def test_a_prior_is_where_the_term_is_least_whatever_its_sum() -> None:

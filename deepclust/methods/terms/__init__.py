@@ -15,3 +15,8 @@ TERMS = {
     "pseudo_label": f"{_FOLDER}.pseudo_label",
     "vat": f"{_FOLDER}.vat",
 }
+OLD_NAMES = {  # a name that old recipes have, and what a new run then says
+    "mean_entropy": "terms.mean_entropy is the old name of terms.batch_entropy, which makes the "
+    "entropy of the mean answer large. The mean of the entropies, made small, is "
+    "terms.sample_entropy: name the one that you mean",
+}
