@@ -43,6 +43,16 @@ def test_a_whole_set_is_pot_s(sharpness: int) -> None:
     torch.testing.assert_close(solved.soft(sharpness * log_p), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_a_constant_for_each_row_changes_nothing_but_what_few_iterations_leave() -> None:
+    scores, constants = 5 * draws(60, 7), 3 * draws(60, 1, seed=1)
+    few, many = (
+        sinkhorn(scores + constants, iterations=n) - sinkhorn(scores, iterations=n)
+        for n in (3, 1000)
+    )
+    assert float(few.abs().max()) > 1e-3
+    assert float(many.abs().max()) < 1e-9
+
+
 def test_its_cost_nears_that_of_the_exact_program_as_it_sharpens() -> None:
     cost = -draws(60, 6).log_softmax(1)
     slots = cost.repeat_interleave(10, 1).numpy()

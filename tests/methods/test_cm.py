@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.errors import RecipeError
@@ -78,6 +79,13 @@ def test_class_means_are_those_of_all_rows_so_far_and_absent_classes_keep_theirs
         expected = mine.mean(0) if len(mine) else torch.zeros(384)
         torch.testing.assert_close(term_of(one).means[c], expected, atol=1e-6, rtol=0)
     assert term_of(one).counts.tolist() == [4, 6, 2, 0]
+
+
+def test_class_means_are_not_those_of_eq_2_as_printed_which_shrink_with_the_classes() -> None:
+    one, features, labels = carrier(), 5 + torch.randn(8, 384), [0, 1, 2, 3, 0, 1, 2, 3]
+    value(one, features, labels)
+    printed = F.one_hot(torch.tensor(labels)).float().T @ features / len(labels)
+    torch.testing.assert_close(term_of(one).means / CLASSES, printed)
 
 
 def test_a_moving_average_begins_with_the_first_mean() -> None:

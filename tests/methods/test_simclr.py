@@ -1,4 +1,4 @@
-"""NT-Xent against its formula, its closed forms, and what it must not depend on."""
+"""NT-Xent against its formula and lightly's, its closed forms, and what it must not depend on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from lightly.loss import NTXentLoss
 from torch import Tensor
 
 from deepclust.methods.parts.projection import projection
@@ -35,6 +36,16 @@ def slow(a: Tensor, b: Tensor, temperature: float) -> float:
 def test_it_is_the_papers_sum(temperature: float) -> None:
     a, b = views(7, 5)
     assert float(nt_xent(a, b, ALONE, temperature)) == pytest.approx(slow(a, b, temperature), 1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_value_and_gradient_are_lightlys(temperature: float) -> None:
+    rows = torch.randn(24, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ours = nt_xent(*F.normalize(rows).chunk(2), ALONE, temperature)
+    theirs = NTXentLoss(temperature)(*rows.chunk(2))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    slopes = [torch.autograd.grad(loss, rows)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=0)
 
 
 def test_collapsed_projections_cost_the_logarithm_of_all_others() -> None:

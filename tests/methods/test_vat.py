@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -46,6 +47,29 @@ def test_the_direction_of_a_linear_classifier_is_the_difference_of_its_rows() ->
     away = F.normalize(layer.weight[0] - layer.weight[1], dim=0).detach()
     assert (steep @ away).abs().min().item() > 0.999
     assert torch.allclose(steep.norm(dim=1), torch.ones(50))
+
+
+def test_the_search_is_as_good_as_in_double_precision_under_autocast_and_lost_without_its_island(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, given = carrier().eval(), batch(recipe("supervised"))
+    double, searches = copy.deepcopy(one).double(), []
+
+    def watched(*search: Any) -> Tensor:
+        searches.append((search, steepest(*search)))
+        return searches[-1][1]
+
+    monkeypatch.setattr("deepclust.methods.terms.vat.term.steepest", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        value(one, given)
+        (search, island), *_ = searches
+        outside = steepest(*search)
+    images, start = search[1].double(), search[3].double()
+    wide = lambda rows: double.classify(double.backbone(rows))  # noqa: E731
+    exact = steepest(wide, images, wide(images).detach().log_softmax(1), start)
+    likeness = [F.cosine_similarity(r.flatten(1), exact.flatten(1)) for r in (island, outside)]
+    assert likeness[0].min() > 0.99
+    assert likeness[1].mean() < 0.5
 
 
 def test_the_divergence_of_twice_the_change_is_four_times_as_large() -> None:
