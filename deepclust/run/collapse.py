@@ -2,7 +2,9 @@
 
 The signs are computed by `methods.parts.monitors`. The limits lie between what healthy and
 collapsed runs showed on handwritten digits. Spread: .45 to .95, and .07 at most. Entropy of the
-mean target: .4 to 1, and .13 at most. Mean entropy: .1 to .95, and .995 at least.
+mean target: .4 to 1, and .13 at most. Mean entropy: .1 to .95, and .995 at least. Prototypes used:
+.24 to .95, and one of 30 or more. Of ten prototypes a single one is a tenth: of so few the other
+signs tell.
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ SIGNS = (
         "the targets are nearly uniform (mean entropy {:.3f} of ln k), so there is nothing to "
         "learn from them. Start again with sharper targets: a smaller method.epsilon (swav) or "
         "method.teacher_temperature (dino).",
+    ),
+    Sign(
+        "prototypes_used",
+        lambda value: value < 0.05,
+        "nearly all images are nearest to the same few prototypes (used: {:.3f} of those that a "
+        "batch can use): the others learn nothing. Start again with a lower train.lr, more "
+        "train.warmup, or fewer prototypes.",
     ),
 )
 KEYS = tuple(sign.key for sign in SIGNS)

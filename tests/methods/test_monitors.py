@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from deepclust.methods.parts.monitors import prototypes_used, spread, target_entropies
 from deepclust.run.collapse import LINES, Watch, collapsed
 from deepclust.world import ALONE, World
+from tests.methods.cases import batch, method, recipe
 from tests.ranks import on_ranks
 
 
@@ -48,12 +49,21 @@ def test_used_prototypes_are_counted_against_what_is_possible() -> None:
     assert float(prototypes_used(torch.eye(4)[:1].expand(4, 4))["prototypes_used"]) == 0.25
 
 
+@pytest.mark.parametrize("name", ["sela", "swav", "dino", "byol", "moco-v2", "simclr"])
+def test_every_method_that_can_collapse_tells_a_spread(name: str) -> None:
+    told = method(recipe(name)).loss(batch(recipe(name))).told
+    assert 0 < float(told["spread"]) < 1.5
+
+
 @pytest.mark.parametrize(("bad", "words"), [
     ({"spread": 0.01}, "same projection"), ({"entropy_of_mean": 0.05}, "have one target"),
-    ({"mean_entropy": 0.999}, "nearly uniform"),
+    ({"mean_entropy": 0.999}, "nearly uniform"), ({"prototypes_used": 0.03}, "few prototypes"),
 ])  # fmt: skip
 def test_a_sign_is_told_once_it_lasts(bad: dict[str, float], words: str) -> None:
-    good = {"loss": 1.0, "spread": 0.8, "entropy_of_mean": 0.7, "mean_entropy": 0.2}
+    good = {
+        "loss": 1.0, "spread": 0.8, "entropy_of_mean": 0.7, "mean_entropy": 0.2,
+        "prototypes_used": 0.24,
+    }  # fmt: skip
     assert collapsed([good] * 9) is None
     assert collapsed([{**good, **bad}] * (LINES - 1)) is None
     assert words in str(collapsed([good] * 9 + [{**good, **bad}] * LINES))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deepclust.methods import base
 from deepclust.methods.base import Batch, Output, Setting, Targets
 from deepclust.methods.parts.heads import LinearHead
+from deepclust.methods.parts.monitors import spread
 from deepclust.methods.parts.multi_crop import each_size
 from deepclust.methods.sela.config import Config
 from deepclust.models.backbone import Backbone
@@ -46,7 +47,8 @@ class Method(base.Method):
             for row, labels in zip(logits, batch.pseudo_labels, strict=True)
         ]
         b = len(batch.sample_ids)
-        return Output(torch.stack(losses).mean(), {}, features[:b], logits[0][:b])
+        signs = spread(active[:b])
+        return Output(torch.stack(losses).mean(), signs, features[:b], logits[0][:b])
 
     def clustered(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
         """Return what the heads get: features after the last activation."""
