@@ -7,7 +7,8 @@ Every rank is a fresh process (gloo, one thread). Memory is RssAnon above its va
 leaves out the memory-mapped features. malloc gives large blocks back at once. Otherwise glibc keeps
 up to 0.6 GB of tiles of 8 MB for later, of which 41 MB are used. Of the bank: what it holds, the
 peak of ten steps of 4096 samples, and their time. Of the labels: the peak, and the time of a
-Sinkhorn iteration of one head, of which three are done. At last the formulas of `parts/bank.py` and
+Sinkhorn iteration of one head, of which three are done. Of the queues of SwAV and of MoCo v2: what
+they hold, at the sizes of the papers. At last the formulas of `parts/bank.py` and
 `stages/round_sinkhorn.py` for 1.28M and 100M samples.
 """
 
@@ -36,6 +37,7 @@ import report  # noqa: E402
 from memory import Peak, anonymous  # noqa: E402
 
 from deepclust.methods.parts.bank import Bank  # noqa: E402
+from deepclust.methods.parts.queue import Queue  # noqa: E402
 from deepclust.recipe.declare import Refresh  # noqa: E402
 from deepclust.recipe.sections import ClusterSection  # noqa: E402
 from deepclust.stages import round_sinkhorn  # noqa: E402
@@ -45,6 +47,7 @@ from deepclust.world import World, close_process_group, join  # noqa: E402
 PARTS, DIM, BATCH, STEPS = 2, 128, 4096, 10  # of DeepCluster-v2 on ImageNet
 WIDTH, K, ITERATIONS = 128, 300, 3  # of SeLa, made small for a CPU
 MMAP_THRESHOLD, AT_ONCE = -3, 1 << 16  # mallopt's
+QUEUES = {"SwAV": (3840, 2 * 128), "MoCo v2": (65536, 128)}  # rows and numbers in each
 SELA = {"D": 2048, "k": 3000, "heads": 10}  # of the paper
 
 
@@ -116,7 +119,7 @@ def one_rank(n: int, rank: int, ranks: int, folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, AT_ONCE)
     world = join(rank, ranks, folder / "rendezvous", torch.device("cpu"), 600)
-    found = {**of_bank(n, world), **of_labels(world, folder / "rows.npy")}
+    found = {**of_bank(n, world), **of_labels(world, folder / "rows.npy"), **of_queues(world)}
     world.barrier()
     close_process_group()
     return found
@@ -143,6 +146,17 @@ def of_bank(n: int, world: World) -> dict[str, float]:
         "peak of a step, MB": peak.bytes / 1e6,
         "step, ms": 1e3 * median(seconds),
     }
+
+
+def of_queues(world: World) -> dict[str, float]:
+    """Queues of rows that were all written."""
+    found, queues = {}, []
+    for name, (size, dim) in QUEUES.items():
+        before = anonymous(os.getpid())
+        queues.append(Queue(size, dim, world))
+        queues[-1].rows.fill_(1)
+        found[f"queue of {name}, MB"] = (anonymous(os.getpid()) - before) / 1e6
+    return found
 
 
 def of_labels(world: World, file: Path) -> dict[str, float]:
