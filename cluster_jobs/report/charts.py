@@ -65,7 +65,7 @@ class Chart:
 
 def charts(run: Run, facts: Facts) -> list[Chart]:
     """Return the panels that there are numbers for."""
-    seeded = facts.recipe.seeds is not None
+    seeded = facts.recipe.seeds is not None and not facts.recipe.seeds_judge
     panels = [
         _loss(facts),
         _evaluated(facts),

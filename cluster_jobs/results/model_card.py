@@ -49,7 +49,8 @@ def model_card(card: Card) -> str:
     Raises `DataError` for a record of the run that is damaged.
     """
     method = card.run.recipe.method.name
-    how = "without labels" if card.run.recipe.seeds is None else "with labels"
+    recipe = card.run.recipe
+    how = "without labels" if recipe.seeds is None or recipe.seeds_judge else "with labels"
     lines = [
         *_header(card, method),
         f"# {card.backbone.name}, pretrained by {method}", "",

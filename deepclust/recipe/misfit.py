@@ -13,10 +13,7 @@ def misfit(recipe: Recipe) -> str | None:
     """Return the first thing that does not fit together, None if all does."""
     method, cluster = recipe.method, recipe.cluster
     if method.round is None and (unused := _unused(recipe)):
-        why = "does not cluster"
-        if unused == "seeds":
-            why = "neither clusters nor uses labels, and no term does"
-        return f"{method.name} {why}: leave {unused} out (null)"
+        return f"{method.name} does not cluster: leave {unused} out (null)"
     if method.round is not None and cluster is None:
         return f"cluster: is required by method {method.name}"
     if method.whole_batch and recipe.train.accumulate > 1:
@@ -36,8 +33,6 @@ def _unused(recipe: Recipe) -> str | None:
     """Return the first key that is there and means nothing without a clustering."""
     if recipe.cluster is not None:
         return "cluster"
-    if recipe.seeds is not None and not recipe.uses_labels:
-        return "seeds"
     return "init.assignments" if recipe.init.assignments else None
 
 
@@ -96,7 +91,10 @@ def _misfit_of_seeds(recipe: Recipe) -> str | None:
         return f"seeds: are required by {users[0]}: set seeds.labels" if users else None
     if problem := _misfit_of_labelled_rows(recipe, recipe.seeds):
         return problem
-    if recipe.cluster is None and (key := _idle_seeds(recipe.seeds)):
+    if recipe.seeds_judge and recipe.seeds.share:
+        why = f"{recipe.method.name} trains on no labels, which are for evaluation alone"
+        return f"seeds.share: {why}: leave it out"
+    if (recipe.cluster is None or recipe.seeds_judge) and (key := _idle_seeds(recipe.seeds)):
         why = f"means nothing for {recipe.method.name}, which pins no clusters"
         return f"seeds.{key} {why}: leave it out"
     if recipe.cluster is not None and recipe.seeds.share == 1:

@@ -108,6 +108,13 @@ class Recipe(Section):
         return self.method.labels != "unused" or terms
 
     @property
+    def seeds_judge(self) -> bool:
+        """Whether the labels of `seeds` are for evaluation alone: nothing is trained on them."""
+        refresh = self.method.round
+        pins = refresh is not None and refresh.kind == "k-means"
+        return self.seeds is not None and not (pins or self.uses_labels)
+
+    @property
     def clusters_inline(self) -> bool:
         """Whether the ranks cluster themselves (or nobody does), without a cluster worker."""
         if self.cluster is None:

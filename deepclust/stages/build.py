@@ -204,12 +204,16 @@ def read_labels(context: Context) -> SeedTable | None:
     `seeds.table.load` does.
     """
     recipe, run = context.recipe, context.run
-    if recipe.seeds is None or not (recipe.seeds.share or recipe.uses_labels):
+    if recipe.seeds is None:
+        return None
+    if not (recipe.seeds.share or recipe.uses_labels or recipe.seeds_judge):
         return None
     seeds = load(context.index, recipe.seeds, recipe.seed)
     if recipe.cluster is None:  # else the clustering reports them
         for note in seeds.notes:
             context.emit("warning", text=note)
+    if recipe.seeds_judge:  # read all the same, so that what is wrong with them is known now
+        return None
     for note in check_labels(recipe, seeds.table, len(context.index)):
         context.emit("warning", text=note)
     began = labels.read(run)

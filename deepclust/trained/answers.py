@@ -51,7 +51,7 @@ def columns_of(run: Run, recipe: Recipe, method: Method) -> Columns | str:
     name = recipe.method.name
     if recipe.method.answers == "nothing":
         return f"method {name} has no classifier"
-    if recipe.seeds is None:
+    if recipe.seeds is None or recipe.seeds_judge:
         return f"{run.path} was trained without labelled seeds"
     if any(one.startswith(f"{part}.") for one in method.owned() for part in parts_of(method)):
         return f"the classifier of {name} is spread over the ranks of {run.path}"

@@ -143,9 +143,16 @@ def test_a_method_that_requires_labels_asks_for_seeds() -> None:
         small_case(TOY, "seeds=null")
 
 
-def test_seeds_are_refused_where_no_method_and_no_term_uses_them(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"simclr neither clusters nor uses labels.*leave seeds"):
-        tiny_recipe(tmp_path, "method.name=simclr", "cluster=null", "seeds={labels: shards}")
+@pytest.mark.parametrize(
+    "name", ["simclr", "moco-v2", "moco-v3", "byol", "swav", "dino", "dac", "sela"]
+)
+def test_a_method_that_trains_on_no_labels_takes_them_for_evaluation_alone(name: str) -> None:
+    assert small_case(name, "seeds={labels: shards, per_class: 5, refine: 4}").seeds_judge
+    for key, value in (("share", 0.25), ("pin_from", 1), ("force", "true")):
+        with pytest.raises(RecipeError, match=rf"seeds\.{key}.*{name}.*leave it out"):
+            small_case(name, f"seeds={{labels: shards, {key}: {value}}}")
+    assert not small_case(name, "seeds={labels: shards}", "terms.cm.weight=1").seeds_judge
+    assert not small_case("deepcluster", "seeds={labels: shards}").seeds_judge
 
 
 TERM = "terms={tests.toys.term: {weight: 1}}"

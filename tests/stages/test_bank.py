@@ -47,6 +47,17 @@ def test_the_bank_is_a_fresh_extraction_when_weights_stand_still(
     assert names.count("features") == 2
 
 
+def test_seeds_have_equal_prototypes_in_all_heads(shards: Path, tmp_path: Path) -> None:
+    seeds = "seeds={labels: shards, per_class: 5}"
+    pretrain(recipe(shards, "method.heads=3", seeds), tmp_path / "run")
+    for number in (0, 1):
+        stage = Run(tmp_path / "run").round(number) / "centroids"
+        first, *others = np.load(stage / "centroids.npy")
+        for other in others:
+            np.testing.assert_array_equal(other[:4], first[:4])
+            assert (other[4:] != first[4:]).any()
+
+
 @pytest.fixture(scope="module")
 def one_bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards with a sample that no reader can decode."""

@@ -66,6 +66,4 @@ class Config(MethodSection):
         """Return what is wrong with the clustering, if anything."""
         if recipe.clustering.k < 2:
             return "sela needs cluster.k of 2 or more"
-        if recipe.seeds is not None and not recipe.uses_labels:
-            return "sela balances its clusters and pins none: leave seeds out (null)"
         return None

@@ -31,7 +31,7 @@ from deepclust.run.round_files import read_whitening
 from deepclust.trained.saved import fresh_embedder
 from tests.methods.cases import CASES
 from tests.methods.cases import TOY as TOY_METHOD
-from tests.tiny import deepclust, tiny_recipe, tiny_shards
+from tests.tiny import assert_same_run, deepclust, tiny_recipe, tiny_shards
 
 TOY = "tests.toys.evaluator"
 
@@ -95,6 +95,20 @@ def test_the_exported_backbone_is_that_of_the_embedder(run_dir: Path, tmp_path: 
     ours = load_embedder(Run(run_dir)).method.trunk.export_state()
     state = load_backbone(tmp_path / "b.safetensors").export_state()
     assert all(torch.equal(state[key], value) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("name", ["simclr", "swav", "sela"])
+def test_labels_that_only_judge_train_nothing_and_give_class_means(
+    name: str, shards: Path, tmp_path: Path
+) -> None:
+    given = [f"method.name={name}", *CASES[name], "train.epochs=1"]
+    for run, seeds in (("plain", []), ("judged", ["seeds={labels: shards, per_class: 5}"])):
+        pretrain(tiny_recipe(shards, *given, *seeds), tmp_path / run)
+    assert_same_run(tmp_path / "plain", tmp_path / "judged")
+    scores = evaluate_run(tmp_path / "judged", str(shards), str(shards), ["prototypes"])
+    assert scores["prototypes"]["top1"] > 0.3
+    with pytest.raises(DataError, match=r"no classifier|trained without labelled seeds"):
+        evaluate_run(tmp_path / "judged", str(shards), str(shards), ["classifier"])
 
 
 def test_what_needs_seeds_is_skipped_with_a_reason_in_a_run_without_them(
