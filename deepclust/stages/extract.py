@@ -35,6 +35,7 @@ from deepclust.run.directory import Run, is_done
 from deepclust.run.reporting import Report
 from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
+from deepclust.stages.ahead import Ahead
 from deepclust.stages.chunk_writer import ChunkWriter
 from deepclust.stages.progress import StageProgress
 from deepclust.stages.raw_memory import RawMemory
@@ -277,13 +278,16 @@ def _fill(
         size = len(chunks[number]) * len(pivot) * context.dtype.itemsize
         return _Open(stays=context.memory is not None and context.memory.takes(size))
 
+    def sent(loaded: Loaded) -> Tensor:
+        return on_device(loaded.images[0], context.world.device)
+
     current: _Open | None = None
     with ChunkWriter(commit, done) as writer:
-        for loaded in context.loader.stream(requests()):
+        for ready in Ahead(context.loader.stream(requests()), sent, context.world.device):
             context.report.alive()
-            number = loaded.tag
+            loaded, number = ready.loaded, ready.loaded.tag
             current = opened(number) if current is None else current
-            rows = embed(on_device(loaded.images[0], context.world.device)).float()
+            rows = embed(ready.batch).float()
             count_bad(context, _add_batch(context, current, rows, loaded, pivot))
             if len(current.rows) == -(-len(chunks[number]) // step):
                 _keep(context, number, current)

@@ -165,7 +165,7 @@ def train_segment(
 def train_step(
     trainer: Trainer,
     meter: Meter,
-    parts: Iterator[Ready],
+    parts: Iterator[Ready[Batch]],
     targets: Targets | None,
     state: State,
 ) -> float:

@@ -46,3 +46,12 @@ def test_an_error_waits_for_the_batches_before_it() -> None:
         assert [next(batches).batch.sample_ids.item() for _ in range(3)] == [0, 1, 2]
         with pytest.raises(OSError, match="storage"):
             next(batches)
+
+
+def test_images_of_an_extraction_are_begun_ahead_too() -> None:
+    taken: list[int] = []
+    with pretended():
+        send = Ahead(loaded(4, taken), lambda one: torch.from_numpy(one.sample_ids).to(CARD), CARD)
+        assert next(send).batch.tolist() == [0]
+        assert len(taken) == 1 + DEPTH
+        assert [ready.batch.item() for ready in send] == [1, 2, 3]
