@@ -52,8 +52,8 @@ def floors_of(
     """Return the lowest score that can be a row's best, for scores [m, k] seen as integers.
 
     They are bfloat16 as int16 or float32 as int32, which orders positive numbers as their values.
-    lengths: of the rows, float32 [m]. bounds: a, b, c, r, u, so that a score s of a row of length l
-    is at most a l + b + c (r + l)^2 + u |s| off. The highest integer stands for a row without a
+    lengths: of the rows, float32 [m]. bounds: a, b, c, r and u. A score s of a row of length l is
+    at most a l + b + c (r + l)^2 + u |s| off. The highest integer stands for a row without a
     clearly positive best score.
     """
     m = len(scores)
@@ -79,9 +79,9 @@ def above(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return which of the scores [m, k] of a row are not below its floor.
 
-    Returned: the only one of each row, int64 [m] (0 where there is none); the rows with 2 to
-    `most`, int64 [c], where theirs begin, int64 [c + 1], and these in order, int64; and the rows
-    with more or none, int64 [u].
+    Five arrays int64 are returned. [m]: the only one of each row, or 0. [c]: the rows with 2 to
+    `most`. [c + 1] and [p]: where theirs begin, and these in order. [u]: the rows with more or
+    none.
     """
     m, k = scores.shape
     nearest, found = np.zeros(m, np.int64), np.empty(most, np.int64)

@@ -2,7 +2,7 @@
 
 At the start of an attempt the first rank compares rounds with their hashes. It sets a damaged one
 aside, and drops a final one that nothing ends with any more. A cluster worker that looked before
-would cluster what is about to go: it would fail on it, or publish it as the round that follows.
+would cluster what is about to go. It would fail, or publish it as the round that follows.
 """
 
 from __future__ import annotations
