@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from deepclust import EpochPlan, load_backbone, pretrain
 from deepclust.errors import DataError, RecipeError, RequeueWanted, RunDiffersError
 from deepclust.launch.start import resume, run_stage
 from deepclust.run.directory import Run, is_done
+from tests.forks import in_fork
 from tests.images import draw
 from tests.tiny import (
     assert_resumes_undisturbed,
     assert_same_run,
     assignments,
     final_weights,
+    run_disturbed,
     stop_at,
     tiny_recipe,
     tiny_shards,
@@ -111,6 +114,27 @@ def test_two_ranks_cluster_and_batch_as_one_does(
     halves = [plan.for_rank(rank, 2) for rank in range(2)]
     assert np.array_equal(np.concatenate(halves, axis=1).ravel(), plan.ids)
     assert Run(tmp_path / "run").metrics("train")[-1]["step"] == 24
+
+
+def compiled_and_disturbed(recipe: str, folder: Path, step: int) -> int:
+    """Both runs with every graph that torch traces, but without machine code, which takes long."""
+    traced: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        traced.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
+    run_disturbed(recipe, folder, step)
+    return len(traced)
+
+
+def test_a_compiled_run_is_stopped_resumed_and_exported(shards: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(shards, "train.compile=true", "train.accumulate=2", "train.epochs=1")
+    assert in_fork(compiled_and_disturbed, recipe.dump(), tmp_path, 5) > 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    backbone = load_backbone(tmp_path / "stopped" / "export" / "backbone.safetensors")
+    assert backbone(draw(0, 16, 16)[None].float()).shape == (1, backbone.dim)
 
 
 def test_three_ranks_stopped_and_resumed_are_undisturbed(shards: Path, tmp_path: Path) -> None:
