@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from deepclust import pretrain
 from tests.pretended_device import pretended
+from tests.tiny import tiny_recipe
 
 FOLDER = Path(__file__).parents[1] / "tools" / "gpu_check"
 
@@ -178,3 +180,36 @@ def test_the_check_of_a_refresh_runs_the_bench_on_its_device(
     assert (outcome.verdict, outcome.numbers) == ("pass", {"seconds": {"moments": 1.5}})
     runs[0] = {"error": "exit code 1"}
     assert tool["jobs"].refresh(setting).verdict == "fail"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("search", {"n": 20_000, "ks": (4, 260, 3332)}),
+        ("clusters", {"n": 20_000, "k": 100}),
+        ("whitening", {}),
+        ("gradients", {}),
+        ("views", {"count": 50}),
+    ],
+)
+def test_a_gpu_has_the_numbers_of_the_cpu(
+    tool: Any, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    setting = tool["Setting"](torch.device("cuda", 0), tmp_path)
+    outcome = getattr(tool["agreement"], name)(setting, **options)
+    assert outcome.verdict == "pass", outcome
+
+
+@pytest.mark.gpu
+def test_a_short_run_on_a_gpu_ends_with_weights_and_without_a_fallback(
+    shards: Path, tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    run = pretrain(tiny_recipe(shards, "train.device=cuda", "train.epochs=1"), tmp_path / "run")
+    assert (run.path / "export" / "backbone.safetensors").exists()
+    texts = [event.get("text", "") for event in run.events()]
+    assert not [text for text in texts if "instead" in text]
