@@ -460,6 +460,7 @@ def test_a_clustering_that_settles_early_ends_its_progress() -> None:
 
 def test_every_tile_is_a_sign_of_life() -> None:
     tiles: list[None] = []
-    points = ArrayPoints(blobs(30_000, 4, 3), threads=2, alive=lambda: tiles.append(None))
-    kmeans(points, 5, iterations=3)
+    rows = np.random.default_rng(0).standard_normal((30_000, 32), dtype=np.float32)
+    points = ArrayPoints(rows, threads=2, alive=lambda: tiles.append(None))
+    kmeans(points, 40, iterations=3)
     assert len(tiles) > 4 * 3  # a scan and at least three passes, of several tiles
