@@ -122,8 +122,9 @@ def vae(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FEATURES.npy|RUN|EMBED_FOLDER ...",
-            help="Rows (n x d) of the same images, one source a network; a run: its last round.",
+            metavar="FEATURES|RUN ...",
+            help="Rows (n x d) of the same images, one source a network: a .npy file, a folder of "
+            "embed, or a run (its last round).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder for the result.")],

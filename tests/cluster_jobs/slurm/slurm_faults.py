@@ -162,7 +162,8 @@ FAULTS = {
     "USR2": Fault(usr2),
     "TERM": Fault(term),
     "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true"), epochs=20),
-    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=40"), epochs=40),
+    # 30 s to begin and to train in: a slow machine needs 15 of them to begin
+    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=30"), epochs=60),
     "kill -9 of the head": Fault(kill_head),
     "kill -9 of Ray's head": Fault(kill_gcs, launchers=("ray",)),
     "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",), epochs=LONG),
