@@ -434,9 +434,9 @@ class ArrayPoints:
 
     def _tile(self, k: int) -> int:
         """Return the rows of a tile of k scores each: few enough for cache and threads."""
-        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
         if self.n * self.dim * k <= FEW_PRODUCTS:
             return MAX_TILE_ROWS
+        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
         # several a thread, where a tile is worth its overhead
         turns = 4 if self.n > FEW_ROWS else 1
         share = -(-self.n // (turns * self.threads))

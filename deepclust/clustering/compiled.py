@@ -3,8 +3,8 @@
 With few centroids the product of a search is cheap, and what follows it decides the time. Here each
 row is looked at once, while it is in the cache. The loops hold no lock of Python, so threads run
 side by side. Numba compiles them at their first call, and keeps the result beside this file or in
-the user's cache. That is 6 s once for an installation. `tools/bench/clustering` (kmeans-cpu,
-kmeans-grid) has what they are worth.
+the user's cache. That is some seconds, once for an installation. What they are worth is measured by
+`tools/bench/clustering` (kmeans-cpu, kmeans-grid).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def closest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the closest of each row's candidates, int64 [c], and whether that is certain.
 
-    rows: float32 [c, d]. starts, ids: as `candidates` has them. It is certain where the second one
+    rows: float32 [c, d]. starts, ids: as `above` has them. It is certain where the second one
     is farther by more than the share `gap`, which bounds the rounding of any order of the sums.
     """
     count, dim = rows.shape

@@ -24,7 +24,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from types import ModuleType
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -111,12 +112,11 @@ class Nearest:
     def search(self, packed: Packed, take: Take) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of packed rows; `take` reads those that are left open."""
         tile, lengths = packed
-        above, _, floors_of = loops()
         scores = self._space(len(tile))
         torch.mm(tile, self.packed, out=scores)
         whole = scores.view(INTEGER[self.dtype]).numpy()
-        floors = floors_of(whole, lengths.numpy(), self._bounds)
-        nearest, rows, starts, ids, left = above(whole, floors, CROWD)
+        floors = loops().floors_of(whole, lengths.numpy(), self._bounds)
+        nearest, rows, starts, ids, left = loops().above(whole, floors, CROWD)
         self._compare(take, (rows, starts, ids), nearest)
         return self._settle(nearest, torch.from_numpy(left), take)
 
@@ -125,13 +125,14 @@ class Nearest:
 
         0 where distances overflow.
         """
-        (above, _, _), k = loops(), len(self.centroids)
+        k = len(self.centroids)
         for part in torch.split(left, min(256, max(1, SCORES // k))):
             if not len(part):
                 continue
             scores, lowest = self._score(take(part))
             places = part.numpy()
-            nearest[places], rows, starts, ids, _ = above(scores.numpy(), lowest.numpy(), k)
+            found = loops().above(scores.numpy(), lowest.numpy(), k)
+            nearest[places], rows, starts, ids, _ = found
             self._compare(take, (places[rows], starts, ids), nearest)
         return torch.from_numpy(nearest)
 
@@ -154,10 +155,11 @@ class Nearest:
 
     def _compare(self, take: Take, open_rows: Candidates, out: np.ndarray) -> None:
         """Write the nearest of each row's candidates: at the smallest distance, ties by id."""
-        _, closest, _ = loops()
         for places, starts, ids in _blocks(*open_rows):
             rows = take(torch.from_numpy(places))
-            out[places], certain = closest(rows.numpy(), starts, ids, self._plain, self._gap)
+            out[places], certain = loops().closest(
+                rows.numpy(), starts, ids, self._plain, self._gap
+            )
             if not certain.all():
                 self._decide(rows, places, starts, ids, ~certain, out)
 
@@ -236,12 +238,11 @@ def packed_rows(
     return tile
 
 
-@functools.cache
-def loops() -> tuple[Callable[..., Any], ...]:
-    """Return the compiled loops, by name; a rank that does not cluster need not wait for Numba."""
-    from deepclust.clustering.compiled import above, closest, floors_of
+def loops() -> ModuleType:
+    """Return the compiled loops: a rank that does not cluster need not wait for Numba."""
+    from deepclust.clustering import compiled
 
-    return above, closest, floors_of
+    return compiled
 
 
 def _blocks(rows: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> Iterator[Candidates]:

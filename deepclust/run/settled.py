@@ -7,6 +7,7 @@ would cluster what is about to go. It would fail, or publish it as the round tha
 
 from __future__ import annotations
 
+from deepclust.errors import DataError
 from deepclust.files import read_record, write_json
 from deepclust.run.directory import Run
 
@@ -20,6 +21,11 @@ def settle(run: Run) -> None:
 
 
 def is_settled(run: Run) -> bool:
-    """Return whether the first rank of this attempt has settled the rounds."""
-    file = run.path / FILE
-    return file.exists() and read_record(file, {"attempt": int})["attempt"] == run.attempt
+    """Return whether the first rank of this attempt has settled the rounds.
+
+    A damaged file says nothing: the first rank is about to write another one.
+    """
+    try:
+        return int(read_record(run.path / FILE, {"attempt": int})["attempt"]) == run.attempt
+    except DataError:
+        return False

@@ -83,3 +83,5 @@ def test_what_another_attempt_has_settled_does_not_count(tmp_path: Path) -> None
         settle(first)
     assert is_settled(first)
     assert not is_settled(replace(first, attempt=2))
+    (tmp_path / "settled.json").write_text("{")  # it is written again before it counts
+    assert not is_settled(first)

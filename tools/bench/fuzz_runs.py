@@ -56,7 +56,7 @@ DAMAGES = {  # of each run, which is tried in this order
 }
 FLIPS = tuple(f"flip {number}" for number in range(3, 11))  # more, of these:
 DIGITS = tuple(f"digit {number}" for number in range(1, 7))  # so that it is still a valid text
-TEXTS = ("recipe.yaml", "data.json", "state.json", "lock.json", "env.json")
+TEXTS = ("recipe.yaml", "data.json", "settled.json", "state.json", "lock.json", "env.json")
 DEAR = ("report", "evaluate")  # half a second each: not for every damage
 VERBS = ("status", "assignments", "export", *DEAR, "resume")  # the last one writes
 Show = Callable[[dict[str, Any]], None]
