@@ -195,6 +195,7 @@ def extraction(context: Context, trainer: Trainer, number: int) -> ExtractContex
         context.run, number, context.world, context.index, trainer.loader,
         context.recipe.data, context.report, context.stopping,
         moments=refresh is not None and refresh.whiten, memory=memory,
+        kept=trainer.kept,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from deepclust.errors import ResourceError
 from deepclust.recipe import Recipe
 from deepclust.run.directory import Run
 from deepclust.run.round_files import find_whitening
+from deepclust.stages.kept_crops import room
 
 BATCHES, FEWEST = 8, 1000  # of the part: batches, and images for each rank
 PER_CLUSTER = 10  # images, so that a part has clusters
@@ -56,7 +57,18 @@ def calibrate(recipe: Recipe, index: Index) -> Speeds:
         row = seconds_of_a_row(recipe.replace(f"train.threads={run.recipe.train.threads}"),
                                len(index), width, dim)  # fmt: skip
         memory += recipe.cost(width).per_sample * (len(index) - count)
-        return replace(speeds_of_run(run, count, spans, row), memory=memory)
+        speeds = replace(speeds_of_run(run, count, spans, row), memory=memory)
+        return _with_crops(speeds, recipe, len(index), count)
+
+
+def _with_crops(speeds: Speeds, recipe: Recipe, n: int, count: int) -> Speeds:
+    """Return the speeds for n images, of which a part of `count` has kept its crops."""
+    one, ranks = 3 * recipe.data.size**2, recipe.train.ranks
+    if recipe.cluster is None or recipe.data.crop_on == "device":
+        return speeds
+    if n * one > ranks * room(ranks):
+        return replace(speeds, again=None)
+    return replace(speeds, memory=(speeds.memory or 0.0) + (n - count) * one)
 
 
 def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
@@ -65,7 +77,8 @@ def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
     trained = _trained(run, batch)
     plans = spans.plans[1:] or spans.plans
     segment = mean([took - steps * batch / trained for steps, took in plans])
-    extracted, extraction = _extracted(run, count, spans.extractions)
+    again, extraction = _extracted(run, count, spans.extractions)
+    extracted = (_rate(run, count, run.rounds()[0]) if spans.extractions else None) or again
     events = run.events()
     solves = [float(e["cluster"]) for e in events if e["event"] == "published"]
     saves = [e for e in events if e["event"] == "checkpoint"]
@@ -73,6 +86,7 @@ def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
         start=spans.seconds["start"],
         trained=trained,
         extracted=extracted,
+        again=again,
         row=row,
         segment=max(0.0, segment),
         extraction=extraction,
@@ -97,21 +111,26 @@ def _trained(run: Run, batch: int) -> float:
 
 
 def _extracted(run: Run, count: int, extractions: list[float]) -> tuple[float, float]:
-    """Return images a second of an extraction, and the seconds that it takes beside them.
+    """Return images a second of the last extraction, and the seconds that it takes beside them."""
+    if not extractions:
+        return np.inf, 0.0
+    took = later(extractions)
+    rate = _rate(run, count, run.rounds()[-1]) or count / took
+    beside = took - count / rate
+    return (rate, beside) if beside > 0 else (count / took, 0.0)
+
+
+def _rate(run: Run, count: int, number: int) -> float | None:
+    """Return images a second of a round's extraction, or None where it has too few chunks.
 
     A rank reports a chunk when its next one is extracted. So when the first is reported each rank
     has two, and until the last one they extract the others.
     """
-    if not extractions:
-        return np.inf, 0.0
-    took = later(extractions)
-    last = run.rounds()[-1]
-    at = [e["time"] for e in run.events() if e["event"] == "unit" and e["round"] == last]
+    at = [e["time"] for e in run.events() if e["event"] == "unit" and e["round"] == number]
     had = 2 * run.recipe.train.ranks
-    between = count * (len(at) - had) / len(at) if len(at) > had + 1 else 0.0
-    rate = between / max(at[-1] - at[0], 1e-3) if between else count / took
-    beside = took - count / rate
-    return (rate, beside) if beside > 0 else (count / took, 0.0)
+    if len(at) <= had + 1:
+        return None
+    return count * (len(at) - had) / len(at) / max(float(at[-1] - at[0]), 1e-3)
 
 
 def _evaluated(run: Run) -> float | None:

@@ -14,9 +14,10 @@ class Speeds:
 
     start: float  # seconds from the command to the first image, and of the end
     trained: float  # images a second, through all crops
-    extracted: float  # images a second
+    extracted: float  # images a second, read from the shards
     row: float  # seconds of a row in a round: its projection, and k-means of all levels and heads
     segment: float = 0.0  # seconds before the first step of a plan
+    again: float | None = None  # of later extractions, where ranks keep crops; None: as extracted
     extraction: float = 0.0  # seconds of an extraction beside its images
     round: float = 0.0  # seconds of a round's whitening, statistics and files
     checkpoint: float = 0.0  # seconds
@@ -31,7 +32,9 @@ def seconds(recipe: Recipe, counts: Counts, speeds: Speeds) -> dict[str, float]:
     trained = counts.steps * recipe.train.batch / speeds.trained
     taken = {
         "start": speeds.start,
-        "extraction": counts.extractions * (speeds.extraction + images / speeds.extracted),
+        "extraction": counts.extractions * speeds.extraction
+        + images / speeds.extracted
+        + (counts.extractions - 1) * images / (speeds.again or speeds.extracted),
         "clustering": counts.rounds * (speeds.round + images * speeds.row),
         "training": counts.segments * speeds.segment + trained,
         "checkpoints": counts.checkpoints * speeds.checkpoint,

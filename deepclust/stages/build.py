@@ -34,10 +34,11 @@ from deepclust.run.directory import Run
 from deepclust.run.events import EventName
 from deepclust.run.reporting import Metrics, Report
 from deepclust.seeds.table import SeedTable, load
-from deepclust.stages import cluster, warm_start, whole
+from deepclust.stages import cluster, kept_crops, warm_start, whole
 from deepclust.stages.average import Average
 from deepclust.stages.batches import Feed
 from deepclust.stages.during import open_watched
+from deepclust.stages.kept_crops import KeptCrops
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train import Trainer
 from deepclust.stages.train_state import check_finite_weights, put_back
@@ -110,6 +111,7 @@ def build_trainer(context: Context) -> Trainer:
         stopping=context.stopping,
         metrics=Metrics(run) if world.is_first else None,
         watched=open_watched(recipe, context.index, run, world),
+        kept=KeptCrops(kept_crops.room(world.size)),
     )
 
 

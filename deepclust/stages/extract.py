@@ -37,6 +37,7 @@ from deepclust.run.signs import unwatched
 from deepclust.stages import raw_chunk
 from deepclust.stages.ahead import Ahead
 from deepclust.stages.chunk_writer import ChunkWriter
+from deepclust.stages.kept_crops import KeptCrops
 from deepclust.stages.progress import StageProgress
 from deepclust.stages.raw_memory import RawMemory
 from deepclust.stages.unusable import check_bad, count_bad, not_finite
@@ -64,6 +65,7 @@ class ExtractContext:
     dtype: torch.dtype = torch.float16  # of the rows on disk
     moments: bool = True  # whether a whitening is to be solved from them
     memory: RawMemory | None = None  # where rows may stay until they are projected; None: on disk
+    kept: KeptCrops = field(default_factory=KeptCrops)  # crops for the next round
 
     @property
     def raw_dir(self) -> Path:
@@ -232,7 +234,10 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
     if path.exists():
         return
     sample_ids = np.arange(chunk.start, min(chunk.stop, chunk.start + context.config.extract_batch))
-    loaded = next(iter(context.loader.stream([_request(context.config, sample_ids)])))
+    if 0 in context.kept.chunks:
+        loaded = context.kept.chunks[0][0]
+    else:
+        loaded = next(iter(context.loader.stream([_request(context.config, sample_ids)])))
     images = on_device(loaded.images[0], context.world.device)
     (rows,) = to_host(embed(images))
     usable = torch.isfinite(rows).all(1)
@@ -260,13 +265,6 @@ def _fill(
     """Extract the chunks that this rank draws, and commit each when its last batch is in."""
     step, progress = context.config.extract_batch, context.progress("extract")
 
-    def requests() -> Iterator[Request]:
-        for number in context.draw("extract", missing):
-            chunk = chunks[number]
-            for start in range(chunk.start, chunk.stop, step):
-                sample_ids = np.arange(start, min(chunk.stop, start + step))
-                yield _request(context.config, sample_ids, number)
-
     def commit(number: int, chunk: _Open) -> None:
         _commit_chunk(context, number, chunk, pivot)
 
@@ -283,7 +281,7 @@ def _fill(
 
     current: _Open | None = None
     with ChunkWriter(commit, done) as writer:
-        for ready in Ahead(context.loader.stream(requests()), sent, context.world.device):
+        for ready in Ahead(_load(context, chunks, missing), sent, context.world.device):
             context.report.alive()
             loaded, number = ready.loaded, ready.loaded.tag
             current = opened(number) if current is None else current
@@ -293,6 +291,27 @@ def _fill(
                 _keep(context, number, current)
                 writer.put(number, current)
                 current = None
+
+
+def _load(context: ExtractContext, chunks: list[range], missing: list[int]) -> Iterator[Loaded]:
+    """Yield the batches of the missing chunks that this rank keeps, then of those that it draws."""
+    kept, step = context.kept, context.config.extract_batch
+    held = kept.held(context.world, len(chunks))
+    drawn = [number for number in missing if not held[number]]
+    for number in missing:
+        if number in kept.chunks and not context.stopping():
+            yield from kept.chunks[number]
+
+    def requests() -> Iterator[Request]:
+        for number in context.draw("extract", drawn):
+            chunk = chunks[number]
+            for start in range(chunk.start, chunk.stop, step):
+                sample_ids = np.arange(start, min(chunk.stop, start + step))
+                yield _request(context.config, sample_ids, number)
+
+    for loaded in context.loader.stream(requests()):
+        kept.offer(loaded, len(chunks[loaded.tag]))
+        yield loaded
 
 
 def _add_batch(

@@ -35,6 +35,7 @@ from deepclust.stages.ahead import Ahead, Ready
 from deepclust.stages.average import average_of
 from deepclust.stages.batches import Feed
 from deepclust.stages.during import Watched, evaluate_now
+from deepclust.stages.kept_crops import KeptCrops
 from deepclust.stages.schedule import Timeline
 from deepclust.stages.train_state import begin_save
 from deepclust.world import World, derive
@@ -61,6 +62,7 @@ class Trainer:
     stopping: Callable[[], bool]
     metrics: Metrics | None  # of the first rank
     watch: Watch = field(default_factory=Watch)
+    kept: KeptCrops = field(default_factory=KeptCrops)  # of an extraction, for the next one
     watched: Watched | None = None  # labelled images to evaluate on, if the recipe wants it
 
     def begin_save(self, state: State) -> None:
