@@ -76,7 +76,7 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
             ray.init(
                 "local", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING,
                 num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=STORE_BYTES,
-                _temp_dir=str(folder / INSIDE),
+                _temp_dir=str(folder / INSIDE), include_dashboard=False,
             )  # fmt: skip
             yield
     finally:
