@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from deepclust.clustering.kept_rows import free_memory
+from deepclust.copies import sent, to_host
 from deepclust.data.read.dataset import Loaded
 from deepclust.world import World
 
@@ -38,9 +39,11 @@ class KeptCrops:
 
     def held(self, world: World, count: int) -> Bool[Tensor, " count"]:
         """Return which of `count` chunks some rank keeps; all ranks ask together."""
-        mine = torch.zeros(count, dtype=torch.int64, device=world.device)
+        mine = torch.zeros(count, dtype=torch.int64)
         mine[list(self.chunks)] = 1
-        return world.all_reduce(mine).cpu() > 0
+        if world.size > 1:
+            (mine,) = to_host(world.all_reduce(sent(mine, world.device)))
+        return mine > 0
 
     def offer(self, loaded: Loaded, samples: int) -> None:
         """Keep a copy of the next batch of a chunk of so many samples, if the chunk fits.
