@@ -342,7 +342,9 @@ def _cuda_patches(log: Log) -> dict[str, Callable[..., Any]]:
         "get_device_name": lambda device=None: "pretended",
         "get_arch_list": lambda: ["sm_90"],
         "Stream": lambda *_: SimpleNamespace(),
-        "Event": lambda *_, **__: SimpleNamespace(record=lambda *_: None),
+        "Event": lambda *_, **__: SimpleNamespace(
+            record=lambda *_: None, synchronize=lambda: log.calls.update(["earlier work"])
+        ),
         "stream": lambda side: contextlib.nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(
             wait_event=lambda event: None, synchronize=lambda: log.wait("synchronize a stream")
