@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from tests.forks import in_fork
-from tests.gpu_check import modules
+from tests.gpu_check import FOLDER, modules
 from tests.killing import family, role
 from tests.pretended_device import pretended
 from tests.tiny import tiny_recipe
@@ -119,3 +122,23 @@ def test_a_cluster_worker_on_a_card_is_noticed(
     said = tool["cards"].worker_on_a_card(on_cpu(tool, tmp_path), pids)
     assert len(said) == bool(words)
     assert words in "".join(said)
+
+
+@pytest.mark.parametrize("words", [["nccl.py"], ["clustering", "gpu"]])
+def test_a_bench_of_gpus_says_that_there_are_none_and_ends_with_4(words: list[str]) -> None:
+    if torch.cuda.device_count() > 1:
+        pytest.skip("is about a machine without GPUs")
+    command = [sys.executable, str(FOLDER.parent / "bench" / words[0]), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "GPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_bench_of_an_all_reduce_runs_on_two_ranks_of_the_cpu() -> None:
+    command = [sys.executable, str(FOLDER.parent / "bench" / "nccl.py"), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--numbers", "1000"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"1,000 numbers +[\d.]+ ms +[\d.]+ GB/s", done.stdout)

@@ -114,7 +114,7 @@ def said(script: str, mask: str, number: int, *before: str) -> str:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": mask, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*before, sys.executable, "-c", script, str(number)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     return lines[-1] if done.returncode == 0 and lines else done.stderr.strip()[-200:]
