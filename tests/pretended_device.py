@@ -51,15 +51,22 @@ class Marks:
 
     def __init__(self) -> None:
         self.of: dict[int, StorageWeakRef] = {}
+        self.bytes: dict[int, int] = {}
         self.limit = 4096
 
     def add(self, tensor: Tensor) -> None:
         """Mark a tensor's storage, and forget those that are gone now and then."""
         reference = StorageWeakRef(tensor.untyped_storage())
         self.of[reference.cdata] = reference  # no other storage has this address while it lives
+        self.bytes[reference.cdata] = tensor.untyped_storage().nbytes()
         if len(self.of) > self.limit:
             self.of = {key: one for key, one in self.of.items() if not one.expired()}
+            self.bytes = {key: self.bytes[key] for key in self.of}
             self.limit = max(4096, 2 * len(self.of))
+
+    def count_bytes(self) -> int:
+        """The bytes of those that live."""
+        return sum(self.bytes[key] for key, one in self.of.items() if not one.expired())
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self.of
@@ -79,6 +86,12 @@ class Log:
     types: set[tuple[str, torch.dtype]] = field(default_factory=set)  # operation and its dtype
     phase: str = "other"
     mode: Any = None
+    peak: int | None = None  # bytes of the card's tensors, once somebody has asked for it
+
+    def look_at_memory(self, again: bool = False) -> int:
+        """Note the bytes of the card's tensors, and return the most since it was asked `again`."""
+        self.peak = max(0 if again else self.peak or 0, CARDS.count_bytes())
+        return self.peak
 
     def wait(self, what: str) -> None:
         """Note a wait at the line of the package that asked for it."""
@@ -157,6 +170,8 @@ class Pretended(TorchDispatchMode):
         for tensor in outputs:
             if tensor not in CARDS:
                 CARDS.add(tensor)
+        if self.log.peak is not None:
+            self.log.look_at_memory()
         is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         if not is_view and short not in NO_KERNEL:
             self.log.kernels[self.log.phase] += 1
@@ -342,13 +357,18 @@ def _cuda_patches(log: Log) -> dict[str, Callable[..., Any]]:
         "get_device_name": lambda device=None: "pretended",
         "get_arch_list": lambda: ["sm_90"],
         "Stream": lambda *_: SimpleNamespace(),
-        "Event": lambda *_, **__: SimpleNamespace(record=lambda *_: None),
+        "Event": lambda *_, **__: SimpleNamespace(
+            record=lambda *_: None, synchronize=lambda: log.calls.update(["earlier work"])
+        ),
         "stream": lambda side: contextlib.nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(
             wait_event=lambda event: None, synchronize=lambda: log.wait("synchronize a stream")
         ),
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
-        "memory_allocated": lambda device=None: 0,
+        "memory_allocated": lambda device=None: CARDS.count_bytes(),
+        "memory_reserved": lambda device=None: CARDS.count_bytes(),
+        "max_memory_allocated": lambda device=None: log.look_at_memory(),
+        "reset_peak_memory_stats": lambda device=None: log.look_at_memory(again=True),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: None,
         "manual_seed_all": lambda seed: None,

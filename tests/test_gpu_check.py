@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,31 +14,16 @@ import pytest
 import torch
 
 from deepclust import pretrain
+from tests.gpu_check import FOLDER, modules
 from tests.pretended_device import pretended
 from tests.tiny import tiny_recipe
-
-FOLDER = Path(__file__).parents[1] / "tools" / "gpu_check"
 
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[Any]:
     """The program, with its modules beside it."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import agreement
-        import jobs
-        import outcome
-        import speed
-        import table
-
-        scope: dict[str, Any] = {"__name__": "gpu_check", "__file__": str(FOLDER / "__main__.py")}
-        exec(compile((FOLDER / "__main__.py").read_text(), "__main__.py", "exec"), scope)
-        modules = (agreement, jobs, outcome, speed, table)
-        yield {**scope, **{module.__name__: module for module in modules}}
-    finally:
-        sys.path[:] = [path for path in sys.path if path != str(FOLDER)]
-        for name in ("agreement", "jobs", "machine", "outcome", "speed", "table"):
-            sys.modules.pop(name, None)
+    with modules() as found:
+        yield found
 
 
 def test_without_a_gpu_it_says_so_in_one_sentence_and_ends_with_4(

@@ -55,7 +55,8 @@ def _extracted(recipe: Recipe, refresh: Refresh, network: Network, counts: Count
     n, wide = counts.samples, network.row
     dim = recipe.clustering.dim if refresh.whiten else wide
     chunks = max(1, min(CHUNKS, n // SMALLEST_CHUNK), -(-n // LARGEST_CHUNK))
-    moments = 8.0 * chunks * wide * (wide + 2) * refresh.whiten
+    # the outer product without what its symmetry gives (`Moments.packed`), the pivot and the sum
+    moments = 8.0 * chunks * wide * (9 / 16 * wide + 2) * refresh.whiten
     centroids = 4.0 * (recipe.clustering.k + recipe.clustering.supers) * dim * refresh.heads
     scorers = 2 if refresh.kind == "sinkhorn" else 1  # their weights lie beside the centroids
     whitening = 4.0 * wide * (dim + 2) * refresh.whiten

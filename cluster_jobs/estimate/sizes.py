@@ -12,6 +12,7 @@ from deepclust.recipe import Recipe
 SLOTS = {"sgd": 1, "lars": 1, "adamw": 2}  # numbers of an optimizer for each parameter
 LIVE = 3  # outputs of layers that a pass without a backward has at a time
 AHEAD = 4  # batches that are read, moved or waiting at a time
+SQUARES = 4  # arrays of D x D that finding eigenvectors takes: covariance, vectors, two to work in
 READER = 300e6  # bytes of a reader process, most of it torch's libraries
 PROCESS = 1.0e9  # of a rank without images
 
@@ -32,6 +33,7 @@ class Sizes:
     rows: float  # of a round, as they are clustered
     written: float  # that all rounds write, with what they delete again
     centroids: float  # of all heads
+    beside: float  # on the device of what clusters: a rank's networks, and the whitening's arrays
     memory: float = 0.0  # of all processes on a CPU, or beside the GPUs
 
 
@@ -48,6 +50,8 @@ def sizes(recipe: Recipe, network: Network, counts: Counts) -> Sizes:
     crops = sum(kind.count * kind.size**2 * 3 for kind in recipe.method.crops(data))
     activations = part * network.activations * number
     batch = train.batch / train.ranks * crops
+    low = 2.0 * network.trained * (number == 2)  # autocast's copies of the weights
+    square = 8.0 * network.row**2 * (recipe.method.round is not None and recipe.method.round.whiten)
     checkpoint = 1.0 * network.saved + cost.per_sample * counts.samples
     slots = 4.0 * network.trained * SLOTS[train.optimizer]
     checkpoint += slots
@@ -55,7 +59,7 @@ def sizes(recipe: Recipe, network: Network, counts: Counts) -> Sizes:
     largest = max(rounds, key=lambda one: one.rows, default=Round())
     disk, peak = disk_of(recipe, counts, rounds, checkpoint, slots, network.exported)
     return Sizes(
-        gpu=state + activations + AHEAD * batch * 4,
+        gpu=state + activations + low + AHEAD * batch * 4,
         state=state,
         activations=activations,
         host=PROCESS + max(1, data.readers()) * READER + AHEAD * batch,
@@ -63,9 +67,11 @@ def sizes(recipe: Recipe, network: Network, counts: Counts) -> Sizes:
         disk_peak=peak,
         step_traffic=2 * 4.0 * (network.trained - network.owned) if train.ranks > 1 else 0.0,
         checkpoint=checkpoint,
-        extraction=4.0 * network.parameters
+        extraction=network.saved
+        + 2 * square  # the moments, and a product that is added
         + data.extract_batch * (LIVE * network.largest * number + 3 * data.size**2 * 4),
         rows=largest.rows,
         written=sum(one.written for one in rounds),
         centroids=largest.centroids,
+        beside=SQUARES * square + (state if recipe.clusters_inline else 0.0),
     )

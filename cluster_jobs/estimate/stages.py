@@ -39,7 +39,7 @@ def stages(
             counts.extractions * remote,
         ),
         "clustering": (
-            share + sizes.centroids, share, 0.0,
+            share + sizes.centroids + sizes.beside, share, 0.0,
             passes * sizes.centroids * ranks * together,
         ),
         "training": (

@@ -9,6 +9,7 @@ half-written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -158,11 +159,11 @@ class Job:
             return self.rows
         _log(f"whitening {n:,} rows from {width} to {dim} dimensions")
         progress = _Passes()
-        whitening = Whitening.fit(self.rows, dim, progress.rows)
+        whitening = Whitening.fit(self.rows, dim, progress.rows, self.tried[1])
         if whitening.warning:
             _log(f"warning: {_in_options(whitening.warning)}")
         whitening.save(folder / "whitening.safetensors")
-        _project(whitening, self.rows, folder / "whitened.npy")
+        _project(whitening, self.rows, folder / "whitened.npy", self.tried[1])
         return np.lib.format.open_memmap(folder / "whitened.npy", mode="r")
 
     def cluster(
@@ -172,6 +173,18 @@ class Job:
         chosen = self.options
         assert chosen.k is not None
         _log(f"clustering {rows.shape[0]:,} rows of {rows.shape[1]} into {chosen.k:,} clusters")
+        backend, device = self.tried
+        options, frame = chosen.kmeans(backend), frame_of(rows, spherical=chosen.spherical)
+        whole = ArrayPoints(rows, device=device)
+        points = (whole if valid is None else whole.select(valid)).framed(frame)
+        given = given_start(points, options)
+        result = solve_kmeans(points, options, given, scaled(_Passes(), frame))
+        return widened(result, frame)
+
+    @functools.cached_property
+    def tried(self) -> tuple[str, torch.device]:
+        """The backend and the device that work here; what is used instead is shown once."""
+        chosen = self.options
         named = chosen.device != "auto"
         backend, device, notes = probe_backend(chosen.backend, self.device, named)
         is_other = (backend, device) != (chosen.backend, self.device)
@@ -179,12 +192,7 @@ class Job:
         for note in notes:
             _log(f"warning: {note}{instead}")
         make_present(device)
-        options, frame = chosen.kmeans(backend), frame_of(rows, spherical=chosen.spherical)
-        whole = ArrayPoints(rows, device=device)
-        points = (whole if valid is None else whole.select(valid)).framed(frame)
-        given = given_start(points, options)
-        result = solve_kmeans(points, options, given, scaled(_Passes(), frame))
-        return widened(result, frame)
+        return backend, device
 
     def _facts(self, result: KMeansResult) -> dict[str, Any]:
         """Return everything that statistics.json holds, except the times."""
@@ -213,7 +221,7 @@ class Job:
         }
 
 
-def _project(whitening: Whitening, rows: np.ndarray, path: Path) -> None:
+def _project(whitening: Whitening, rows: np.ndarray, path: Path, device: torch.device) -> None:
     """Write whitened rows block by block, in float16 if the file was, else in float32."""
     # plain writes: a full disk is then an error, where a memory map would kill the process
     dtype = np.dtype(np.float16 if rows.dtype == np.float16 else np.float32)
@@ -222,7 +230,7 @@ def _project(whitening: Whitening, rows: np.ndarray, path: Path) -> None:
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(rows), BLOCK):
-            file.write(whitening(rows[start : start + BLOCK]).astype(dtype).tobytes())
+            file.write(whitening(rows[start : start + BLOCK], device).astype(dtype).tobytes())
 
 
 def _write_table(path: Path, result: KMeansResult, ids: Path | None) -> None:

@@ -48,6 +48,7 @@ from deepclust.clustering.residence import (
 )
 from deepclust.clustering.search import SEARCHES, Search
 from deepclust.clustering.tiles import Tile, do_nothing, each_tile
+from deepclust.clustering.tiles_ahead import TilesAhead
 from deepclust.copies import sent
 from deepclust.errors import DataError, NumericalError
 
@@ -415,7 +416,15 @@ class ArrayPoints:
             own = where if self.ids is None else self._ids_there[where]
             return self._as_read(rows[own])
         place = where if isinstance(where, slice) else where.cpu().numpy()
-        return self._read(place if self.ids is None else self.ids[place])
+        there = place if self.ids is None else self.ids[place]
+        if isinstance(where, slice) and self.device.type == "cuda":
+            return self._as_read(self._sent(there))
+        return self._read(there)
+
+    def _sent(self, where: slice | np.ndarray) -> Tensor:
+        """Return a tile of rows that are not on the GPU, copied beside the tile before."""
+        self._tiles_ahead.make_room()
+        return self._tiles_ahead.send(self.rows[where])
 
     def _read(self, where: slice | np.ndarray) -> Float32[Tensor, "m d"]:
         if isinstance(self.rows, Tensor) and isinstance(where, slice):
@@ -441,6 +450,10 @@ class ArrayPoints:
         turns = 4 if self.n > FEW_ROWS else 1
         share = -(-self.n // (turns * self.threads))
         return min(max(min(size, share), 64), MAX_TILE_ROWS)
+
+    @functools.cached_property
+    def _tiles_ahead(self) -> TilesAhead:
+        return TilesAhead(self.device)
 
     @functools.cached_property
     def _ids_there(self) -> Int64[Tensor, " n"]:

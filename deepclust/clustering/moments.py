@@ -7,6 +7,7 @@ subtracts n * mean * mean' in float32 afterwards, which cancels when the mean is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from deepclust.clustering.precision import full_precision
 
 BLOCK = 4096  # rows of one float32 product; longer sums would lose digits before float64
 MIRROR = 256  # rows handled in float64 at a time
-PANELS = 8  # of columns; the outer product is symmetric, so each is taken from its diagonal on
+# of columns; the outer product is symmetric, so each is taken from its diagonal on. Files of chunks
+# have them so: another number could not read those of a run that is under way
+PANELS = 8
 
 
 @dataclass
@@ -44,15 +47,14 @@ class Moments:
         The last digits depend on where blocks start: equal bits need rows cut at the same places,
         as chunks of extraction are.
         """
-        width = -(-len(self.pivot) // PANELS)
         with full_precision():
             for block in torch.split(rows, BLOCK):
                 centred = block.to(self.pivot) - self.pivot
                 for part in torch.split(centred, MIRROR):  # torch makes them float64 to add them
                     self.sum += part.sum(0, dtype=torch.float64)
-                for a in range(0, len(self.pivot), width):
-                    panel = slice(a, a + width)
-                    self.outer[panel, a:] += centred[:, panel].T @ centred[:, a:]
+                for panel in _panels(len(self.pivot)):
+                    right = centred[:, panel.start :]
+                    self.outer[panel, panel.start :] += centred[:, panel].T @ right
         self.count += len(rows)
         return self
 
@@ -66,6 +68,14 @@ class Moments:
         self.sum += other.sum.to(self.sum)
         self.outer += other.outer.to(self.outer)
         return self
+
+    def packed(self) -> Float64[Tensor, " p"]:
+        """Return the panels of the outer product, one after the other: 9/16 of its D x D numbers.
+
+        `unpacked` makes the outer product of them.
+        """
+        panels = _panels(len(self.pivot))
+        return torch.cat([self.outer[panel, panel.start :].flatten() for panel in panels])
 
     def mean(self) -> Float64[Tensor, " D"]:
         """Return the mean row."""
@@ -85,3 +95,19 @@ class Moments:
             )  # fmt: skip
         shift = self.sum / max(self.count, 1)
         return covariance.addr_(shift, shift, alpha=-1)
+
+
+def unpacked(packed: Float64[Tensor, " p"], dim: int) -> Float64[Tensor, "D D"]:
+    """Return the outer product whose panels `Moments.packed` gave, with zeros below them."""
+    outer, place = packed.new_zeros(dim, dim), 0
+    for panel in _panels(dim):
+        block = outer[panel, panel.start :]
+        block.copy_(packed[place : place + block.numel()].view(block.shape))
+        place += block.numel()
+    return outer
+
+
+def _panels(dim: int) -> Iterator[slice]:
+    """Return the rows of each panel of a D x D array."""
+    width = -(-dim // PANELS)
+    return (slice(start, start + width) for start in range(0, dim, width))

@@ -61,15 +61,20 @@ class Whitening:
 
     @classmethod
     def fit(
-        cls, x: Rows, dim: int = 256, progress: Callable[[int, int], None] | None = None
+        cls,
+        x: Rows,
+        dim: int = 256,
+        progress: Callable[[int, int], None] | None = None,
+        device: torch.device | None = None,
     ) -> Whitening:
         """Fit x [n, D] (numpy, memory-mapped or torch; any float type), read in blocks.
 
-        `progress` is called with the rows read so far and n, after every block.
+        `progress` is called with the rows read so far and n, after every block. `device` computes,
+        by default the one where x is.
 
         Raises `NumericalError` for a row that is not finite (named) or constant features.
         """
-        points = ArrayPoints(x)
+        points = ArrayPoints(x, device=device)
         dim = as_integer(dim, "dim", 1)
         frame = frame_of(points.rows)
         points = points.framed(frame)
@@ -85,12 +90,12 @@ class Whitening:
             raise NumericalError(too_far(*farthest(points.rows)[:2]))
         return solve(moments, dim) if frame is None else _in_frame(moments, dim, frame)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, device: torch.device | None = None) -> Array:
         """Project x [n, D] to unit rows float32 [n, dim], of x's kind.
 
-        Zero rows stay zero.
+        Zero rows stay zero. `device` computes, by default the one where x is.
         """
-        points = ArrayPoints(x)
+        points = ArrayPoints(x, device=device)
         if points.dim != len(self.mean):
             raise DataError(
                 f"the whitening was fitted on {len(self.mean)} columns, and these rows have "
@@ -104,7 +109,7 @@ class Whitening:
             for start in range(0, points.n, BLOCK):
                 rows = points.read_tile(start, BLOCK)
                 out[start : start + len(rows)] = unit_rows((rows - mean) @ matrix)
-        return out if isinstance(x, Tensor) else out.numpy()
+        return out.to(x.device) if isinstance(x, Tensor) else out.cpu().numpy()
 
     @property
     def warning(self) -> str | None:

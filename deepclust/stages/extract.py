@@ -15,13 +15,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from deepclust.clustering.whiten import Moments
+from deepclust.clustering.moments import Moments, unpacked
 from deepclust.copies import to_host
 from deepclust.data.images.crops import CentreCrop, Crop
 from deepclust.data.images.device_crops import on_device
@@ -176,13 +177,21 @@ def merge_moments(raw_dir: Path, progress: StageProgress) -> Moments:
     files = sorted(raw_dir.glob(CHUNK_FILES))
     for done, file in enumerate(files, start=1):
         with raw_chunk.opened(file, progress.report.alive) as tensors:
-            names = ("pivot", "sum", "outer")
-            count = int(tensors.get_tensor("count"))
-            chunk = Moments(count, *(tensors.get_tensor(name) for name in names))
+            chunk = _moments_of(tensors)
         total = chunk if total is None else total.merge(chunk)
         progress.show(done, len(files))
     assert total is not None
     return total
+
+
+def _moments_of(tensors: Any) -> Moments:
+    """Return the moments of an open chunk; older versions wrote the whole outer product."""
+    pivot = tensors.get_tensor("pivot")
+    if "outer" in tensors.keys():  # noqa: SIM118 - not a mapping
+        outer = tensors.get_tensor("outer")
+    else:
+        outer = unpacked(tensors.get_tensor("outer_panels"), len(pivot))
+    return Moments(int(tensors.get_tensor("count")), pivot, tensors.get_tensor("sum"), outer)
 
 
 def read_chunk_exclusions(raw_dir: Path, alive: Callable[[], None] = unwatched) -> dict[int, str]:
@@ -357,7 +366,7 @@ def _commit_chunk(context: ExtractContext, number: int, chunk: _Open, pivot: Ten
         tensors["rows"] = torch.cat(chunk.rows)
     if (moments := chunk.moments) is not None:
         count = torch.tensor(moments.count)
-        tensors |= {"count": count, "sum": moments.sum, "outer": moments.outer}
+        tensors |= {"count": count, "sum": moments.sum, "outer_panels": moments.packed()}
     raw_chunk.write(
         context.chunk_path(number),
         tensors,

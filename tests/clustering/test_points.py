@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.clustering import residence
+from deepclust.clustering import array_points, residence
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.nearest import first_of_equals
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.probe import probe_backend
+from deepclust.clustering.residence import is_on
 from deepclust.clustering.search import SEARCHES, gpu_search
 from deepclust.errors import DataError, NumericalError, ResourceError
 from tests.pretended_device import pretended
@@ -230,3 +231,31 @@ def test_rows_for_a_device_are_copied_in_pieces(
     copy = residence.copied(mapped, torch.device("cpu"))
     assert copy.dtype == torch.float16
     np.testing.assert_array_equal(copy, mapped)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_tiles_that_are_sent_to_a_gpu_one_by_one_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[np.generic]
+) -> None:
+    x, c = noise(1000).astype(kind), torch.from_numpy(noise(5))
+    np.save(tmp_path / "x.npy", x)
+    mapped, ids = np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(0, 1000, 3)
+    monkeypatch.setattr(array_points, "MAX_TILE_ROWS", 64)
+    told = []
+    with pretended() as log:
+        for there, fits in ((x, True), (mapped, False), (torch.from_numpy(x), False)):
+            monkeypatch.setitem(residence.MEMORY, "cuda", lambda device, n=fits: 2**30 * n)
+            points = ArrayPoints(there, device="cuda")
+            assert is_on(points.rows, points.device) == fits
+            points.check_finite()
+            before = log.count("other"), log.calls["earlier work"]
+            whole = points.assign_to(c.to("cuda"))
+            waits = log.count("other") - before[0], log.calls["earlier work"] - before[1]
+            part = points.select(ids).assign_to(c.to("cuda"))
+            told.append((waits, [a.cpu() for a in (whole.cluster_ids, whole.sums, part.sums)]))
+    (resident, labels), *streamed = told
+    tiles = -(-1000 // 64)
+    assert resident[1] == 0
+    for waits, others in streamed:
+        assert waits == (resident[0], tiles)  # each is for the tile before the last one
+        assert all(torch.equal(a, b) for a, b in zip(labels, others, strict=True))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from deepclust.clustering.moments import Moments
 from deepclust.errors import DiskError
+from deepclust.stages import raw_chunk
 from deepclust.stages.chunk_writer import ChunkWriter
-from deepclust.stages.extract import _add_batch, _Open
+from deepclust.stages.extract import _add_batch, _Open, merge_moments
 from deepclust.stages.unusable import NOT_FINITE
 
 
@@ -94,3 +97,22 @@ def test_a_batch_has_the_moments_of_its_usable_rows_and_zeros_for_the_others(
     rows[3] = torch.nan
     later = _add_batch(context, _Open(), rows, loaded, pivot)
     assert later[8].endswith(NOT_FINITE)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 8, 20])
+def test_moments_are_packed_on_disk_and_those_of_older_runs_are_read(
+    tmp_path: Path, dim: int
+) -> None:
+    pivot = torch.randn(dim)
+    parts = [Moments.zero(pivot).add(torch.randn(30, dim)) for _ in range(2)]
+    for number, one in enumerate(parts):
+        known = {"pivot": pivot, "count": torch.tensor(one.count), "sum": one.sum}
+        outer = {"outer": one.outer} if number else {"outer_panels": one.packed()}
+        path = tmp_path / f"unit-{number:05d}.safetensors"
+        raw_chunk.write(path, known | outer, {}, lambda: None)
+    silent = SimpleNamespace(report=SimpleNamespace(alive=lambda: None), show=lambda *_: None)
+    merged, whole = merge_moments(tmp_path, silent), parts[0].merge(parts[1])
+    assert merged.count == whole.count == 60
+    assert torch.equal(merged.outer, whole.outer)
+    assert torch.equal(merged.covariance(), whole.covariance())
+    assert whole.packed().numel() <= {20: 0.6}.get(dim, 1.0) * dim**2

@@ -1,9 +1,8 @@
-"""Checks that run something whole: tests, a small run, two ranks, speed and memory."""
+"""Checks that run tests, the search at ImageNet's size, and the bench of a refresh."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,17 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from agreement import white_rows
 from outcome import Outcome, Setting, judged
 
 from cluster_jobs.estimate.devices import DEVICES
-from deepclust import kmeans, pretrain
+from deepclust import kmeans
 from deepclust.clustering.array_points import ArrayPoints
-from deepclust.run.directory import Run
-from deepclust.stages.cluster import release
-from tests.tiny import tiny_recipe, tiny_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS, MOST_S, PEAK = 20, 1.0, 0.25  # of k-means: its seconds, a pass's share of the peak
@@ -44,29 +39,6 @@ def pytest_of(*words: str) -> Outcome:
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     passed = done.returncode == 0 and not re.search(r"\d+ skipped", last)
     return judged(passed, last, output=done.stdout[-4000:])
-
-
-def small_run(setting: Setting) -> Outcome:
-    """Train a small job on the device and on the CPU, and compare their neighbours' answers."""
-    shards = tiny_shards(setting.folder / "shards", 600)
-    accuracy, notes = {}, []
-    for device in ("cpu", setting.device.type):
-        path = setting.folder / f"run-{device}"
-        recipe = tiny_recipe(shards, f"train.device={device}", "train.epochs=2")
-        run = pretrain(recipe, path)
-        notes += [e["text"] for e in run.events() if "instead" in e.get("text", "")]
-        accuracy[device] = neighbours(run, shards)
-    off = abs(accuracy["cpu"] - accuracy[setting.device.type])
-    text = f"nearest neighbours {accuracy}, off by {off:.3f} (0.05); {len(notes)} fallbacks"
-    return judged(off <= 0.05 and not notes, text, accuracy=accuracy, fallbacks=notes)
-
-
-def neighbours(run: Run, shards: Path) -> float:
-    """The accuracy of nearest neighbours among a run's features."""
-    words = ["evaluate", str(run.path), "--train", str(shards), "--test", str(shards)]
-    command = [sys.executable, "-m", "cluster_jobs.cli", *words, "--with", "knn", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["knn"]["top1"])
 
 
 def kmeans_speed(setting: Setting, n: int = 1_281_167, k: int = 10_000) -> Outcome:
@@ -135,33 +107,3 @@ def refresh(setting: Setting, n: int = 250_000) -> Outcome:
     seconds = {stage["stage"]: round(stage["seconds"], 2) for stage in run["stages"]}
     text = ", ".join(f"{stage} {second}" for stage, second in seconds.items())
     return judged(run["device"] == device, f"seconds on {device}: {text}", seconds=seconds)
-
-
-def memory(setting: Setting) -> Outcome:
-    """Ask how much memory a clustering keeps when it is over."""
-    before = torch.cuda.memory_reserved(setting.device)
-    kmeans(white_rows(200_000, 128).half().numpy(), 500, iterations=3, device=setting.device)
-    peak = torch.cuda.max_memory_reserved(setting.device)
-    release(setting.device)
-    kept = torch.cuda.memory_reserved(setting.device) - before
-    text = f"{kept / 1e9:.2f} GB kept of a peak of {peak / 1e9:.2f} GB (0.2)"
-    return judged(kept <= 0.2e9, text, kept=kept, peak=peak)
-
-
-def two_ranks(setting: Setting) -> Outcome:
-    """Let two ranks cluster together, and one alone: the same assignments."""
-    if torch.cuda.device_count() < 2:
-        return Outcome("not here", "needs two GPUs")
-    shards = tiny_shards(setting.folder / "two", 600)
-    known = []
-    for ranks, where in ((1, "inline"), (2, "ranks")):
-        path = setting.folder / f"ranks-{ranks}"
-        words = [f"train.ranks={ranks}", f"cluster.where={where}", "train.device=cuda"]
-        tiny_recipe(shards, *words, "train.epochs=1").save(setting.folder / f"{ranks}.yaml")
-        command = [sys.executable, "-m", "cluster_jobs.cli", "pretrain"]
-        command += [str(setting.folder / f"{ranks}.yaml"), "--run", str(path)]
-        subprocess.run(command, cwd=ROOT, check=True, env=dict(os.environ), capture_output=True)
-        file = path / "rounds" / "0000" / "assignments" / "assignments.npy"
-        known.append(torch.from_numpy(np.load(file)))
-    share = float((known[0] != known[1]).float().mean())
-    return judged(share < 2e-4, f"{share:.4%} of the labels differ (0.02 %)", differ=share)

@@ -1,25 +1,15 @@
-"""Checks of the machine: driver, card, memory for workers, and which card a process takes."""
+"""The check of the machine: driver, card, memory for workers. The JSON has what there is."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import Any
 
 import torch
 from outcome import Outcome, Setting, judged
 
 BATCHES_BYTES = 24 * 256 * 3 * 224 * 224  # of 256 images that readers hold ready
-OWN_CARD = """
-from pathlib import Path
-import torch
-from deepclust.launch.devices import training_device
-from deepclust.launch.role import Role
-from tests.tiny import tiny_recipe
-device = training_device(tiny_recipe(Path("."), "train.device=cuda"), Role(0, 1, gpu=0))
-print(torch.cuda.get_device_properties(device).uuid)
-"""
 
 
 def facts() -> dict[str, Any]:
@@ -31,7 +21,7 @@ def facts() -> dict[str, Any]:
             "gpus": torch.cuda.device_count(), "card": card.name,
             "kind": f"sm_{card.major}{card.minor}", "memory": card.total_memory,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "driver": _smi("driver_version"),
+            "driver": smi("driver_version"),
         }  # fmt: skip
     return known
 
@@ -60,24 +50,7 @@ def _covers(kind: str, major: int, minor: int) -> bool:
     return kind.startswith("sm_") and int(number[:-1]) == major and int(number[-1]) <= minor
 
 
-def devices(setting: Setting) -> Outcome:
-    """Hide all cards but the last, by number and by name, and see which one a rank takes."""
-    uuids = _smi("uuid").split("\n")
-    masks = {str(len(uuids) - 1): uuids[-1], uuids[-1]: uuids[-1]}
-    wrong = {}
-    for mask, wanted in masks.items():
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": mask}
-        done = subprocess.run(
-            [sys.executable, "-c", OWN_CARD],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.stdout.strip().removeprefix("GPU-") != wanted.removeprefix("GPU-"):
-            wrong[mask] = (done.stdout or done.stderr)[-300:]
-    return judged(not wrong, f"{len(masks) - len(wrong)} of {len(masks)} masks lead to their card",
-                  wrong=wrong)  # fmt: skip
-
-
-def _smi(field: str) -> str:
+def smi(field: str) -> str:
     """Ask nvidia-smi for a fact of each card."""
     words = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:

@@ -15,9 +15,11 @@ from cluster_jobs.results import cluster_file
 from cluster_jobs.results.cluster_file import Options, cluster_features
 from cluster_jobs.results.npy_file import open_rows
 from deepclust.clustering.search import SEARCHES
+from deepclust.clustering.statistics import ari
 from deepclust.clustering.whiten import Whitening
 from deepclust.errors import DataError, DiskError, NumericalError, RecipeError
 from deepclust.recipe.sections import ClusterSection
+from tests.pretended_device import pretended
 from tests.tiny import deepclust
 
 N, D, K = 600, 12, 20
@@ -122,6 +124,21 @@ def test_the_device_that_was_tried_becomes_the_present_one(
     monkeypatch.setattr(cluster_file, "make_present", lambda device: seen.append(str(device)))
     cluster_features(save(tmp_path, draw()), tmp_path / "out", Options(K, device="cpu"))
     assert seen == ["cpu"]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_rows_are_whitened_on_the_device_that_clusters_them(tmp_path: Path, kind: Any) -> None:
+    source = save(tmp_path, draw().astype(kind) + (1e8 if kind == np.float64 else 0))
+    cluster_features(source, tmp_path / "host", Options(K, whiten=6, device="cpu"))
+    with pretended() as log:
+        cluster_features(source, tmp_path / "card", Options(K, whiten=6, device="cuda"))
+    products = {name for name, _ in log.types}
+    assert {"mm", "_linalg_eigh"} <= products
+    ours, theirs = (Whitening.load(tmp_path / name / "whitening.safetensors")
+                    for name in ("card", "host"))  # fmt: skip
+    assert np.allclose(ours.matrix, theirs.matrix, atol=1e-4)
+    labels = [np.load(tmp_path / name / "assignments.npy") for name in ("card", "host")]
+    assert ari(*labels) > 0.95  # eigenvectors of two routines differ in their last digits
 
 
 def test_the_seed_decides_the_result(tmp_path: Path) -> None:

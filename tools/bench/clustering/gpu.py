@@ -43,7 +43,10 @@ def run(options: argparse.Namespace) -> dict:
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit("gpu: torch sees no CUDA device here; the other benches need none (see --help)")
+        print(
+            "gpu: torch sees no GPU here; the other benches need none (see --help)", file=sys.stderr
+        )
+        sys.exit(4)
     parts = {"kmeans": kmeans, "step": step, "large": large}
     found = [parts[name](options) for name in options.parts]
     return {
