@@ -111,7 +111,7 @@ def build_trainer(context: Context) -> Trainer:
         stopping=context.stopping,
         metrics=Metrics(run) if world.is_first else None,
         watched=open_watched(recipe, context.index, run, world),
-        kept=KeptCrops(kept_crops.room(world.size)),
+        kept=KeptCrops(kept_crops.room(world.size), world.device.type == "cuda"),
     )
 
 

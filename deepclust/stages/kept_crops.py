@@ -33,6 +33,7 @@ class KeptCrops:
     """Loaded batches of whole chunks by number, and `left` bytes of room for more."""
 
     left: int = 0
+    pinned: bool = False  # in page-locked memory, so that no copy to a GPU is waited for
     chunks: dict[int, list[Loaded]] = field(default_factory=dict)
     _open: int | None = None  # the chunk whose batches come now
     _batches: list[Loaded] | None = None  # of it; None: it is not kept
@@ -58,7 +59,8 @@ class KeptCrops:
             self._batches = None
         if self._batches is None:
             return
-        self._batches.append(loaded.each(torch.clone))
+        copy = loaded.each(torch.clone)
+        self._batches.append(copy.pin_memory() if self.pinned else copy)
         if sum(len(one.sample_ids) for one in self._batches) == samples:
             self.chunks[loaded.tag] = self._batches
             self.left -= size
