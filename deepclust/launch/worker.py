@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from deepclust import pipeline
-from deepclust.data.images import decode
+from deepclust.data.images import decode, gpu_decode
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
@@ -82,6 +82,8 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
         cluster.serve(alone, stopping)
         return
     device = training_device(recipe, role)
+    if recipe.data.decode == "gpu":
+        gpu_decode.check(device)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
     job = None
     if recipe.cluster is not None and recipe.cluster.where == "ranks":
