@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import agreement
+import decoder
 import jobs
 import machine
 import speed
@@ -26,6 +27,6 @@ CHECKS = (
     Check(14, "memory", "a round gives its memory back", jobs.memory),
     Check(15, "two ranks", "the same assignments as one rank", jobs.two_ranks),
     Check(16, "devices", "masks lead to their card", machine.devices),
-    Check(17, "decoder", "JPEG decoded on the GPU, always the same"),
+    Check(17, "decoder", "JPEG decoded on the GPU, always the same", decoder.decoder),
     Check(18, "long waits", "a stage of an hour is not a hang", jobs.long_waits),
 )
