@@ -84,20 +84,31 @@ def submit_sweep(
     return planned
 
 
-def resume(run_dir: Path, overrides: Sequence[str], on: str, remote: bool = False) -> None:
-    """Continue a run in the background of an executor (`remote`: see `data_places`)."""
+def resume(
+    run_dir: Path, overrides: Sequence[str], on: str, remote: bool = False,
+    accept_decoder: bool = False,
+) -> None:  # fmt: skip
+    """Continue a run in the background of an executor (`remote`: see `data_places`).
+
+    `accept_decoder`: its GPUs may decode images otherwise than before.
+    """
     refuse_queued(run_dir)
     require_known_places(directory.open_run(run_dir), overrides, remote)
     require_packages(on)
+    if accept_decoder:
+        start.accept_other_decoder(run_dir)
     executor(on).resume(run_dir, list(overrides))
 
 
-def resume_here(run_dir: Path, overrides: Sequence[str], show: Show, remote: bool = False) -> Run:
-    """Continue a run in this process (`remote`: see `data_places`), and return the finished run."""
+def resume_here(
+    run_dir: Path, overrides: Sequence[str], show: Show, remote: bool = False,
+    accept_decoder: bool = False,
+) -> Run:  # fmt: skip
+    """Continue a run in this process, and return the finished run; options as in `resume`."""
     refuse_queued(run_dir)
     require_known_places(directory.open_run(run_dir), overrides, remote)
     job_file.record_local(run_dir)
-    return start.resume(run_dir, *overrides, show=show)
+    return start.resume(run_dir, *overrides, show=show, accept_decoder=accept_decoder)
 
 
 def run_stage(run_dir: Path, stage: str, show: Show) -> Run:

@@ -387,7 +387,11 @@ def pretended() -> Iterator[Log]:
         stack.enter_context(patch.object(torch, "autocast", _Autocast))
         captured = "_accelerator_graph_capture_health_check"
         stack.enter_context(patch.object(torch.optim.Optimizer, captured, lambda self: None))
-        stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: True))
+        for name, value in (("is_available", True), ("current_device_index", 0)):
+            function = functools.partial(_constant, value)
+            stack.enter_context(patch.object(torch.accelerator, name, function))
+        # asked for by the thread of a DataLoader that locks pages
+        stack.enter_context(patch.object(torch.accelerator, "set_device_index", lambda index: None))
         stack.enter_context(patch.object(torch.nn.functional, "one_hot", _one_hot))
         for name in ("tensor", "as_tensor"):
             made = functools.partial(_made, getattr(torch, name))
@@ -399,6 +403,10 @@ def pretended() -> Iterator[Log]:
         stack.enter_context(patch.object(dist, "init_process_group", by_gloo))
         log.mode = stack.enter_context(Pretended(log))
         yield log
+
+
+def _constant(value: Any) -> Any:
+    return value
 
 
 def _of_host(function: Callable[[str], Any], device: str = "cuda") -> Any:

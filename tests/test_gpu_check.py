@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from deepclust import pretrain
+from deepclust.data.images import probes
+from tests.cpu_for_gpu import cpu_for_gpu, decode_by_cpu
 from tests.gpu_check import FOLDER, modules
 from tests.pretended_device import pretended
 from tests.tiny import tiny_recipe
@@ -136,6 +138,35 @@ def test_the_checks_of_speed_measure_a_step_and_its_readers(tool: Any, tmp_path:
     assert outcome.numbers["conv4"] > 0
     outcome = tool["speed"].feeding(setting, count=64, network="conv4", size=16, batch=16)
     assert 0 <= outcome.numbers["waiting"] <= 1
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(0, "pass"), (3, "fail")])
+def test_the_check_of_the_decoder_compares_cuts_processes_and_the_cpu(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: int, verdict: str
+) -> None:
+    def decode(files: Any, device: torch.device) -> list[torch.Tensor]:
+        return [image.clamp_max(255 - off) + off for image in decode_by_cpu(files, device)]
+
+    check = tool["decoder"]
+    monkeypatch.setattr(check, "elsewhere", probes.decoder_hash)
+    with pretended(), cpu_for_gpu(decode):
+        outcome = check.decoder(tool["Setting"](torch.device("cuda", 0), tmp_path))
+    assert outcome.verdict == verdict
+    assert len(set(outcome.numbers["hashes"])) == 1
+    assert outcome.numbers["off"]["whole"][0] == outcome.numbers["off"]["rgb"][0] == off
+
+
+def test_the_check_of_the_decoder_notes_an_image_that_depends_on_its_batch(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(files: Any, device: torch.device) -> list[torch.Tensor]:
+        return [image ^ (len(files) == 7) for image in decode_by_cpu(files, device)]
+
+    monkeypatch.setattr(tool["decoder"], "elsewhere", probes.decoder_hash)
+    with pretended(), cpu_for_gpu(decode):
+        outcome = tool["decoder"].decoder(tool["Setting"](torch.device("cuda", 0), tmp_path))
+    assert outcome.verdict == "fail"
+    assert len(set(outcome.numbers["hashes"])) == 2
 
 
 def test_the_check_of_kmeans_gives_a_pass_20_iterations_and_the_share_of_the_peak(

@@ -231,6 +231,10 @@ def resume(
     remote: Annotated[
         bool, typer.Option("--remote", help="Read data behind URLs that only the run names.")
     ] = False,
+    accept_decoder: Annotated[
+        bool,
+        typer.Option("--accept-decoder", help="Go on where GPUs decode otherwise than before."),
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Continue a run from what is on disk; a finished one is left as it is."""
@@ -238,12 +242,12 @@ def resume(
     from cluster_jobs.display import Display
 
     if on is not None:
-        runs.resume(run_dir, overrides or [], on, remote)
+        runs.resume(run_dir, overrides or [], on, remote, accept_decoder)
         log(f"resuming {run_dir}\n  deepclust logs {run_dir} -f")
         return
     log(f"resuming {run_dir}")
     with going_on.resumed_by(going_on.typed_again), Display() as display:
-        runs.resume_here(run_dir, overrides or [], display, remote)
+        runs.resume_here(run_dir, overrides or [], display, remote, accept_decoder)
     _log_finished(run_dir)
 
 

@@ -64,7 +64,7 @@ def calibrate(recipe: Recipe, index: Index) -> Speeds:
 def _with_crops(speeds: Speeds, recipe: Recipe, n: int, count: int) -> Speeds:
     """Return the speeds for n images, of which a part of `count` has kept its crops."""
     one, ranks = 3 * recipe.data.size**2, recipe.train.ranks
-    if recipe.cluster is None or recipe.data.crop_on == "device":
+    if recipe.cluster is None or recipe.data.crops_on_device:
         return speeds
     if n * one > ranks * room(ranks):
         return replace(speeds, again=None)

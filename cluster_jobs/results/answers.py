@@ -65,7 +65,13 @@ def ask(run: Run, index: Index, emit: Callable[[str], None]) -> Answers:
     embedder, data = load_embedder(run, emit), run.recipe.data
     clusters = np.full(len(index), -1, np.int32)
     reasons = dict(index.excluded)
-    loader = Loader(index, data.readers(), max_pixels=data.max_pixels)
+    loader = Loader(
+        index,
+        data.readers(),
+        max_pixels=data.max_pixels,
+        decode=data.decode,
+        device=embedder.device,
+    )
     try:
         for loaded in loader.stream(_requests(run, index)):
             logits = embedder.answered(loaded.images[0])

@@ -195,7 +195,8 @@ def _embedded(
         Request(part, positions=part, key=derive(seed, "two crops"), crops=crops)
         for part in (sample_ids[start : start + data.extract_batch] for start in starts)
     )
-    loader = Loader(asked.index, min(data.readers(), cores()), max_pixels=data.max_pixels)
+    readers = min(data.readers(), cores())
+    loader = Loader(asked.index, readers, max_pixels=data.max_pixels, decode=data.decode)
     rows: list[list[np.ndarray]] = [[] for _ in crops]
     try:
         for loaded in loader.stream(requests):

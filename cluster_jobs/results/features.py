@@ -127,7 +127,9 @@ def _context(
     # perhaps another machine than that of the run: no more processes than cores beside this one
     cores = (os.cpu_count() or 1) // ranks
     workers = min(data.readers(), max(0, cores - 1) if len(index) > FEW else 0)
-    loader = Loader(index, workers, max_pixels=data.max_pixels)
+    loader = Loader(
+        index, workers, max_pixels=data.max_pixels, decode=data.decode, device=way.device
+    )
     try:
         yield ExtractContext(
             run, -1, World(device=way.device), index, loader, data, DirectReport(run, show),

@@ -154,7 +154,9 @@ def _loaded(
         for own, at in zip(rows, first, strict=False)
     )
     device = next(images.backbone.parameters()).device
-    loader = Loader(index, data.readers(), max_pixels=data.max_pixels)
+    loader = Loader(
+        index, data.readers(), max_pixels=data.max_pixels, decode=data.decode, device=device
+    )
     try:
         for own, loaded in zip(rows, loader.stream(requests), strict=True):
             x = to_float(loaded.images[0].to(device), data.mean, data.std)

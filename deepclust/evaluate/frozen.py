@@ -220,7 +220,7 @@ def embed_samples(
     crops = (Crop(CentreCrop(data.size, data.short_side)),)
     requests = (Request(part, positions=part, key=0, crops=crops) for part in parts)
     rows, readable, bad = [], [], []
-    loader = Loader(index, data.readers(), max_pixels=data.max_pixels)
+    loader = Loader(index, data.readers(), max_pixels=data.max_pixels, decode=data.decode)
     try:
         for loaded in loader.stream(requests):
             rows.append(embed(loaded.images[0]).cpu().numpy())

@@ -32,7 +32,7 @@ from deepclust.optim.schedule import learning_rate
 from deepclust.recipe import HUBS, PATHS, Recipe, differences
 from deepclust.recipe.may_change import MAY_CHANGE, may_change
 from deepclust.recipe.sections import BESIDE, PLACES, SHARDS, Section
-from deepclust.run import directory, lock
+from deepclust.run import decoder, directory, lock
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 
@@ -71,15 +71,19 @@ def prepare_run(recipe: Recipe, path: Path) -> None:
         directory.create(path, resolved(recipe))
 
 
-def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
+def resume(
+    run: str | Path, *overrides: str, show: Show | None = None, accept_decoder: bool = False
+) -> Run:
     """Continue a run from what is on disk.
 
-    A finished one is left as it is.
+    A finished one is left as it is. `accept_decoder`: GPUs may decode images otherwise than before.
 
     What changes no result may change (`recipe.may_change`), and `train.epochs` may grow. Any other
     difference raises `RunDiffersError`.
     """
     place = torchrun.place()
+    if accept_decoder and (place is None or place.rank == 0):
+        accept_other_decoder(run)
     if place is None:
         return _start(_changed_run(run, *overrides, show=show), show)
     if place.rank > 0:
@@ -88,6 +92,16 @@ def resume(run: str | Path, *overrides: str, show: Show | None = None) -> Run:
         place.fitted(directory.open_run(run).recipe.replace("train.ranks=1", *overrides))
         path = _changed_run(run, *overrides, f"train.ranks={place.size}", show=show)
         return _start(path, show, place=place)
+
+
+def accept_other_decoder(run: str | Path) -> None:
+    """Let the next attempt of a run decode images by the GPUs that are there then, once.
+
+    Raises `RecipeError` for a run whose CPUs decode, and `RunHeldError` for one that goes on.
+    """
+    path = directory.open_run(run).path
+    with hold(path) as token:
+        decoder.accept(Run(path, token))
 
 
 def _of_place(recipe: Recipe, place: Place) -> Recipe:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from deepclust import pipeline
-from deepclust.data.images import decode
+from deepclust.data.images import decode, gpu_decode
+from deepclust.data.images.probes import decoder_hash, name_of
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
@@ -43,6 +44,8 @@ from deepclust.launch.devices import (
 )
 from deepclust.launch.role import Role, die_with
 from deepclust.recipe import Recipe
+from deepclust.run import decoder
+from deepclust.run.decoder import Decoder
 from deepclust.run.directory import Run
 from deepclust.run.reporting import PipeReport, Report, log_to
 from deepclust.stages import cluster
@@ -70,7 +73,7 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
     recipe = run.recipe
     log_to(run.path / "logs" / role.log_name, role.rank)
     torch.set_num_threads(threads_of(recipe, role))
-    index, read = open_data(run, recipe)
+    index, read = open_data(run, recipe, keeps=not role.is_cluster_worker)
     if role.rank == 0:
         new = () if run.rounds() else (*index.notes(labels=False), *idle_weights(recipe))
         for note in (*new, *decode.notes()):
@@ -82,7 +85,11 @@ def _work(run: Run, role: Role, report: Report, stopping: Callable[[], bool]) ->
         cluster.serve(alone, stopping)
         return
     device = training_device(recipe, role)
+    if recipe.data.decode == "gpu":
+        gpu_decode.check(device)
     world = join(role.rank, role.size, role.rendezvous, device, recipe.train.timeout)
+    if recipe.data.decode == "gpu":
+        check_decoder(run, world, report)
     job = None
     if recipe.cluster is not None and recipe.cluster.where == "ranks":
         check_shared(recipe, device)
@@ -117,10 +124,28 @@ def _beating(report: Report, stopping: Callable[[], bool]) -> Callable[[], bool]
     return asked
 
 
-def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
+def check_decoder(run: Run, world: World, report: Report) -> None:
+    """Compare what this rank's GPU makes of known JPEGs with what the run began with.
+
+    Raises `RunDiffersError` where that is something else, and `ResourceError` where ranks differ.
+    """
+
+    def tell(text: str) -> None:
+        report.event("warning", text=text)
+
+    here = Decoder(decoder_hash(world.device), name_of(world.device))
+    pair = [decoder.settle(run, here, tell), here] if world.is_first else []
+    parts = world.broadcast_object([[one.hash, one.by] for one in pair])
+    began, first = (Decoder(*part) for part in parts)
+    decoder.check(run, began, first, here)
+
+
+def open_data(run: Run, recipe: Recipe, keeps: bool = True) -> tuple[Index, str]:
     """Return the index of the run's shards and how they are read, which decides plans' order.
 
-    Raises `RunDiffersError` when they are not those that the run began with.
+    `keeps`: what they are is written down if the run begins. A cluster worker, which no rank waits
+    for then, could write after the first rank has added to it. Raises `RunDiffersError` when they
+    are not those that the run began with.
     """
     file = run.path / "data.json"
     began = _read_began(file)
@@ -141,8 +166,9 @@ def open_data(run: Run, recipe: Recipe) -> tuple[Index, str]:
     if began is None:
         mirror = recipe.data.stage is not None
         began = facts | {"read": resolve_read(index, recipe.data.read, mirror)}
-        write_json(file, began)
-    if facts | {"read": began["read"]} != began:
+        if keeps:
+            write_json(file, began)
+    if any(facts[key] != began[key] for key in facts):
         changed = [f"{k}: {began[k]} before, {facts[k]} now" for k in facts if began[k] != facts[k]]
         raise RunDiffersError(
             f"the data of {run.path} differ from those it began with ({'; '.join(changed)}). "

@@ -57,6 +57,8 @@ def _misfit_of_round(recipe: Recipe) -> str | None:
 
 def _misfit_of_batch(recipe: Recipe) -> str | None:
     method, train = recipe.method, recipe.train
+    if recipe.data.decode == "gpu" and train.device == "cpu":
+        return "data.decode: gpu needs the backbone on a GPU: leave train.device=auto, or set cpu"
     if method.whole_batch and train.batch < 2:
         return f"train.batch: {method.name} compares the images of a batch: set 2 or more"
     parts = train.ranks * train.accumulate

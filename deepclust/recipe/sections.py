@@ -134,6 +134,11 @@ class Data(Section):
     crop_on: Literal["workers", "device"] = Field(
         "workers", description="where crops are made, with the same pixels; colours then follow"
     )
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu",
+        description="gpu: the ranks' GPUs decode plain JPEGs, with pixels that are nearly the "
+        "CPU's; a run keeps what it began with",
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     workers: Readers = Field(
@@ -184,9 +189,15 @@ class Data(Section):
             raise ValueError(f"resize {self.short_side} is smaller than the crop, size {self.size}")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
-        if self.crop_on == "device" and self.colour_on == "workers":
-            raise ValueError("crop_on=device makes crops after the workers: leave colour_on=auto")
+        if self.crops_on_device and self.colour_on == "workers":
+            key = "decode=gpu" if self.decode == "gpu" else "crop_on=device"
+            raise ValueError(f"{key} makes crops after the workers: leave colour_on=auto")
         return self
+
+    @property
+    def crops_on_device(self) -> bool:
+        """Whether crops are made after the workers, where the backbone is."""
+        return self.crop_on == "device" or self.decode == "gpu"
 
     @property
     def weights(self) -> tuple[float, ...] | None:

@@ -63,12 +63,12 @@ class Ahead(Generic[M]):
         """Begin the next batches; an error in them waits for those before it."""
         missing = 0 if self._failed else DEPTH + 1 - len(self._ready)
         try:
-            for loaded in islice(self._loaded, missing):
-                with torch.cuda.stream(side):
+            with torch.cuda.stream(side):  # a loader may decode on it
+                for loaded in islice(self._loaded, missing):
                     batch = self._make(loaded)
                     made = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     made.record()
-                self._ready.append(Ready(loaded, batch, made))
+                    self._ready.append(Ready(loaded, batch, made))
         except Exception as error:
             self._failed = error
 

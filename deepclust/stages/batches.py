@@ -93,7 +93,7 @@ class Feed:
             crops=crops,
             assignments=None if targets is None else targets.file,
             replace=True,
-            packed=self.recipe.data.crop_on == "device",
+            packed=self.recipe.data.crops_on_device,
         )
         batch = self.recipe.train.batch
         part = plan.for_rank(world.rank, world.size).shape[1] // parts
@@ -267,7 +267,7 @@ class Feed:
     @cached_property
     def _colours_on_device(self) -> bool:
         data = self.recipe.data
-        if "device" in (data.colour_on, data.crop_on):
+        if data.colour_on == "device" or data.crops_on_device:
             return True
         return data.colour_on == "auto" and self.world.device.type == "cuda"
 

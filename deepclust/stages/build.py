@@ -196,6 +196,8 @@ def build_loader(context: Context, table: SeedTable | None = None) -> Loader:
         max_pixels=data.max_pixels,
         patience=Patience(context.asked, 2 * context.recipe.train.hang, context.report.alive),
         labels=None if table is None else Labels(table.sample_ids, table.classes),
+        decode=data.decode,
+        device=context.world.device,
     )
 
 

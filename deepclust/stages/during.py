@@ -216,7 +216,13 @@ def _embed(trainer: Trainer, part: Part) -> Split:
     rows = torch.zeros(len(part.labels), width, device=world.device)
     readable = torch.zeros(len(part.labels), device=world.device)
     own = parts[world.rank :: world.size]
-    loader = Loader(part.index, data.readers(), max_pixels=data.max_pixels)
+    loader = Loader(
+        part.index,
+        data.readers(),
+        max_pixels=data.max_pixels,
+        decode=data.decode,
+        device=world.device,
+    )
     try:
         for places, loaded in zip(own, loader.stream(_requests(part, own, data)), strict=True):
             trainer.report.alive()

@@ -264,7 +264,7 @@ def _write_pivot(context: ExtractContext, embed: Embed, chunk: range) -> None:
 
 def _request(config: Data, sample_ids: Int64[np.ndarray, " b"], chunk: int = 0) -> Request:
     crop = Crop(CentreCrop(config.size, config.short_side))
-    packed = config.crop_on == "device"
+    packed = config.crops_on_device
     return Request(sample_ids, positions=sample_ids, key=0, crops=(crop,), tag=chunk, packed=packed)
 
 

@@ -52,7 +52,8 @@ class KeptCrops:
         Copies, because workers send batches in shared memory, which is scarce.
         """
         images = loaded.images[0]
-        size = samples * images[0].nbytes if isinstance(images, Tensor) else 0
+        is_here = isinstance(images, Tensor) and images.device.type == "cpu"
+        size = samples * images[0].nbytes if is_here else 0
         if loaded.tag != self._open:
             self._open, self._batches = loaded.tag, [] if 0 < size <= self.left else None
         if loaded.bad:

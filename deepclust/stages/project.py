@@ -22,6 +22,7 @@ from torch import Tensor
 from deepclust.clustering.points import unit_rows
 from deepclust.clustering.whiten import Whitening
 from deepclust.files import write_tensors
+from deepclust.run import decoder
 from deepclust.run.directory import Hashes, is_done
 from deepclust.stages import raw_chunk
 from deepclust.stages.extract import ExtractContext, chunk_ranges, read_chunk_exclusions
@@ -151,9 +152,17 @@ def commit_features(
         }
         pq.write_table(pa.table(columns), folder / "excluded.parquet")
 
-    inputs = {"data": context.index.fingerprint, "round": context.round}
+    inputs = {"data": context.index.fingerprint, "round": context.round, **_decoded_by(context)}
     context.run.commit(features_dir, fill, inputs, hashes=hashes, n=len(context.index), **facts)
     context.report.event("features", round=context.round)
+
+
+def _decoded_by(context: ExtractContext) -> dict[str, str]:
+    """Return what decoded the images, where that was no CPU."""
+    if context.config.decode == "cpu":
+        return {}
+    known = decoder.read(context.run)
+    return {"decode": context.config.decode} | ({} if known is None else {"decoder": known.hash})
 
 
 def _as_they_are(rows: Tensor) -> Tensor:

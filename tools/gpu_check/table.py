@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import agreement
 import cards
+import decoder
 import jobs
 import machine
 import peaks
@@ -30,6 +31,6 @@ CHECKS = (
     Check(14, "memory", "peaks as estimated, and given back", peaks.memory),
     Check(15, "two ranks", "labels, sub-heads, norms, a killed rank", two_ranks.two_ranks),
     Check(16, "devices", "masks lead to their card, locally and by Ray", cards.devices),
-    Check(17, "decoder", "JPEG decoded on the GPU, always the same"),
+    Check(17, "decoder", "JPEG decoded on the GPU, always the same", decoder.decoder),
     Check(18, "long waits", "a stage of an hour is not a hang", jobs.long_waits),
 )

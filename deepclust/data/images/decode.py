@@ -68,20 +68,25 @@ def decode(
     `max_pixels` by its header, which is known before anything is decoded.
     """
 
-    def check_size(height: int, width: int) -> None:
-        if height * width > max_pixels:
-            raise DecodeError(
-                f"{width} x {height} pixels, more than the limit of {max_pixels} (data.max_pixels)"
-            )
+    def check(height: int, width: int) -> None:
+        check_size(height, width, max_pixels)
 
-    image = _decode_natively(data, check_size)
+    image = _decode_natively(data, check)
     if image is None:
-        image = by_pillow(data, levels, check_size)
+        image = by_pillow(data, levels, check)
     elif image.dtype != torch.uint8:
         image = torch.from_numpy(levels.to_8_bits(image.numpy()))
     if not image.numel():
         raise DecodeError("0 pixels")
     return image
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise `DecodeError` for an image with more pixels than `data.max_pixels` allows."""
+    if height * width > max_pixels:
+        raise DecodeError(
+            f"{width} x {height} pixels, more than the limit of {max_pixels} (data.max_pixels)"
+        )
 
 
 def _decode_natively(

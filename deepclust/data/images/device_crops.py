@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from jaxtyping import Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from deepclust.data.images.crops import CentreCrop, RandomResizedCrop, longest_kept
+from deepclust.data.images.headers import Size
 from deepclust.errors import ResourceError
 
 MOST_BITS = 22  # of a weight's fraction, in aten
@@ -48,6 +49,18 @@ class Cut(NamedTuple):
     sides: tuple[int, int]
     corner: tuple[int, int]
     flip: bool = False
+
+
+class Jpeg(NamedTuple):
+    """An image that is decoded on the device: its file, and the size that its header gives."""
+
+    data: bytes
+    size: Size
+
+    @property
+    def pixels(self) -> int:
+        """The bytes of the decoded image."""
+        return 3 * self.size.height * self.size.width
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,11 @@ class Packed:
         """Return the same with every tensor changed."""
         return Packed(*map(change, self.parts))
 
+    def part(self, rows: range, more: Sequence[UInt8[Tensor, " m"]]) -> Packed:
+        """Return some of its crops, with more bytes after those that it has."""
+        kept = self.each(lambda part: part[rows.start : rows.stop])
+        return replace(kept, pixels=torch.cat([self.pixels, *more]) if more else self.pixels)
+
     def to(self, device: torch.device) -> Packed:
         """Return a copy on the device, which the host does not wait for where it is pinned."""
         return self.each(lambda part: part.to(device, non_blocking=True))
@@ -85,7 +103,7 @@ class Boxes:
     """A batch's images and their cuts, gathered row by row; a row without an image is black."""
 
     size: int
-    images: list[UInt8[Tensor, "3 h w"]]
+    images: list[UInt8[Tensor, "3 h w"] | Jpeg]
     cuts: list[Cut]
 
     @classmethod
@@ -94,14 +112,14 @@ class Boxes:
         pixel = torch.zeros(3, 1, 1, dtype=torch.uint8)
         return cls(size, [pixel] * count, [Cut((0, 0, 1, 1), (size, size), (0, 0))] * count)
 
-    def put(self, row: int, image: UInt8[Tensor, "3 h w"], view: Any, draw: Any) -> None:
+    def put(self, row: int, image: UInt8[Tensor, "3 h w"] | Jpeg, view: Any, draw: Any) -> None:
         """Take a row's image, of which the view with this draw is wanted."""
-        height, width = image.shape[1:]
+        height, width = image.size if isinstance(image, Jpeg) else image.shape[1:]
         self.images[row], self.cuts[row] = image, cut_of(view, height, width, draw)
 
-    def pack(self) -> Packed:
-        """Return what is to be sent to the device."""
-        return pack(self.images, self.cuts, self.size)
+    def pack(self, starts: Mapping[int, int] | None = None) -> Packed:
+        """Return what is to be sent to the device; `starts` as in `pack`."""
+        return pack(self.images, self.cuts, self.size, starts=starts)
 
 
 def each_tensor(images: Any, change: Callable[[Any], Any]) -> Any:
@@ -156,19 +174,28 @@ def cut_of(view: Any, height: int, width: int, draw: Any) -> Cut:
 
 
 def pack(
-    images: Sequence[UInt8[Tensor, "3 h w"]],
+    images: Sequence[UInt8[Tensor, "3 h w"] | Jpeg],
     cuts: Sequence[Cut],
     size: int,
     quarters: Sequence[int] | None = None,
+    starts: Mapping[int, int] | None = None,
 ) -> Packed:
-    """Return what the cuts take of the images as one block; every crop is size x size."""
+    """Return what the cuts take of the images as one block; every crop is size x size.
+
+    Whole images that are decoded later are to follow that block, plane by plane. `starts` says
+    where among them each row's image begins.
+    """
     boxes = [_boxed(image, cut.box) for image, cut in zip(images, cuts, strict=True)]
     ends = np.cumsum([box.numel() for box in boxes]).tolist()
     pixels = torch.empty(ends[-1], dtype=torch.uint8)
     places, axes = [], []
-    for box, cut, end in zip(boxes, cuts, ends, strict=True):
+    for row, (box, cut, end) in enumerate(zip(boxes, cuts, ends, strict=True)):
         pixels[end - box.numel() : end].view(box.shape).copy_(box)
-        places.append([end - box.numel(), 1, 3 * box.shape[1], 3])
+        image = images[row]
+        if isinstance(image, Jpeg):
+            places.append(_later(image.size, cut.box, ends[-1] + (starts or {})[row]))
+        else:
+            places.append([end - box.numel(), 1, 3 * box.shape[1], 3])
         axes.append([_window(cut, axis, size) for axis in (0, 1)])
     turns = [[int(c.flip), q % 4] for c, q in zip(cuts, quarters or [0] * len(cuts), strict=True)]
     wide = max(axis.weights.shape[1] for pair in axes for axis in pair)
@@ -230,7 +257,17 @@ def _window(cut: Cut, axis: int, size: int) -> Taps:
     return Taps(whole.first[kept], whole.weights[kept], whole.shift)
 
 
-def _boxed(image: Tensor, box: tuple[int, int, int, int]) -> UInt8[Tensor, "h w 3"]:
-    """Return the part of an image that a box holds, colours last."""
+def _later(size: Size, box: tuple[int, int, int, int], start: int) -> list[int]:
+    """Return a box's offset and strides in a whole image of three planes that begins at `start`."""
+    return [start + box[0] * size.width + box[1], size.height * size.width, size.width, 1]
+
+
+def _boxed(image: Tensor | Jpeg, box: tuple[int, int, int, int]) -> UInt8[Tensor, "h w 3"]:
+    """Return the part of an image that a box holds, colours last; nothing of one that is encoded.
+
+    A JPEG has no pixels yet.
+    """
+    if isinstance(image, Jpeg):
+        return torch.empty(0, 0, 3, dtype=torch.uint8)
     top, left, height, width = box
     return image[:, top : top + height, left : left + width].permute(1, 2, 0)

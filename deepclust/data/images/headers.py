@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _PPM = re.compile(rb"P[56](?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s")
@@ -38,21 +39,43 @@ def png_size(data: bytes | memoryview) -> Size:
     return Size(height, width)
 
 
-def jpeg_size(data: bytes | memoryview) -> Size:
-    """JPEG: walk over the segments to the first frame header (SOF0-15; not DHT, JPG, DAC)."""
+class JpegSegment(NamedTuple):
+    """A part of a JPEG: its marker's second byte, and where what follows its length begins."""
+
+    marker: int
+    start: int
+    stop: int
+
+    @property
+    def is_frame(self) -> bool:
+        """Whether it is a frame header (SOF0-15; not DHT, JPG, DAC)."""
+        return self.marker in _JPEG_FRAMES
+
+
+def jpeg_segments(data: bytes | memoryview) -> Iterator[JpegSegment]:
+    """JPEG: yield the segments that have a length, one after the other, without end.
+
+    After the header of the first scan come its bits, which are none.
+    """
     position = 2
     while True:
         if data[position] != 0xFF:
             raise ValueError("no JPEG marker")
         marker = data[position + 1]
-        if marker in _JPEG_FRAMES:
-            return Size(*struct.unpack_from(">HH", data, position + 5))
         if marker == 0xFF:  # a fill byte
             position += 1
         elif marker in _JPEG_ALONE:
             position += 2
         else:
-            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+            stop = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
+            yield JpegSegment(marker, position + 4, stop)
+            position = stop
+
+
+def jpeg_size(data: bytes | memoryview) -> Size:
+    """JPEG: walk over the segments to the first frame header."""
+    frame = next(segment for segment in jpeg_segments(data) if segment.is_frame)
+    return Size(*struct.unpack_from(">HH", data, frame.start + 1))
 
 
 def webp_size(data: bytes | memoryview) -> Size:

@@ -1,8 +1,9 @@
 """One batch: from the sample ids that a plan asks for to the uint8 crops of their images.
 
 This is what runs in the loader's worker processes. An image is read and decoded once for all its
-crops, of whatever sizes. A sample that cannot be read never shifts the others, and is reported.
-Training puts another sample into its row (`substitutes.py`). Extraction leaves the row black.
+crops, of whatever sizes. JPEGs that a GPU decodes are read and checked only. A sample that cannot
+be read never shifts the others, and is reported. Training puts another sample into its row
+(`substitutes.py`). Extraction leaves the row black.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch.utils.data import Dataset
 
 from deepclust.data.images.complaints import Complaints
 from deepclust.data.images.crops import Crop, View
-from deepclust.data.images.decode import MAX_PIXELS, decode
-from deepclust.data.images.device_crops import Boxes, Packed, each_tensor
+from deepclust.data.images.decode import MAX_PIXELS, check_size, decode
+from deepclust.data.images.device_crops import Boxes, Jpeg, Packed, each_tensor
+from deepclust.data.images.gpu_decode import Encoded
+from deepclust.data.images.jpeg_rule import size_for_gpu
 from deepclust.data.read.image_files import open_images
 from deepclust.data.read.substitutes import Labels, Substitutes
 from deepclust.data.shards.index import Index
@@ -62,6 +65,17 @@ class Request:
         return len(self.sample_ids if self.partners is None else self.partners)
 
     @property
+    def substitutes(self) -> bool:
+        """Whether a sample that cannot be read is replaced."""
+        return self.replace or self.assignments is not None
+
+    def alone(self, row: int, sample_id: int) -> Request:
+        """Return the request of one row, for another sample."""
+        known = None if self.known is None else self.known[row : row + 1]
+        ids, at = np.array([sample_id]), self.positions[row : row + 1]
+        return replace(self, sample_ids=ids, positions=at, known=known, partners=None)
+
+    @property
     def keys(self) -> list[int]:
         """What each crop is drawn from, the first from `key` itself."""
         return [self.key, *(derive(self.key, "view", v) for v in range(1, len(self.crops)))]
@@ -79,7 +93,8 @@ class Bad:
 class Loaded:
     """A loaded batch, whose `sample_ids` are the samples that the images really show.
 
-    Images are arrays on their way through a pipe (`sending.py`), tensors otherwise.
+    Images are arrays on their way through a pipe (`sending.py`), tensors otherwise. JPEGs that are
+    still `encoded` belong to them, with the request, which their substitutes need.
     """
 
     images: tuple[Any, ...]  # UInt8[Tensor, "b 3 s s"], or Packed if the request was `packed`
@@ -89,6 +104,8 @@ class Loaded:
     tag: int = 0
     known: Bool[np.ndarray, " b"] | None = None
     partners: Int64[np.ndarray, " own"] | None = None
+    encoded: Encoded | None = None
+    asked: Request | None = None
 
     @property
     def in_pipe(self) -> bool:
@@ -104,7 +121,10 @@ class Loaded:
 
     def each(self, change: Callable[[Any], Any]) -> Loaded:
         """Return the same with every tensor of the images changed."""
-        return replace(self, images=tuple(each_tensor(images, change) for images in self.images))
+        images, encoded = tuple(each_tensor(one, change) for one in self.images), self.encoded
+        if encoded is not None:
+            encoded = replace(encoded, data=change(encoded.data))
+        return replace(self, images=images, encoded=encoded)
 
 
 class Made:
@@ -118,11 +138,12 @@ class Made:
         """Return `count` rows without an image."""
         return cls(torch.zeros((count, 3, size, size), dtype=torch.uint8))
 
-    def put(self, row: int, image: UInt8[Tensor, "3 h w"], view: View, draw: Any) -> None:
-        """Make a row's crop."""
+    def put(self, row: int, image: UInt8[Tensor, "3 h w"] | Jpeg, view: View, draw: Any) -> None:
+        """Make a row's crop, of an image that is decoded."""
+        assert isinstance(image, Tensor)
         self._rows[row].copy_(view(image, draw))
 
-    def pack(self) -> UInt8[Tensor, "b 3 s s"]:
+    def pack(self, _starts: object = None) -> UInt8[Tensor, "b 3 s s"]:
         """Return the crops."""
         return self.crops
 
@@ -131,7 +152,8 @@ class Batches(Dataset[Loaded]):
     """The loaded batch of each request, `batches[request]`, for torch's DataLoader.
 
     `cache` is a folder with copies of shards (`shard_cache.py`). `labels` are what samples are
-    replaced by.
+    replaced by. `for_gpu`: a GPU is to decode the JPEGs that it can (`jpeg_rule.py`), so all crops
+    are packed.
     """
 
     def __init__(
@@ -140,8 +162,9 @@ class Batches(Dataset[Loaded]):
         cache: Path | None = None,
         max_pixels: int = MAX_PIXELS,
         labels: Labels | None = None,
+        for_gpu: bool = False,
     ):
-        self.index, self.max_pixels = index, max_pixels
+        self.index, self.max_pixels, self.for_gpu = index, max_pixels, for_gpu
         self.substitutes = Substitutes(index, labels)
         self.files = open_images(index, cache)
         self.complaints = Complaints()
@@ -149,13 +172,13 @@ class Batches(Dataset[Loaded]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what opens the index and the assignments, which another process maps again."""
         labels = self.substitutes.labels
-        return Batches, (self.index, self.files.cache, self.max_pixels, labels)
+        return Batches, (self.index, self.files.cache, self.max_pixels, labels, self.for_gpu)
 
     def __getitem__(self, request: Request) -> Loaded:
         """Read, decode and crop every sample of the request, then change the colours."""
         sides = [crop.view.size for crop in request.crops]
         b = len(request.sample_ids)
-        kind = Boxes if request.packed else Made
+        kind = Boxes if request.packed or self.for_gpu else Made
         rows = tuple(kind.black(b, side) for side in sides)
         sample_ids, bad = request.sample_ids.copy(), []
         for row, reason in self._fill(rows, request):
@@ -163,17 +186,21 @@ class Batches(Dataset[Loaded]):
             bad += [entry] * (row < request.own)
         self.files.release()
         at, known = request.positions, request.known
-        images = tuple(of_crop.pack() for of_crop in rows)
+        first = rows[0]
+        encoded = Encoded.of(first.images) if self.for_gpu and isinstance(first, Boxes) else None
+        starts = None if encoded is None else encoded.starts
+        images = tuple(of_crop.pack(starts) for of_crop in rows)
         for v, (crop, of_crop) in enumerate(zip(request.crops, images, strict=True)):
             if crop.colour is not None and isinstance(of_crop, Tensor):
                 of_crop.copy_(crop.coloured(of_crop, derive(request.key, "colour", v), at, known))
-        return Loaded(images, sample_ids, at, bad, request.tag, known, request.partners)
+        loaded = Loaded(images, sample_ids, at, bad, request.tag, known, request.partners)
+        return replace(loaded, encoded=encoded, asked=request) if self.for_gpu else loaded
 
     def _fill(
         self, images: tuple[Boxes | Made, ...], request: Request, first: int = 0
     ) -> list[tuple[int, str]]:
         """Load what can be loaded into the rows from `first` on; return those that failed, why."""
-        read, limit, failed = self.files.read, self.max_pixels, []
+        read, failed = self.files.read, []
         views, at = [crop.view for crop in request.crops], request.positions
         crops = zip(request.crops, request.keys, strict=True)
         located = self.index.locate(request.sample_ids)
@@ -182,9 +209,7 @@ class Batches(Dataset[Loaded]):
         for row, place in enumerate(places):
             sample_id = int(request.sample_ids[row])
             try:
-                data = read(*place)
-                with self.complaints.about(data, partial(self.index.where, sample_id)):
-                    image = decode(data, limit)
+                image = self._image(read(*place), sample_id)
             except UnreachableError:
                 raise  # a whole shard would be replaced
             except DataError as error:
@@ -194,28 +219,42 @@ class Batches(Dataset[Loaded]):
                 of_crop.put(first + row, image, view, drawn[row])
         return failed
 
+    def _image(self, data: bytes | memoryview, sample_id: int) -> UInt8[Tensor, "3 h w"] | Jpeg:
+        """Decode an image, or leave it to a GPU by what its bytes say; DataError for a bad one."""
+        size = size_for_gpu(data) if self.for_gpu else None
+        if size is not None:
+            check_size(*size, self.max_pixels)
+            return Jpeg(bytes(data), size)
+        with self.complaints.about(data, partial(self.index.where, sample_id)):
+            return decode(data, self.max_pixels)
+
     def _replace(
         self, images: tuple[Boxes | Made, ...], request: Request, row: int, reason: str
     ) -> tuple[int, Bad]:
         """Put another sample into a row if the request allows it, and report it."""
-        sample_id, position = int(request.sample_ids[row]), int(request.positions[row])
-        reason = f"{self.index.where(sample_id)}: {self.index.excluded.get(sample_id, reason)}"
-        if request.assignments is None and not request.replace:
+        sample_id = int(request.sample_ids[row])
+        reason = self.placed(sample_id, reason)
+        if not request.substitutes:
             return sample_id, Bad(sample_id, reason)
-        known = None if request.known is None else request.known[row : row + 1]
-        of = sample_id, request.key, position, request.assignments
-        candidates = list(self.substitutes.of(*of))
+        candidates = self.candidates(request, row)
         for substitute in candidates:
-            one = replace(
-                request,
-                sample_ids=np.array([substitute]),
-                positions=np.array([position]),
-                known=known,
-                partners=None,
-            )
-            if not self._fill(images, one, row):
+            if not self._fill(images, request.alone(row, substitute), row):
                 return substitute, Bad(sample_id, reason)
-        raise DataError(
-            f"{reason}; neither could {len(candidates)} samples in its place. "
-            "Check that the storage can be reached."
-        )
+        raise no_substitute(reason, len(candidates))
+
+    def placed(self, sample_id: int, reason: str) -> str:
+        """Return why a sample cannot be read, and where it is."""
+        return f"{self.index.where(sample_id)}: {self.index.excluded.get(sample_id, reason)}"
+
+    def candidates(self, request: Request, row: int) -> list[int]:
+        """Return the samples for the place of a row that cannot be read, as they are tried."""
+        at = int(request.sample_ids[row]), request.key, int(request.positions[row])
+        return list(self.substitutes.of(*at, request.assignments))
+
+
+def no_substitute(reason: str, tried: int) -> DataError:
+    """Return the error of a sample of whose candidates none can be read either."""
+    return DataError(
+        f"{reason}; neither could {tried} samples in its place. "
+        "Check that the storage can be reached."
+    )

@@ -27,6 +27,7 @@ from deepclust.data.images.decode import MAX_PIXELS
 from deepclust.data.loose.index import FileIndex
 from deepclust.data.read import sending, shard_cache, worker_processes
 from deepclust.data.read.dataset import Bad, Batches, Loaded, Request
+from deepclust.data.read.finish import Finisher
 from deepclust.data.read.patience import Patience, Watch
 from deepclust.data.read.sending import Sender, Sent
 from deepclust.data.read.substitutes import Labels
@@ -67,14 +68,17 @@ class Loader:
         prefetch: int = 2,
         patience: Patience | None = None,
         labels: Labels | None = None,
+        decode: str = "cpu",
+        device: torch.device | None = None,
     ) -> None:
         """Open nothing yet.
 
         `prefetch` is the number of batches under way per worker. `scratch` is a local folder for
         the cache of shards that reading by block needs. `patience` limits each wait. By
-        `labels` a labelled sample that cannot be read is replaced by another of its class. Raises
-        `RecipeError` for an unknown `read` or fewer than 0 workers, and `DiskError` for a `scratch`
-        that cannot be written.
+        `labels` a labelled sample that cannot be read is replaced by another of its class. With
+        `decode` "gpu" images are crops on `device` (the present GPU), which decodes JPEGs. Raises
+        `ResourceError` where it cannot, `RecipeError` for an unknown `read` or fewer than 0
+        workers, and `DiskError` for a `scratch` that cannot be written.
         """
         if read not in READS or workers < 0 or prefetch < 1:
             raise RecipeError(
@@ -86,7 +90,8 @@ class Loader:
         self.cache = _make_cache(index, read, scratch, self.patience)
         self._requests = _Requests()
         folder = self.cache.folder if self.cache else None
-        self._batches = Batches(index, folder, max_pixels, labels)
+        self._batches = Batches(index, folder, max_pixels, labels, decode == "gpu")
+        self._finisher = Finisher(self._batches, device) if decode == "gpu" else None
         self._batches.files.stopped = self.patience.stopping
         self._workers, self._prefetch = workers, prefetch
         self._loader: DataLoader[Sent] | None = None
@@ -108,7 +113,7 @@ class Loader:
         batches = self._start(requests)
         try:
             while (loaded := self._next(batches)) is not None:
-                yield loaded
+                yield self._finished(loaded)
                 assert self._active is token, "this stream was ended by a newer one"
         finally:
             if self._active is token:
@@ -204,6 +209,13 @@ class Loader:
             self._warned = True
             logging.getLogger("deepclust").warning(sending.pipe_warning(sent))
         return sending.received(sent)
+
+    def _finished(self, loaded: Loaded) -> Loaded:
+        """Return the batch with its JPEGs decoded, where workers leave that to a GPU."""
+        if self._finisher is None:
+            return loaded
+        with self._awaited():  # a substitute may have to be read
+            return self._finisher.finished(loaded)
 
     @contextlib.contextmanager
     def _awaited(self) -> Iterator[None]:

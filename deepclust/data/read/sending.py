@@ -59,7 +59,8 @@ def received(loaded: Loaded) -> Loaded:
 
 def pipe_warning(loaded: Loaded) -> str:
     """Return what to do about a small /dev/shm."""
-    needed = sum(images.nbytes for images in loaded.images) / 1e6
+    encoded = 0 if loaded.encoded is None else loaded.encoded.data.nbytes
+    needed = (encoded + sum(images.nbytes for images in loaded.images)) / 1e6
     return (
         f"{SHM} has {free_shm() / 1e6:.1f} MB left, too little for batches of {needed:.1f} MB, so "
         "images come through pipes. That is slower and gives the same result. To mend it, "
