@@ -15,7 +15,7 @@ from typing import TypeAlias
 from deepclust.errors import ResourceError
 
 PATIENCE_S = 20.0
-AT_ONCE = 500  # jobs that a command is asked for
+AT_ONCE = 5_000  # jobs that a command is asked for: 100 kB of a word, which may have 128
 GONE = ("Invalid job id", "already completing or completed")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 LIVING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -73,7 +73,7 @@ def poll(job: str) -> JobRecord | None:
 
 
 def poll_all(jobs: Sequence[str]) -> dict[str, Answer]:
-    """Return what Slurm says of each job, by two commands for up to 500 of them.
+    """Return what Slurm says of each job, by two commands for up to 5,000 of them.
 
     An error stands for a job that Slurm does not answer for, None for one that it does not know.
     """

@@ -25,6 +25,7 @@ import numpy as np
 from deepclust.data.owned_folder import make_folder
 from deepclust.data.read.dataset import Request
 from deepclust.data.read.patience import LOOK_S, Patience
+from deepclust.data.read.pieces_ahead import PiecesAhead
 from deepclust.data.shards import remote
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.url import Source, Url
@@ -144,8 +145,9 @@ class ShardCache:
             walk.join(timeout=0.01)
 
     def _walk(self, requests: Iterable[Request], ready: queue.Queue) -> None:
+        self._pieces_ahead = PiecesAhead(self.index, self._stop.is_set)
         try:
-            for request in requests:
+            for request in self._looking_ahead(requests, ready):
                 self._fetch(request)
                 if self._stop.is_set():
                     return
@@ -153,9 +155,36 @@ class ShardCache:
             ready.put(None)
         except BaseException as error:  # raised again where the requests are taken
             ready.put(error)
+        finally:
+            self._pieces_ahead.close()
+
+    def _looking_ahead(self, requests: Iterable[Request], ready: queue.Queue) -> Iterator[Request]:
+        """Yield the requests, each when the bytes of those after it are asked for.
+
+        So many are taken that their shards keep the link busy, and `AHEAD` at most, with those that
+        wait with their shards in place. An error in the requests comes after those before it.
+        """
+        taken: deque[Request] = deque()
+        try:
+            for request in requests:
+                taken.append(request)
+                if not isinstance(self.index.shards[0], Url):
+                    yield taken.popleft()
+                    continue
+                self._pieces_ahead.want([s for s in self._needed(request) if s not in self._copies])
+                while taken and (self._pieces_ahead.is_full or len(taken) + ready.qsize() >= AHEAD):
+                    yield taken.popleft()
+        except Exception:
+            yield from taken
+            raise
+        yield from taken
+
+    def _needed(self, request: Request) -> list[int]:
+        shards: list[int] = np.unique(self.index.locate(request.sample_ids).shard).tolist()
+        return shards
 
     def _fetch(self, request: Request) -> None:
-        needed = np.unique(self.index.locate(request.sample_ids).shard).tolist()
+        needed = self._needed(request)
         with self._lock:
             cached = [shard for shard in needed if shard in self._copies]
             self._users.update(cached)
@@ -202,7 +231,7 @@ class ShardCache:
     def _pieces(self, shard: int) -> Generator[bytes, None, None]:
         source = self.index.shards[shard]
         if isinstance(source, Url):
-            yield from remote.stream(source, 0, self.index.lengths[shard], self._stop.is_set)
+            yield from self._pieces_ahead.take(shard)
             return
         try:
             with open(source, "rb", buffering=0) as file:

@@ -10,6 +10,7 @@ from cluster_jobs import job_file, status
 from cluster_jobs.executors import executor
 from cluster_jobs.executors.slurm import _job_of
 from cluster_jobs.slurm import queue
+from cluster_jobs.slurm.queue import JobRecord
 from deepclust.errors import DataError, ResourceError
 from deepclust.launch.start import prepare_run
 from deepclust.run.directory import Run
@@ -143,3 +144,12 @@ def test_slurm_is_asked_once_for_all_runs_of_a_folder(
     first, second = asked.read_text().splitlines()
     assert "-j 7_0,7_1,7_2,7_3" in first
     assert "-j 7_2,7_3" in second
+
+
+def test_a_thousand_jobs_are_one_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, jobs = tmp_path / "asked", [f"7_{number}" for number in range(1_000)]
+    waiting = 'for job in $(echo "$4" | tr , " "); do echo "$job|PENDING|Priority|"; done'
+    programs(tmp_path, monkeypatch, squeue=f"echo squeue >> {asked}; {waiting}", sacct="exit 1")
+    told = queue.poll_all(jobs)
+    assert [told[job] for job in jobs] == [JobRecord("PENDING", "Priority")] * 1_000
+    assert asked.read_text().split() == ["squeue"]

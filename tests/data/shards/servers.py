@@ -42,15 +42,15 @@ class Web:
 
 
 @contextlib.contextmanager
-def web(root: Path) -> Iterator[Web]:
+def web(root: Path, host: str = "127.0.0.1") -> Iterator[Web]:
     """Serve a folder until the block ends."""
     state = Web(root)
 
     class Handler(_Handler):
         web = state
 
-    with _Server(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    with _Server((host, 0), Handler) as server:
+        state.url = f"http://{host}:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield state
