@@ -174,6 +174,13 @@ def test_a_backend_is_tried_before_it_is_used_and_the_fallback_is_named(
         probe_backend("faiss", cpu)
 
 
+def test_faiss_for_rows_on_a_gpu_says_that_it_searches_on_the_cpu() -> None:
+    with pretended():
+        name, device, notes = probe_backend("faiss", torch.device("cuda", 0))
+    assert (name, device.type) == ("faiss", "cuda")
+    assert notes == ["cluster.backend=faiss searches on the CPU, and copies every row from cuda:0"]
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto", "faiss"])
 def test_a_gpu_that_is_named_and_does_not_work_is_an_error_and_auto_is_the_cpu(
     monkeypatch: pytest.MonkeyPatch, backend: str

@@ -188,7 +188,7 @@ def test_the_card_of_the_cluster_worker_becomes_torchs_present_one(
 ) -> None:
     seen: list[object] = []
     gpus.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
-    gpus.setattr(worker, "open_data", lambda run, recipe: (None, "offset"))
+    gpus.setattr(worker, "open_data", lambda *_, **__: (None, "offset"))
     tried = SimpleNamespace(device=torch.device("cuda", 2))
     gpus.setattr(worker.cluster, "make_context", lambda *_: tried)
     gpus.setattr(worker.cluster, "serve", lambda *_: seen.append("serves"))
@@ -205,7 +205,7 @@ def test_a_cluster_worker_whose_gpu_is_full_says_how_to_go_on(
     def serve(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    gpus.setattr(worker, "open_data", lambda run, recipe: (None, "offset"))
+    gpus.setattr(worker, "open_data", lambda *_, **__: (None, "offset"))
     gpus.setattr(worker.cluster, "make_context", lambda *_: SimpleNamespace(device=devices.CPU))
     gpus.setattr(worker.cluster, "serve", serve)
     create(tmp_path / "run", recipe())

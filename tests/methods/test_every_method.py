@@ -169,6 +169,17 @@ def gradients(world: World, name: str) -> dict[str, np.ndarray]:
     return {n: p.grad.numpy() for n, p in one.named_parameters() if p.grad is not None}
 
 
+def are_views(world: World) -> bool:
+    one = method(recipe("simclr"), world)
+    model = wrap_ddp(one, world)
+    assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    return bool(model.gradient_as_bucket_view)
+
+
+def test_gradients_are_views_of_what_ranks_send_and_are_not_copied() -> None:
+    assert all(on_ranks(2, are_views))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_of_several_ranks_is_that_of_the_whole_batch(name: str, ranks: int) -> None:
