@@ -192,7 +192,7 @@ def test_the_gradient_of_several_ranks_is_that_of_the_whole_batch(name: str, ran
             together = np.concatenate(pieces, axis=owned[parameter].dim)
         else:
             together = pieces[-1]
-        np.testing.assert_allclose(together, expected, atol=2e-6)
+        np.testing.assert_allclose(together, expected, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
