@@ -16,6 +16,7 @@ from deepclust.errors import DataError, NumericalError
 from deepclust.recipe.sections import Data
 from deepclust.run.directory import Run
 from deepclust.stages.extract import _fill, extract
+from deepclust.stages.kept_crops import KeptCrops
 from deepclust.stages.train import Meter, judge_bad
 from deepclust.stages.unusable import check_bad, count_bad, not_finite
 from deepclust.world import World
@@ -29,7 +30,7 @@ def context(folder: Path, good: int, bad: int, **options: Any) -> SimpleNamespac
     config = Data(shards=str(folder), size=8, extract_batch=10)
     place = {"raw_dir": folder / "raw", "chunk_path": lambda number: folder / str(number)}
     work = {"config": config, "world": World(), "run": Run(folder), "round": 0}
-    kept = {"dtype": torch.float16, "moments": True, "memory": None}
+    kept = {"dtype": torch.float16, "moments": True, "memory": None, "kept": KeptCrops()}
     return SimpleNamespace(index=open_index(folder), **place, **work, **kept, **options)
 
 
