@@ -30,12 +30,18 @@ def on_cpu(tool: Any, folder: Path) -> Any:
     return tool["Setting"](torch.device("cpu"), folder)
 
 
+def two_ranks_on_the_cpu(folder: Path) -> tuple[str, str, dict[str, Any]]:
+    with modules() as tool:
+        outcome = tool["two_ranks"].two_ranks(on_cpu(tool, folder), ("resnet18",))
+    return outcome.verdict, outcome.text, outcome.numbers
+
+
 @pytest.mark.slow
-def test_two_ranks_on_the_cpu_pass_what_two_gpus_are_asked(tool: Any, tmp_path: Path) -> None:
-    outcome = tool["two_ranks"].two_ranks(on_cpu(tool, tmp_path), ("resnet18",))
-    assert outcome.verdict == "pass", outcome
-    assert outcome.numbers["labels of runs differ"] == 0
-    assert 0 < outcome.numbers["seconds from a kill to the end"] < 60
+def test_two_ranks_on_the_cpu_pass_what_two_gpus_are_asked(tmp_path: Path) -> None:
+    verdict, text, numbers = in_fork(two_ranks_on_the_cpu, tmp_path)
+    assert verdict == "pass", text
+    assert numbers["labels of runs differ"] == 0
+    assert 0 < numbers["seconds from a kill to the end"] < 60
 
 
 @pytest.mark.slow
