@@ -109,7 +109,7 @@ def one(args: argparse.Namespace, nodes: Nodes | None, where: str, number: int) 
     (first, cpu_first), (last, cpu_last) = (
         reached(run, process, step, roots) for step in (FIRST, FIRST + args.steps)
     )
-    process.communicate(timeout=PATIENCE_S)
+    process.wait(timeout=PATIENCE_S)
     steps = last["step"] - first["step"]
     unit = events(run, "unit")[0]
     used = {name: (cpu_last[name] - cpu_first[name]) / steps for name in cpu_last}
