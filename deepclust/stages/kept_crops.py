@@ -60,8 +60,9 @@ class KeptCrops:
             self._batches = None
         if self._batches is None:
             return
-        copy = loaded.each(torch.clone)
-        self._batches.append(copy.pin_memory() if self.pinned else copy)
+        # what a loader has page-locked already is a copy
+        copy = loaded.pin_memory() if self.pinned else loaded.each(torch.clone)
+        self._batches.append(copy)
         if sum(len(one.sample_ids) for one in self._batches) == samples:
             self.chunks[loaded.tag] = self._batches
             self.left -= size
