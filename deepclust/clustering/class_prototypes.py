@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy  # imports its parts when they are used
 import torch
 from jaxtyping import Float, Float32, Float64, Int32, Int64
-from scipy.optimize import linear_sum_assignment
 
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.init import start
@@ -179,7 +179,7 @@ def _partners(
     partner = np.full(len(new.rows), len(old.rows))
     for c in np.unique(new.class_of):
         mine, theirs = np.flatnonzero(new.class_of == c), np.flatnonzero(old.class_of == c)
-        i, j = linear_sum_assignment(cosines[np.ix_(mine, theirs)], maximize=True)
+        i, j = scipy.optimize.linear_sum_assignment(cosines[np.ix_(mine, theirs)], maximize=True)
         partner[mine[i]] = theirs[j]
     return partner
 

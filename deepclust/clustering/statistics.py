@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy  # imports its parts when they are used
 import scipy.sparse as sparse
 from jaxtyping import Bool, Int, Int64
-from scipy.optimize import linear_sum_assignment
 
 from deepclust.clustering.match_ids import (
     BLOCK,
@@ -152,7 +152,7 @@ def _matched(table: sparse.csr_array) -> tuple[Int[np.ndarray, " m"], Int[np.nda
         partners = hungarian(table)
         rows = np.flatnonzero(partners >= 0)
         return rows, partners[rows]
-    rows, columns = linear_sum_assignment(table.toarray(), maximize=True)
+    rows, columns = scipy.optimize.linear_sum_assignment(table.toarray(), maximize=True)
     return rows, columns
 
 

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # imports its parts when they are used
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deepclust.errors import DataError
@@ -148,7 +148,9 @@ def _match(judged: Judged) -> Int64[np.ndarray, " n"]:
     columns, places = np.unique(judged.open[unlabelled & free], return_inverse=True)
     counts = np.zeros((len(classes), len(columns)), np.int64)
     np.add.at(counts, (rows, places), 1)
-    for one, column in zip(*linear_sum_assignment(counts, maximize=True), strict=True):
+    for one, column in zip(
+        *scipy.optimize.linear_sum_assignment(counts, maximize=True), strict=True
+    ):
         matched[judged.open == columns[column]] = classes[one]
     return matched
 

@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import threadpoolctl
 import torch
 from jaxtyping import Bool, Float, Int, Int64
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from deepclust.errors import DataError
 from deepclust.evaluate.device import choose_device, standardised
@@ -27,6 +25,9 @@ from deepclust.evaluate.frozen import Frozen, Value
 from deepclust.evaluate.interval import with_interval
 from deepclust.evaluate.logistic import Fit
 from deepclust.world import generator
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 C_PATH = (0.01, 0.1, 1.0, 10.0)  # inverse strengths; from small to large each fit warms the next
 TOLERANCE = 3e-4  # of the mean gradient: within 0.2 % top-1 of 1e-4 on Fashion-MNIST, 3x faster
@@ -80,6 +81,10 @@ def _on_cpu(
     frozen: Frozen, held_out: Int64[np.ndarray, " h"]
 ) -> tuple[Bool[np.ndarray, " m"], float, bool]:
     """Return which test rows are right, C and whether the last fit converged, by scikit-learn."""
+    from sklearn.exceptions import ConvergenceWarning  # slow to import
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler, y = StandardScaler(), frozen.train.labels
     # float64 rows far from the origin are centred before they are narrowed
     x = scaler.fit_transform(_floats(frozen.train.features)).astype(np.float32, copy=False)
