@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deepclust import pretrain
-from deepclust.launch import local
-from tests.forks import fork_rank
+from deepclust.launch import warm
+from tests.forks import Shared
 from tests.tiny import tiny_recipe, tiny_shards
 
 NOT_FOR_ALL = ("gpu", "mount")  # what no package gives: a device, the right to mount
@@ -38,7 +37,7 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
 def ranks_are_forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the ranks of runs that a test starts in this process be forks."""
     if request.node.get_closest_marker("new_interpreters") is None:
-        monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=fork_rank))
+        monkeypatch.setattr(warm, "Warm", Shared)
 
 
 @pytest.fixture(scope="session")

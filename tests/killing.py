@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepclust.files import read_jsonl
-from deepclust.launch.role import CLUSTER_WORKER
+from deepclust.launch.warm import Fork
 from deepclust.run.directory import Run, is_done
-from tests.forks import Fork
+from tests.forks import start_command
 
 Moment = Callable[[Path], bool]
 PATIENCE_S = 300.0
@@ -71,10 +71,8 @@ MOMENTS: dict[str, Moment] = {
 
 def start(*arguments: object) -> Fork:
     """A `deepclust` command in the background, in a new session."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [str(word) for word in arguments]
     with open(os.devnull, "wb") as quiet:
-        return Fork({"words": words, "variables": environment}, quiet, quiet)
+        return start_command([str(word) for word in arguments], quiet, quiet)
 
 
 def family(pid: int) -> list[int]:
@@ -157,27 +155,11 @@ def role(pid: int, controller: int) -> str:
     """What a process of a run is: "controller", "rank N", "cluster worker", or "" for others."""
     if pid == controller:
         return "controller"
-    if (name := _name(pid)).startswith(("rank ", "cluster worker")):
-        return name
-    words = _words(pid)
-    if b"deepclust.launch.worker" not in words:
-        return ""
-    number = int(words[words.index(b"--rank") + 1])
-    return "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"
-
-
-def _name(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def _words(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return []
+    return name if name.startswith(("rank ", "cluster worker")) else ""
 
 
 def wait_until_gone(pids: list[int], patience: float = 20.0) -> None:

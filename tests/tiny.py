@@ -54,8 +54,7 @@ def command(*arguments: object) -> list[str]:
 
 def deepclust(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command and check its exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_command([str(word) for word in arguments], environment)
+    done = run_command([str(word) for word in arguments])
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

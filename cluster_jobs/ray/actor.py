@@ -1,33 +1,31 @@
-"""A process of the worker group on Ray: a trainer rank or the cluster worker, a long-lived actor.
+"""An actor of a worker group on Ray: it keeps the process of a trainer rank or cluster worker.
 
-It runs the same rank program as everywhere else (`launch.worker.work`), in a thread. Meanwhile
-other threads answer the supervisor with what the rank has reported, and with the age of its last
-sign of life. Records are kept until the supervisor has them, so a lost answer loses nothing.
+The process is that of every transport (`launch.local`), so a rank that is lost begins again in the
+same actor, which Ray need not place anew. The actor answers the supervisor with what the rank has
+reported. Records are kept until the supervisor has them, so a lost answer loses nothing.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import platform
+import selectors
+import sys
 import threading
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from deepclust.errors import DataError, DeepclustError, ResourceError, lack_of_memory, redact
+from deepclust.errors import DataError, ResourceError
 from deepclust.files import create_empty, read_json
-from deepclust.launch.policy import UNEXPECTED
+from deepclust.launch.local import EXIT_POLL_S, WorkerProcess
 from deepclust.launch.ports import free_port
 from deepclust.launch.role import Role
 from deepclust.launch.visible_gpus import MASK, place_of
+from deepclust.launch.warm import Warm
 from deepclust.run.directory import Run
-from deepclust.run.reporting import failure
-from deepclust.run.signs import SignsOfLife
 
 SHARED = "Every node must see the run directory, on a shared file system, under the same path"
 
@@ -50,35 +48,37 @@ class News:
     """What an actor has reported beyond what the supervisor has."""
 
     records: list[dict[str, Any]]
-    idle_s: float | None  # since the rank's last sign of life; None before the first
-    result: dict[str, Any] | None  # of the rank: None while it works, {} when it ended well
+    is_over: bool  # the process has ended, and these are the last
 
 
-class Worker(SignsOfLife):
-    """One process of the worker group.
+class Worker:
+    """The keeper of one process of the worker group.
 
     Ray's dashboard shows its subclass and its name.
     """
 
     def __init__(self, run_dir: str) -> None:
-        """Import nothing heavy: torch is imported by `work`."""
-        super().__init__()
+        """Import nothing heavy: a warm process does, so that the rank can begin again at once."""
         self.run_dir = Path(run_dir)
+        # what Ray lets its workers import, its processes may too
+        os.environ["PYTHONPATH"] = os.pathsep.join(part for part in sys.path if part)
+        self._warm = Warm() if sys.platform == "linux" else None
+        self._process: WorkerProcess | None = None
+        self._something = threading.Condition()
+        self._forget()
+
+    def _forget(self) -> None:
         self._records: list[dict[str, Any]] = []
         self._kept_from = 0  # the number of the first record that is still here
-        self._result: dict[str, Any] | None = None
-        self._something = threading.Condition()
-        self._asked = threading.Event()
+        self._is_over = False
 
     def place(self, token: str) -> Place:
         """Return where this is, and whether it sees the lock of the run with this very token."""
         context = ray.get_runtime_context()
         gpus = tuple(str(name) for name in ray.get_gpu_ids())
-        ip = ray.util.get_node_ip_address()
-        if ip.startswith("127."):  # a cluster of this machine alone: gloo needs no other interface
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         own, problem = own_gpu(gpus)
         problem = _problem(self.run_dir, token) or problem
+        ip = ray.util.get_node_ip_address()
         return Place(context.get_node_id(), platform.node(), ip, os.getpid(), gpus, problem, own)
 
     def rendezvous(self) -> str:
@@ -86,58 +86,50 @@ class Worker(SignsOfLife):
         ip = ray.util.get_node_ip_address()
         return f"tcp://{ip}:{free_port(ip)}"
 
-    def begin(self, role: Role, token: str, attempt: int) -> None:
-        """Start the role's work in a thread and return at once.
-
-        `News.result` is set when the work has ended.
-        """
-        order = (role, Run(self.run_dir, token, attempt))
-        threading.Thread(target=self._work, args=order, daemon=True).start()
+    def begin(self, role: Role, token: str, attempt: int) -> int:
+        """Start the process of the role, and return its pid. `News.is_over` tells its end."""
+        process = WorkerProcess(Run(self.run_dir, token, attempt), role, self._warm)
+        with self._something:
+            self._forget()
+            self._process = process
+        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+        return process.process.pid
 
     def news(self, have: int, wait_s: float) -> News:
         """Return what was reported beyond the first `have` records; wait if there is nothing."""
         with self._something:
             del self._records[: have - self._kept_from]
             self._kept_from = have
-            if not self._records and self._result is None:
+            if not self._records and not self._is_over:
                 self._something.wait(wait_s)
-            return News(list(self._records), self.idle_s, self._result)
+            return News(list(self._records), self._is_over)
 
     def stop(self) -> None:
         """Ask the rank to stop at its next step."""
-        self._asked.set()
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Keep an event for the supervisor (`reporting.Report`)."""
-        logging.getLogger("deepclust").info("%s %s", name, json.dumps(fields))
-        self._keep({"event": name, **fields})
-
-    def progress(self, **fields: Any) -> None:
-        """Keep a piece of progress for the supervisor (`reporting.Report`)."""
-        logging.getLogger("deepclust").info("step %s", json.dumps(fields))
-        self._keep({"progress": True, **fields})
-
-    def _work(self, role: Role, run: Run) -> None:
-        """Run the role to its end: {} or {failed, kind, exit_code}."""
-        result: dict[str, Any] = {}
-        try:
-            from deepclust.launch.worker import work  # imports torch
-
-            work(run, role, self, self._asked.is_set)
-        except DeepclustError as error:
-            result = _failed(error, error.exit_code)
-        except BaseException as error:
-            logging.getLogger("deepclust").error("%s", redact(traceback.format_exc()))
-            lack = lack_of_memory(error)
-            result = _failed(error, UNEXPECTED) if lack is None else _failed(lack, lack.exit_code)
         with self._something:
-            self._result = result
-            self._something.notify()
+            if self._process is not None:
+                self._process.stop()
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def end(self) -> None:
+        """Kill the process, if there is one."""
         with self._something:
-            self._records.append(record)
-            self._something.notify()
+            if self._process is not None:
+                self._process.kill()
+            self._process = None
+            self._something.notify_all()
+
+    def _listen(self, process: WorkerProcess) -> None:
+        """Keep what the process reports, for the supervisor."""
+        while not process.has_ended:
+            with selectors.DefaultSelector() as selector:
+                selector.register(process, selectors.EVENT_READ)
+                selector.select(EXIT_POLL_S)
+            with self._something:
+                if self._process is not process:
+                    return
+                self._records += process.read()
+                self._is_over = process.has_ended
+                self._something.notify_all()
 
 
 class Trainer(Worker):
@@ -146,11 +138,6 @@ class Trainer(Worker):
 
 class ClusterWorker(Worker):
     """The cluster worker."""
-
-
-def _failed(error: BaseException, exit_code: int) -> dict[str, Any]:
-    logging.getLogger("deepclust").error("%s: %s", type(error).__name__, error)
-    return failure(error, exit_code)
 
 
 def own_gpu(gpus: tuple[str, ...]) -> tuple[int | None, str]:

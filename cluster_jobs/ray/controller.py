@@ -41,7 +41,7 @@ class Controller:
         self.spec = spec
         self.signals: list[int] = []
         self.larger: list[Shape] = []  # than the group of this attempt
-        self.shape: Shape | None = None
+        self.actors: Actors | None = None
         self.wants_more = False  # the group is asked to stop only to come back larger
         self.supervisor = Supervisor(run, policy_of(run, spec), self.asked, self.grow)
 
@@ -51,22 +51,38 @@ class Controller:
 
     def attempt(self) -> Ending:
         """Make one attempt, from a reservation to its end."""
-        supervisor, spec = self.supervisor, self.spec
-        recipe, gpus = supervisor.run.recipe, has_gpus(alive())
-        shapes = [shape_of(recipe, spec, n, gpus) for n in sizes(recipe, spec)]
-        reserved = reserve(shapes, spec, self.wait, self.asked)
-        if reserved is None:
+        supervisor, actors = self.supervisor, self._placed()
+        if actors is None:
             return Ending("stopped", text="cancelled before it was placed")
-        self.shape, group = reserved
-        self.larger = [other for other in shapes if other.ranks > self.shape.ranks]
         self.wants_more = False
-        supervisor.begin(self.shape.ranks)
-        transport = Actors(supervisor.run, spec, self.shape, group)
+        supervisor.begin(actors.shape.ranks)
+        actors.run = supervisor.run
         roles = roles_of(supervisor.run.recipe)
-        ending = supervisor.watch(transport, roles, lambda: self.wants_more or self.asked())
+        ending = supervisor.watch(actors, roles, lambda: self.wants_more or self.asked())
         if ending.kind == "stopped" and self.wants_more and not self.asked():
             return replace(ending, kind="resized")
         return ending
+
+    def _placed(self) -> Actors | None:
+        """Return the actors of the last attempt if they stay, or new ones; None when cancelled."""
+        if self.actors is not None and self.actors.is_whole and not self.has_room():
+            return self.actors
+        self.release()
+        recipe, gpus = self.supervisor.run.recipe, has_gpus(alive())
+        shapes = [shape_of(recipe, self.spec, n, gpus) for n in sizes(recipe, self.spec)]
+        reserved = reserve(shapes, self.spec, self.wait, self.asked)
+        if reserved is None:
+            return None
+        shape, group = reserved
+        self.larger = [other for other in shapes if other.ranks > shape.ranks]
+        self.actors = Actors(self.supervisor.run, self.spec, shape, group)
+        return self.actors
+
+    def release(self) -> None:
+        """Give back what the last attempt had."""
+        if self.actors is not None:
+            self.actors.release()
+        self.actors = None
 
     def wait(self, reason: str) -> None:
         """Write why the run waits for room."""
@@ -80,7 +96,8 @@ class Controller:
 
     def has_room(self) -> bool:
         """Return whether a larger group would fit now."""
-        return self.shape is not None and any(has_room(self.shape, o) for o in self.larger)
+        now = self.actors
+        return now is not None and any(has_room(now.shape, other) for other in self.larger)
 
 
 def policy_of(run: Run, spec: RaySpec) -> Policy:
@@ -115,7 +132,10 @@ def control(
                 connected(spec, recipe),
                 collected_signals(asked) as controller.signals,
             ):
-                supervisor.control(controller.attempt)
+                try:
+                    supervisor.control(controller.attempt)
+                finally:
+                    controller.release()
         except BaseException:
             job_file.forget_cancel(run_dir)
             raise

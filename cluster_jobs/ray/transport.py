@@ -23,9 +23,11 @@ from deepclust.launch.endings import Cause, Ending, Record
 from deepclust.launch.policy import AFTERMATH_S
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.supervisor import AttemptEnded
+from deepclust.launch.warm import PATIENCE_S
 from deepclust.run.directory import Run
 
 RETRY_S = 0.2
+END_S = 10.0  # for processes to be killed; an actor that does not answer by then is lost
 NEWS_S = 0.5  # how long an actor with nothing to report keeps a question
 MORE_THREADS = 3  # of an actor: two questions and the request to stop
 PROCESS_ALONE = "worker process has died"  # Ray's words where the node lives on
@@ -39,6 +41,7 @@ class Handle:
     role: Role
     actor: Any
     place: Place | None = None
+    pid: int = 0  # of the process that it keeps
     question: Any = None
     have: int = 0  # records that it has reported
     is_over: bool = False
@@ -50,10 +53,16 @@ class Actors:
     def __init__(self, run: Run, spec: RaySpec, shape: Shape, group: PlacementGroup) -> None:
         self.run, self.spec, self.shape, self.group = run, spec, shape, group
         self.handles: list[Handle] = []
+        self.is_whole = True  # every actor can begin again
 
     def start(self, roles: list[Role]) -> list[Record]:
-        """Create the actors, see that all are up and see the run, and give each its role."""
-        self.handles = [self._create(bundle, role) for bundle, role in enumerate(roles)]
+        """See that all actors are up and see the run, and give each its role.
+
+        They are created for the first attempt and stay for the next ones.
+        """
+        stay = [handle.actor for handle in self.handles]
+        actors = stay or [self._create(bundle, role) for bundle, role in enumerate(roles)]
+        self.handles = [Handle(role, one) for role, one in zip(roles, actors, strict=True)]
         asked = [handle.actor.place.remote(self.run.token) for handle in self.handles]
         try:
             for handle, place in zip(
@@ -61,8 +70,11 @@ class Actors:
             ):
                 handle.place = place
             self._check_places()
-            first = self.handles[0].actor.rendezvous.remote()
-            rendezvous: str = ray.get(first, timeout=self.spec.start)
+            asked = self._begin()
+            for handle, pid in zip(
+                self.handles, ray.get(asked, timeout=self._patience), strict=True
+            ):
+                handle.pid = pid
         except GetTimeoutError as error:
             late = [s.role.name for s, a in zip(self.handles, asked, strict=True) if not _ready(a)]
             text = f"{', '.join(late)} did not come up within ray.start={self.spec.start:g} s"
@@ -71,13 +83,24 @@ class Actors:
             who = self._name_of(error)
             raise AttemptEnded(Ending("fault", who, "death", first_line(error))) from error
         for handle in self.handles:
-            gpu = handle.place.gpu if handle.place else None
-            role = replace(
-                handle.role, rendezvous=rendezvous, gpu=gpu, threads=self._threads(handle)
-            )
-            handle.actor.begin.remote(role, self.run.token, self.run.attempt)
             self._ask(handle)
         return self._places()
+
+    @property
+    def _patience(self) -> float:
+        """Seconds until a process is there: its warm process may still import torch."""
+        return self.spec.start + PATIENCE_S
+
+    def _begin(self) -> list[Any]:
+        """Ask every actor for the process of its role."""
+        first = self.handles[0].actor.rendezvous.remote()
+        rendezvous: str = ray.get(first, timeout=self.spec.start)
+        asked = []
+        for handle in self.handles:
+            gpu, threads = handle.place.gpu if handle.place else None, self._threads(handle)
+            role = replace(handle.role, rendezvous=rendezvous, gpu=gpu, threads=threads)
+            asked.append(handle.actor.begin.remote(role, self.run.token, self.run.attempt))
+        return asked
 
     def poll(self, timeout: float) -> list[tuple[int, Record]]:
         """Return the news of the actors that have answered within the time."""
@@ -98,12 +121,22 @@ class Actors:
                 handle.actor.stop.remote()
 
     def kill(self) -> None:
+        """Have every actor kill the process of its role."""
+        asked = [handle.actor.end.remote() for handle in self.handles]
+        deadline = time.monotonic() + END_S
+        for answer in asked:
+            try:
+                ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+            except (RayError, GetTimeoutError):
+                self.is_whole = False
+
+    def release(self) -> None:
         """Kill the actors and give the devices back."""
         for handle in self.handles:
             ray.kill(handle.actor, no_restart=True)
         remove_placement_group(self.group)
 
-    def _create(self, bundle: int, role: Role) -> Handle:
+    def _create(self, bundle: int, role: Role) -> Any:
         kind = ClusterWorker if role.rank == CLUSTER_WORKER else Trainer
         wants, mark = self.shape.bundles[bundle], self.run.token[:4]  # a name is taken only once
         options = {
@@ -114,7 +147,7 @@ class Actors:
             # masks per actor trouble NCCL on NVSwitch machines; ranks set their device instead
             "runtime_env": {"env_vars": {**UNMASKED, **self.spec.env}},
         }  # fmt: skip
-        return Handle(role, ray.remote(kind).options(**options).remote(str(self.run.path)))
+        return ray.remote(kind).options(**options).remote(str(self.run.path))
 
     def _threads(self, handle: Handle) -> int | None:
         """Return the CPUs that the cluster worker may use: its own, and those of waiting ranks."""
@@ -128,7 +161,7 @@ class Actors:
 
     def _places(self) -> list[Record]:
         return [
-            {"who": handle.role.name, "host": place.host, "node": place.node[:8], "pid": place.pid,
+            {"who": handle.role.name, "host": place.host, "node": place.node[:8], "pid": handle.pid,
              "gpus": [int(gpu) if gpu.isdecimal() else gpu for gpu in place.gpus]}
             for handle in self.handles if (place := handle.place)
         ]  # fmt: skip
@@ -164,11 +197,10 @@ class Actors:
             handle.is_over = True
             return [death(first_line(error), handle.place)]
         handle.have += len(news.records)
-        handle.is_over = news.result is not None
+        handle.is_over = news.is_over
         if not handle.is_over:
             self._ask(handle)
-        answer = {"idle_s": news.idle_s} if news.result is None else {"result": news.result}
-        return [*news.records, answer]
+        return news.records
 
     def _name_of(self, error: RayActorError) -> str:
         dead = [s.role.name for s in self.handles if s.actor._ray_actor_id.hex() in str(error)]

@@ -27,6 +27,7 @@ from deepclust.launch.policy import AFTERMATH_S, Policy
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
 from deepclust.launch.supervisor import Supervisor
+from deepclust.launch.warm import PATIENCE_S
 from deepclust.run.directory import Run
 from deepclust.run.lock import hold
 
@@ -139,7 +140,7 @@ class Tasks:
                 order = asdict(replace(role, rendezvous=rendezvous))
                 line = self.peers[role.rank].line
                 line.send(role=order, token=self.run.token, attempt=self.run.attempt)
-            self.head.await_all("process", self.patience, self.stopping)
+            self.head.await_all("process", self.patience + PATIENCE_S, self.stopping)
         places = [
             {"who": _name(r), "node": p.node, "pid": p.fields["process"]} for r, p in self._ranked
         ]

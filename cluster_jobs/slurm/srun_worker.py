@@ -1,8 +1,8 @@
 """The program of a task under the launcher `srun`: it starts the process of its role, and kills it.
 
 It connects to the head, starts the rank program when it is given a role, and passes on what that
-reports. It imports no torch and computes nothing, so it answers whatever becomes of the rank. It
-ends, with its rank, when the head says so or is gone.
+reports. It computes nothing, and a warm process beside it imports torch (`launch.warm`), so it
+answers whatever becomes of the rank. It ends, with its rank, when the head says so or is gone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cluster_jobs.slurm.rendezvous import Line, join
 from deepclust.launch.local import EXIT_POLL_S, WorkerProcess
 from deepclust.launch.ports import free_port
 from deepclust.launch.role import Role, die_with
+from deepclust.launch.warm import Warm, warmed
 from deepclust.run.directory import Run
 
 
@@ -25,13 +26,14 @@ def main(run_dir: Path, task: Allocation, patience: float) -> int:
     """Serve the head until it closes the line."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the head too, which decides for all
-    line = join(run_dir, task, patience)
-    if line is not None:
-        serve(line, run_dir)
+    with warmed() as warm:  # while the tasks meet, torch is imported
+        line = join(run_dir, task, patience)
+        if line is not None:
+            serve(line, run_dir, warm)
     return 0  # the job ends as the head does, and srun reports the worst of all
 
 
-def serve(line: Line, run_dir: Path) -> None:
+def serve(line: Line, run_dir: Path, warm: Warm | None = None) -> None:
     """Do what the head orders: start a role, ask its process to stop, kill it."""
     process: WorkerProcess | None = None
     address = line.socket.getsockname()[0]
@@ -40,7 +42,7 @@ def serve(line: Line, run_dir: Path) -> None:
         wait(line, process)
         for order in line.receive():
             if "role" in order:
-                process = start(run_dir, order)
+                process = start(run_dir, order, warm)
                 line.send(process=process.process.pid)
             elif "stop" in order and process is not None:
                 process.stop()
@@ -63,10 +65,10 @@ def wait(line: Line, process: WorkerProcess | None) -> None:
         selector.select(EXIT_POLL_S)
 
 
-def start(run_dir: Path, order: dict[str, Any]) -> WorkerProcess:
+def start(run_dir: Path, order: dict[str, Any], warm: Warm | None) -> WorkerProcess:
     """Start the process of the role in the order."""
     run = Run(run_dir, order["token"], order["attempt"])
-    return WorkerProcess(run, Role(**order["role"]))
+    return WorkerProcess(run, Role(**order["role"]), warm)
 
 
 def end(process: WorkerProcess | None) -> None:

@@ -1,4 +1,7 @@
-"""The pipe transport: the processes of a worker group as children of the supervisor."""
+"""The pipe transport: the processes of a worker group on the machine of who starts them.
+
+They are forks of a warm process where there is one (`warm.py`), and else new interpreters.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from deepclust.files import disk_errors, open_append
 from deepclust.launch.endings import Record
 from deepclust.launch.role import CLUSTER_WORKER, Role
 from deepclust.launch.signals import held_back
+from deepclust.launch.warm import RANK, Fork, Warm
 from deepclust.run.directory import Run
 
-PROGRAM = "deepclust.launch.worker"
 TAIL_LINES = 15
 WHY: dict[int, str] = {  # of signals that nobody has to send
     signal.SIGBUS: " (SIGBUS): a file of the index or of the run was cut short while it was in use",
@@ -35,14 +38,14 @@ EXIT_POLL_S = 0.2  # a process that dies may leave its pipe open in one of its c
 class WorkerProcess:
     """A child process with a role, and the end of its pipe that we read."""
 
-    def __init__(self, run: Run, role: Role) -> None:
+    def __init__(self, run: Run, role: Role, warm: Warm | None = None) -> None:
         """Start it, with its readers in a process group, so that all can be killed together."""
         name = role.name.replace(" ", "-")
         self.role, self.output = role, run.path / "logs" / f"{name}.out"
         self._pipe, writing = os.pipe()
         self._rest = b""
         self.has_ended = self._has_result = False
-        command = [sys.executable, "-P", "-m", PROGRAM]
+        words = []
         options = {
             "run": run.path, "token": run.token, "attempt": run.attempt,
             "rank": role.rank, "size": role.size, "rendezvous": role.rendezvous,
@@ -51,11 +54,9 @@ class WorkerProcess:
             "parent": os.getpid(), "pipe": writing,
         }  # fmt: skip
         for option, value in options.items():
-            command += [f"--{option}", str(value)]
+            words += [f"--{option}", str(value)]
         with disk_errors(self.output), held_back(), open_append(self.output) as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, pass_fds=[writing], process_group=0
-            )
+            self.process = _start(warm, role.name, words, out.fileno(), writing)
         os.close(writing)
         os.set_blocking(self._pipe, False)
 
@@ -108,11 +109,24 @@ class WorkerProcess:
         os.close(self._pipe)
 
 
+def _start(
+    warm: Warm | None, name: str, words: list[str], out: int, pipe: int
+) -> Fork | subprocess.Popen[bytes]:
+    """Start a rank program in a process group of its own; its output goes to `out`."""
+    if warm is not None:
+        try:
+            return warm.fork(f"{RANK}:forked", words, [out, out, pipe], name)
+        except OSError:  # a new interpreter works, or says in its output why not
+            pass
+    command = [sys.executable, "-P", "-m", RANK, *words]
+    return subprocess.Popen(command, stdout=out, stderr=out, pass_fds=[pipe], process_group=0)
+
+
 class Pipes:
     """The transport of a group whose processes are all on this machine."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, warm: Warm | None = None) -> None:
+        self.run, self.warm = run, warm
         self.processes: list[WorkerProcess] = []
         self.selector = selectors.DefaultSelector()
         self.folder = make_folder(Path(tempfile.gettempdir()), "deepclust-group")
@@ -124,7 +138,7 @@ class Pipes:
         """
         rendezvous = str(self.folder / "rendezvous")
         for role in roles:
-            process = WorkerProcess(self.run, replace(role, rendezvous=rendezvous))
+            process = WorkerProcess(self.run, replace(role, rendezvous=rendezvous), self.warm)
             self.processes.append(process)
             self.selector.register(process, selectors.EVENT_READ, process)
         return [process.place for process in self.processes]

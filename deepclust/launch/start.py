@@ -28,6 +28,7 @@ from deepclust.launch.supervisor import Show, Supervisor, attempts_of
 from deepclust.launch.torchrun import Place
 from deepclust.launch.tracking import send_rest
 from deepclust.launch.visible_gpus import gpus_here
+from deepclust.launch.warm import Warm, warmed
 from deepclust.optim.schedule import learning_rate
 from deepclust.recipe import HUBS, PATHS, Recipe, differences
 from deepclust.recipe.may_change import MAY_CHANGE, may_change
@@ -352,7 +353,8 @@ def _start(
         supervisor = Supervisor(run, policy, lambda: bool(signals), show or (lambda record: None))
         with supervisor.recorded(stage):
             try:
-                supervisor.control(lambda: _attempt(supervisor, stage, place))
+                with warmed(place is None and len(roles_of(run.recipe)) > 1) as warm:
+                    supervisor.control(lambda: _attempt(supervisor, stage, place, warm))
             except RequeueWanted:
                 if signal.SIGINT in signals:
                     raise KeyboardInterrupt from None
@@ -360,7 +362,9 @@ def _start(
         return supervisor.run
 
 
-def _attempt(supervisor: Supervisor, stage: str | None, place: Place | None) -> Ending:
+def _attempt(
+    supervisor: Supervisor, stage: str | None, place: Place | None, warm: Warm | None
+) -> Ending:
     """Make one attempt, in this process where a single rank clusters inline, or of torchrun's."""
     recipe = supervisor.run.recipe
     supervisor.begin(recipe.train.ranks)
@@ -368,7 +372,7 @@ def _attempt(supervisor: Supervisor, stage: str | None, place: Place | None) -> 
     if place is not None:
         place.announce(supervisor.run)
     if len(roles) > 1:
-        return supervisor.watch(Pipes(supervisor.run), roles)
+        return supervisor.watch(Pipes(supervisor.run, warm), roles)
     from deepclust.launch.in_process import borrowed_process  # imports torch
     from deepclust.launch.worker import work
     from deepclust.run.reporting import DirectReport

@@ -1,8 +1,8 @@
 """The rank program: what every process of a run executes, wherever it was started.
 
-`python -m deepclust.launch.worker` is a trainer rank or the cluster worker of a worker group. With
-one rank and inline clustering the launcher calls `work` in its own process. The program dies with
-its parent, logs to its own file, and sends events to its supervisor.
+`python -m deepclust.launch.worker`, or a fork of a warm process, is a trainer rank or the cluster
+worker of a worker group. With one rank and inline clustering the launcher calls `work` in its own
+process. The program dies with its parent, logs to its own file, and sends events to its supervisor.
 """
 
 from __future__ import annotations
@@ -193,7 +193,13 @@ def is_local(rendezvous: str) -> bool:
     return not rendezvous.startswith("tcp://") or rendezvous.startswith("tcp://127.")
 
 
-def main() -> int:
+def forked(words: list[str], files: list[int]) -> int:
+    """Be the program with these arguments in a fork of a warm process (`launch.warm`)."""
+    (pipe,) = files
+    return main([*words, "--parent", str(os.getppid()), "--pipe", str(pipe)])
+
+
+def main(words: list[str] | None = None) -> int:
     """Run one role in this process.
 
     `launch.local` gives the arguments.
@@ -206,7 +212,7 @@ def main() -> int:
         parser.add_argument(name, default="")
     for name in ("--attempt", "--rank", "--size", "--parent", "--pipe"):
         parser.add_argument(name, type=int, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     die_with(args.parent)
     # A file that is cut short while it is mapped ends with a signal. Descriptor 2 is another one
     # while an image is decoded (`complaints.py`).

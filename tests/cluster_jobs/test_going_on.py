@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -16,7 +15,7 @@ import pytest
 from cluster_jobs.cli import going_on
 from cluster_jobs.display import command_line
 from deepclust.run.directory import Run
-from tests.forks import Fork
+from tests.forks import start_command
 from tests.killing import PATIENCE_S, training
 from tests.tiny import deepclust, tiny_recipe
 
@@ -24,8 +23,7 @@ from tests.tiny import deepclust, tiny_recipe
 def stopped(told: Path, moment: Callable[[], bool], number: int, *words: object) -> tuple[int, str]:
     """The exit code and the stderr of a command that gets a signal when the moment has come."""
     with told.open("wb") as out:
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = Fork({"words": [*map(str, words)], "variables": variables}, out, out)
+        process = start_command([*map(str, words)], out, out)
     deadline = time.monotonic() + PATIENCE_S
     while not moment():
         assert process.poll() is None, told.read_text()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.new_interpreters  # of a program that is not the worker
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run whose stage lasts for twice the hang limit."""
-    monkeypatch.setattr(local, "PROGRAM", "tests.launch.long_stage")
+    monkeypatch.setattr(local, "RANK", "tests.launch.long_stage")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     (tmp_path / "logs").mkdir()
     return Run(tmp_path, attempt=int(2 * HANG_S))

@@ -15,7 +15,7 @@ from deepclust.errors import RecipeError
 from deepclust.launch.ports import free_port
 from deepclust.launch.torchrun import Place, place
 from deepclust.run.directory import Run
-from tests.forks import Fork
+from tests.forks import start_command
 from tests.tiny import assert_same_run, tiny_recipe
 
 WHOLE = {
@@ -57,9 +57,9 @@ def test_all_ranks_end_where_rank_0_cannot_begin(
     ranks = []
     for rank in ("0", "1"):
         place = {**WHOLE, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        request = {"words": [*map(str, words), "--run", str(final_run)]}
+        asked = [*map(str, words), "--run", str(final_run)]
         with (tmp_path / rank).open("wb") as out:
-            ranks.append(Fork({**request, "variables": {**os.environ, **place}}, out, out))
+            ranks.append(start_command(asked, out, out, **place))
     assert [process.wait(100) for process in ranks] == [2, 4]
     assert f"deepclust resume {final_run}" in (tmp_path / "0").read_text()
     assert "rank 0 did not begin" in (tmp_path / "1").read_text()

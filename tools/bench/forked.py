@@ -8,9 +8,9 @@ processes that begin from nothing.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,16 +18,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 from cluster_jobs import cli
-from deepclust.launch import local, worker
-from deepclust.launch.role import CLUSTER_WORKER
+from deepclust.launch import warm
 
 POLL_S = 0.01
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
-PR_SET_NAME = 15
 
 
 class Forked:
@@ -83,12 +79,12 @@ class ForkedCommand(Forked):
 def _command(words: list[str], variables: dict[str, str], told: int) -> None:
     os.environ.update(variables)
     keep_only(told, told)
+    os.setsid()
     command(words)
 
 
 def command(words: list[str]) -> None:
-    """Be the command `deepclust` with these words, in a session of its own."""
-    os.setsid()
+    """Be the command `deepclust` with these words."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["deepclust", *words]
     fork_ranks()
@@ -96,43 +92,36 @@ def command(words: list[str]) -> None:
 
 
 def fork_ranks() -> None:
-    """Let the ranks of runs that this process starts be forks of it."""
-    local.subprocess = SimpleNamespace(Popen=start_rank)  # type: ignore[assignment, attr-defined]
+    """Let the ranks of runs that this process starts be forks of a fork of it."""
+    warm.Warm = WarmFork  # type: ignore[misc]
 
 
-def start_rank(
-    command: list[str], stdout: BinaryIO, stderr: BinaryIO, pass_fds: list[int], process_group: int
-) -> Forked:
-    """Start a rank or a cluster worker as `launch.local` asks for it."""
-    (pipe,) = pass_fds
+class WarmFork(warm.Warm):
+    """A warm process that need not import anything: it is a fork of this one."""
 
-    def work() -> int:
-        keep_only(stdout.fileno(), stderr.fileno(), pipe, pipe)
-        return rank(command, process_group)
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._variables = dict(os.environ)
+        with theirs:
+            self.server = Forked(["warm"], lambda: self._serve(theirs))
 
-    return Forked(command, work)
+    def _serve(self, line: socket.socket) -> None:
+        self._socket.close()
+        signal.pthread_sigmask(signal.SIG_BLOCK, warm.OURS)
+        warm.serve(line)
 
-
-def rank(command: list[str], process_group: int) -> int:
-    """Be what the command of a rank is. `ps` shows it as `rank N` or `cluster worker`."""
-    os.setpgid(0, process_group)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    number = int(command[command.index("--rank") + 1])
-    name = "cluster worker" if number == CLUSTER_WORKER else f"rank {number}"
-    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
-    sys.argv = command[command.index(local.PROGRAM) :]
-    return worker.main()
+    def close(self) -> None:
+        """End it and all that it has started."""
+        self._socket.close()
+        self.server.send_signal(signal.SIGKILL)
+        self.server.wait()
 
 
-def keep_only(out: int, err: int, pipe: int | None = None, number: int = 2) -> None:
-    """Read nothing, write there, and close all else but a pipe, which gets a number."""
+def keep_only(out: int, err: int) -> None:
+    """Read nothing, write there, and close all else."""
     for ours, theirs in ((os.open(os.devnull, os.O_RDWR), 0), (out, 1), (err, 2)):
         os.dup2(ours, theirs)
-    if pipe is not None and pipe != number:
-        os.dup2(pipe, number, inheritable=False)
-    os.closerange(3, number)
-    os.closerange(number + 1, 1 << 16)
+    os.closerange(3, 1 << 16)
 
 
 def _end_with(work: Callable[[], Any]) -> None:

@@ -38,7 +38,7 @@ def never() -> bool:
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tasks]:
     """Two tasks that have come to a head."""
-    monkeypatch.setattr(local, "PROGRAM", "tests.launch.long_stage")
+    monkeypatch.setattr(local, "RANK", "tests.launch.long_stage")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     (tmp_path / "logs").mkdir()
 

@@ -142,14 +142,10 @@ def cpu(roots: list[int]) -> dict[str, float]:
     used = {"group": 0.0, "beside": 0.0}
     for pid in {pid for root in roots for pid in killing.family(root)}:
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        mine = any(
-            name in words for name in (b"deepclust.launch.worker", b"ray::Trainer", b"ray::Cluster")
-        )
-        used["group" if mine else "beside"] += sum(map(int, fields[11:13])) / TICK
+        used["group" if killing.role(pid, 0) else "beside"] += sum(map(int, fields[11:13])) / TICK
     return used
 
 
