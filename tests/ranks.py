@@ -1,4 +1,4 @@
-"""Run a function on several ranks: spawned once (forking hangs once torch was used), used by all.
+"""Run a function on several ranks: forks of the warm process of `forks.py`, used by all tests.
 
 results = on_ranks(3, work, *args)     # work(world, *args) at module level; a result per rank
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from deepclust.launch.warm import Fork
+from tests.forks import server
+
 MOST = 3
+MEET_S = 300.0  # until ranks are connected, on a machine that does much else
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any, limit: float = 60) -> list[Any]:
@@ -48,14 +53,13 @@ def _results(pipes: list[Connection]) -> list[Any]:
 
 
 @functools.cache
-def _pool() -> list[tuple[Connection, Any]]:
-    spawn = multiprocessing.get_context("spawn")
+def _pool() -> list[tuple[Connection, Fork]]:
     ranks = []
     for _ in range(MOST):
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_rank, args=(theirs,), daemon=True)
-        process.start()
-        ranks.append((ours, process))
+        ours, theirs = multiprocessing.Pipe()
+        with theirs, open(os.devnull, "wb") as out:
+            files = [out.fileno(), out.fileno(), theirs.fileno()]
+            ranks.append((ours, server().fork("tests.ranks:be_rank", [], files)))
     return ranks
 
 
@@ -63,11 +67,11 @@ def _pool() -> list[tuple[Connection, Any]]:
 def _end_pool() -> None:
     """End the ranks; the next call starts others."""
     for _, process in _pool() if _pool.cache_info().currsize else []:
-        process.terminate()
+        process.kill()
     _pool.cache_clear()
 
 
-def _rank(pipe: Connection) -> None:
+def be_rank(words: list[str], files: list[int]) -> None:
     """Serve until the tests end."""
     import torch
     from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -75,10 +79,11 @@ def _rank(pipe: Connection) -> None:
     from deepclust.world import close_process_group, join
 
     torch.set_num_threads(1)
+    pipe = Connection(files[0])
     while True:
         rank, size, rendezvous, limit, work, args = pipe.recv()
         try:
-            world = join(rank, size, rendezvous, torch.device("cpu"), 60)
+            world = join(rank, size, rendezvous, torch.device("cpu"), MEET_S)
             if size > 1:  # once they are connected
                 _set_pg_timeout(timedelta(seconds=limit))
             result = work(world, *args)

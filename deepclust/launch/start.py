@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepclust import errors
+from deepclust.data.read import worker_processes
 from deepclust.data.shards.url import is_url
 from deepclust.errors import DataError, RecipeError, RequeueWanted, shown
 from deepclust.files import check_utf8, disk_errors, file_hash, path_of, read_record
@@ -373,6 +374,8 @@ def _attempt(
         place.announce(supervisor.run)
     if len(roles) > 1:
         return supervisor.watch(Pipes(supervisor.run, warm), roles)
+    if recipe.data.readers():
+        worker_processes.start_fork_server()  # which imports torch while we do
     from deepclust.launch.in_process import borrowed_process  # imports torch
     from deepclust.launch.worker import work
     from deepclust.run.reporting import DirectReport

@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from deepclust import pipeline
 from deepclust.data.images import decode, gpu_decode
 from deepclust.data.images.probes import decoder_hash, name_of
+from deepclust.data.read import worker_processes
 from deepclust.data.read.loader import resolve_read
 from deepclust.data.shards.index import Index
 from deepclust.data.shards.remote import UnreachableError
@@ -42,7 +44,7 @@ from deepclust.launch.devices import (
     threads_of,
     training_device,
 )
-from deepclust.launch.role import Role, die_with
+from deepclust.launch.role import CLUSTER_WORKER, Role, die_with
 from deepclust.recipe import Recipe
 from deepclust.run import decoder
 from deepclust.run.decoder import Decoder
@@ -199,6 +201,13 @@ def forked(words: list[str], files: list[int]) -> int:
     return main([*words, "--parent", str(os.getppid()), "--pipe", str(pipe)])
 
 
+def readers_beside(run: Path, rank: int) -> None:
+    """Have the fork server of a rank's readers, if it has any, while this is a fresh fork."""
+    with suppress(DeepclustError):  # which the work finds too, and reports
+        if rank != CLUSTER_WORKER and Run(run).recipe.data.readers():
+            worker_processes.fork_the_fork_server()
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one role in this process.
 
@@ -214,6 +223,8 @@ def main(words: list[str] | None = None) -> int:
         parser.add_argument(name, type=int, required=True)
     args = parser.parse_args(words)
     die_with(args.parent)
+    if words is not None:
+        readers_beside(Path(args.run), args.rank)
     # A file that is cut short while it is mapped ends with a signal. Descriptor 2 is another one
     # while an image is decoded (`complaints.py`).
     faulthandler.enable(os.dup(2))

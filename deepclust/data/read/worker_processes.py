@@ -6,22 +6,25 @@ pid, would not notice the end of the rank. Each worker waits on a pipe that only
 open. A worker that was stopped (SIGSTOP) cannot do that: it is killed with the fork server, which
 ends with the rank (`fork_server.py`). The workers block signals to a whole process group or job
 step. These are for the rank, which needs its workers to finish the step.
+
+A fork server takes seconds to import torch. So it is started before it is needed: as a fork of a
+rank that is a fork itself and has used nothing yet, or while this process imports torch too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from multiprocessing import connection, forkserver, queues, resource_tracker
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection, forkserver, queues, resource_tracker, util
 from multiprocessing.process import BaseProcess
 from types import ModuleType
-
-import torch
+from typing import Any
 
 _PRELOAD = [
     "deepclust.data.read.fork_server",
@@ -38,6 +41,8 @@ def set_up(ready: connection.Connection, _worker: int) -> None:
 
     It says by a byte to `ready` that it is up. That is one write of a pipe, so workers share it.
     """
+    import torch  # not at the top: the module is used before torch is imported
+
     torch.set_num_threads(1)
     # the thread that sends would drop a batch that it cannot pickle, and the rank would wait for it
     queues.Queue._on_queue_feeder_error = staticmethod(_end_with_lost_batch)  # type: ignore[attr-defined]
@@ -67,7 +72,7 @@ def collect_started(started: list[BaseProcess]) -> Iterator[None]:
     user's script is hidden: without `if __name__ == "__main__"` each worker would run it again,
     and start workers itself. Workers need nothing of it.
     """
-    _start_fork_server()
+    start_fork_server()
     before = set(multiprocessing.active_children())
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
@@ -77,7 +82,8 @@ def collect_started(started: list[BaseProcess]) -> Iterator[None]:
         started += set(multiprocessing.active_children()) - before
 
 
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
+    """Start the fork server if there is none, and do not wait for what it imports."""
     multiprocessing.set_forkserver_preload(_PRELOAD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
     try:
@@ -86,6 +92,33 @@ def _start_fork_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def fork_the_fork_server() -> None:
+    """Start the fork server as a fork of this process, which has one thread and has used no torch.
+
+    Its memory is shared, and its readers are there at once.
+    """
+    resource_tracker.ensure_running()  # an interpreter of its own
+    own: Any = util  # of which the fork server's starter is private
+    start, own.spawnv_passfds = own.spawnv_passfds, _fork_instead
+    try:
+        start_fork_server()
+    finally:
+        own.spawnv_passfds = start
+
+
+def _fork_instead(path: bytes, words: Sequence[str], files: Sequence[int]) -> int:
+    """Be, in a fork, what a new interpreter would be that is told by its last word what to do."""
+    if pid := os.fork():
+        return pid
+    try:
+        kept = [2, *sorted(files), 1 << 16]
+        for low, high in itertools.pairwise(kept):
+            os.closerange(low + 1, high)
+        exec(words[-1], {})
+    finally:
+        os._exit(1)
 
 
 def end(processes: list[BaseProcess]) -> None:

@@ -20,7 +20,7 @@ from tests.tiny import deepclust
 def test_the_demo_ends_with_a_table_a_report_and_weights(tmp_path: Path) -> None:
     if not fashion_mnist.complete(fashion_mnist.INSTALLED):
         pytest.skip(f"needs Fashion-MNIST: apt-get install {fashion_mnist.PACKAGE}")
-    fewer_images(tmp_path / "data" / "fashion-mnist", train=6000, t10k=2000)
+    fewer_images(tmp_path / "data" / "fashion-mnist", train=1500, t10k=500)
     run, size = tmp_path / "run", ("train.epochs=1", "cluster.k=20", "cluster.iterations=3")
     done = deepclust("demo", "--run", run, "--data", tmp_path / "data", *size)
     assert "knn: top1" in done.stdout

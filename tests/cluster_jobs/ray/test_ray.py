@@ -31,7 +31,6 @@ from tests.cluster_jobs.ray.nodes import (
 )
 from tests.killing import (
     clustering,
-    extracting,
     family,
     redone_steps,
     stages_done_twice,
@@ -118,7 +117,6 @@ def in_training(nodes: Nodes, shards: Path, run: Path) -> subprocess.Popen[str]:
 
 
 FAULTS: list[tuple[str, int, Moment, str]] = [
-    ("rank 1", signal.SIGKILL, extracting, "death"),
     ("cluster worker", signal.SIGKILL, clustering, "death"),
     ("rank 1", signal.SIGSTOP, training, "hang"),
 ]

@@ -116,7 +116,9 @@ def preempt(slurm: SlurmHere, run: Path, number: str) -> None:
 
 
 def limit(slurm: SlurmHere, run: Path, number: str) -> None:
-    """Nothing: the time limit comes by itself. Later starts have the time to end."""
+    """A time limit that is near. It counts in minutes, and is looked at twice in each."""
+    minutes = int(slurm.call("squeue", "-h", "-j", number, "-o", "%M").split(":")[-2])
+    slurm.call("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes + 2}")
     until(lambda: events(run, "stopped"), "the time limit")
     slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
 
@@ -138,9 +140,17 @@ def title(pid: int) -> str:
 
 
 def slurmd_alone(slurm: SlurmHere, run: Path, number: str) -> None:
-    """A node that Slurm has lost, where the job's processes live on and write."""
+    """A node that Slurm has lost, where the job's processes live on and write.
+
+    They sleep until the other node has the job, so that they have not finished by then.
+    """
+    left = [member["pid"] for member in events(run, "placed")[-1]["members"]]
     slurm.kill_node("n1", tree=False)
+    for pid in left:
+        os.kill(pid, signal.SIGSTOP)
     until(lambda: starts(run, number) > 1, "a start on the other node")
+    for pid in left:
+        os.kill(pid, signal.SIGCONT)
     slurm.start_node("n1")
 
 
@@ -162,11 +172,10 @@ FAULTS = {
     "USR2": Fault(usr2),
     "TERM": Fault(term),
     "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true"), epochs=20),
-    # 30 s to begin and to train in: a slow machine needs 15 of them to begin
-    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=1m", "slurm.signal=30"), epochs=60),
+    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=30m", "slurm.signal=120"), epochs=60),
     "kill -9 of the head": Fault(kill_head),
     "kill -9 of Ray's head": Fault(kill_gcs, launchers=("ray",)),
-    "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",), epochs=LONG),
+    "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",)),
     "slurmd of one of two nodes": Fault(slurmd_of_a_part, epochs=LONG),
     "slurmd and its tree": Fault(node),
 }
