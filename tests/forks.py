@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest.mock import patch
 
-from deepclust.launch.warm import RANK, Fork, Warm
+from deepclust.launch.warm import LATER, RANK, Fork, Warm
 
-MODULES = (RANK, "tests.forks", "tools.bench.forked")
+MODULES = (RANK, *LATER, "tests.forks", "tools.bench.forked")
 
 
 def run_command(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:

@@ -4,8 +4,8 @@ A new interpreter takes 3 to 10 seconds until it has imported torch. A superviso
 process before anything else, and a rank, also one that begins again after a fault, is there in a
 moment. The warm process has no threads of Python and never touches a GPU, so that forks are safe.
 
-What it starts dies with it, and it ends with the process that has started it. Where it cannot work
-(no Linux, an import that fails) `fork` raises `OSError`, and a new interpreter does the same.
+What it starts dies with it, and it ends with the process that has started it. Where there is none
+(no Linux, or it was killed) a new interpreter does the same.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ from deepclust.launch.signals import held_back
 
 PROGRAM = "deepclust.launch.warm"
 RANK = "deepclust.launch.worker"
+LATER = (  # what a rank imports when it comes to it
+    "deepclust.clustering.compiled",
+    "scipy.optimize",
+    "tensorboard.compat.proto.event_pb2",
+    "tensorboard.summary.writer.record_writer",
+)
 PATIENCE_S = 120.0  # for the import, from a slow file system
 LONGEST = 1 << 17  # bytes of a request
 MOST_FILES = 8
@@ -89,7 +95,7 @@ class Warm:
         words = [sys.executable, *options, "-m", PROGRAM, str(theirs.fileno())]
         with theirs, held_back():
             self._process = subprocess.Popen(
-                [*words, *(modules or (RANK,))], pass_fds=[theirs.fileno()], process_group=0,
+                [*words, *(modules or (RANK, *LATER))], pass_fds=[theirs.fileno()], process_group=0,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
 
@@ -149,7 +155,8 @@ def main() -> None:
     """Import what is named, and serve until the other end is closed."""
     signal.pthread_sigmask(signal.SIG_BLOCK, OURS)
     for module in sys.argv[2:]:
-        importlib.import_module(module)
+        with suppress(ImportError):  # the fork that needs it says so
+            importlib.import_module(module)
     gc.freeze()  # what is imported stays shared with the forks
     serve(socket.socket(fileno=int(sys.argv[1])))
 

@@ -124,7 +124,10 @@ class ShardCache:
 
     def _next(self, ready: queue.Queue) -> Request | BaseException | None:
         """Return the next request; each wait is limited, so that a storage cannot hold us."""
-        self._starving.set()
+        with contextlib.suppress(queue.Empty):
+            at_hand: Request | BaseException | None = ready.get_nowait()
+            return at_hand
+        self._starving.set()  # not for a moment before, or a shard would be read twice
         try:
             with self.patience.waiting():
                 while True:
