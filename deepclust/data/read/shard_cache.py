@@ -87,13 +87,13 @@ class ShardCache:
         self._users: Counter[int] = Counter()  # requests under way that need a copy
         self._under_way: deque[list[int]] = deque()
         self._lock = threading.Lock()
-        self._starving = threading.Event()  # the consumer waits for a request
+        self._starving = threading.Event()  # the consumer waits for a request, or has just got it
         self._stop = threading.Event()
         self._left: threading.Thread | None = None  # the last one, which may hang in a read
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield the same requests, each when those of its shards that fit are in `folder`."""
-        ready: queue.Queue[Request | BaseException | None] = queue.Queue(AHEAD)
+        self._ready = ready = queue.Queue[Request | BaseException | None](AHEAD)
         if self._left is not None and self._left.is_alive():
             raise remote.UnreachableError(
                 f"the storage of {self.index.shards[0].parent} does not answer: a read that began "
@@ -124,10 +124,7 @@ class ShardCache:
 
     def _next(self, ready: queue.Queue) -> Request | BaseException | None:
         """Return the next request; each wait is limited, so that a storage cannot hold us."""
-        with contextlib.suppress(queue.Empty):
-            at_hand: Request | BaseException | None = ready.get_nowait()
-            return at_hand
-        self._starving.set()  # not for a moment before, or a shard would be read twice
+        self._starving.set()
         try:
             with self.patience.waiting():
                 while True:
@@ -209,12 +206,14 @@ class ShardCache:
         would free a place may come later. The shard is then read from its source.
         """
         while len(self._copies) >= self.limit:
+            # before we look: then it has released what it had, and is not about to take another
+            starving = self._starving.is_set() and self._ready.empty()
             with self._lock:
                 unused = next((s for s in self._copies if self._users[s] <= 0), None)
             if unused is not None:
                 del self._copies[unused]
                 (self.folder / str(unused)).unlink(missing_ok=True)
-            elif self._starving.is_set() or self._stop.wait(0.01):
+            elif starving or self._stop.wait(0.01):
                 return False
         return not self._stop.is_set()
 
