@@ -63,6 +63,6 @@ def test_it_reports_and_exports(resumed: tuple[Path, list[np.ndarray]], tmp_path
 
 @pytest.mark.slow
 def test_damaged_runs_are_right_or_clear_errors(tmp_path: Path) -> None:
-    table, worst = fuzz_runs.fuzz(tmp_path, every=40, seed=0)
+    table, worst = fuzz_runs.fuzz(tmp_path, every=80, seed=0)
     assert not worst
-    assert sum(sum(counts.values()) for counts in table.values()) > 20
+    assert sum(sum(counts.values()) for counts in table.values()) > 10

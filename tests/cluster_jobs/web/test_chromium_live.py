@@ -114,8 +114,10 @@ def test_axe_finds_nothing_serious_and_nothing_is_wider_than_a_phone(
         page.wait_for_selector("table")
         here = f"/runs/{final_run.name}"
         more = ["", "/clusters", "/clusters/1", "/clusters/1?order=lineage", "/images/3", "/map"]
-        for path in ("/", "/submit?recipe=small-photos", *(here + one for one in more),
-                     f"{here}/search?key=0", f"{here}/report"):  # fmt: skip
+        pages = ["/", "/submit?recipe=small-photos", *(here + one for one in more),
+                 f"{here}/search?key=0", f"{here}/report"]  # fmt: skip
+        # only colours differ in the dark, and those are the same on most pages
+        for path in pages if scheme == "light" else ["/", here, f"{here}/report"]:
             page.goto(address + path)
             found = Axe().run(page)["violations"]
             serious = [
