@@ -1,7 +1,7 @@
 """An actor of a worker group on Ray: it keeps the process of a trainer rank or cluster worker.
 
-The process is that of every transport (`launch.local`), so a rank that is lost begins again in the
-same actor, which Ray need not place anew. The actor answers the supervisor with what the rank has
+The process is that of every transport (`launch.local`). A rank that is lost begins again in the
+same actor, so Ray has nothing to place. The actor answers the supervisor with what the rank has
 reported. Records are kept until the supervisor has them, so a lost answer loses nothing.
 """
 

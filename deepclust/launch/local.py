@@ -112,7 +112,7 @@ class WorkerProcess:
 def _start(
     warm: Warm | None, name: str, words: list[str], out: int, pipe: int
 ) -> Fork | subprocess.Popen[bytes]:
-    """Start a rank program in a process group of its own; its output goes to `out`."""
+    """Start a rank program in a new process group; its output goes to `out`."""
     if warm is not None:
         try:
             return warm.fork(f"{RANK}:forked", words, [out, out, pipe], name)

@@ -47,8 +47,8 @@ OURS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # meant 
 class Fork:
     """A fork of a warm process, with what is used of `subprocess.Popen`."""
 
-    def __init__(self, pid: int, told: int) -> None:
-        self.pid, self._told = pid, told
+    def __init__(self, pid: int, code_file: int) -> None:
+        self.pid, self._code = pid, code_file
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -75,11 +75,11 @@ class Fork:
         """Return the code that the warm process writes last; without one, both were killed."""
         if self.returncode is None:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._told, selectors.EVENT_READ)
+                selector.register(self._code, selectors.EVENT_READ)
                 if not selector.select(timeout):
                     return None
-            text = os.read(self._told, 32)
-            os.close(self._told)
+            text = os.read(self._code, 32)
+            os.close(self._code)
             self.returncode = int(text) if text else -signal.SIGKILL
         return self.returncode
 
@@ -121,17 +121,17 @@ class Warm:
             "set": changed, "unset": [k for k in self._variables if k not in variables],
             "blocked": [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         }  # fmt: skip
-        told, writing = os.pipe()
+        code_file, writing = os.pipe()
         try:
             socket.send_fds(self._socket, [json.dumps(request).encode()], [writing, *files])
             if not (answer := self._socket.recv(64)):
                 raise OSError("the warm process has ended")
         except OSError:
-            os.close(told)
+            os.close(code_file)
             raise
         finally:
             os.close(writing)
-        return Fork(int(answer), told)
+        return Fork(int(answer), code_file)
 
     def close(self) -> None:
         """End it and all that it has started."""
@@ -180,9 +180,9 @@ def serve(line: socket.socket) -> None:
                 text, files, _, _ = socket.recv_fds(line, LONGEST, MOST_FILES)
                 if not text:
                     return
-                told, *rest = files
+                code_file, *rest = files
                 pid = _fork(json.loads(text), rest)
-                running[pid] = told
+                running[pid] = code_file
                 line.send(str(pid).encode())
                 for file in rest:
                     os.close(file)
@@ -193,10 +193,10 @@ def _collect(running: dict[int, int]) -> None:
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            told = running.pop(pid)
+            code_file = running.pop(pid)
             with suppress(BrokenPipeError):
-                os.write(told, str(os.waitstatus_to_exitcode(status)).encode())
-            os.close(told)
+                os.write(code_file, str(os.waitstatus_to_exitcode(status)).encode())
+            os.close(code_file)
 
 
 def _fork(request: dict[str, Any], files: list[int]) -> int:
@@ -205,7 +205,7 @@ def _fork(request: dict[str, Any], files: list[int]) -> int:
     if pid == 0:
         _end_with(lambda: _become(request, files, parent))
     if not request["session"]:
-        with suppress(OSError):  # it does the same; whoever is first
+        with suppress(OSError):  # it does the same; the first of both wins
             os.setpgid(pid, pid)
     return pid
 
@@ -228,7 +228,7 @@ def _become(request: dict[str, Any], files: list[int], parent: int) -> Any:
     _keep_only(files)
     module, _, function = request["function"].partition(":")
     called: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    # those of who asks, whatever the warm process blocks
+    # those of who asks, and not what the warm process blocks
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     return called(request["words"], files[2:])
 

@@ -7,8 +7,8 @@ open. A worker that was stopped (SIGSTOP) cannot do that: it is killed with the 
 ends with the rank (`fork_server.py`). The workers block signals to a whole process group or job
 step. These are for the rank, which needs its workers to finish the step.
 
-A fork server takes seconds to import torch. So it is started before it is needed: as a fork of a
-rank that is a fork itself and has used nothing yet, or while this process imports torch too.
+A fork server takes seconds to import torch, so it is started before it is needed. A rank that is a
+fork itself, and has used nothing yet, forks it. Another process starts it before it imports torch.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def fork_the_fork_server() -> None:
 
     Its memory is shared, and its readers are there at once.
     """
-    resource_tracker.ensure_running()  # an interpreter of its own
+    resource_tracker.ensure_running()  # a new interpreter, light
     own: Any = util  # of which the fork server's starter is private
     start, own.spawnv_passfds = own.spawnv_passfds, _fork_instead
     try:
@@ -111,7 +111,7 @@ def fork_the_fork_server() -> None:
 
 
 def _fork_instead(path: bytes, words: Sequence[str], files: Sequence[int]) -> int:
-    """Be, in a fork, what a new interpreter would be that is told by its last word what to do."""
+    """Be, in a fork, the new interpreter of a command whose last word is its program."""
     if pid := os.fork():
         return pid
     try:

@@ -172,7 +172,7 @@ FAULTS = {
     "USR2": Fault(usr2),
     "TERM": Fault(term),
     "preempted": Fault(preempt, ("slurm.nodes=2", "slurm.exclusive=true"), epochs=20),
-    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=30m", "slurm.signal=120"), epochs=60),
+    "time limit": Fault(limit, ("slurm.nodes=2", "slurm.time=30m", "slurm.signal=120"), epochs=45),
     "kill -9 of the head": Fault(kill_head),
     "kill -9 of Ray's head": Fault(kill_gcs, launchers=("ray",)),
     "slurmd alone": Fault(slurmd_alone, ("slurm.nodes=1",)),
