@@ -82,9 +82,16 @@ class Shared:
         """Leave it: the supervisor has killed what it had started."""
 
 
-@functools.cache
 def server() -> Warm:
-    """The warm process of these tests, which ends with them."""
+    """The warm process of these tests, which ends with them: that with Triton's interpreter or not.
+
+    Triton reads the variable when it is imported.
+    """
+    return _server(os.environ.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def _server(interpret: str | None) -> Warm:
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         warm = Warm(*MODULES, options=())
     atexit.register(warm.close)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import functools
 import multiprocessing
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -30,7 +29,7 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any, limit: float = 60)
     `limit`: seconds that a collective may take.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [pipe for pipe, _ in _pool()[:size]]
+        pipes = [pipe for pipe, *_ in _pool()[:size]]
         for rank, pipe in enumerate(pipes):
             pipe.send((rank, size, str(Path(folder, "rendezvous")), limit, work, args))
         return _results(pipes)
@@ -42,7 +41,12 @@ def _results(pipes: list[Connection]) -> list[Any]:
     while len(results) < len(pipes):
         for pipe in wait([pipe for pipe in pipes if pipe not in results]):
             assert isinstance(pipe, Connection)
-            results[pipe], error = pipe.recv()
+            try:
+                results[pipe], error = pipe.recv()
+            except (EOFError, OSError) as end:
+                output = [out.read_text()[-2000:] for _, _, out in _pool()]
+                _end_pool()
+                raise AssertionError(f"a rank ended: {output}") from end
             if error is not None:
                 _end_pool()
                 raised = results[pipe]
@@ -53,21 +57,24 @@ def _results(pipes: list[Connection]) -> list[Any]:
 
 
 @functools.cache
-def _pool() -> list[tuple[Connection, Fork]]:
-    ranks = []
-    for _ in range(MOST):
+def _pool() -> list[tuple[Connection, Fork, Path]]:
+    key = multiprocessing.current_process().authkey.hex()  # for tensors, which go by descriptors
+    ranks, folder = [], Path(tempfile.mkdtemp(prefix="ranks-"))
+    for number in range(MOST):
         ours, theirs = multiprocessing.Pipe()
-        with theirs, open(os.devnull, "wb") as out:
+        with theirs, (folder / str(number)).open("wb") as out:
             files = [out.fileno(), out.fileno(), theirs.fileno()]
-            ranks.append((ours, server().fork("tests.ranks:be_rank", [], files)))
+            fork = server().fork("tests.ranks:be_rank", [key], files)
+        ranks.append((ours, fork, folder / str(number)))
     return ranks
 
 
 @atexit.register
 def _end_pool() -> None:
     """End the ranks; the next call starts others."""
-    for _, process in _pool() if _pool.cache_info().currsize else []:
+    for _, process, out in _pool() if _pool.cache_info().currsize else []:
         process.kill()
+        out.unlink(missing_ok=True)
     _pool.cache_clear()
 
 
@@ -79,6 +86,7 @@ def be_rank(words: list[str], files: list[int]) -> None:
     from deepclust.world import close_process_group, join
 
     torch.set_num_threads(1)
+    multiprocessing.current_process().authkey = bytes.fromhex(words[0])
     pipe = Connection(files[0])
     while True:
         rank, size, rendezvous, limit, work, args = pipe.recv()
