@@ -145,7 +145,7 @@ def test_a_lost_node_leaves_fewer_ranks_and_a_new_one_brings_more_at_the_next_ro
     shards: Path, tmp_path: Path
 ) -> None:
     nodes, run = Nodes(3), tmp_path / "run"
-    elastic = recipe(shards, "train.epochs=8", "ray.ranks={min: 1, max: 2}", "ray.settle=1")
+    elastic = recipe(shards, "train.epochs=6", "ray.ranks={min: 1, max: 2}", "ray.settle=1")
     elastic = elastic.replace("cluster.where=worker")
     try:
         process = begin(nodes, elastic, run)
@@ -160,7 +160,7 @@ def test_a_lost_node_leaves_fewer_ranks_and_a_new_one_brings_more_at_the_next_ro
     assert [e["ranks"] for e in events(run, "started")] == [2, 1, 2]
     assert len(events(run, "growing")) == 1
     assert stages_done_twice(run) == []
-    assert Run(run).rounds() == list(range(8))
+    assert Run(run).rounds() == list(range(6))
 
 
 def test_a_cluster_that_is_too_small_is_waited_for_and_then_refused_by_name(

@@ -101,7 +101,7 @@ def test_a_job_on_two_nodes_does_what_local_ranks_do(
 @pytest.mark.parametrize(
     ("kind", "launcher"),
     [
-        ("preempted", "ray"), ("time limit", "srun"),  # both send USR2
+        ("preempted", "srun"), ("time limit", "srun"),  # both send USR2
         ("kill -9 of the head", "srun"), ("kill -9 of Ray's head", "ray"),
         ("slurmd and its tree", "srun"),  # tools/bench/slurm/faults.py goes through all
     ],
@@ -182,15 +182,18 @@ def test_a_rank_that_is_lost_is_named_and_begins_again_in_the_same_job(
     until_gone(slurm, number)
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_a_task_that_is_lost_is_named_and_the_job_is_queued_again(
     slurm: SlurmHere, begin: Callable[..., str], local: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     number = begin(run, "slurm.launcher=srun", f"train.epochs={LONG}")
     until(lambda: training(run))
-    rank = placed_at(run, "rank 1")["pid"]
-    task = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(task, signal.SIGKILL)
+    warm_process = parent(placed_at(run, "rank 1")["pid"])
+    os.kill(parent(warm_process), signal.SIGKILL)
     assert slurm.wait(number) == "COMPLETED"
     assert "rank 1 on n2 was lost" in events(run, "stopped")[0]["text"]
     assert_same_run(run, local(LONG))
