@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import multiprocessing
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def _end_pool() -> None:
     """End the ranks; the next call starts others."""
     for _, process, out in _pool() if _pool.cache_info().currsize else []:
         process.kill()
-        out.unlink(missing_ok=True)
+        shutil.rmtree(out.parent, ignore_errors=True)
     _pool.cache_clear()
 
 

@@ -12,6 +12,7 @@ import platform
 import selectors
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,10 @@ class Worker:
 
     def begin(self, role: Role, token: str, attempt: int) -> int:
         """Start the process of the role, and return its pid. `News.is_over` tells its end."""
-        process = WorkerProcess(Run(self.run_dir, token, attempt), role, self._warm)
-        with self._something:
+        with self._something:  # `end` waits until the process is there, and kills it
             self._forget()
-            self._process = process
+            run = Run(self.run_dir, token, attempt)
+            self._process = process = WorkerProcess(run, role, self._warm)
         threading.Thread(target=self._listen, args=(process,), daemon=True).start()
         return process.process.pid
 
@@ -121,7 +122,10 @@ class Worker:
     def _listen(self, process: WorkerProcess) -> None:
         """Keep what the process reports, for the supervisor."""
         while not process.has_ended:
-            with selectors.DefaultSelector() as selector:
+            with (
+                suppress(OSError),
+                selectors.DefaultSelector() as selector,
+            ):  # `end` closes the pipe
                 selector.register(process, selectors.EVENT_READ)
                 selector.select(EXIT_POLL_S)
             with self._something:

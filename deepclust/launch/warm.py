@@ -1,8 +1,8 @@
 """A warm process: it has imported what a rank needs, and ranks are forks of it.
 
 A new interpreter takes 3 to 10 seconds until it has imported torch. A supervisor starts one warm
-process before anything else, and a rank, also one that begins again after a fault, is there in a
-moment. The warm process has no threads of Python and never touches a GPU, so that forks are safe.
+process before its first attempt. A rank is there in a moment then, also after a fault. The warm
+process has no threads of Python and never touches a GPU, so that forks are safe.
 
 What it starts dies with it, and it ends with the process that has started it. Where there is none
 (no Linux, or it was killed) a new interpreter does the same.
@@ -121,13 +121,17 @@ class Warm:
             "set": changed, "unset": [k for k in self._variables if k not in variables],
             "blocked": [int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         }  # fmt: skip
+        text = json.dumps(request).encode()
+        if len(text) > LONGEST:
+            raise OSError(f"{len(text)} bytes of variables are too many for a warm process")
         code_file, writing = os.pipe()
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], [writing, *files])
+            socket.send_fds(self._socket, [text], [writing, *files])
             if not (answer := self._socket.recv(64)):
                 raise OSError("the warm process has ended")
         except OSError:
             os.close(code_file)
+            self.close()  # or a late answer would start a second process of the role
             raise
         finally:
             os.close(writing)
@@ -203,7 +207,7 @@ def _fork(request: dict[str, Any], files: list[int]) -> int:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _end_with(lambda: _become(request, files, parent))
+        end_with(lambda: _become(request, files, parent))
     if not request["session"]:
         with suppress(OSError):  # it does the same; the first of both wins
             os.setpgid(pid, pid)
@@ -242,7 +246,7 @@ def _keep_only(files: list[int]) -> None:
         os.closerange(low + 1, high)
 
 
-def _end_with(work: Callable[[], Any]) -> None:
+def end_with(work: Callable[[], Any]) -> None:
     """End this process with what `work` returns or raises, as an interpreter would."""
     code = 1
     try:

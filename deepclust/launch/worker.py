@@ -197,7 +197,7 @@ def is_local(rendezvous: str) -> bool:
 
 def forked(words: list[str], files: list[int]) -> int:
     """Be the program with these arguments in a fork of a warm process (`launch.warm`)."""
-    (pipe,) = files
+    (pipe,) = files  # its number here; the last of an option counts
     return main([*words, "--parent", str(os.getppid()), "--pipe", str(pipe)])
 
 

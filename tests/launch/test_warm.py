@@ -14,7 +14,7 @@ import pytest
 from deepclust.launch import local
 from deepclust.launch.local import WorkerProcess
 from deepclust.launch.role import Role
-from deepclust.launch.warm import Fork, Warm, warmed
+from deepclust.launch.warm import LONGEST, Fork, Warm, warmed
 from deepclust.run.directory import Run
 from tests.forks import in_fork
 from tests.killing import wait_until_gone
@@ -119,6 +119,26 @@ def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         start(one, "tell", ["0"], tmp_path / "out")
     one.close()
+
+
+def test_a_warm_process_that_answers_too_late_starts_nothing_any_more(tmp_path: Path) -> None:
+    one = Warm(HERE, options=())
+    os.kill(one._process.pid, signal.SIGSTOP)
+    one._socket.settimeout(0.1)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            start(one, "tell", ["0"], tmp_path / "out")
+    assert one._process.poll() == -signal.SIGKILL
+
+
+def test_variables_without_bound_are_refused_and_the_next_fork_works(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPCLUST_TOLD", "x" * LONGEST)
+    with pytest.raises(OSError, match="too many"):
+        start(warm, "tell", ["0"], tmp_path / "out")
+    monkeypatch.delenv("DEEPCLUST_TOLD")
+    assert start(warm, "tell", ["0"], tmp_path / "out").wait(60) == 0
 
 
 def leave(out: Path) -> list[int]:

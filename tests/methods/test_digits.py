@@ -1,7 +1,7 @@
 """Every method learns something real: handwritten digits have better neighbours after training.
 
-scikit-learn's 1,797 digits, no download. Random weights give a 20-NN accuracy of about 0.92. After
-so few epochs most methods are 0.03 to 0.05 above that, and the bar is 0.015: a fifth of all errors.
+scikit-learn's 1,797 digits, no download. Random weights give a 20-NN accuracy of about 0.92, so the
+bar of 0.03 above them is more than a third of all errors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ TREE = {
     },
     "backbone": {"name": "conv4"},
     "train": {
-        "epochs": 10, "batch": 64, "threads": 1, "lr": 0.1, "weight_decay": 1e-4,
+        "epochs": 20, "batch": 64, "threads": 1, "lr": 0.1, "weight_decay": 1e-4,
         "schedule": "cosine", "head_momentum": 0.9, "device": "cpu", "checkpoint": "40 epochs",
     },
 }  # fmt: skip
-LONGER = {**TREE["train"], "epochs": 20}  # for those that are not there after 10 epochs
+LONGER = {**TREE["train"], "epochs": 40}  # for those that are not there after 20 epochs
+QUICK = ("deepcluster", "dino", "simclr", "suave", "swav")  # 0.04 above after 10 epochs
 METHODS = {
     "deepcluster": {"cluster": {"k": 30, "dim": 32, "every": "90 steps"}},
     "deepcluster-v2": {
@@ -78,7 +79,7 @@ METHODS = {
     },
     "sela": {
         "method": {"name": "sela", "heads": 1},
-        "train": {**TREE["train"], "epochs": 40},
+        "train": LONGER,
         "cluster": {"k": 30, "every": "12 rounds"},
     },
     "simclr": {"method": {"name": "simclr", "hidden": 128, "out": 64}},
@@ -129,7 +130,8 @@ def test_neighbours_are_better_after_training(
 ) -> None:
     data = {**TREE["data"], "shards": str(digits["train"])}
     recipe = Recipe.parse({**TREE, **METHODS[name], "data": data})
+    recipe = recipe.replace("train.epochs=10") if name in QUICK else recipe
     names = tuple("0123456789")  # of the seeds, where a method has them
     before = knn(fresh_embedder(recipe, names), recipe, digits)
     pretrain(recipe, tmp_path / "run")
-    assert knn(load_embedder(Run(tmp_path / "run")), recipe, digits) >= before + 0.015
+    assert knn(load_embedder(Run(tmp_path / "run")), recipe, digits) >= before + 0.03

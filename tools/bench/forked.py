@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ class Forked:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _end_with(work)
+            warm.end_with(work)
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
@@ -122,17 +121,3 @@ def keep_only(out: int, err: int) -> None:
     for ours, theirs in ((os.open(os.devnull, os.O_RDWR), 0), (out, 1), (err, 2)):
         os.dup2(ours, theirs)
     os.closerange(3, 1 << 16)
-
-
-def _end_with(work: Callable[[], Any]) -> None:
-    code = 1
-    try:
-        code = int(work() or 0)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
