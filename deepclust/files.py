@@ -39,6 +39,7 @@ _AND_WAIT = 1 | 2 | 4  # wait for what is being written, begin to write the rest
 SYNC_PIECE = 2**26  # bytes; small enough for a sign of life each minute at 1 MB/s
 HASH_BLOCK = 2**24  # bytes; small enough for a sign of life every second on a slow disk
 MOST_JSON = 2**30  # bytes of a JSON or JSONL file; more is not one of ours
+LARGEST = 2**63  # of a whole number: one that is larger cannot be computed with
 _FREE = (
     "Free some space there and resume; finished work is kept. `deepclust resume RUN "
     "keep.checkpoints=1` drops older checkpoints first."
@@ -277,25 +278,19 @@ def read_record(path: Path, fields: dict[str, Any], most: int = MOST_JSON) -> di
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return whether a JSON value is of a type or a tuple of types (None: null or missing).
+    """Return whether a JSON value is of a type or one of a tuple of types (None: null or missing).
 
     Numbers are of a size that can be computed with. True and False are no numbers.
     """
-    types, takes_none, takes_bool = _types(kind)
-    if value is None:
-        return takes_none
-    if isinstance(value, bool):
-        return takes_bool
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return False
-    return isinstance(value, types)
+    fitting = type(value) in _types(kind)
+    return fitting and (type(value) is not int or -LARGEST < value < LARGEST)
 
 
 @cache  # there are few kinds, and a list of many runs asks a million times
-def _types(kind: Any) -> tuple[tuple[type, ...], bool, bool]:
-    """Return the types of a kind, and whether null and true fit it."""
+def _types(kind: Any) -> frozenset[type]:
+    """Return the types of a kind: JSON's values have exactly these, never one derived of them."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    return tuple(one for one in kinds if one is not None), None in kinds, bool in kinds
+    return frozenset(type(None) if one is None else one for one in kinds)
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
@@ -324,9 +319,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def record_of(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object of a line, or None for anything else: a kill cuts a line short."""
+    if not line:
+        return None
     with contextlib.suppress(ValueError, RecursionError):
         # a text: of bytes, json looks for another encoding first
-        record = json.loads(line.decode("utf-8", "surrogatepass")) if line else None
+        record = json.loads(line.decode("utf-8", "surrogatepass"))
         return record if isinstance(record, dict) else None
     return None
 

@@ -82,9 +82,12 @@ class Run:
         check_seal(file)
         return recipe
 
-    @property
+    @cached_property
     def epochs(self) -> int:
-        """The epochs to train; a look at a run of anybody's imports no module that it names."""
+        """The epochs to train, as they were when they were first read here.
+
+        A look at a run of anybody's imports no module that it names.
+        """
         file = self.path / "recipe.yaml"
         if (known := epochs_in(file)) is not None:
             return known

@@ -77,12 +77,11 @@ NUMBERS: dict[str, dict[str, Any]] = {  # of metrics.jsonl, what a record of a k
 }
 SHOWN = ("reassigned", "nmi_labels")  # of a round, where it has them
 OR_NULL = (*Number, None)
-WANTED: dict[
-    str, list[tuple[str, Any, bool]]
-] = {  # of an event by its name: each field, its type, and whether it may be missing
+WANTED: dict[str, list[tuple[str, Any, bool]]] = {
+    # of an event by its name: each field, its type, and whether it may be missing
     str(name): [
         *((key, kind, (name, key) in OPTIONAL) for key, kind in fields.items() if key not in SHOWN),
-        *((key, OR_NULL, False) for key in SHOWN),
+        *((key, OR_NULL, True) for key in SHOWN),
     ]
     for name, fields in (*FIELDS.items(), ("", dict[str, Any]()))
 }
@@ -96,10 +95,10 @@ def is_event(record: dict[str, Any]) -> bool:
     name = record.get("event")
     if not (isinstance(name, str) and fits(record.get("time"), Number)):
         return False
-    for key, kind, optional in WANTED.get(name, WANTED[""]):
-        if not fits(record.get(key), kind) and not (optional and key not in record):
-            return False
-    return True
+    return all(
+        fits(record[key], kind) if key in record else optional
+        for key, kind, optional in WANTED.get(name, WANTED[""])
+    )
 
 
 def is_metric(record: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster_jobs import status
 from cluster_jobs.ray.folders import TEMPORARY
+from cluster_jobs.slurm import queue
 from deepclust.run.directory import Run
 from tests.cluster_jobs.ray.nodes import events
 from tests.cluster_jobs.slurm.slurm_here import SlurmHere
@@ -60,12 +61,17 @@ def starts(run: Path, number: str) -> int:
     return len(list((run / "slurm").glob(f"{number}-[0-9]*")))
 
 
-CLASSES = {
-    "waiting": ("", "PENDING", "REQUEUED", "CONFIGURING"),  # "": not in the accounts yet
-    "running": ("RUNNING", "RECOVERING", "COMPLETING", "SUSPENDED"),
-    "done": ("COMPLETED", "SUCCEEDED"),
-    "ended": ("CANCELLED", "TIMEOUT", "STOPPED"),
-    "failed": ("FAILED", "NODE_FAIL", "DIED"),
+WAITING, RUNNING, DONE, ENDED, FAILED = "waiting", "running", "done", "ended", "failed"
+OURS = {
+    "PENDING": WAITING, "REQUEUED": WAITING, "RUNNING": RUNNING, "RECOVERING": RUNNING,
+    "SUCCEEDED": DONE, "STOPPED": ENDED, "CANCELLED": ENDED, "FAILED": FAILED, "DIED": FAILED,
+}  # fmt: skip
+ENDS = {
+    "COMPLETED": DONE,
+    "CANCELLED": ENDED,
+    "TIMEOUT": ENDED,
+    "PREEMPTED": ENDED,
+    "DEADLINE": ENDED,
 }
 
 
@@ -79,7 +85,7 @@ def watched(slurm: SlurmHere, run: Path, number: str) -> Iterator[list[str]]:
         since = time.monotonic()
         while not over.wait(0.5):
             slurms, ours = slurm.now(number), status.status(Run(run)).state
-            if class_of(slurms) == class_of(ours):
+            if class_of(slurms) == OURS[ours]:
                 since = time.monotonic()
             elif time.monotonic() - since > AGREE_S:
                 wrong.append(f"Slurm says {slurms}, status says {ours}")
@@ -94,8 +100,10 @@ def watched(slurm: SlurmHere, run: Path, number: str) -> Iterator[list[str]]:
 
 
 def class_of(state: str) -> str:
-    """Of a state by Slurm or by us."""
-    return next(name for name, states in CLASSES.items() if state in states)
+    """Of a state by Slurm, which is empty while the accounts do not have the job yet."""
+    if not state or state in queue.WAITING:
+        return WAITING
+    return RUNNING if state in queue.LIVING else ENDS.get(state, FAILED)
 
 
 def usr2(slurm: SlurmHere, run: Path, number: str) -> None:
