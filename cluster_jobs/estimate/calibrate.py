@@ -93,10 +93,13 @@ def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
         round=max(0.0, later(spans.rounds) - later(solves)),
         checkpoint=spans.seconds.get("checkpoints", 0.0) / max(1, len(saves)),
         evaluated=_evaluated(run),
+        shown=count,
         assumptions=[
             f"measured here: two epochs over {count:,} images, {trained:,.0f} images/s in training"
             + (f", {extracted:,.0f} in extraction" if extraction else ""),
             "k-means is timed at the recipe's k; start-up and a round's files are as measured",
+            "index, plans and statistics of more images: as fitted up to 100 million (see `guide "
+            "benchmarks`)",
         ],
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster_jobs.estimate.counts import Counts
+from cluster_jobs.estimate.growth import growth
 from deepclust.recipe import Recipe
 
 
@@ -23,20 +24,25 @@ class Speeds:
     checkpoint: float = 0.0  # seconds
     evaluated: float | None = None  # images a second of train.evaluate; None: as extracted
     memory: float | None = None  # bytes of all processes at their peak, where it was measured
+    shown: int = 0  # samples of the run that was measured: what grows with them is in its figures
     assumptions: list[str] = field(default_factory=list)
 
 
 def seconds(recipe: Recipe, counts: Counts, speeds: Speeds) -> dict[str, float]:
     """Return the seconds of each stage, without those that a recipe does not have."""
     images = counts.samples
+
+    def grown(stage: str) -> float:
+        return growth(stage, images, speeds.shown)
+
     trained = counts.steps * recipe.train.batch / speeds.trained
     taken = {
-        "start": speeds.start,
+        "start": speeds.start + grown("open"),
         "extraction": counts.extractions * speeds.extraction
         + images / speeds.extracted
         + (counts.extractions - 1) * images / (speeds.again or speeds.extracted),
-        "clustering": counts.rounds * (speeds.round + images * speeds.row),
-        "training": counts.segments * speeds.segment + trained,
+        "clustering": counts.rounds * (speeds.round + images * speeds.row + grown("statistics")),
+        "training": counts.segments * (speeds.segment + grown("plan")) + trained,
         "checkpoints": counts.checkpoints * speeds.checkpoint,
     }
     if not counts.rounds:

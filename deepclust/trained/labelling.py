@@ -63,15 +63,15 @@ class Rule(Protocol):
     def k(self) -> int:
         """The number of clusters of each."""
 
-    def tile(self, rows: Float32[Tensor, "m d"], head: int) -> Labels:
-        """Return the labels of a tile of rows."""
+    def tiles(self, parts: Iterator[Float32[Tensor, "m d"]], head: int) -> Iterator[Labels]:
+        """Yield the labels of each tile of rows."""
 
 
 def label(rule: Rule, rows: np.ndarray | Tensor, head: int = 0) -> Labels:
     """Return the labels of rows [n, d], which may be memory-mapped."""
     step = max(1, CELLS // rule.k)
     with torch.inference_mode(), full_precision():
-        parts = [rule.tile(part, head) for part in _tiles(rows, step)]
+        parts = list(rule.tiles(_tiles(rows, step), head))
     return Labels.joined(parts)
 
 
@@ -151,17 +151,22 @@ class Nearest:
         """The number of clusters of each."""
         return self.centroids.shape[1]
 
-    def tile(self, rows: Float32[Tensor, "m d"], head: int) -> Labels:
-        """Return the labels of a tile of rows."""
-        centroids, scaled = self.centroids[head], unit_rows(rows) if self.spherical else rows
-        if self.supers is None:
-            rows, ids = scaled, SEARCHES["torch"](centroids)(scaled)
-        else:
-            ids = self._in_two_levels(rows, SEARCHES["torch"](self.supers[head])(scaled), head)
-        own = squared_distances(rows, centroids, ids)
-        second = _second(_all_distances(rows, centroids, self._empty(head)), ids)
-        margins = squared_distances(rows, centroids, second.clamp(min=0)) - own
-        return _labels(ids, own, second, margins)
+    def tiles(self, parts: Iterator[Float32[Tensor, "m d"]], head: int) -> Iterator[Labels]:
+        """Yield the labels of each tile of rows."""
+        centroids, distances = self.centroids[head], Distances(self.centroids[head])
+        search = SEARCHES["torch"](centroids if self.supers is None else self.supers[head])
+        empty = self._empty(head)
+        for rows in parts:
+            scaled = unit_rows(rows) if self.spherical else rows
+            ids = search(scaled)
+            if self.supers is None:
+                rows = scaled
+            else:
+                ids = self._in_two_levels(rows, ids, head)
+            own = squared_distances(rows, centroids, ids)
+            second = _second(distances(rows).masked_fill_(empty, torch.inf), ids)
+            margins = squared_distances(rows, centroids, second.clamp(min=0)) - own
+            yield _labels(ids, own, second, margins)
 
     def _in_two_levels(
         self, rows: Float32[Tensor, "m d"], nearest: Int64[Tensor, " m"], head: int
@@ -203,17 +208,18 @@ class Balanced:
         """The number of clusters of each."""
         return self.weight.shape[1]
 
-    def tile(self, rows: Float32[Tensor, "m D"], head: int) -> Labels:
-        """Return the labels of a tile of rows."""
-        logits = torch.addmm(self.bias[head], rows, self.weight[head].T)
-        scores = logits.log_softmax(1) * self.sharpness
-        balanced = scores.double() + self.scalings[head]
-        ids = balanced.argmax(1)
-        second = _second(-balanced, ids)
-        places = torch.stack([ids, second.clamp(min=0)], 1)
-        best, next_ = balanced.gather(1, places).unbind(1)
-        own = scores.gather(1, ids[:, None])[:, 0] / -self.sharpness
-        return _labels(ids, own, second, (best - next_) / self.sharpness)
+    def tiles(self, parts: Iterator[Float32[Tensor, "m D"]], head: int) -> Iterator[Labels]:
+        """Yield the labels of each tile of rows."""
+        for rows in parts:
+            logits = torch.addmm(self.bias[head], rows, self.weight[head].T)
+            scores = logits.log_softmax(1) * self.sharpness
+            balanced = scores.double() + self.scalings[head]
+            ids = balanced.argmax(1)
+            second = _second(-balanced, ids)
+            places = torch.stack([ids, second.clamp(min=0)], 1)
+            best, next_ = balanced.gather(1, places).unbind(1)
+            own = scores.gather(1, ids[:, None])[:, 0] / -self.sharpness
+            yield _labels(ids, own, second, (best - next_) / self.sharpness)
 
 
 @dataclass(frozen=True)
@@ -223,28 +229,40 @@ class Answers:
     k: int
     heads: int = 1
 
-    def tile(self, rows: Float32[Tensor, "m k"], head: int) -> Labels:
-        """Return the labels of a tile of logits."""
-        ids, costs = rows.argmax(1), -rows.log_softmax(1)
-        second = _second(costs, ids)
-        own = costs.gather(1, ids[:, None])[:, 0]
-        return _labels(ids, own, second, costs.gather(1, second.clamp(min=0)[:, None])[:, 0] - own)
+    def tiles(self, parts: Iterator[Float32[Tensor, "m k"]], head: int) -> Iterator[Labels]:
+        """Yield the labels of each tile of logits."""
+        for rows in parts:
+            ids, costs = rows.argmax(1), -rows.log_softmax(1)
+            own = costs.gather(1, ids[:, None])[:, 0]
+            second = _second(costs.clone(), ids)
+            next_ = costs.gather(1, second.clamp(min=0)[:, None])[:, 0]
+            yield _labels(ids, own, second, next_ - own)
 
 
-def _all_distances(
-    rows: Float32[Tensor, "m d"], centroids: Float32[Tensor, "k d"], empty: Tensor
-) -> Float32[Tensor, "m k"]:
-    """Return what orders the centroids of every row by distance, infinite for empty ones."""
-    scores = centroids.square().sum(1) - 2 * (rows @ centroids.T)
-    return scores.masked_fill(empty, torch.inf)
+class Distances:
+    """What orders the centroids of a row by distance, in memory that is there for every tile.
+
+    New memory of 16 MB for each of thousands of tiles splits what malloc has, and a process grows
+    by gigabytes.
+    """
+
+    def __init__(self, centroids: Float32[Tensor, "k d"]) -> None:
+        self._columns, self._squares = centroids.T, centroids.square().sum(1)
+        self._space = torch.empty(0, len(centroids))
+
+    def __call__(self, rows: Float32[Tensor, "m d"]) -> Float32[Tensor, "m k"]:
+        """Return |e|^2 - 2 x.e of each row x and centroid e; the next call writes over it."""
+        if len(self._space) < len(rows):
+            self._space = torch.empty(len(rows), self._space.shape[1])
+        scores = torch.mm(rows, self._columns, out=self._space[: len(rows)])
+        return scores.mul_(-2).add_(self._squares)
 
 
 def _second(costs: Float[Tensor, "m k"], best: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
-    """Return the cheapest column but the best, -1 where there is none."""
+    """Return the cheapest column but the best, -1 where there is none; writes over `costs`."""
     if costs.shape[1] < 2 or not len(costs):
         return torch.full_like(best, -1)
-    costs = costs.scatter(1, best[:, None], torch.inf)
-    least, ids = costs.min(1)
+    least, ids = costs.scatter_(1, best[:, None], torch.inf).min(1)
     return torch.where(torch.isinf(least), -1, ids)
 
 

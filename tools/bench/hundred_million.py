@@ -13,6 +13,8 @@ again, so the walk can be stopped and continued. --work holds 280 bytes a sample
 Seconds are of the stage without imports, `core` is CPU seconds of all threads, `peak` is RssAnon
 above its value after the imports, `read` and `written` are what read() and write() moved.
 A file that is memory-mapped is counted once. `exponent` is the slope between the largest sizes.
+Under it stand costs a n + b n log2 n + c, fitted to the seconds of all sizes by least squares of
+relative errors, none of the three below zero. `deepclust estimate` uses some of them.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE), str(HERE / "clustering")]
 
+import numpy as np  # noqa: E402
 import processes  # noqa: E402
 import report  # noqa: E402
+from scipy.optimize import nnls  # noqa: E402
 
 STAGES = (
     "headers", "index", "open", "extraction", "whitening", "projection", "flat", "two levels",
-    "statistics", "plan", "seeds", "report", "assignments", "predict", "checkpoint",
+    "publish", "statistics", "plan", "seeds", "report", "assignments", "predict", "checkpoint",
 )  # fmt: skip
 SIZES = (1_000_000, 10_000_000)
 MEASURED = HERE / "measured" / "walk.json"
@@ -60,6 +64,7 @@ def main() -> None:
     for n in () if options.print else options.n:
         walk(n, options, facts)
     print(report.markdown(table(facts["rows"])))
+    print(report.markdown(costs(facts["rows"])))
 
 
 def walk(n: int, options: argparse.Namespace, facts: dict[str, Any]) -> None:
@@ -116,6 +121,27 @@ def line(row: dict[str, Any], slopes: dict[str, float]) -> dict[str, str]:
         "of peak": f"{slopes['peak']:.2f}" if slopes else "",
         "": row.get("note", ""),
     }
+
+
+def costs(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a line for each stage that was measured at two sizes or more: its fitted cost."""
+    lines = []
+    for name in STAGES:
+        sizes = [(row["n"], row["seconds"]) for row in rows if row["stage"] == name]
+        if len(sizes) > 1:
+            fitted, worst = fit(*zip(*sizes, strict=True))
+            cells = {key: f"{cost:.2e}" for key, cost in zip("abc", fitted, strict=True)}
+            lines.append({"stage": name, **cells, "worst error": f"{worst:.0%}"})
+    return lines
+
+
+def fit(samples: tuple[int, ...], seconds: tuple[float, ...]) -> tuple[list[float], float]:
+    """Return (a, b, c) of a n + b n log2 n + c, none negative, and the largest relative error."""
+    n, taken = np.array(samples, float), np.array(seconds)
+    shares = np.stack([n, n * np.log2(n), np.ones_like(n)], 1) / taken[:, None]
+    unit = np.linalg.norm(shares, axis=0)  # columns of one length: n and 1 are far apart
+    found, _ = nnls(shares / unit, np.ones_like(n))
+    return (found / unit).tolist(), float(np.abs(shares / unit @ found - 1).max())
 
 
 def exponents(sizes: list[dict[str, Any]]) -> dict[str, float]:

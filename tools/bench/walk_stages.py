@@ -49,6 +49,8 @@ from deepclust.seeds.table import load
 from deepclust.stages import cluster
 from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project
+from deepclust.stages.publish import publish
+from deepclust.stages.round_kmeans import RoundClusters
 from deepclust.trained.labelling import label, rule_of
 from deepclust.world import ALONE, World
 
@@ -70,14 +72,13 @@ class Stage:
 
     def measured(self, folder: Path, n: int) -> Found:
         """Return seconds, core seconds, peak and bytes of the stage in this process."""
-        base, moved, cpu = anonymous(os.getpid()), _moved(), _core()
+        base, moved = anonymous(os.getpid()), _moved()
         with Peak() as peak:
-            began = time.perf_counter()
+            took = clock()
             found = self.run(folder, n)
-            seconds = time.perf_counter() - began
+            found = {**took(), **found}  # a stage that makes its input first has its own clock
         read, written = (after - before for after, before in zip(_moved(), moved, strict=True))
         return {
-            "seconds": found.pop("seconds", seconds), "core": _core() - cpu,
             "peak": peak.before + peak.bytes - base,
             "read": read + found.pop("mapped", 0), "written": written + found.pop("stored", 0),
             "note": self.note, **found,
@@ -88,6 +89,12 @@ def _moved() -> tuple[int, int]:
     lines = Path("/proc/self/io").read_text().splitlines()
     facts = {key: int(value) for key, value in (line.split(": ") for line in lines)}
     return facts["rchar"], facts["wchar"]
+
+
+def clock() -> Callable[[], Found]:
+    """Start counting, and return what tells the seconds and core seconds since."""
+    began, used = time.perf_counter(), _core()
+    return lambda: {"seconds": time.perf_counter() - began, "core": _core() - used}
 
 
 def _core() -> float:
@@ -103,9 +110,9 @@ def headers(folder: Path, n: int) -> Found:
     for shard in range(shards):
         if not (place / f"{shard}.tar").exists():
             _write_whole_shard(place / f"{shard}.tar")
-    began = time.perf_counter()
+    took = clock()
     assert sum(len(scan(place / f"{shard}.tar").keys) for shard in range(shards)) == shards * SHARD
-    return {"seconds": time.perf_counter() - began, "samples": shards * SHARD}
+    return {**took(), "samples": shards * SHARD}
 
 
 def _write_whole_shard(path: Path) -> None:
@@ -147,9 +154,9 @@ def write_index(folder: Path, n: int) -> Found:
         manifest["fields"] = DEFAULT._asdict()
         index_build.save(partial, manifest)
 
-    began = time.perf_counter()
+    took = clock()
     index_build.put(place, fill, replace=True)
-    return {"seconds": time.perf_counter() - began, "on_disk": _size(place)}
+    return {**took(), "on_disk": _size(place)}
 
 
 def _scan(shard: int, name: str, image: int, size: int) -> Scan:
@@ -225,11 +232,11 @@ def _in_run(folder: Path, n: int, work: Callable[[ExtractContext], Found]) -> Fo
         report = DirectReport(run, lambda record: None)
         index = open_index(str(folder / "shards"))
         source: Any = Generated()
-        began = time.perf_counter()
+        took = clock()
         found = work(
             ExtractContext(run, 0, ALONE, index, source, run.recipe.data, report, lambda: False)
         )
-        return {"seconds": time.perf_counter() - began, **found}
+        return {**took(), **found}
 
 
 def extraction(folder: Path, n: int) -> Found:
@@ -291,12 +298,38 @@ def flat(folder: Path, n: int) -> Found:
 
 def two_levels(folder: Path, n: int) -> Found:
     """The same in two levels, n / 312 clusters, on the same rows."""
-    path = _run(folder, n, 2)
+    return _on_same_rows(
+        folder, n, "run-two-levels", 2, lambda one: cluster.cluster_features(one, 0)
+    )
+
+
+def published(folder: Path, n: int) -> Found:
+    """Publish a round whose clusters are the Gaussians, split: statistics, files and hashes."""
+
+    def work(context: cluster.ClusterContext) -> None:
+        rows = np.load(context.run.round(0) / "features/rows.npy", mmap_mode="r")
+        ids = _split_gaussians(n)
+        firsts = np.unique(ids[: 100 * FLAT_K], return_index=True)[1]
+        none, distances = np.zeros(0, np.int64), np.ones(n, np.float32)
+        one = RoundClusters(
+            ids, distances, rows[firsts].astype(np.float32), float(n), none, none, {}
+        )
+        publish(context, 0, rows, [one], None, time.monotonic())
+
+    return _on_same_rows(folder, n, "run-published", 1, work)
+
+
+def _on_same_rows(
+    folder: Path, n: int, name: str, levels: int, work: Callable[[cluster.ClusterContext], None]
+) -> Found:
+    """Cluster or publish the rows of the run in a run of another name."""
+    path = folder / name
+    if not (path / "recipe.yaml").exists():
+        directory.create(path, _recipe(folder, n, levels))
     features = _run(folder, n) / "rounds/0000/features"
     copy = path / "rounds/0000/features"
     if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.mkdir()
+        copy.mkdir(parents=True)
         for file in features.iterdir():
             os.link(file, copy / file.name)
     with hold(path) as token:
@@ -304,40 +337,49 @@ def two_levels(folder: Path, n: int) -> Found:
         index = open_index(str(folder / "shards"))
         report = DirectReport(run, lambda record: None)
         context = cluster.make_context(run, run.recipe, index, torch.device("cpu"), report, ALONE)
-        began = time.perf_counter()
-        cluster.cluster_features(context, 0)
-        return {"seconds": time.perf_counter() - began, "mapped": _size(copy)}
+        took = clock()
+        work(context)
+        return {**took(), "mapped": _size(copy)}
 
 
-def _assigned(folder: Path, n: int) -> tuple[np.ndarray, int]:
-    """Assignments of a round, or where none was clustered the Gaussians, split into k."""
-    file = folder / "run/rounds/0000/assignments/assignments.npy"
-    if file.exists():
-        return np.load(file, mmap_mode="r")[0], FLAT_K
+def _split_gaussians(n: int) -> np.ndarray:
     ids = np.arange(n)
-    return (_gaussian(ids) * 10 + ids % 10).astype(np.int32), FLAT_K
+    return (_gaussian(ids) * 10 + ids % 10).astype(np.int32)
+
+
+def _clustered(folder: Path, n: int) -> Path:
+    """Return the run with a round: that of `flat`, or where it was left out that of `publish`."""
+    run = _run(folder, n)
+    done = (run / "rounds/0000/assignments/DONE").exists()
+    return run if done else folder / "run-published"
+
+
+def _assigned(folder: Path, n: int) -> np.ndarray:
+    """Return the assignments of the round."""
+    rounds = _clustered(folder, n) / "rounds"
+    return np.load(rounds / "0000/assignments/assignments.npy", mmap_mode="r")[0]
 
 
 def described(folder: Path, n: int) -> Found:
     """Statistics of a round after another: matched ids, sizes, entropy, NMI, ARI, accuracy."""
-    assignments, k = _assigned(folder, n)
+    assignments, k = _assigned(folder, n), FLAT_K
     index = open_index(str(folder / "shards"))
     before = np.random.default_rng(0).permutation(k).astype(np.int32)[np.asarray(assignments)]
     before[::10] = (before[::10] + 1) % k
-    began = time.perf_counter()
+    took = clock()
     matching = statistics.match(before, np.asarray(assignments), k)
     now = matching.new_ids[assignments].astype(np.int32)
     told = statistics.describe(now, k, previous=before, classes=index.labels)
-    return {"seconds": time.perf_counter() - began, "moved": told["reassigned"]}
+    return {**took(), "moved": told["reassigned"]}
 
 
 def plan(folder: Path, n: int) -> Found:
     """Plan one epoch of n draws, uniform over clusters, in 8 lanes."""
-    assignments, _ = _assigned(folder, n)
+    assignments = _assigned(folder, n)
     bases = np.arange(0, n + 1, SHARD)
-    began = time.perf_counter()
+    took = clock()
     made = EpochPlan.build(assignments, 0, 0, 4096, lanes=8, blocks=bases)
-    return {"seconds": time.perf_counter() - began, "steps": made.steps}
+    return {**took(), "steps": made.steps}
 
 
 def seeds(folder: Path, n: int) -> Found:
@@ -350,30 +392,30 @@ def seeds(folder: Path, n: int) -> Found:
     file = folder / "seeds.parquet"
     pq.write_table(pa.table(columns), file)
     index = open_index(str(folder / "shards"))
-    began = time.perf_counter()
+    took = clock()
     found = load(index, SeedsSection(labels=str(file)), seed=0)
-    return {"seconds": time.perf_counter() - began, "labels": len(found.table)}
+    return {**took(), "labels": len(found.table)}
 
 
 def report_(folder: Path, n: int) -> Found:
     """The report, with every cluster in its browser."""
-    write_report(_run(folder, n), folder / "report.html")
+    write_report(_clustered(folder, n), folder / "report.html")
     return {"on_disk": (folder / "report.html").stat().st_size}
 
 
 def export(folder: Path, n: int) -> Found:
     """All assignments as one Parquet table."""
-    export_assignments(_run(folder, n), folder / "assignments.parquet")
+    export_assignments(_clustered(folder, n), folder / "assignments.parquet")
     return {"on_disk": (folder / "assignments.parquet").stat().st_size}
 
 
 def predicting(folder: Path, n: int) -> Found:
     """The clusters of rows that are there: one row of a hundred."""
-    run = Run(_run(folder, n))
+    run = Run(_clustered(folder, n))
     rows = np.load(run.round(0) / "features/rows.npy", mmap_mode="r")[: n // 100]
-    began = time.perf_counter()
+    took = clock()
     labels = label(rule_of(run, 0), rows)
-    return {"seconds": time.perf_counter() - began, "rows": len(labels.clusters)}
+    return {**took(), "rows": len(labels.clusters)}
 
 
 def saved(folder: Path, n: int) -> Found:
@@ -390,11 +432,11 @@ def saved(folder: Path, n: int) -> Found:
     }  # fmt: skip
     with hold(path) as token:
         run = Run(path, token)
-        began = time.perf_counter()
+        took = clock()
         checkpoint_writer.save(run, State(step=1), {"model": {}}, 1, owned)
-        seconds = time.perf_counter() - began
+        found = took()
         directory.prune(run.checkpoints(), 0)
-    return {"seconds": seconds}
+    return found
 
 
 FUNCTIONS: dict[str, Stage] = {
@@ -406,6 +448,7 @@ FUNCTIONS: dict[str, Stage] = {
     "projection": Stage(projection),
     "flat": Stage(flat, "k = 10,000, 2 iterations, published"),
     "two levels": Stage(two_levels, f"k = n / {PAIRS} in {SUPERS} super-clusters, 2 iterations"),
+    "publish": Stage(published, "the Gaussians, split into 10,000 clusters"),
     "statistics": Stage(described),
     "plan": Stage(plan),
     "seeds": Stage(seeds, "n / 100 labels by key"),

@@ -182,17 +182,18 @@ def fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> Ma
                 raise _glued(one, *one.pairs)
             keys.write_table(pa.table([one.keys], schema=_SCHEMA), row_group_size=len(one.keys))
             # keys are on disk now, and those of 100M samples would take more memory than all else
-            done.append(dataclasses.replace(one, keys=one.keys[:0]))
+            # (a slice of them would hold all of its memory)
+            done.append(dataclasses.replace(one, keys=pa.array([], pa.string())))
     labels, classes = _numbered(done)
-    labelled = bool((labels >= 0).any())
-    np.save(folder / "offsets.npy", np.concatenate([one.offsets for one in done]))
-    np.save(folder / "sizes.npy", np.concatenate([one.sizes for one in done]))
+    labelled = any((own >= 0).any() for own in labels)
+    _save(folder, "offsets", [one.offsets for one in done])
+    _save(folder, "sizes", [one.sizes for one in done])
     if labelled:
-        np.save(folder / "labels.npy", labels)
+        _save(folder, "labels", labels)
     manifest = _manifest(done, labelled, beside)
     if classes is not None:
         manifest["classes"] = classes
-    _check_useful(manifest, used, len(labels))
+    _check_useful(manifest, used, sum(len(one.offsets) for one in done))
     manifest["columns"] = {
         path.name: {"bytes": path.stat().st_size, "hash": file_hash(path)}
         for path in sorted(folder.iterdir())
@@ -201,8 +202,18 @@ def fill(folder: Path, scans: Iterator[Scan], used: Fields, beside: Tally) -> Ma
     return manifest
 
 
-def _numbered(scans: list[Scan]) -> tuple[Int32[np.ndarray, " n"], list[str] | None]:
-    """Return all labels, and the sorted names that they number, unless all are numbers."""
+def _save(folder: Path, name: str, pieces: list[np.ndarray]) -> None:
+    """Write a column as `np.save` does, but piece by piece: whole, it would be there twice."""
+    dtype, count = np.dtype(DTYPES[name]), sum(map(len, pieces))
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    with open(folder / f"{name}.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).data)
+
+
+def _numbered(scans: list[Scan]) -> tuple[list[Int32[np.ndarray, " m"]], list[str] | None]:
+    """Return each shard's labels, and the sorted names that they number (None: all are numbers)."""
     names = sorted({name for one in scans for name in one.classes or ()})
     numeric = all(n.isascii() and n.isdecimal() and len(n) < 11 for n in names)
     numeric = numeric and all(int(name) <= _LARGEST_LABEL for name in names)
@@ -212,7 +223,7 @@ def _numbered(scans: list[Scan]) -> tuple[Int32[np.ndarray, " n"], list[str] | N
         own = [number[name] for name in one.classes or ()]
         table = np.array([*own, -1], np.int32)
         columns.append(one.labels if one.classes is None else table[one.labels])
-    return np.concatenate(columns), names if names and not numeric else None
+    return columns, names if names and not numeric else None
 
 
 def _manifest(scans: list[Scan], labelled: bool, beside: Tally) -> Manifest:

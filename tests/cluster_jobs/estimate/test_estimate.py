@@ -370,3 +370,18 @@ def test_this_machine_is_measured_by_a_short_run(shards: Path) -> None:
     assert made.counts.samples == len(index)
     assert made.gpus == 0
     assert "measured here" in made.assumptions[0]
+
+
+def test_stages_of_a_hundred_million_samples_cost_what_was_walked_through() -> None:
+    rows = json.loads((ROOT / "tools/bench/measured/walk.json").read_text())["rows"]
+    of = {(row["stage"], row["n"]): row["seconds"] for row in rows if row["stage"] in STAGES}
+    assert {name for name, _ in of} == set(STAGES)
+    assert max(n for _, n in of) == 10**8
+    for (name, n), seconds in of.items():
+        assert 0.5 * seconds < growth(name, n) < 2 * seconds + 0.1
+
+
+def test_what_a_short_run_has_shown_is_not_counted_again() -> None:
+    assert growth("plan", 10**6, shown=10**6) == 0
+    assert growth("plan", 10**8, shown=10**6) == growth("plan", 10**8) - growth("plan", 10**6)
+    assert growth("plan", 1) >= 0

@@ -7,15 +7,19 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from deepclust.data.shards import index_build
+from deepclust.data.shards.fields import DEFAULT
 from deepclust.data.shards.index import Index, build_index, open_index
-from deepclust.data.shards.scan import scan
+from deepclust.data.shards.left_out import Tally
+from deepclust.data.shards.scan import Scan, scan
 from deepclust.errors import DataError, DiskError
 from tests.images import draw, encode, make_shards, write_tar
 
@@ -135,6 +139,24 @@ def test_threads_give_the_same_index(shards: Path, monkeypatch: pytest.MonkeyPat
     alone = build_index(shards).fingerprint
     monkeypatch.setattr("deepclust.data.shards.scan._WORTH_THREADS", 0)
     assert build_index(shards).fingerprint == alone
+
+
+def test_keys_leave_the_memory_when_they_are_written(tmp_path: Path) -> None:
+    """Those of 100M samples take more than all else."""
+    held, kept = [], pa.total_allocated_bytes()
+
+    def scans(count: int = 40, samples: int = 5_000) -> Iterator[Scan]:
+        for one in range(count):
+            held.append(pa.total_allocated_bytes() - kept)
+            offsets, sizes = np.arange(samples, dtype=np.uint64), np.full(samples, 9, np.uint32)
+            keys = pa.array([f"{one}/{i:060d}" for i in range(samples)])
+            labels = np.full(samples, one, np.int32)
+            yield Scan(f"{one}.tar", 9, f"{one:032x}", keys, offsets, sizes, labels, {})
+
+    index_build.fill(tmp_path, scans(), DEFAULT, Tally())
+    assert max(held[-5:]) < 5 * 5_000 * 60
+    np.save(tmp_path / "whole.npy", np.arange(40, dtype=np.int32).repeat(5_000))
+    assert (tmp_path / "labels.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_an_index_costs_some_25_bytes_a_sample(tmp_path: Path) -> None:
