@@ -139,7 +139,7 @@ class Nearest:
     def _space(self, size: int) -> Tensor:
         """Return a thread's scores of a tile: new memory would cost a fault every 4 KB."""
         kept = self._kept
-        if getattr(kept, "size", 0) < size:
+        if getattr(kept, "size", -1) < size:
             kept.size = size
             kept.scores = torch.empty(size, len(self.centroids), dtype=self.dtype)
         scores: Tensor = kept.scores[:size]
