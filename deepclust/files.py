@@ -409,24 +409,38 @@ def write_tensors(
     metadata: dict[str, str] | None = None,
     alive: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a safetensors file of contiguous copies of the tensors on the CPU.
+    """Write a safetensors file of the tensors, which may be on any device and share memory.
 
     The bytes are written by Python, so a full disk raises an OSError, as everywhere else.
     `safetensors.torch.save_file` would raise a SafetensorError. `alive` is called for every piece.
     """
-    # Recipes are read without torch.
-    import torch
-    from safetensors.torch import save
+    from safetensors.torch import save  # recipes are read without torch
 
-    whole = {
-        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
-    data = memoryview(save(whole, metadata))
+    data = memoryview(save(_apart(tensors), metadata))
     with path.open("wb") as file:
         for start in range(0, len(data), SYNC_PIECE):
             file.write(data[start : start + SYNC_PIECE])
             alive()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, contiguous and each in memory of its own, as safetensors want.
+
+    What is so already is not copied: the copies of a checkpoint may be gigabytes.
+    """
+    import torch
+
+    found: dict[str, Tensor] = {}
+    seen = set()
+    for key, value in tensors.items():
+        host = value.detach().to("cpu")
+        storage = host.untyped_storage()
+        whole = host.is_contiguous() and storage.nbytes() == host.nbytes
+        if storage.data_ptr() in seen or not whole:
+            host = host.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+        found[key] = host
+    return found
 
 
 def remove_folder(folder: Path, alive: Callable[[], None] = lambda: None) -> None:

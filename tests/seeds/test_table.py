@@ -13,7 +13,7 @@ import pytest
 from deepclust.data.shards.index import Index, open_index
 from deepclust.errors import DataError
 from deepclust.recipe.sections import SeedsSection
-from deepclust.seeds.table import Seeds, load, ordered
+from deepclust.seeds.table import Seeds, SeedTable, load, ordered
 from tests.images import draw, encode, make_shards, write_tar
 
 N, CLASSES = 60, 3
@@ -243,3 +243,16 @@ def test_classes_that_differ_in_spaces_alone_are_a_conflict(index: Index, tmp_pa
     table.write_text(f"key,class\n{index.keys[0]},cat\n{index.keys[1]},cat \n")
     with pytest.raises(DataError, match="'cat' and 'cat ': write both alike"):
         load(index, SeedsSection(labels=str(table)), 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_are_left_out_in_any_order_and_unknown_ones_change_nothing(seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    ids = np.unique(draws.integers(0, 50, 30))
+    whole = SeedTable(ids, np.arange(len(ids), dtype=np.int32) % CLASSES, ["a", "b", "c"])
+    gone = draws.integers(-5, 60, [0, 1, 40][seed % 3])
+    left = whole.without(gone)
+    stays = ~np.isin(ids, gone)
+    np.testing.assert_array_equal(left.sample_ids, ids[stays])
+    np.testing.assert_array_equal(left.classes, whole.classes[stays])
+    assert len(left.without(left.sample_ids)) == 0

@@ -20,6 +20,7 @@ from cluster_jobs.estimate.counts import count
 from cluster_jobs.estimate.devices import DEVICES, device_of
 from cluster_jobs.estimate.disk import rounds_of
 from cluster_jobs.estimate.fits import Room, misfits
+from cluster_jobs.estimate.growth import STAGES, growth
 from cluster_jobs.estimate.kept import keep, kept
 from cluster_jobs.estimate.line import line
 from cluster_jobs.estimate.network import measure
@@ -35,6 +36,7 @@ from deepclust.recipe import Recipe, shipped
 from deepclust.run.directory import Run
 from tests.tiny import deepclust, tiny_recipe
 
+ROOT = Path(__file__).parents[3]
 IMAGENET = 1_281_167
 H100 = DEVICES["h100"]
 
@@ -244,7 +246,7 @@ def test_a_line_says_what_is_known_without_measuring(
     open_index(shards)  # the line builds none
     recipe = tiny_recipe(shards)
     if known:
-        keep(recipe, Speeds(60.0, 1e3, 1e3, 1e-6, memory=2e9))
+        keep(recipe, Speeds(60.0, 1e3, 1e3, 1e-6, memory=2e9, shown=300))
     text = line(recipe, "my.yaml", ["seed=1"], "local")
     assert text.startswith("estimate: 300 images, 24 steps, 2 rounds")
     assert ("about 1 min 1 s and 2.0 GB of memory" in text) == known
@@ -377,8 +379,8 @@ def test_stages_of_a_hundred_million_samples_cost_what_was_walked_through() -> N
     of = {(row["stage"], row["n"]): row["seconds"] for row in rows if row["stage"] in STAGES}
     assert {name for name, _ in of} == set(STAGES)
     assert max(n for _, n in of) == 10**8
-    for (name, n), seconds in of.items():
-        assert 0.5 * seconds < growth(name, n) < 2 * seconds + 0.1
+    for (name, n), took in of.items():
+        assert 0.5 * took < growth(name, n) < 2 * took + 0.1
 
 
 def test_what_a_short_run_has_shown_is_not_counted_again() -> None:
