@@ -424,7 +424,7 @@ def write_tensors(
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous and each in memory of its own, as safetensors want.
+    """Return the tensors on the CPU, contiguous and each in other memory, as safetensors want.
 
     What is so already is not copied: the copies of a checkpoint may be gigabytes.
     """
