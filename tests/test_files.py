@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from deepclust import files
 from deepclust.errors import DataError, DiskError
@@ -226,3 +228,16 @@ def _is_complete(block: ast.Try) -> bool:
     """Whether it catches all errors, or only those that the reading door makes of them."""
     kinds = {ast.unparse(handler.type) if handler.type else "" for handler in block.handlers}
     return bool(kinds & {"Exception", "BaseException", "DataError"}) or not block.handlers
+
+
+def test_tensors_that_share_memory_are_written_as_copies_of_them_would_be(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "whole": whole, "again": whole, "turned": whole.T, "part": whole[1:],
+        "none": torch.zeros(0), "grown": torch.nn.Parameter(torch.ones(2)),
+    }  # fmt: skip
+    files.write_tensors(tmp_path / "t.safetensors", tensors, {"a": "b"})
+    copies = {
+        k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+    assert (tmp_path / "t.safetensors").read_bytes() == save(copies, {"a": "b"})

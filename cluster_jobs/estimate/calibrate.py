@@ -98,8 +98,7 @@ def speeds_of_run(run: Run, count: int, spans: Spans, row: float) -> Speeds:
             f"measured here: two epochs over {count:,} images, {trained:,.0f} images/s in training"
             + (f", {extracted:,.0f} in extraction" if extraction else ""),
             "k-means is timed at the recipe's k; start-up and a round's files are as measured",
-            "index, plans and statistics of more images: as fitted up to 100 million (see `guide "
-            "benchmarks`)",
+            "plans and statistics of more images: as fitted up to 100 million (`guide benchmarks`)",
         ],
     )
 

@@ -1,7 +1,6 @@
 """Seconds of what one process does with n samples: a n + b n log2 n + c.
 
-A short run has too few samples to show what an index, a plan and statistics of a hundred million
-take. `tools/bench/hundred_million.py` has walked through these stages and fitted the numbers. They
+A short run has too few samples to show what a plan and statistics of a hundred million take. `tools/bench/hundred_million.py` has walked through these stages and fitted the numbers. They
 are of two cores of a server, and another machine may need half or twice as long.
 """
 
@@ -25,7 +24,6 @@ class Growth:
 
 
 STAGES = {
-    "open": Growth(2.93e-8, 0.0, 0.04),  # the index, by every rank at its start
     "plan": Growth(0.0, 1.27e-8, 0.0),  # of a segment, by every rank
     "statistics": Growth(1.53e-6, 1.79e-9, 1.29),  # of a round beside the one before and the labels
 }

@@ -37,7 +37,7 @@ def seconds(recipe: Recipe, counts: Counts, speeds: Speeds) -> dict[str, float]:
 
     trained = counts.steps * recipe.train.batch / speeds.trained
     taken = {
-        "start": speeds.start + grown("open"),
+        "start": speeds.start,
         "extraction": counts.extractions * speeds.extraction
         + images / speeds.extracted
         + (counts.extractions - 1) * images / (speeds.again or speeds.extracted),

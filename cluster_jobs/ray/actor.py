@@ -122,10 +122,8 @@ class Worker:
     def _listen(self, process: WorkerProcess) -> None:
         """Keep what the process reports, for the supervisor."""
         while not process.has_ended:
-            with (
-                suppress(OSError),
-                selectors.DefaultSelector() as selector,
-            ):  # `end` closes the pipe
+            # `end` closes the pipe
+            with suppress(OSError), selectors.DefaultSelector() as selector:
                 selector.register(process, selectors.EVENT_READ)
                 selector.select(EXIT_POLL_S)
             with self._something:
