@@ -1,7 +1,8 @@
 """Seconds of what one process does with n samples: a n + b n log2 n + c.
 
-A short run has too few samples to show what a plan and statistics of a hundred million take. `tools/bench/hundred_million.py` has walked through these stages and fitted the numbers. They
-are of two cores of a server, and another machine may need half or twice as long.
+A short run has too few samples to show what a plan and statistics of a hundred million take.
+`tools/bench/hundred_million.py` has walked through these stages and fitted the numbers. They are of
+two cores of a server, and another machine may need half or twice as long.
 """
 
 from __future__ import annotations
