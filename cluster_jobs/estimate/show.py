@@ -46,8 +46,8 @@ def _wide(head: str) -> int:
 
 def _size(count: float) -> str:
     """Return bytes with a unit, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if round(count) < 1000 or unit == "PB":  # 999.6 has three digits as 1 of the next unit
             return f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError

@@ -25,7 +25,7 @@ from cluster_jobs.estimate.kept import keep, kept
 from cluster_jobs.estimate.line import line
 from cluster_jobs.estimate.network import measure
 from cluster_jobs.estimate.rows import seconds_of_a_row
-from cluster_jobs.estimate.show import lines
+from cluster_jobs.estimate.show import _size, lines
 from cluster_jobs.estimate.sizes import sizes
 from cluster_jobs.estimate.spans import spans_of
 from cluster_jobs.estimate.speeds import Speeds
@@ -387,3 +387,11 @@ def test_what_a_short_run_has_shown_is_not_counted_again() -> None:
     assert growth("plan", 10**6, shown=10**6) == 0
     assert growth("plan", 10**8, shown=10**6) == growth("plan", 10**8) - growth("plan", 10**6)
     assert growth("plan", 1) >= 0
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999.6, "1 kB"), (1e6, "1 MB"), (2.24e14, "224 TB"), (2.24e17, "224 PB")],
+)
+def test_bytes_have_three_digits_and_a_unit_that_fits_its_column(count: float, text: str) -> None:
+    assert _size(count) == text
