@@ -16,8 +16,8 @@ all, share of free answers, and recall of the class without a label by its best 
 cluster. `suave-free` has one free prototype and a learned prior, `suave` is as published. --budget
 sets how often an image is seen, crops counted.
 
-Rows run one after another in separate processes, and finished ones are kept in --out. With
---validate the scored images are every sixth training image, and none of them has a label.
+Rows run in separate processes, --jobs of them side by side, and finished ones are kept in --out.
+With --validate the scored images are every sixth training image, and none of them has a label.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--without", type=int, choices=range(CLASSES), help="a class, unlabelled")
     parser.add_argument("--budget", type=int, help="crops of each image, in place of BUDGET")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="rows side by side")
     parser.add_argument("--rows", nargs="+", choices=ARMS)
     parser.add_argument("--validate", action="store_true", help="score on held-out training images")
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-quality"))

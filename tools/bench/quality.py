@@ -4,33 +4,38 @@
     python tools/bench/quality.py                      Fashion-MNIST, recipe demo-fashion, 3 seeds
     python tools/bench/quality.py --data photos --seeds 1        the photos of ../shared/data
     python tools/bench/quality.py --rows deepcluster simclr      only these, and what has no seed
+    python tools/bench/quality.py --budget 4 --jobs 2     fewer images, and two rows side by side
     python tools/bench/quality.py --validate --rows simclr -- train.lr=0.1     to choose settings
 
 All methods have their shipped recipe, the same backbone, and the same number of images through it,
 crops counted: a method with two crops of each image trains for half the epochs of one with one.
 
-Rows run one after another, each in a separate process. Finished rows are kept in --out, which is
-part of the repository, so the table can be filled over many days and machines. The names of rows
-and runs end in a hash of the resolved recipe, so that those of a changed recipe never mix. A new
-key of the recipe with a default, which means "as before", keeps them. Every row has the same
-evaluators (deepclust/evaluate): weighted 20-NN, logistic regression, and k-means. The k-means has
-one cluster for each class, on features whitened as in the recipe and, spherical, on unit rows of
-features as they are. Its scores are means of 10 starts. "shuffled" is the whole pipeline, with
-each round's pseudo-labels permuted between the images. "simclr+deepcluster" is the second method
-from the weights of the first, each with half of the images. With --validate test images are not
-touched: probes are fitted on five of six training images and scored on the sixth.
+Each row runs in a separate process, --jobs of them side by side, which share the cores. Finished
+rows are kept in --out, which is part of the repository, so the table can be filled over many days
+and machines. The names of rows and runs end in a hash of the resolved recipe, so that those of a
+changed recipe never mix. A new key of the recipe with a default, which means "as before", keeps
+them. Every row has the same evaluators (deepclust/evaluate): weighted 20-NN, logistic regression,
+and k-means. The k-means has one cluster for each class, on features whitened as in the recipe and,
+spherical, on unit rows of features as they are. Its scores are means of 10 starts. "shuffled" is
+the whole pipeline, with each round's pseudo-labels permuted between the images.
+"simclr+deepcluster" is the second method from the weights of the first, each with half of the
+images. With --validate test images are not touched: probes are fitted on five of six training
+images and scored on the sixth.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +44,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "tools/bench/measured"
-BUDGET = {"fashion": 16, "photos": 32}  # crops of each image through the network
+BUDGET = {"fashion": 16, "photos": 32}  # crops of each image through the network, or --budget
 METHODS = (
     "deepcluster", "deepercluster", "deepcluster-v2", "sela",
     "swav", "dino",
@@ -74,6 +79,7 @@ COLUMNS = {
     "NMI, spherical": ("spherical_clusters", "nmi"),
     "accuracy, spherical": ("spherical_clusters", "accuracy"),
 }
+EVALUATORS = ("knn", "linear", "clusters", "spherical_clusters")
 FACTS = {  # what a run cost: name and digits
     "s": ("train_seconds", 0),
     "images/s": ("images_per_s", 0),
@@ -100,11 +106,19 @@ def run_rows(
         row_file(args, args.row).write_text(json.dumps(one_row(args)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    for row in rows(args):
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    def run_row(row: str) -> str:
         if not row_file(args, row).exists():
             command = [sys.executable, script, "--row", row, *sys.argv[1:]]
-            subprocess.run(command, check=True)
-        print(row, row_file(args, row).read_text(), flush=True)
+            subprocess.run(command, check=True, env=environment)
+        return row
+
+    shards(args)  # packed by one process
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(run_row, rows(args)):
+            print(row, row_file(args, row).read_text(), flush=True)
     print(table(args))
 
 
@@ -113,6 +127,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=DATA, default="fashion")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", type=int, help="crops of each image, in place of BUDGET")
+    parser.add_argument("--jobs", type=int, default=1, help="rows side by side")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-quality"))
     parser.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
@@ -168,7 +184,8 @@ def one_row(args: argparse.Namespace) -> dict[str, Any]:
     train, test, facts = pixels(args, seed) if kind == "pixels" else network(args, kind, int(seed))
     trained = time.monotonic() - started
     dim = recipe(args, "random", 0).cluster.dim
-    return {**evaluate_features(train, test, dim=dim), "seconds": round(trained, 1), **facts}
+    scores = evaluate_features(train, test, EVALUATORS, dim=dim)
+    return {**scores, "seconds": round(trained, 1), **facts}
 
 
 def shards(args: argparse.Namespace) -> dict[str, Path]:
@@ -200,14 +217,19 @@ def recipe(args: argparse.Namespace, kind: str, seed: int) -> Any:
     Of a chain it is the second method's, with the first one's as a start that is yet to train.
     """
     if kind not in CHAINS:
-        return of_method(args, kind, seed, BUDGET[args.data])
-    first, second = (of_method(args, one, seed, BUDGET[args.data] // 2) for one in CHAINS[kind])
+        return of_method(args, kind, seed, budget(args))
+    first, second = (of_method(args, one, seed, budget(args) // 2) for one in CHAINS[kind])
     start = args.work / f"{args.data}-{kind}-{seed}-{digits(first)}-first"
     return second.replace(f"init.weights={start}")
 
 
-def of_method(args: argparse.Namespace, kind: str, seed: int, budget: int) -> Any:
-    """Return the recipe of a method that sees every image `budget` times, crops counted."""
+def budget(args: argparse.Namespace) -> int:
+    """Return how many crops of each image go through the network."""
+    return int(args.budget or BUDGET[args.data])
+
+
+def of_method(args: argparse.Namespace, kind: str, seed: int, seen: int) -> Any:
+    """Return the recipe of a method that sees every image `seen` times, crops counted."""
     from deepclust import Recipe
 
     by_method, plain, overrides = DATA[args.data]
@@ -221,7 +243,7 @@ def of_method(args: argparse.Namespace, kind: str, seed: int, budget: int) -> An
     if any(text.startswith("train.epochs=") for text in args.overrides):
         return chosen
     crops = sum(one.count for one in chosen.method.crops(chosen.data))
-    return chosen.replace(f"train.epochs={max(1, budget // crops)}")
+    return chosen.replace(f"train.epochs={max(1, seen // crops)}")
 
 
 def flatten(images: Any) -> Any:
@@ -256,7 +278,7 @@ def network(args: argparse.Namespace, kind: str, seed: int) -> tuple[Any, Any, d
     name = f"{kind}-{seed}"
     run_dir = args.work / f"{args.data}-{name}-{recipe_key(args, name)}"
     if kind in CHAINS:
-        first = of_method(args, CHAINS[kind][0], seed, BUDGET[args.data] // 2)
+        first = of_method(args, CHAINS[kind][0], seed, budget(args) // 2)
         train_run(first, Path(wanted.init.weights), shuffled=False)
     train_run(wanted, run_dir, shuffled=kind == "shuffled")
     run = Run(run_dir)
@@ -323,7 +345,9 @@ def train_run(wanted: Any, run: Path, *, shuffled: bool) -> None:
         return replace(found, assignments=found.assignments[order])
 
     round_kmeans.solve_kmeans = permuted if shuffled else honest  # type: ignore[attr-defined]
-    with Display() as display:
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with Display() as display, open(f"{run}.lock", "w") as lock:  # rows side by side may share it
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if directory.exists(run):
             resume(run, show=display)
         else:
