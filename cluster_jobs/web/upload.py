@@ -12,7 +12,8 @@ import torch
 from cluster_jobs.web.clusters import Views
 from cluster_jobs.web.folder import Stamp, stamp_of
 from deepclust.data.images.crops import CentreCrop
-from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.images.decode import DecodeError
+from deepclust.data.images.reduced import decode_for
 from deepclust.errors import DataError
 from deepclust.run.directory import Run, has_file, is_done
 from deepclust.run.round_files import read_array
@@ -36,12 +37,12 @@ class Networks:
         with self._lock, torch.inference_mode():
             labeller = self._labeller(run)
             section = run.recipe.data
+            crop = CentreCrop(section.size, section.short_side)
             try:
-                pixels = decode(data, section.max_pixels)
+                pixels = decode_for([(crop, None)], data, section.max_pixels, section.decode)
             except DecodeError as error:
                 raise DataError(f"this cannot be read as an image: {error}") from error
-            crop = CentreCrop(section.size, section.short_side)(pixels)
-            row = labeller.rows(crop[None]).cpu()
+            row = labeller.rows(crop(pixels)[None]).cpu()
             labels = label(labeller.rule, row)
         cluster = int(labels.clusters[0])
         names = labeller.classes

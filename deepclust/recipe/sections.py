@@ -134,10 +134,11 @@ class Data(Section):
     crop_on: Literal["workers", "device"] = Field(
         "workers", description="where crops are made, with the same pixels; colours then follow"
     )
-    decode: Literal["cpu", "gpu"] = Field(
+    decode: Literal["cpu", "reduced", "gpu"] = Field(
         "cpu",
-        description="gpu: the ranks' GPUs decode plain JPEGs, with pixels that are nearly the "
-        "CPU's; a run keeps what it began with",
+        description="reduced: JPEGs of a megapixel or more at 1/4 or 1/8, as their crops "
+        "allow; gpu: the ranks' GPUs decode plain JPEGs. Both have other pixels than cpu, so a run "
+        "keeps what it began with",
     )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

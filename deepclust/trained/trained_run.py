@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from deepclust.data.images.crops import CentreCrop
-from deepclust.data.images.decode import DecodeError, decode
+from deepclust.data.images.decode import DecodeError
+from deepclust.data.images.reduced import decode_for
 from deepclust.errors import DataError, RecipeError, shown
 from deepclust.files import reading
 from deepclust.methods.base import Method
@@ -282,15 +283,16 @@ def _cropped(images: Iterable[object], data: Data) -> Iterator[UInt8[Tensor, "b 
     crop = CentreCrop(data.size, data.short_side)
     numbered = enumerate(images)
     while part := list(itertools.islice(numbered, data.extract_batch)):
-        yield torch.stack([crop(_pixels(image, i, data.max_pixels)) for i, image in part])
+        yield torch.stack([crop(_pixels(image, i, crop, data)) for i, image in part])
 
 
-def _pixels(image: object, number: int, most: int) -> UInt8[Tensor, "3 h w"]:
-    """Return an image as pixels, or raise `DataError` that says which one is none."""
+def _pixels(image: object, number: int, crop: CentreCrop, data: Data) -> UInt8[Tensor, "3 h w"]:
+    """Return an image as pixels for its crop, or raise `DataError` that says which one is none."""
     try:
         if isinstance(image, str | Path):
             with reading(Path(image)):
-                return decode(Path(image).read_bytes(), most)
+                file = Path(image).read_bytes()
+                return decode_for([(crop, None)], file, data.max_pixels, data.decode)
         if isinstance(image, Image.Image):
             image = np.array(image.convert("RGB"))
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:

@@ -63,6 +63,22 @@ def by_pillow(
         raise DecodeError(f"damaged, truncated or not an image: {_reason(error, data)}") from error
 
 
+def jpeg_at(data: bytes | memoryview, scale: int) -> UInt8[Tensor, "3 h w"] | None:
+    """Decode a JPEG at 1 / scale (4, 8) of its size, rounded up; None where Pillow refuses it.
+
+    The caller has checked the size, and that it is upright.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as stored:
+                stored.draft("RGB", (stored.width // scale, stored.height // scale))
+                pixels = np.array(stored.convert("RGB"))
+    except Exception:  # whatever is damaged, the decoder of whole images says what
+        return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def _decode(data: bytes, levels: Levels, check_size: Callable[[int, int], None]) -> Tensor:
     formats = _FORMATS + _rare_formats(data)
     with warnings.catch_warnings():

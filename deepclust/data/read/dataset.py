@@ -22,10 +22,11 @@ from torch.utils.data import Dataset
 
 from deepclust.data.images.complaints import Complaints
 from deepclust.data.images.crops import Crop, View
-from deepclust.data.images.decode import MAX_PIXELS, check_size, decode
+from deepclust.data.images.decode import MAX_PIXELS, check_size
 from deepclust.data.images.device_crops import Boxes, Jpeg, Packed, each_tensor
 from deepclust.data.images.gpu_decode import Encoded
 from deepclust.data.images.jpeg_rule import size_for_gpu
+from deepclust.data.images.reduced import decode_for
 from deepclust.data.read.image_files import open_images
 from deepclust.data.read.substitutes import Labels, Substitutes
 from deepclust.data.shards.index import Index
@@ -152,8 +153,8 @@ class Batches(Dataset[Loaded]):
     """The loaded batch of each request, `batches[request]`, for torch's DataLoader.
 
     `cache` is a folder with copies of shards (`shard_cache.py`). `labels` are what samples are
-    replaced by. `for_gpu`: a GPU is to decode the JPEGs that it can (`jpeg_rule.py`), so all crops
-    are packed.
+    replaced by. `decoder` is the recipe's `data.decode`. With "gpu" a GPU is to decode the JPEGs
+    that it can (`jpeg_rule.py`), so all crops are packed.
     """
 
     def __init__(
@@ -162,9 +163,10 @@ class Batches(Dataset[Loaded]):
         cache: Path | None = None,
         max_pixels: int = MAX_PIXELS,
         labels: Labels | None = None,
-        for_gpu: bool = False,
+        decoder: str = "cpu",
     ):
-        self.index, self.max_pixels, self.for_gpu = index, max_pixels, for_gpu
+        self.index, self.max_pixels, self.decoder = index, max_pixels, decoder
+        self.for_gpu = decoder == "gpu"
         self.substitutes = Substitutes(index, labels)
         self.files = open_images(index, cache)
         self.complaints = Complaints()
@@ -172,7 +174,7 @@ class Batches(Dataset[Loaded]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what opens the index and the assignments, which another process maps again."""
         labels = self.substitutes.labels
-        return Batches, (self.index, self.files.cache, self.max_pixels, labels, self.for_gpu)
+        return Batches, (self.index, self.files.cache, self.max_pixels, labels, self.decoder)
 
     def __getitem__(self, request: Request) -> Loaded:
         """Read, decode and crop every sample of the request, then change the colours."""
@@ -202,31 +204,36 @@ class Batches(Dataset[Loaded]):
         """Load what can be loaded into the rows from `first` on; return those that failed, why."""
         read, failed = self.files.read, []
         views, at = [crop.view for crop in request.crops], request.positions
-        crops = zip(request.crops, request.keys, strict=True)
         located = self.index.locate(request.sample_ids)
         places = zip(*(column.tolist() for column in located), strict=True)
-        draws = [crop.draws(key, at, request.known) for crop, key in crops]
+        draws = [
+            crop.draws(key, at, request.known)
+            for crop, key in zip(request.crops, request.keys, strict=True)
+        ]
         for row, place in enumerate(places):
             sample_id = int(request.sample_ids[row])
             try:
-                image = self._image(read(*place), sample_id)
+                crops = [(view, drawn[row]) for view, drawn in zip(views, draws, strict=True)]
+                image = self._image(read(*place), sample_id, crops)
             except UnreachableError:
                 raise  # a whole shard would be replaced
             except DataError as error:
                 failed.append((row, str(error)))
                 continue
-            for view, drawn, of_crop in zip(views, draws, images, strict=True):
-                of_crop.put(first + row, image, view, drawn[row])
+            for crop, of_crop in zip(crops, images, strict=True):
+                of_crop.put(first + row, image, *crop)
         return failed
 
-    def _image(self, data: bytes | memoryview, sample_id: int) -> UInt8[Tensor, "3 h w"] | Jpeg:
+    def _image(
+        self, data: bytes | memoryview, sample_id: int, crops: list[tuple[View, Any]]
+    ) -> UInt8[Tensor, "3 h w"] | Jpeg:
         """Decode an image, or leave it to a GPU by what its bytes say; DataError for a bad one."""
         size = size_for_gpu(data) if self.for_gpu else None
         if size is not None:
             check_size(*size, self.max_pixels)
             return Jpeg(bytes(data), size)
         with self.complaints.about(data, partial(self.index.where, sample_id)):
-            return decode(data, self.max_pixels)
+            return decode_for(crops, data, self.max_pixels, self.decoder)
 
     def _replace(
         self, images: tuple[Boxes | Made, ...], request: Request, row: int, reason: str

@@ -76,7 +76,8 @@ class Loader:
         `prefetch` is the number of batches under way per worker. `scratch` is a local folder for
         the cache of shards that reading by block needs. `patience` limits each wait. By
         `labels` a labelled sample that cannot be read is replaced by another of its class. With
-        `decode` "gpu" images are crops on `device` (the present GPU), which decodes JPEGs. Raises
+        `decode` "gpu" images are crops on `device` (the present GPU), which decodes JPEGs. With
+        "reduced" large JPEGs are decoded as small as their crops allow (`reduced.py`). Raises
         `ResourceError` where it cannot, `RecipeError` for an unknown `read` or fewer than 0
         workers, and `DiskError` for a `scratch` that cannot be written.
         """
@@ -90,7 +91,7 @@ class Loader:
         self.cache = _make_cache(index, read, scratch, self.patience)
         self._requests = _Requests()
         folder = self.cache.folder if self.cache else None
-        self._batches = Batches(index, folder, max_pixels, labels, decode == "gpu")
+        self._batches = Batches(index, folder, max_pixels, labels, decode)
         self._finisher = Finisher(self._batches, device) if decode == "gpu" else None
         self._batches.files.stopped = self.patience.stopping
         self._workers, self._prefetch = workers, prefetch

@@ -11,8 +11,8 @@ import torch
 
 from deepclust.data.images.colour import Colour
 from deepclust.data.images.crops import CentreCrop, Crop, RandomResizedCrop
-from deepclust.data.images.decode import decode
 from deepclust.data.images.device_crops import crop as crop_there
+from deepclust.data.images.reduced import decode_for
 from deepclust.data.read import dataset, sending
 from deepclust.data.read.dataset import Batches, Request
 from deepclust.data.read.substitutes import Labels
@@ -101,7 +101,7 @@ def test_crops_differ_and_each_is_what_a_request_for_it_alone_gives(index):
 
 def test_an_image_is_read_and_decoded_once_for_all_its_crops(index, monkeypatch):
     batches, decoded = Batches(index), []
-    monkeypatch.setattr(dataset, "decode", lambda *of: decoded.append(1) or decode(*of))
+    monkeypatch.setattr(dataset, "decode_for", lambda *of: decoded.append(1) or decode_for(*of))
     assert len(batches[cropped([4, 6, 8], SIZES)].images) == 3
     assert len(decoded) == 3
 
