@@ -45,6 +45,8 @@ INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # how their
 SCORES = 2**22  # float32 scores made at once, and
 PAIRS = 4096  # pairs compared at once: both bound the memory of a thread
 CACHED = 2**16  # numbers that a core has in its cache, in float64
+EIGHT = 8  # columns of a product: what a kernel of BLAS takes at once
+LOSING = -1e38  # a score that is never the best
 CROWD = 32  # a row with more candidates than this is left to scores about the mean
 
 
@@ -87,9 +89,10 @@ class Nearest:
         """Pack the centroids, and bound the error of a product with them."""
         shift = self.mean.double() - self.origin.double()  # (x - m).e = (x - o).e - (m - o).e
         away = 1.01 * float(torch.linalg.vector_norm(shift))
-        self.packed = packed_columns(self.columns, bias - offsets @ shift, self.dtype)
+        packed = packed_columns(self.columns, bias - offsets @ shift, self.dtype)
         dim, unit = offsets.shape[1], ROUNDOFF[self.dtype]
-        lost = (offsets - self.packed[:dim].T.double()).square().sum(1).max().sqrt()
+        lost = (offsets - packed[:dim].T.double()).square().sum(1).max().sqrt()
+        self.packed = with_losers(packed, dim)
         # of a product, for a row of length one
         error = 1.01 * (unit + 2 * dim * U32) * self.reach + 1.01 * float(lost)
         reach = self.reach + away
@@ -141,7 +144,7 @@ class Nearest:
         kept = self._kept
         if getattr(kept, "size", -1) < size:
             kept.size = size
-            kept.scores = torch.empty(size, len(self.centroids), dtype=self.dtype)
+            kept.scores = torch.empty(size, self.packed.shape[1], dtype=self.dtype)
         scores: Tensor = kept.scores[:size]
         return scores
 
@@ -224,6 +227,16 @@ def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
         packed[row] = rest
         rest -= packed[row].double()
     return packed
+
+
+def with_losers(packed: Tensor, dim: int) -> Tensor:
+    """Return packed columns with more behind them, up to a multiple of 8, that no row can choose.
+
+    A product of 16 columns takes a quarter of the time of one of 10 by MKL, and 304 less than 300.
+    """
+    more = torch.zeros(len(packed), -packed.shape[1] % EIGHT, dtype=packed.dtype)
+    more[dim] = LOSING  # times the rows' ones
+    return torch.cat([packed, more], 1)
 
 
 def packed_rows(

@@ -80,6 +80,15 @@ def test_rows_that_overflow_get_some_centroid_and_no_crash() -> None:
     assert int(found.max()) < 5
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_columns_that_fill_up_a_product_win_no_row_of_any_length(half: bool) -> None:
+    for k in range(1, 10):
+        search = Nearest(noise(k, 5, k), half)
+        assert search.packed.shape[1] in (8, 16)
+        for power in range(0, 39, 2):
+            assert int(search(10.0**power * noise(50, 5, power)).max()) < k
+
+
 def test_whether_half_precision_pays_is_asked_once() -> None:
     assert half_is_faster() in (True, False)
     assert half_is_faster() is half_is_faster()
