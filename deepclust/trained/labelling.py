@@ -210,16 +210,17 @@ class Balanced:
 
     def tiles(self, parts: Iterator[Float32[Tensor, "m D"]], head: int) -> Iterator[Labels]:
         """Yield the labels of each tile of rows."""
+        space = Space(self.k)
         for rows in parts:
-            logits = torch.addmm(self.bias[head], rows, self.weight[head].T)
-            scores = logits.log_softmax(1) * self.sharpness
-            balanced = scores.double() + self.scalings[head]
-            ids = balanced.argmax(1)
-            second = _second(-balanced, ids)
-            places = torch.stack([ids, second.clamp(min=0)], 1)
-            best, next_ = balanced.gather(1, places).unbind(1)
+            logits = space("logits", rows, torch.float32)
+            torch.addmm(self.bias[head], rows, self.weight[head].T, out=logits)
+            scores = _log_softmax(logits, space("scores", rows, torch.float32))
+            scores.mul_(self.sharpness)
+            costs = space("costs", rows, torch.float64).copy_(scores)
+            ids = costs.add_(self.scalings[head]).argmax(1)
             own = scores.gather(1, ids[:, None])[:, 0] / -self.sharpness
-            yield _labels(ids, own, second, (best - next_) / self.sharpness)
+            second, margins = _behind(costs.neg_(), ids)
+            yield _labels(ids, own, second, margins / self.sharpness)
 
 
 @dataclass(frozen=True)
@@ -231,31 +232,61 @@ class Answers:
 
     def tiles(self, parts: Iterator[Float32[Tensor, "m k"]], head: int) -> Iterator[Labels]:
         """Yield the labels of each tile of logits."""
+        space = Space(self.k)
         for rows in parts:
-            ids, costs = rows.argmax(1), -rows.log_softmax(1)
+            costs = _log_softmax(rows, space("costs", rows, torch.float32)).neg_()
+            ids = rows.argmax(1)
             own = costs.gather(1, ids[:, None])[:, 0]
-            second = _second(costs.clone(), ids)
-            next_ = costs.gather(1, second.clamp(min=0)[:, None])[:, 0]
-            yield _labels(ids, own, second, next_ - own)
+            second, margins = _behind(costs, ids)
+            yield _labels(ids, own, second, margins)
 
 
-class Distances:
-    """What orders the centroids of a row by distance, in memory that is there for every tile.
+class Space:
+    """Memory for what a tile needs, [m, k] by name, that is there for every tile.
 
     New memory of 16 MB for each of thousands of tiles splits what malloc has, and a process grows
     by gigabytes.
     """
 
+    def __init__(self, k: int) -> None:
+        self._k, self._kept = k, dict[str, Tensor]()
+
+    def __call__(self, name: str, rows: Tensor, dtype: torch.dtype) -> Float[Tensor, "m k"]:
+        """Return the memory of this name for a tile of rows; the next call writes over it."""
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < len(rows):
+            kept = self._kept[name] = torch.empty(len(rows), self._k, dtype=dtype)
+        return kept[: len(rows)]
+
+
+class Distances:
+    """What orders the centroids of a row by distance, in memory that is there for every tile."""
+
     def __init__(self, centroids: Float32[Tensor, "k d"]) -> None:
         self._columns, self._squares = centroids.T, centroids.square().sum(1)
-        self._space = torch.empty(0, len(centroids))
+        self._space = Space(len(centroids))
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Float32[Tensor, "m k"]:
         """Return |e|^2 - 2 x.e of each row x and centroid e; the next call writes over it."""
-        if len(self._space) < len(rows):
-            self._space = torch.empty(len(rows), self._space.shape[1])
-        scores = torch.mm(rows, self._columns, out=self._space[: len(rows)])
+        scores = torch.mm(rows, self._columns, out=self._space("scores", rows, torch.float32))
         return scores.mul_(-2).add_(self._squares)
+
+
+def _log_softmax(logits: Float32[Tensor, "m k"], out: Tensor) -> Float32[Tensor, "m k"]:
+    written: Tensor = torch.ops.aten._log_softmax.out(logits, 1, False, out=out)
+    return written
+
+
+def _behind(
+    costs: Float[Tensor, "m k"], best: Int64[Tensor, " m"]
+) -> tuple[Int64[Tensor, " m"], Float[Tensor, " m"]]:
+    """Return the cheapest column but the best, and how much more it costs; writes over `costs`.
+
+    Where there is none it is -1, and what it costs means nothing.
+    """
+    least = costs.gather(1, best[:, None])[:, 0]
+    second = _second(costs, best)
+    return second, costs.gather(1, second.clamp(min=0)[:, None])[:, 0] - least
 
 
 def _second(costs: Float[Tensor, "m k"], best: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:

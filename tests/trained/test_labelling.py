@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from deepclust.trained import labelling
-from deepclust.trained.labelling import Distances, Labels, Nearest, label
+from deepclust.trained.labelling import Answers, Balanced, Distances, Labels, Nearest, label
+from tests.forks import in_fork
 
 NAMES = ("clusters", "distances", "seconds", "margins")
 
@@ -35,11 +38,68 @@ def test_labels_are_those_of_all_distances() -> None:
     np.testing.assert_allclose(found.margins, least[:, 1] - least[:, 0], rtol=1e-3, atol=1e-4)
 
 
-def test_labels_do_not_depend_on_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, centroids = drawn(300, 40)
-    whole = label(Nearest(centroids, spherical=True), rows)
-    monkeypatch.setattr(labelling, "CELLS", 7 * 40)
-    assert_same(whole, label(Nearest(centroids, spherical=True), rows))
+def balanced(k: int, sharpness: float = 25.0) -> Balanced:
+    draw = torch.Generator().manual_seed(1)
+    scalings = torch.randn(1, k, generator=draw).double()
+    return Balanced(drawn(1, k)[1], torch.randn(1, k, generator=draw), scalings, sharpness)
+
+
+def test_balanced_labels_are_the_largest_of_p_times_the_scalings() -> None:
+    rows, rule = torch.from_numpy(drawn(300, 40)[0]).float(), balanced(40)
+    found = label(rule, rows)
+    log_p = torch.log_softmax(rows.double() @ rule.weight[0].double().T + rule.bias[0], 1)
+    wanted = 25 * log_p + rule.scalings[0]
+    best = wanted.topk(2, 1)
+    np.testing.assert_array_equal(found.clusters, best.indices[:, 0])
+    np.testing.assert_array_equal(found.seconds, best.indices[:, 1])
+    own = log_p.gather(1, best.indices[:, :1])[:, 0]
+    np.testing.assert_allclose(found.distances, -own, atol=1e-4)
+    margins = (best.values[:, 0] - best.values[:, 1]) / 25
+    np.testing.assert_allclose(found.margins, margins, atol=1e-4)
+
+
+def test_answers_are_the_largest_logits() -> None:
+    logits = torch.from_numpy(drawn(300, 1, 9)[0]).float()
+    kept = logits.clone()
+    found = label(Answers(9), logits)
+    best = logits.topk(2, 1)
+    np.testing.assert_array_equal(found.clusters, best.indices[:, 0])
+    np.testing.assert_array_equal(found.seconds, best.indices[:, 1])
+    np.testing.assert_allclose(found.margins, best.values[:, 0] - best.values[:, 1], atol=1e-5)
+    own = -logits.log_softmax(1).gather(1, best.indices[:, :1])[:, 0]
+    np.testing.assert_array_equal(found.distances, own)
+    assert torch.equal(logits, kept)
+
+
+RULES = {
+    "nearest": Nearest(drawn(1, 40)[1], spherical=True), "balanced": balanced(40),
+    "answers": Answers(16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_labels_do_not_depend_on_the_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, rule = drawn(300, 40)[0], RULES[name]
+    whole = label(rule, rows)
+    monkeypatch.setattr(labelling, "CELLS", 7 * rule.k)
+    found = label(rule, rows)
+    if name != "balanced":
+        assert_same(whole, found)
+    np.testing.assert_array_equal(found.clusters, whole.clusters)
+    np.testing.assert_allclose(found.margins, whole.margins, atol=1e-5)  # of another product
+
+
+def grown(n: int, k: int) -> float:
+    """How many bytes the labels of n rows take at most, in a process that has made some."""
+    rows, rule = torch.from_numpy(drawn(n, 1)[0]), balanced(k)
+    label(rule, rows[:3000])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    label(rule, rows)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_memory_does_not_grow_with_the_tiles() -> None:
+    assert in_fork(grown, 40_000, 3000) < 40_000 * 3000  # scores in float64 are eight times that
 
 
 def test_one_cluster_has_no_second() -> None:
