@@ -243,7 +243,16 @@ def of_method(args: argparse.Namespace, kind: str, seed: int, seen: int) -> Any:
     if any(text.startswith("train.epochs=") for text in args.overrides):
         return chosen
     crops = sum(one.count for one in chosen.method.crops(chosen.data))
-    return chosen.replace(f"train.epochs={max(1, seen // crops)}")
+    return chosen.replace(f"train.epochs={max(1, seen // crops)}", *rounds(args, chosen, seen))
+
+
+def rounds(args: argparse.Namespace, chosen: Any, seen: int) -> list[str]:
+    """Return how many rounds a recipe that counts them has, of fewer images in proportion."""
+    every = chosen.clustering.every if chosen.method.round else ""
+    if not every.endswith("rounds") or seen == BUDGET[args.data]:
+        return []
+    count = int(every.split()[0]) * seen / BUDGET[args.data]
+    return [f"cluster.every={max(1, round(count))} rounds"]
 
 
 def flatten(images: Any) -> Any:
