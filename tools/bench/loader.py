@@ -1,22 +1,29 @@
-"""Images per second of our training loader against torchvision's and webdataset's.
+"""Images per second of our training loader against those of other libraries, on a CPU.
 
     python tools/bench/loader.py --photos imagenette96.tar.xz --fashion FOLDER --out loader.json
 
 All have the same images, crops (random resized crop, flip, normalise), final float tensors and
-number of worker processes. `ours` samples uniformly over Zipf-sized clusters, from shards.
-`imagefolder` is torchvision's ImageFolder with Pillow and its v1 transforms in a DataLoader, as
-DeepCluster and most training scripts use it. `webdataset` is its stock pipeline (shuffle 1000) with
-torchvision's native decoder and v2 transforms on uint8, on the same shards.
+number of worker processes or threads.
 
-Each run is a separate process, and the contenders take turns. On a machine with other users only
-the ratios within one turn are reliable. The clock runs from the first batch to the last. Photos at
-500 x 375 are small ones made larger, JPEG quality 90.
+- `ours` samples uniformly over Zipf-sized clusters, from shards.
+- `imagefolder` is torchvision's ImageFolder with Pillow and its v1 transforms in a DataLoader, as
+  DeepCluster and most training scripts use it.
+- `webdataset` is its stock pipeline (shuffle 1000) with torchvision's native decoder and v2
+  transforms on uint8, on the same shards.
+- `dali` is NVIDIA's reader of folders with its operators for a CPU, which decodes only the crop.
+- `spdl` is Meta's pipeline of threads, in which FFmpeg decodes, crops and resizes.
+
+The last two run where they are installed (nvidia-dali-cuda120; spdl with FFmpeg's libraries). FFCV
+does not build from its package here. Each run is a separate process, and the contenders take turns.
+On a machine with other users only the ratios within one turn are reliable. The clock runs from the
+first batch to the last. Photos of more than 96 pixels are small ones made larger, JPEG quality 90.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.util
 import io
 import json
 import subprocess
@@ -33,7 +40,10 @@ import numpy as np
 from PIL import Image
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SETS = {"photos 500x375": ("large", 224), "photos 96": ("small", 96), "fashion 28": ("fashion", 28)}
+SETS = {
+    "photos 500x375": ("large", 224), "photos 256": ("medium", 224), "photos 96": ("small", 96),
+    "fashion 28": ("fashion", 28),
+}  # fmt: skip
 BATCH = 64
 
 
@@ -80,6 +90,7 @@ def prepare(work: Path, options: argparse.Namespace) -> list[str]:
     sources = {}
     if options.photos:
         sources["large"] = photos(options.photos, options.count, (500, 375))
+        sources["medium"] = photos(options.photos, options.count, (341, 256))
         sources["small"] = photos(options.photos, options.count, None)
     if options.fashion:
         sources["fashion"] = garments(options.fashion, 10_000)
@@ -155,11 +166,78 @@ def webdataset(data: Path, size: int, workers: int) -> Iterator:
     yield from wds.WebLoader(images, batch_size=None, num_workers=workers)
 
 
+def dali(data: Path, size: int, workers: int) -> Iterator:
+    """Yield batches of DALI's pipeline on a CPU, with `workers` threads."""
+    import torch
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def
+    def images() -> tuple:
+        files, labels = fn.readers.file(
+            file_root=str(data / "folder"), random_shuffle=True, name="files"
+        )
+        boxes = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
+        crops = fn.decoders.image_random_crop(files, output_type=types.RGB, **boxes)
+        crops = fn.resize(crops, size=[size, size])
+        mean, std = ([255 * x for x in numbers] for numbers in (MEAN, STD))
+        flip = fn.random.coin_flip()
+        return fn.crop_mirror_normalize(crops, mean=mean, std=std, mirror=flip), labels
+
+    pipeline = images(batch_size=BATCH, num_threads=workers, device_id=None)
+    pipeline.build()
+    for _ in range(pipeline.epoch_size("files") // BATCH):
+        batch, _ = pipeline.run()
+        yield torch.from_numpy(np.array(batch.as_tensor()))
+
+
+def spdl(data: Path, size: int, workers: int) -> Iterator:
+    """Yield batches of SPDL's pipeline, with `workers` threads."""
+    import spdl.io
+    import torch
+    from spdl.pipeline import PipelineBuilder
+
+    from deepclust.data.images.crops import RandomResizedCrop, to_float
+
+    torch.set_num_threads(1)
+    files = sorted(str(path) for path in (data / "folder").rglob("*.*"))
+    order = np.random.default_rng(0).permutation(len(files))
+    view = RandomResizedCrop(size)
+    draws = view.draws(0, np.arange(len(files)))
+
+    def cropped(i: int) -> torch.Tensor:
+        packets = spdl.io.demux_image(files[i])
+        top, left, height, width = view.box(packets.height, packets.width, draws[i])
+        flip = "hflip," if draws[i][-1] else ""
+        steps = f"crop={width}:{height}:{left}:{top},scale={size}:{size}:flags=bilinear,{flip}"
+        frames = spdl.io.decode_packets(packets, filter_desc=f"{steps}format=pix_fmts=rgb24")
+        return torch.from_numpy(np.array(spdl.io.convert_frames(frames))).permute(2, 0, 1)
+
+    def batched(crops: list[torch.Tensor]) -> torch.Tensor:
+        return to_float(torch.stack(crops), MEAN, STD)
+
+    steps = PipelineBuilder().add_source(order.tolist()).pipe(cropped, concurrency=workers)
+    steps = steps.aggregate(BATCH, drop_last=True).pipe(batched).add_sink(4)
+    pipeline = steps.build(num_threads=workers)
+    with pipeline.auto_stop():
+        yield from pipeline
+
+
 CONTENDERS: dict[str, Callable[[Path, int, int], Iterator]] = {
     "ours": ours,
     "imagefolder": imagefolder,
     "webdataset": webdataset,
+    "dali": dali,
+    "spdl": spdl,
 }
+MODULES = {"dali": "nvidia.dali", "spdl": "spdl.io"}  # of those that may be missing
+
+
+def installed(name: str) -> bool:
+    """Return whether a contender can run here."""
+    try:
+        return name not in MODULES or importlib.util.find_spec(MODULES[name]) is not None
+    except ImportError:
+        return False
 
 
 def race(name: str, data: Path, size: int, workers: int) -> float:
@@ -181,14 +259,14 @@ def run(name: str, data: Path, size: int, workers: int) -> float:
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def compare(work: Path, title: str, options: argparse.Namespace) -> dict:
+def compare(work: Path, title: str, workers: int, repeats: int) -> dict:
     """Let the contenders take turns on one data set; medians, and medians of paired ratios."""
     name, size = SETS[title]
-    speeds = {contender: [] for contender in CONTENDERS}
-    for _ in range(options.repeats):
-        for contender in CONTENDERS:
-            speeds[contender].append(run(contender, work / name, size, options.workers))
-    row = {"set": title, "speeds": speeds}
+    speeds = {contender: [] for contender in CONTENDERS if installed(contender)}
+    for _ in range(repeats):
+        for contender, own in speeds.items():
+            own.append(run(contender, work / name, size, workers))
+    row = {"set": title, "workers": workers, "speeds": speeds}
     for contender, values in speeds.items():
         row[contender] = median(values)
         row[f"ours / {contender}"] = median(np.array(speeds["ours"]) / values)
@@ -201,7 +279,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="tar of train/CLASS/NAME.jpg")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's idx.gz files")
     parser.add_argument("--count", type=int, default=4000, help="photos to use")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="where to keep the prepared images")
     parser.add_argument("--only", choices=list(SETS), help="one of the data sets")
@@ -215,15 +293,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         names = [n for n in prepare(work, options) if options.only in (None, n)]
-        rows = [compare(work, title, options) for title in names]
-    print(f"{'images/s':<16}{'ours':>8}{'imagefolder':>13}{'webdataset':>12}{'ratios':>14}")
+        rows = [compare(work, t, w, options.repeats) for t in names for w in options.workers]
+    names = [name for name in CONTENDERS if installed(name)]
+    print("| images/s (ours is so many times as fast) | workers | " + " | ".join(names) + " |")
+    print("|---" * (2 + len(names)) + "|")
     for row in rows:
-        print(
-            f"{row['set']:<16}{row['ours']:>8.0f}{row['imagefolder']:>13.0f}"
-            f"{row['webdataset']:>12.0f}{row['ours / imagefolder']:>8.2f}"
-            f"{row['ours / webdataset']:>6.2f}"
-        )
-    options.out.write_text(json.dumps(rows, indent=2))
+        cells = [f"{row[name]:.0f} ({row[f'ours / {name}']:.2f})" for name in names]
+        print(f"| {row['set']} | {row['workers']} | " + " | ".join(cells) + " |")
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
