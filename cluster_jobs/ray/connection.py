@@ -33,7 +33,11 @@ ALONE = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_worker_niceness": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "30000",  # of the dashboard; looking costs a few percent
+    # nobody looks at what Ray counts of its work, which costs a few percent of a small step
+    "REPORTER_UPDATE_INTERVAL_MS": "30000",
+    "RAY_event_stats": "0",
+    "RAY_metrics_report_interval_ms": "60000",
+    "RAY_task_events_report_interval_ms": "0",
 }
 
 
@@ -78,10 +82,22 @@ def _private(spec: RaySpec, recipe: Recipe) -> Iterator[None]:
                 num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=STORE_BYTES,
                 _temp_dir=str(folder / INSIDE), include_dashboard=False,
             )  # fmt: skip
+            _end_helpers()
             yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_helpers() -> None:
+    """End what a Ray of one machine does not need: its autoscaler, and who reads logs for drivers.
+
+    The latter looks at all files ten times a second, also where `log_to_driver` is off.
+    """
+    node = ray._private.worker._global_node
+    for name in ("kill_log_monitor", "kill_monitor"):
+        with contextlib.suppress(AttributeError, KeyError):  # another Ray may have none
+            getattr(node, name)(check_alive=False)
 
 
 @contextlib.contextmanager

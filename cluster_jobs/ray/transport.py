@@ -28,7 +28,7 @@ from deepclust.run.directory import Run
 
 RETRY_S = 0.2
 END_S = 10.0  # for processes to be killed; an actor that does not answer by then is lost
-NEWS_S = 0.5  # how long an actor with nothing to report keeps a question
+NEWS_S = 2.0  # how long an actor with nothing to report keeps a question: ranks report each second
 MORE_THREADS = 3  # of an actor: two questions and the request to stop
 PROCESS_ALONE = "worker process has died"  # Ray's words where the node lives on
 UNMASKED = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
