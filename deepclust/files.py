@@ -411,36 +411,49 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file of the tensors, which may be on any device and share memory.
 
-    The bytes are written by Python, so a full disk raises an OSError, as everywhere else.
-    `safetensors.torch.save_file` would raise a SafetensorError. `alive` is called for every piece.
+    The bytes are those of `safetensors.torch.save`, which would hold two copies of all tensors.
+    Each piece of them is written by itself. `alive` is called for it, and a full disk raises an
+    OSError.
     """
-    from safetensors.torch import save  # recipes are read without torch
-
-    data = memoryview(save(_apart(tensors), metadata))
+    header, order = _tensor_header(tensors, metadata)
     with path.open("wb") as file:
-        for start in range(0, len(data), SYNC_PIECE):
-            file.write(data[start : start + SYNC_PIECE])
-            alive()
+        file.write(header)
+        alive()
+        for key in order:
+            data = _tensor_bytes(tensors[key])
+            for start in range(0, len(data), SYNC_PIECE):
+                file.write(data[start : start + SYNC_PIECE])
+                alive()
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors on the CPU, contiguous and each in other memory, as safetensors want.
+def _tensor_header(
+    tensors: dict[str, Tensor], metadata: dict[str, str] | None
+) -> tuple[bytes, list[str]]:
+    """Return the first bytes of a safetensors file, and the tensors in its order.
 
-    What is so already is not copied: the copies of a checkpoint may be gigabytes.
+    The order and the names of types are the library's, from tensors without numbers.
     """
+    import torch  # recipes are read without torch
+    from safetensors.torch import save
+
+    empty = save({key: torch.empty(0, dtype=one.dtype) for key, one in tensors.items()})
+    entries: dict[str, Any] = json.loads(empty[8:])
+    end = 0
+    for key, entry in entries.items():
+        begin, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        entry |= {"shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    first = {} if metadata is None else {"__metadata__": metadata}
+    text = json.dumps({**first, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, list(entries)
+
+
+def _tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the numbers of a tensor as they lie in a file; no copy where they lie so."""
     import torch
 
-    found: dict[str, Tensor] = {}
-    seen = set()
-    for key, value in tensors.items():
-        host = value.detach().to("cpu")
-        storage = host.untyped_storage()
-        whole = host.is_contiguous() and storage.nbytes() == host.nbytes
-        if storage.data_ptr() in seen or not whole:
-            host = host.clone(memory_format=torch.contiguous_format)
-        seen.add(storage.data_ptr())
-        found[key] = host
-    return found
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def remove_folder(folder: Path, alive: Callable[[], None] = lambda: None) -> None:

@@ -3,11 +3,15 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import resource
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 
 from deepclust import files
@@ -26,6 +30,7 @@ from deepclust.files import (
     target_of,
     write_json,
 )
+from tests.forks import in_fork
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -230,6 +235,10 @@ def _is_complete(block: ast.Try) -> bool:
     return bool(kinds & {"Exception", "BaseException", "DataError"}) or not block.handlers
 
 
+def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+
 def test_tensors_that_share_memory_are_written_as_copies_of_them_would_be(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     tensors = {
@@ -237,7 +246,44 @@ def test_tensors_that_share_memory_are_written_as_copies_of_them_would_be(tmp_pa
         "none": torch.zeros(0), "grown": torch.nn.Parameter(torch.ones(2)),
     }  # fmt: skip
     files.write_tensors(tmp_path / "t.safetensors", tensors, {"a": "b"})
-    copies = {
-        k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+    assert (tmp_path / "t.safetensors").read_bytes() == save(copies(tensors), {"a": "b"})
+
+
+TYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+    torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+
+
+@given(
+    st.dictionaries(
+        NAMES.filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(TYPES), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=6,
+    ),
+    st.none() | st.dictionaries(NAMES, NAMES, min_size=1, max_size=1),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tensors_of_all_types_and_shapes_are_written_as_the_library_writes_them(
+    tmp_path: Path, shapes: dict[str, Any], metadata: dict[str, str] | None
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randint(0, 2, shape, generator=draw).to(kind)
+        for name, (kind, shape) in shapes.items()
     }
-    assert (tmp_path / "t.safetensors").read_bytes() == save(copies, {"a": "b"})
+    files.write_tensors(tmp_path / "t.safetensors", tensors, metadata)
+    assert (tmp_path / "t.safetensors").read_bytes() == save(tensors, metadata)
+
+
+def test_writing_tensors_holds_no_copies_of_them(tmp_path: Path) -> None:
+    assert in_fork(held_for, tmp_path / "t.safetensors", 2**28) < 2**26
+
+
+def held_for(path: Path, size: int) -> int:
+    """How many bytes are held to write tensors of so many, beside them."""
+    tensors = {"a": torch.ones(size // 2, dtype=torch.uint8), "b": torch.ones(size // 8)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    files.write_tensors(path, tensors)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
