@@ -45,7 +45,7 @@ INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # how their
 SCORES = 2**22  # float32 scores made at once, and
 PAIRS = 4096  # pairs compared at once: both bound the memory of a thread
 CACHED = 2**16  # numbers that a core has in its cache, in float64
-EIGHT = 8  # columns of a product: what a kernel of BLAS takes at once
+AT_ONCE = 8  # columns of a product: what a kernel of BLAS takes at once
 LOSING = -1e38  # a score that is never the best
 CROWD = 32  # a row with more candidates than this is left to scores about the mean
 
@@ -234,7 +234,7 @@ def with_losers(packed: Tensor, dim: int) -> Tensor:
 
     A product of 16 columns takes a quarter of the time of one of 10 by MKL, and 304 less than 300.
     """
-    more = torch.zeros(len(packed), -packed.shape[1] % EIGHT, dtype=packed.dtype)
+    more = torch.zeros(len(packed), -packed.shape[1] % AT_ONCE, dtype=packed.dtype)
     more[dim] = LOSING  # times the rows' ones
     return torch.cat([packed, more], 1)
 
