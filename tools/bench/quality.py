@@ -112,13 +112,16 @@ def run_rows(
     def run_row(row: str) -> str:
         if not row_file(args, row).exists():
             command = [sys.executable, script, "--row", row, *sys.argv[1:]]
-            subprocess.run(command, check=True, env=environment)
+            subprocess.run(command, check=False, env=environment)  # the other rows go on
         return row
 
     shards(args)  # packed by one process
     with ThreadPoolExecutor(args.jobs) as pool:
         for row in pool.map(run_row, rows(args)):
-            print(row, row_file(args, row).read_text(), flush=True)
+            done = row_file(args, row)
+            print(row, done.read_text() if done.exists() else "failed", flush=True)
+    if failed := [row for row in rows(args) if not row_file(args, row).exists()]:
+        sys.exit(f"no table: {', '.join(failed)} failed. The same command tries them again")
     print(table(args))
 
 
