@@ -1,9 +1,10 @@
-"""Which JPEGs a GPU decodes: a rule of the file's bytes alone, so the same on every rank and day.
+"""Which JPEGs are plain: a rule of the file's bytes alone, so the same on every rank and day.
 
-It takes what is plain: baseline, 8 bits, grey or YCbCr in one scan, upright, with its end. All else
-is decoded on the CPU. That is progressive, arithmetic and 12-bit ones, CMYK, RGB, odd subsampling,
-and what EXIF turns, or may turn. A file without its end goes there too, since decoders differ in
-what they forgive. Neither load nor the size of a batch has a say.
+A GPU, or a decoder of smaller images (`reduced.py`), takes them. Plain is baseline, 8 bits, grey or
+YCbCr in one scan, upright, with its end. All else is decoded whole on the CPU. That is progressive,
+arithmetic and 12-bit ones, CMYK, RGB, odd subsampling, and what EXIF turns, or may turn. A file
+without its end goes there too, since decoders differ in what they forgive. Neither load nor the
+size of a batch has a say.
 
 Sources: ITU-T T.81 (segments), the Adobe marker and the ids of RGB as libjpeg reads them, EXIF 2.3.
 """
@@ -30,8 +31,8 @@ class _Component(NamedTuple):
     down: int
 
 
-def size_for_gpu(data: bytes | memoryview) -> Size | None:
-    """Return the size of a JPEG that a GPU decodes, None for whatever the CPU does.
+def size_of_plain(data: bytes | memoryview) -> Size | None:
+    """Return the size of a plain JPEG, None for all other files.
 
     Nothing is decoded, and no bytes are an error.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 from deepclust.data.images.decode import check_size, decode
 from deepclust.data.images.device_crops import Cut, cut_of
 from deepclust.data.images.headers import Size
-from deepclust.data.images.jpeg_rule import size_for_gpu
+from deepclust.data.images.jpeg_rule import size_of_plain
 from deepclust.data.images.pillow import jpeg_at
 
 SCALES = (8, 4)
@@ -37,7 +37,7 @@ def decode_for(
     `decoder` is the recipe's `data.decode`; a CPU does what was a GPU's. `max_pixels` is of the
     whole image. Raises `DecodeError` as `decode` does.
     """
-    size = size_for_gpu(data) if decoder == "reduced" else None
+    size = size_of_plain(data) if decoder == "reduced" else None
     if size is not None and size.height * size.width >= LARGE:
         check_size(*size, max_pixels)
         scale = scale_for(size, (cut_of(view, *size, draw) for view, draw in crops))

@@ -25,7 +25,7 @@ from deepclust.data.images.crops import Crop, View
 from deepclust.data.images.decode import MAX_PIXELS, check_size
 from deepclust.data.images.device_crops import Boxes, Jpeg, Packed, each_tensor
 from deepclust.data.images.gpu_decode import Encoded
-from deepclust.data.images.jpeg_rule import size_for_gpu
+from deepclust.data.images.jpeg_rule import size_of_plain
 from deepclust.data.images.reduced import decode_for
 from deepclust.data.read.image_files import open_images
 from deepclust.data.read.substitutes import Labels, Substitutes
@@ -228,7 +228,7 @@ class Batches(Dataset[Loaded]):
         self, data: bytes | memoryview, sample_id: int, crops: list[tuple[View, Any]]
     ) -> UInt8[Tensor, "3 h w"] | Jpeg:
         """Decode an image, or leave it to a GPU by what its bytes say; DataError for a bad one."""
-        size = size_for_gpu(data) if self.for_gpu else None
+        size = size_of_plain(data) if self.for_gpu else None
         if size is not None:
             check_size(*size, self.max_pixels)
             return Jpeg(bytes(data), size)

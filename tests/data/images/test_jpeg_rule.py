@@ -12,7 +12,7 @@ from PIL import Image
 
 from deepclust.data.images.decode import decode
 from deepclust.data.images.headers import jpeg_segments
-from deepclust.data.images.jpeg_rule import size_for_gpu
+from deepclust.data.images.jpeg_rule import size_of_plain
 from tests.images import draw, encode
 
 PICTURE = draw(3, 40, 50)
@@ -89,18 +89,18 @@ LEFT: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_gpu_takes_plain_jpegs_and_knows_their_size(name: str) -> None:
     data = TAKEN[name]()
-    assert size_for_gpu(data) == size_for_gpu(memoryview(data)) == (40, 50)
+    assert size_of_plain(data) == size_of_plain(memoryview(data)) == (40, 50)
     assert decode(data).shape == (3, 40, 50)
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_all_else_is_left_to_the_cpu(name: str) -> None:
-    assert size_for_gpu(LEFT[name]()) is None
+    assert size_of_plain(LEFT[name]()) is None
 
 
 @given(at=st.integers(2, 600), value=st.integers(0, 255), cut=st.integers(0, 40))
 def test_damaged_headers_are_no_error_of_the_rule(at: int, value: int, cut: int) -> None:
     damaged = bytearray(PLAIN[: len(PLAIN) - cut])
     damaged[at] = value
-    size = size_for_gpu(bytes(damaged))
+    size = size_of_plain(bytes(damaged))
     assert size is None or min(size) > 0
