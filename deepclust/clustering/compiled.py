@@ -18,6 +18,7 @@ import numpy as np
 F = TypeVar("F", bound=Callable[..., Any])
 TINY = 1e-36  # squares below may have lost their digits
 BLOCK = 128  # scores that are looked at together
+LOWEST = np.int32(-(2**31))
 # sums may be made in another order, which SIMD needs; not a number and infinity stay what they are
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 
@@ -46,18 +47,28 @@ def _largest(scores: np.ndarray) -> Any:
 
 
 @compiled()
+def _floor(top: Any, length: Any, bounds: tuple[float, float, float, float, float]) -> Any:
+    """Return the lowest score that can be the best of a row whose highest is `top`.
+
+    bounds: a, b, c, r and u. A score s of a row of length l is at most
+    a l + b + c (r + l)^2 + u |s| off.
+    """
+    scale, constant, quadratic, reach, unit = bounds
+    error = scale * length + constant + quadratic * (reach + length) ** 2
+    return np.float32(top - 2.02 * (error + unit * abs(top)))
+
+
+@compiled()
 def floors_of(
     scores: np.ndarray, lengths: np.ndarray, bounds: tuple[float, float, float, float, float]
 ) -> np.ndarray:
     """Return the lowest score that can be a row's best, for scores [m, k] seen as integers.
 
     They are bfloat16 as int16 or float32 as int32, which orders positive numbers as their values.
-    lengths: of the rows, float32 [m]. bounds: a, b, c, r and u. A score s of a row of length l is
-    at most a l + b + c (r + l)^2 + u |s| off. The highest integer stands for a row without a
-    clearly positive best score.
+    lengths: of the rows, float32 [m]. bounds: see `_floor`. The highest integer stands for a row
+    without a clearly positive best score.
     """
     m = len(scores)
-    scale, constant, quadratic, reach, unit = bounds
     shift = 32 - 8 * scores.itemsize  # bfloat16 is the upper half of a float32
     floors = np.full(m, np.iinfo(scores.dtype).max, scores.dtype)
     bits = np.zeros(1, np.int32)
@@ -65,12 +76,64 @@ def floors_of(
     for row in range(m):
         best = _largest(scores[row])
         bits[0] = np.int32(best) << shift
-        length, top = lengths[row], value[0]
-        error = scale * length + constant + quadratic * (reach + length) ** 2
-        value[0] = top - 2.02 * (error + unit * abs(top))
+        value[0] = _floor(value[0], lengths[row], bounds)
         if value[0] > 0:
             floors[row] = (bits[0] - 1) >> shift  # rounded down, as the float32 may be up
     return floors
+
+
+@compiled()
+def _key(score: Any, high: Any, column: Any) -> Any:
+    """Return a score with its column in the low bits; int32, as Numba's `&` makes int64."""
+    return np.int32(np.int32(score & high) | column)
+
+
+@compiled()
+def _best_key(scores: np.ndarray, high: Any, columns: np.ndarray) -> Any:
+    """Return the largest key of a row."""
+    best = LOWEST
+    for column in range(len(scores)):
+        best = max(best, _key(scores[column], high, columns[column]))
+    return best
+
+
+@compiled()
+def _second_key(scores: np.ndarray, high: Any, columns: np.ndarray, best: Any) -> Any:
+    """Return the largest key of a row that is not the best."""
+    second = LOWEST
+    for column in range(len(scores)):
+        key = _key(scores[column], high, columns[column])
+        second = max(second, LOWEST if key == best else key)
+    return second
+
+
+@compiled()
+def best_columns(
+    scores: np.ndarray, lengths: np.ndarray, bounds: tuple[float, float, float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best column of each row, and the rows where another one may be: int64 [m], [o].
+
+    scores: float32 [m, k] as int32, and the rest as for `floors_of`. A key is a score with its
+    column in place of the low bits. So the largest key tells the best score and its column at once,
+    by SIMD. The floor is that of the best score without those bits. A row is open if the second
+    best could reach it with all of them.
+    """
+    m, k = scores.shape
+    low = np.int32(2 ** np.ceil(np.log2(k)) - 1)
+    high, columns = np.int32(~low), np.arange(k).astype(np.int32)
+    nearest, rows, count = np.empty(m, np.int64), np.empty(m, np.int64), 0
+    bits = np.zeros(1, np.int32)
+    value = bits.view(np.float32)
+    for row in range(m):
+        best = _best_key(scores[row], high, columns)
+        second = _second_key(scores[row], high, columns, best)
+        nearest[row] = best & low
+        bits[0] = best & high
+        value[0] = _floor(value[0], lengths[row], bounds)
+        if not (value[0] > 0 and (second | low) < bits[0] - 1):
+            rows[count] = row
+            count += 1
+    return nearest, rows[:count]
 
 
 @compiled()

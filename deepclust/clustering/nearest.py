@@ -46,6 +46,7 @@ SCORES = 2**22  # float32 scores made at once, and
 PAIRS = 4096  # pairs compared at once: both bound the memory of a thread
 CACHED = 2**16  # numbers that a core has in its cache, in float64
 AT_ONCE = 8  # columns of a product: what a kernel of BLAS takes at once
+KEYED = 512  # scores of a row, at most, whose columns may take the low bits
 LOSING = -1e38  # a score that is never the best
 CROWD = 32  # a row with more candidates than this is left to scores about the mean
 
@@ -118,10 +119,27 @@ class Nearest:
         scores = self._space(len(tile))
         torch.mm(tile, self.packed, out=scores)
         whole = scores.view(INTEGER[self.dtype]).numpy()
-        floors = loops().floors_of(whole, lengths.numpy(), self._bounds)
-        nearest, rows, starts, ids, left = loops().above(whole, floors, CROWD)
-        self._compare(take, (rows, starts, ids), nearest)
+        nearest, open_rows, left = self._guess(whole, lengths.numpy())
+        self._compare(take, open_rows, nearest)
         return self._settle(nearest, torch.from_numpy(left), take)
+
+    def _guess(
+        self, scores: np.ndarray, lengths: np.ndarray
+    ) -> tuple[Int64[np.ndarray, " m"], Candidates, Int64[np.ndarray, " u"]]:
+        """Return the best column of each row, the rows with more than one, and those left open.
+
+        Few scores of 32 bits are looked at by their keys first.
+        """
+        bounds = self._bounds
+        if self.dtype != torch.float32 or scores.shape[1] > KEYED:
+            floors = loops().floors_of(scores, lengths, bounds)
+            nearest, rows, starts, ids, left = loops().above(scores, floors, CROWD)
+            return nearest, (rows, starts, ids), left
+        nearest, where = loops().best_columns(scores, lengths, bounds)
+        some = scores[where]
+        floors = loops().floors_of(some, lengths[where], bounds)
+        nearest[where], rows, starts, ids, left = loops().above(some, floors, CROWD)
+        return nearest, (where[rows], starts, ids), where[left]
 
     def _settle(self, nearest: np.ndarray, left: Tensor, take: Take) -> Int64[Tensor, " m"]:
         """Return the nearest of a tile's rows, those in `left` decided by float32 scores.

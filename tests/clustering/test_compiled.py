@@ -12,7 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepclust.clustering.compiled import above, add_rows, closest, compiled, floors_of
+from deepclust.clustering.compiled import (
+    above,
+    add_rows,
+    best_columns,
+    closest,
+    compiled,
+    floors_of,
+)
 from deepclust.clustering.exact_sums import MAGIC, grid_of, into_partials
 
 MOST = 3
@@ -50,6 +57,36 @@ def test_a_floor_is_below_every_score_that_can_be_the_best(
     floats = torch.from_numpy(floors[~given_up]).view(kind).double()
     assert bool((floats <= lowest[~given_up]).all())
     assert bool((floats >= lowest[~given_up] * (1 - 2.0**-6)).all())
+
+
+@given(
+    m=st.integers(0, 40), k=st.integers(1, 300), near=st.integers(0, 24), seed=st.integers(0, 99)
+)
+@settings(max_examples=100, deadline=None)
+def test_a_best_column_is_the_only_one_above_its_floor_unless_its_row_is_open(
+    m: int, k: int, near: int, seed: int
+) -> None:
+    draws = np.random.default_rng(seed)
+    scores = draws.standard_normal((m, k)).astype(np.float32)
+    if k > 1:  # a second one just above or below the best, as far as 2^-near of it
+        best = scores.max(1) * (1 + draws.choice([-1, 0, 1], m) * 2.0**-near)
+        scores[np.arange(m), draws.integers(0, k, m)] = best
+    lengths, bounds = np.full(m, 0.5, np.float32), (1e-7, 1e-7, 1e-7, 1.0, 2.0**-22)
+    whole = scores.view(np.int32)
+    nearest, rows = best_columns(whole, lengths, bounds)
+    reach = (whole >= floors_of(whole, lengths, bounds)[:, None]).sum(1)
+    are_open = np.isin(np.arange(m), rows)
+    assert are_open[reach != 1].all()
+    assert (reach[~are_open] == 1).all()
+    assert np.array_equal(nearest[~are_open], scores[~are_open].argmax(1))
+    ranked = np.sort(scores[are_open & (reach == 1)], 1)  # open for the nine low bits alone
+    assert (ranked[:, -2:-1] >= ranked[:, -1:] * (1 - 2.0**-13)).all()
+
+
+def test_rows_with_scores_that_are_no_numbers_are_open() -> None:
+    scores = np.array([[1, np.nan], [np.inf, 1], [-1, -2], [2, 1]], np.float32)
+    _, rows = best_columns(scores.view(np.int32), np.ones(4, np.float32), (0.0, 0.0, 0.0, 1.0, 0.0))
+    assert rows.tolist() == [0, 1, 2]
 
 
 def test_the_closest_is_that_of_float64_and_a_tie_is_never_certain() -> None:
