@@ -101,8 +101,12 @@ class Worker:
         with self._something:
             del self._records[: have - self._kept_from]
             self._kept_from = have
-            if not self._records and not self._is_over:
-                self._something.wait(wait_s)
+            asked = self._process
+
+            def is_some() -> bool:
+                return bool(self._records) or self._is_over or self._process is not asked
+
+            self._something.wait_for(is_some, wait_s)
             return News(list(self._records), self._is_over)
 
     def stop(self) -> None:
@@ -131,7 +135,8 @@ class Worker:
                     return
                 self._records += process.read()
                 self._is_over = process.has_ended
-                self._something.notify_all()
+                if self._records or self._is_over:  # each answer costs Ray milliseconds
+                    self._something.notify_all()
 
 
 class Trainer(Worker):
