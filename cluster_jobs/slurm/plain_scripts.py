@@ -16,8 +16,9 @@ from deepclust.recipe import Recipe
 RECIPE = "deepcluster-resnet50-imagenet"  # any: only its batch decides whether a shape fits
 SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": (
-        "Two nodes of eight GPUs, every GPU trains; the job brings up a Ray for itself.",
-        ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96", "cluster.gpus=0"),
+        "Two nodes of eight GPUs, every GPU trains and clusters; the job brings up a Ray for itself.",
+        ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96",
+         "cluster.where=ranks"),
     ),
     "ray-spare-gpu": (
         "Two nodes of eight GPUs; one of the first node's clusters: 15 ranks train, so choose a "
@@ -27,7 +28,7 @@ SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "srun": (
         "Two nodes of eight GPUs without Ray: srun starts one task for each process.",
         ("slurm.launcher=srun", "slurm.nodes=2", "slurm.gpus_per_node=8",
-         "slurm.cpus_per_node=96", "cluster.device=cpu"),
+         "slurm.cpus_per_node=96", "cluster.where=ranks"),
     ),
     "srun-cpu": (
         "Two nodes without GPUs, one rank on each: a first try on any cluster.",
