@@ -16,7 +16,7 @@ from deepclust.recipe import Recipe
 RECIPE = "deepcluster-resnet50-imagenet"  # any: only its batch decides whether a shape fits
 SHAPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ray": (
-        "Two nodes of eight GPUs, every GPU trains and clusters; the job brings up a Ray for itself.",
+        "Two nodes of eight GPUs, which all train and cluster; the job brings up a Ray for itself.",
         ("slurm.nodes=2", "slurm.gpus_per_node=8", "slurm.cpus_per_node=96",
          "cluster.where=ranks"),
     ),

@@ -3,8 +3,8 @@
 
     python tools/bench/decode_paths.py --photos FOLDER [--device cpu] [--pairs 3] [--out FILE]
 
-The network is small (conv4) and the crops are large (224), so on a GPU the readers decide. A path is
-a setting of the recipe: decode and crop in the readers, crop on the device, decode large files
+The network is small (conv4) and the crops are large (224), so on a GPU the readers decide. A path
+is a setting of the recipe: decode and crop in the readers, crop on the device, decode large files
 small, decode on the GPU. Each run is a process of its own, and the paths take turns. Photos are
 small ones made larger: 500 x 375 as ImageNet's, 341 x 256 as `pack --resize-short 256` leaves them,
 and 1600 x 1200. The table has the median rate, its ratio to the first path within a turn, and the
@@ -31,13 +31,9 @@ PATHS = {
     "reduced": ["data.decode=reduced"],
     "gpu": ["data.decode=gpu"],
 }
-SIZES = {
-    "500x375": (512, (500, 375)), "341x256": (512, (341, 256)), "1600x1200": (128, (1600, 1200)),
-}  # fmt: skip
-RECIPE = (
-    "backbone.name=conv4", "data.size=224", "data.resize=256", "data.workers=auto",
-    "train.log=4", "train.warmup=0",
-)  # fmt: skip
+SIZES = {"500x375": (500, 375), "341x256": (341, 256), "1600x1200": (1600, 1200)}
+RECIPE = ("backbone.name=conv4", "data.workers=auto", "train.log=2", "train.warmup=0")
+HEADER = "| photos | path | images/s | of the first path | readers awaited |"
 
 
 def main() -> int:
@@ -52,10 +48,10 @@ def main() -> int:
     paths = [path for path in PATHS if path != "gpu" or args.device == "cuda"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, (count, size) in SIZES.items():
-            shard = write_shard(args.photos, Path(folder, name), count, size)
+        for name, size in SIZES.items():
+            shard = write_shard(args.photos, Path(folder, name), args.count, size)
             rows += measured(args, shard, name, paths)
-    print("| photos | path | images/s | of the first path | readers awaited |\n|---|---|---|---|---|")
+    print(HEADER, "|---" * 5 + "|", sep="\n")
     for row in rows:
         print(
             f"| {row['photos']} | {row['path']} | {row['images/s']:.0f} | {row['ratio']:.2f} | "
@@ -71,6 +67,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, help="a folder with JPEGs, searched through")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--count", type=int, default=512, help="photos of each size")
+    parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4, help="over the photos of one size")
     parser.add_argument("--pairs", type=int, default=3)
@@ -106,6 +104,7 @@ def one(args: argparse.Namespace, shard: str, path: str) -> dict[str, float]:
 
     settings = (
         f"data.shards={shard}", f"train.batch={args.batch}", f"train.epochs={args.epochs}",
+        f"data.size={args.crop}", f"data.resize={args.crop * 8 // 7}",
         f"train.device={args.device}", *RECIPE, *PATHS[path],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
