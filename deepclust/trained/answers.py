@@ -2,8 +2,8 @@
 
 A method that answers classes has a column for each class, in the order of `labels.json`, and
 perhaps free ones behind them. One that answers clusters while seeds pin them has the classes of the
-pinned clusters, as the last round wrote them.
-Class means (`nearest_mean.py`) have a column for each class, whatever the method was.
+pinned clusters, as the last round wrote them. Class means (`nearest_mean.py`) have a column for
+each class, whatever the method was.
 """
 
 from __future__ import annotations
