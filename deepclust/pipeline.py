@@ -18,6 +18,7 @@ After the last step a final round is made with the weights that were exported.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from deepclust.errors import RecipeError, RequeueWanted
 from deepclust.export.backbone import Head, export_backbone
@@ -37,6 +38,7 @@ from deepclust.stages.extract import ExtractContext, extract
 from deepclust.stages.project import project, write_no_rows
 from deepclust.stages.raw_memory import RawMemory
 from deepclust.stages.train import Trainer, train_segment
+from deepclust.trained.class_means import at_end
 from deepclust.trained.classifier import head_of
 
 
@@ -79,7 +81,7 @@ def run(context: Context) -> None:
                 evaluate_now(trainer, state)
         trainer.save(state)
         average.settle(trainer, targets, state)
-        finish(context, trainer)
+        finish(context, trainer, state.step)
         if targets is not None and recipe.clustering.final:
             make_final_round(context, trainer, state)
     finally:
@@ -238,13 +240,19 @@ def await_stage(context: Context, number: int, stage: str) -> None:
     context.emit("waited", round=number, stage=stage, seconds=time.monotonic() - began)
 
 
-def finish(context: Context, trainer: Trainer) -> None:
+def finish(context: Context, trainer: Trainer, step: int) -> None:
     """Export the backbone and say that the run is done."""
     if context.world.is_first:
         out = context.run.path / "export" / "backbone.safetensors"
-        head = head_of(context.run, context.recipe, trainer.method)
+        answering = at_end(context.run, trainer.embedder, step, warned(context), context.index)
+        head = head_of(context.run, context.recipe, answering)
         own = head if isinstance(head, Head) else None
         meta = warm_start.export_meta(context.run)
         written = export_backbone(trainer.method.trunk, out, "safetensors", meta=meta, head=own)
         context.report.event("exported", file=str(out), hash=written.hash)
     context.world.barrier()
+
+
+def warned(context: Context) -> Callable[[str], None]:
+    """Return what reports a text as a warning."""
+    return lambda text: context.emit("warning", text=text.removeprefix("warning: "))

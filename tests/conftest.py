@@ -62,6 +62,19 @@ def final_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def judged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs with labels that train nothing, by method; nobody writes there."""
+    from tests.methods.cases import CASES  # imports every method
+
+    folder, seeds = tmp_path_factory.mktemp("judged"), "seeds={labels: shards, per_class: 5}"
+    for name in ("simclr", "swav", "sela"):
+        final = ("cluster.final=true",) if name == "sela" else ()
+        overrides = (f"method.name={name}", *CASES[name], *final, "train.epochs=1", seeds)
+        pretrain(tiny_recipe(shards, *overrides), folder / name)
+    return {name: folder / name for name in ("simclr", "swav", "sela")}
+
+
+@pytest.fixture(scope="session")
 def resnet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a network that torchvision and timm have; nobody writes there."""
     small = ("backbone.name=resnet18", "data.size=32", "data.resize=32", "train.epochs=1")

@@ -286,9 +286,9 @@ def predict(
     best: Best = False,
     as_json: Json = False,
 ) -> None:
-    """Write the cluster of images that the run has never seen, as Parquet or CSV.
+    """Write the cluster and class of images that the run has never seen, as Parquet or CSV.
 
-    Columns: cluster, distance, second-best cluster and margin, and the class where seeds give one.
+    Columns: cluster, distance, second-best cluster, margin; with seeds class and confidence.
     """
     log(f"clusters of {redact(data)} by {run_dir}")
     from cluster_jobs.display import Display
@@ -301,8 +301,8 @@ def predict(
     if as_json:
         typer.echo(json.dumps(counts))
     log(
-        f"wrote {out}: {counts['images']} images in {counts['used']} of {counts['k']} clusters, "
-        f"{counts['excluded']} without an image that can be read"
+        f"wrote {out}: {counts['images']} images in {counts['used']} of {counts['k']} "
+        f"{counts['unit']}, {counts['excluded']} without an image that can be read"
     )
 
 

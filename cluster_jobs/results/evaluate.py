@@ -46,10 +46,14 @@ from deepclust.run.directory import Run, open_run
 from deepclust.run.links import refuse_links_out
 from deepclust.seeds.table import load as load_seeds
 from deepclust.trained.answers import columns_of
+from deepclust.trained.class_means import answering, is_of
+from deepclust.trained.nearest_mean import NearestMean
 from deepclust.trained.saved import embedder_of, fresh_embedder, newest
 
 log = logging.getLogger("deepclust")
 BASELINES = Beside()
+Emit = Callable[[str], None]
+MEANS = "the classifier is the nearest class mean of the labelled images (class_means/)"
 
 
 def evaluate_run(
@@ -80,7 +84,7 @@ def evaluate_run(
         check_layers(embedder_of(run, checkpoint))
     labels = beside.labels
     with open_shards(train, run, labels) as index, open_shards(test, run, labels) as test_index:
-        frozen = _freeze(run, checkpoint, index, test_index)
+        frozen = _freeze(run, checkpoint, (index, test_index), emit, labels is None)
         frozen = replace(frozen, finetuning=beside.finetuning)
         for note in frozen.notes:
             emit(f"note: {note}")
@@ -107,14 +111,22 @@ def keep_record(run: Run, file: Path, record: dict[str, Any], emit: Callable[[st
         emit(f"warning: the scores are not recorded in the run: {error}")
 
 
-def _freeze(run: Run, checkpoint: Checkpoint, train: Index, test: Index) -> Frozen:
-    """Return the frozen features of both sets of shards, with the run's seeds where it has any."""
+def _freeze(
+    run: Run, checkpoint: Checkpoint, indexes: tuple[Index, Index], emit: Emit, own_labels: bool
+) -> Frozen:
+    """Return the frozen features of both sets of shards, with the run's seeds where it has any.
+
+    `own_labels`: the labels of these indexes are those that the run would read.
+    """
+    train, test = indexes
     dim = run.recipe.cluster.dim if run.recipe.cluster else DIM
     embedder = embedder_of(run, checkpoint)
     frozen = freeze_shards(embedder, train, test, run.recipe.data, dim=dim)
-    images = Images(embedder.method.trunk, (train, test), run.recipe.data)
+    images = Images(embedder.method.trunk, indexes, run.recipe.data)
     frozen = replace(frozen, images=images)
-    return _with_seeds(_with_answers(frozen, run, embedder), run, train)
+    is_own = own_labels and run.recipe.seeds is not None and is_of(run, train)
+    named = answering(run, embedder, checkpoint.state.step, emit, train if is_own else None)
+    return _with_seeds(_with_answers(frozen, run, named), run, train)
 
 
 def _baselines(
@@ -183,23 +195,22 @@ def newest_checkpoint(run: Run, emit: Callable[[str], None]) -> Checkpoint:
     return checkpoint
 
 
-def _with_answers(frozen: Frozen, run: Run, embedder: Embedder) -> Frozen:
-    """Return `frozen` with the run's own answers, or why there are none."""
-    columns = columns_of(run, run.recipe, embedder.method)
-    if isinstance(columns, str):
-        return replace(frozen, answers_missing=columns)
-    answers = Answers(embedder.answer, columns.classes, columns.class_of, columns.labels)
-    return replace(frozen, answers=answers)
+def _with_answers(frozen: Frozen, run: Run, named: Embedder | str) -> Frozen:
+    """Return `frozen` with what answers classes, or with the sentence why nothing does."""
+    if isinstance(named, str):
+        return replace(frozen, answers_missing=named)
+    columns = columns_of(run, run.recipe, named.method)
+    assert not isinstance(columns, str), columns
+    answers = Answers(named.answer, columns.classes, columns.class_of, columns.labels)
+    notes = (*frozen.notes, MEANS) if isinstance(named.method, NearestMean) else frozen.notes
+    return replace(frozen, answers=answers, notes=notes)
 
 
 def _with_seeds(frozen: Frozen, run: Run, index: Index) -> Frozen:
     """Return `frozen` with the rows of the run's labelled seeds, or why there are none."""
     if run.recipe.seeds is None:
         return replace(frozen, seeds_missing=f"{run.path} was trained without labelled seeds")
-    if (
-        index.fingerprint
-        != read_record(run.path / "data.json", {"fingerprint": str})["fingerprint"]
-    ):
+    if not is_of(run, index):
         reason = f"{folder_of(index)} are not the shards that {run.path} was trained on"
         return replace(frozen, seeds_missing=reason)
     table = load_seeds(index, run.recipe.seeds, run.recipe.seed).table

@@ -22,10 +22,12 @@ from deepclust.export.backbone import Exported, Head, export_backbone, usage_of,
 from deepclust.export.program import PROGRAMS
 from deepclust.files import atomic_file, file_hash, target_of, write_text
 from deepclust.methods.base import Method
+from deepclust.methods.embed import Embedder
 from deepclust.run.directory import Run, open_run
 from deepclust.stages.warm_start import export_meta
 from deepclust.trained import export_clusters
 from deepclust.trained.answers import Columns
+from deepclust.trained.class_means import answering
 from deepclust.trained.classifier import head_of
 from deepclust.trained.cluster_head import ClusterHead, cluster_head_of, images_to_clusters
 from deepclust.trained.labelling import Answers
@@ -83,9 +85,10 @@ def export_run(
 ) -> Exported:
     """Export the backbone of a run, in a format (default: that of the suffix).
 
-    In safetensors the classifier of its seeds is beside it, where it answers classes. With
-    `classifier` the file tells clusters too (`trained/export_clusters.py`). `card` is a file
-    for the model card, which a folder has as its README.md anyway.
+    In safetensors the classifier of its seeds is beside it: its own, where it answers classes, else
+    class means (`trained/class_means.py`). With `classifier` the file tells clusters too
+    (`trained/export_clusters.py`). `card` is a file for the model card, which a folder has as its
+    README.md anyway.
 
     `emit` is given what to know about it, such as that a newer checkpoint cannot be read. Raises
     `RecipeError` for a run without clusters, and for a format that cannot hold it.
@@ -103,8 +106,8 @@ def export_run(
 def _weights_alone(asked: _Asked, emit: Tell, best: bool) -> _Given:
     """Return a checkpoint's weights, with the classifier of the seeds where a file can hold it."""
     saved = chosen_checkpoint(asked.run, emit, best)
-    method = embedder_of(asked.run, saved).method
-    return _Given(method, saved.state.step, _seeded_head(asked, method, emit))
+    embedder, step = embedder_of(asked.run, saved), saved.state.step
+    return _Given(embedder.method, step, _seeded_head(asked, embedder, step, emit))
 
 
 def _with_clusters(asked: _Asked, emit: Tell, best: bool) -> _Given:
@@ -116,17 +119,20 @@ def _with_clusters(asked: _Asked, emit: Tell, best: bool) -> _Given:
     if isinstance(labeller.rule, Answers) and asked.format == "safetensors":
         return _Given(method, step, head=_answering_head(asked, labeller))
     part = export_clusters.part_of_head(rule, asked.run.recipe.method.name)
-    return _Given(method, step, head=_seeded_head(asked, method, emit), part=part)
+    head = _seeded_head(asked, labeller.embedder, step, emit)
+    return _Given(method, step, head=head, part=part)
 
 
-def _seeded_head(asked: _Asked, method: Method, emit: Tell) -> Head | None:
+def _seeded_head(asked: _Asked, embedder: Embedder, step: int, emit: Tell) -> Head | None:
     """Return the classifier of a run's seeds, for a file that can hold it."""
     run = asked.run
-    head = head_of(run, run.recipe, method)
+    if run.recipe.seeds is None or asked.format != "safetensors":
+        return None
+    named = answering(run, embedder, step, emit)
+    head = named if isinstance(named, str) else head_of(run, run.recipe, named.method)
     if isinstance(head, Head):
-        return head if asked.format == "safetensors" else None
-    if run.recipe.seeds is not None and asked.format == "safetensors":
-        emit(f"note: the file has no classifier: {head}")
+        return head
+    emit(f"note: the file has no classifier: {head}")
     return None
 
 

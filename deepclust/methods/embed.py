@@ -47,10 +47,18 @@ class Embedder:
         return self.method.answer(rows).float()
 
     @torch.inference_mode()
-    def answered(self, images: UInt8[Tensor, "b 3 s s"]) -> Float32[Tensor, "b k"]:
-        """Return the same logits of images: `answer` of what is embedded."""
-        method = self.method
-        return self._apply(lambda floats: method.answer(method.embed(floats)), images)
+    def answered(self, images: UInt8[Tensor, "b 3 s s"], *others: Method) -> Float32[Tensor, "b k"]:
+        """Return the same logits of images: `answer` of what is embedded.
+
+        Behind them are those of `others`, methods with the same trunk.
+        """
+
+        def work(floats: Tensor) -> Tensor:
+            features = self.method.embed(floats)
+            answers = [one.answer(features).float() for one in (self.method, *others)]
+            return torch.cat(answers, 1)
+
+        return self._apply(work, images)
 
     def _apply(self, work: Callable[[Tensor], Tensor], images: UInt8[Tensor, "b 3 s s"]) -> Tensor:
         self.method.eval()

@@ -10,6 +10,8 @@ from deepclust.run import checkpoint, labels
 from deepclust.run.directory import Run
 from deepclust.stages.build import build_method
 from deepclust.stages.warm_start import backbone_part, export_meta
+from deepclust.trained import class_means
+from deepclust.trained.answers import columns_of
 from deepclust.trained.classifier import head_of
 from deepclust.world import ALONE
 
@@ -32,6 +34,9 @@ def export_again(run: Run, file: Path) -> Exported:
         raise DataError(text) from error
     if run.recipe.seeds is not None:
         checkpoint.put_weights(method, weights, folder, method.owned())
-    head = head_of(run, run.recipe, method)
+    means = None
+    if isinstance(columns_of(run, run.recipe, method), str):
+        means = class_means.kept(run, trunk, saved.state.step)
+    head = head_of(run, run.recipe, means or method)
     own = head if isinstance(head, Head) else None
     return export_backbone(trunk, file, "safetensors", meta=export_meta(run), head=own)

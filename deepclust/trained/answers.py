@@ -2,7 +2,8 @@
 
 A method that answers classes has a column for each class, in the order of `labels.json`, and
 perhaps free ones behind them. One that answers clusters while seeds pin them has the classes of the
-pinned clusters, as the last round wrote them.
+pinned clusters, as the last round wrote them. Class means (`nearest_mean.py`) have a column for
+each class, whatever the method was.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deepclust.recipe import Recipe
 from deepclust.run import labels
 from deepclust.run.directory import Run, has_file
 from deepclust.run.round_files import read_facts
+from deepclust.trained.nearest_mean import NearestMean
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def columns_of(run: Run, recipe: Recipe, method: Method) -> Columns | str:
 
     Raises `DataError` for a record that is damaged.
     """
+    if isinstance(method, NearestMean):
+        return Columns(method.names, np.arange(len(method.names)), method.labels)
     name = recipe.method.name
     if recipe.method.answers == "nothing":
         return f"method {name} has no classifier"

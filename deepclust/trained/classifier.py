@@ -3,8 +3,8 @@
 A file of `deepclust export --format safetensors` has the backbone's weights, and those of the parts
 that make a method's logits of features, under PREFIX. The header says the names of the columns and
 the method's section, from which the same parts are built again. So any method that answers classes
-can be exported, with its projection or without. Old files have no classifier, and `load_backbone`
-reads both.
+can be exported, with its projection or without. Class means (`nearest_mean.py`) are exported for
+all other runs that have labels. Old files have no classifier, and `load_backbone` reads both.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from deepclust.recipe.named import part_of, section_of
 from deepclust.recipe.sections import ClusterSection, MethodSection
 from deepclust.run.directory import Run
 from deepclust.trained.answers import Columns, columns_of, parts_of, try_answer
+from deepclust.trained.nearest_mean import SECTION, NearestMean
 from deepclust.world import ALONE
 
 LARGEST = 2**20  # columns of a classifier, or clusters
@@ -72,13 +73,14 @@ def head_of(run: Run, recipe: Recipe, method: Method, columns: Columns | None = 
     if isinstance(known, str):
         return known
     parts = tuple(f"{part}." for part in parts_of(method))
+    section = SECTION if isinstance(method, NearestMean) else recipe.method
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in method.state_dict().items()
         if name.startswith(parts)
     }
     about = {
-        "method": recipe.method.model_dump(mode="json"),
+        "method": section.model_dump(mode="json"),
         "cluster": None if recipe.cluster is None else [recipe.cluster.k, recipe.cluster.dim],
         "names": known.names,
         "classes": list(known.classes),
@@ -87,9 +89,9 @@ def head_of(run: Run, recipe: Recipe, method: Method, columns: Columns | None = 
     try:
         again = _build(about, tensors, copy.deepcopy(method.trunk).cpu())
     except Exception as error:  # the end of a run must not fail by it
-        return f"{recipe.method.name} cannot be built from a file: {error}"
+        return f"{section.name} cannot be built from a file: {error}"
     if not torch.allclose(try_answer(again), try_answer(method).cpu(), rtol=1e-2, atol=1e-2):
-        return f"{recipe.method.name} answers by parameters that are in no module"
+        return f"{section.name} answers by parameters that are in no module"
     return Head(about, tensors, lambda path: _check_same(path, again))
 
 
@@ -114,8 +116,8 @@ def load_classifier(path: str | Path) -> Classifier:
     about = backbone.meta.get(CLASSIFIER)
     if about is None:
         raise DataError(
-            f"{path} has no classifier. Export a run that has labelled seeds and answers classes, "
-            "or use load_backbone for its features."
+            f"{path} has no classifier. Export a run that has labelled seeds, or use load_backbone "
+            "for its features."
         )
     try:
         method = _build(about, tensors, backbone)
@@ -130,19 +132,27 @@ def _build(about: dict[str, Any], tensors: dict[str, Tensor], backbone: Backbone
     """Return the method of a header around a backbone, with the tensors that are its classifier."""
     if weights_hash(tensors) != about["weights"]:
         raise DataError("the weights are not those that were exported. Export it again.")
-    name = str(about["method"]["name"])
-    if name not in METHODS and name not in sys.modules:
-        raise DataError(f"import {name} first: a module is not imported because a file names it")
-    config = section_of(name, METHODS, MethodSection).model_validate(about["method"])
-    cluster = None
-    if about["cluster"] is not None:
-        k, dim = about["cluster"]
-        cluster = ClusterSection(k=k, dim=dim)
-    if max(len(about["names"]), cluster.k if cluster else 1) > LARGEST:
-        raise DataError("it has too many columns")
-    setting = Setting(config, cluster, 0, ALONE, classes=tuple(map(str, about["classes"])))
-    method: Method = part_of(name, METHODS, "method")(backbone, setting)
+    method = _without_weights(about, backbone)
     unknown = method.load_state_dict(tensors, strict=False).unexpected_keys
     if unknown or try_answer(method).shape[1] != len(about["names"]):
         raise DataError(f"its method has no {unknown[:3]}, or not {len(about['names'])} columns")
     return method.requires_grad_(False).eval()
+
+
+def _without_weights(about: dict[str, Any], backbone: Backbone) -> Method:
+    """Return the method of a header around a backbone, as it is built."""
+    name, classes = str(about["method"]["name"]), tuple(map(str, about["classes"]))
+    cluster = None
+    if about["cluster"] is not None:
+        k, dim = about["cluster"]
+        cluster = ClusterSection(k=k, dim=dim)
+    if max(len(about["names"]), len(classes), cluster.k if cluster else 1) > LARGEST:
+        raise DataError("it has too many columns")
+    if name == SECTION.name:
+        return NearestMean.empty(backbone, classes)
+    if name not in METHODS and name not in sys.modules:
+        raise DataError(f"import {name} first: a module is not imported because a file names it")
+    config = section_of(name, METHODS, MethodSection).model_validate(about["method"])
+    setting = Setting(config, cluster, 0, ALONE, classes=classes)
+    method: Method = part_of(name, METHODS, "method")(backbone, setting)
+    return method

@@ -2,7 +2,7 @@
 
     run = load_run("runs/a")
     run.embed(images)      # float32 [b, D]
-    run.predict(images)    # Prediction: clusters, class names where seeded, distances, margins
+    run.predict(images)    # Prediction: clusters, distances, margins, and classes where seeded
 
 Images are paths, Pillow images, or uint8 arrays [h, w, 3] or tensors [3, h, w] of any size.
 """
@@ -25,10 +25,11 @@ from torch import Tensor
 from deepclust.data.images.crops import CentreCrop
 from deepclust.data.images.decode import DecodeError
 from deepclust.data.images.reduced import decode_for
-from deepclust.errors import DataError, RecipeError, shown
+from deepclust.errors import DataError, DeepclustError, RecipeError, shown
 from deepclust.files import reading
 from deepclust.methods.base import Method
 from deepclust.methods.embed import Embedder
+from deepclust.recipe import Recipe
 from deepclust.recipe.sections import Data
 from deepclust.run import final_round
 from deepclust.run.best import load_best
@@ -36,6 +37,7 @@ from deepclust.run.checkpoint import Checkpoint
 from deepclust.run.directory import Run, has_file, manifest, open_run
 from deepclust.run.round_files import read_facts
 from deepclust.trained.answers import columns_of
+from deepclust.trained.class_means import by_means
 from deepclust.trained.labelling import (
     Answers,
     Labels,
@@ -54,9 +56,9 @@ log = logging.getLogger("deepclust")
 class Labeller:
     """What says which cluster an image is in: the network of a run, and the rule for its rows.
 
-    `round` is that of the rule, None for a method's own answers. `step` is that of the weights.
-    `classes` has the class name of
-    each cluster [k + 1], None for free ones and in the last place.
+    `round` is that of the rule, None for answers. `step` is that of the weights. `classes` has the
+    class name of each cluster [k + 1], None for free ones and in the last place. Where a method has
+    no clusters, and labels, the classes are its clusters, by the nearest class mean.
     """
 
     embedder: Embedder
@@ -77,16 +79,26 @@ class Labeller:
             return self.embedder.answered(images)
         return self.projection(self.embedder.clustered(images))
 
+    def named(self, labels: Labels) -> tuple[np.ndarray, Float32[np.ndarray, " m"] | None]:
+        """Return the classes of labels, and of answers their probability, NaN without a class."""
+        assert self.classes is not None
+        names = self.classes[labels.clusters]
+        if not isinstance(self.rule, Answers):
+            return names, None
+        free = np.array([name is None for name in names], bool)
+        return names, np.where(free, np.nan, np.exp(-labels.distances)).astype(np.float32)
+
 
 def labeller_of(run: Run, round: int | None = None, tell: Tell = log.warning) -> Labeller:
     """Return the labeller of a run: by a round (default: the last), or by its own answers.
 
-    `tell` is given what is odd about the weights. Raises `RecipeError` for a run without clusters.
+    `tell` is given what is odd about the weights. Raises `RecipeError` for a run that has neither
+    clusters nor labels.
     """
-    if run.recipe.cluster is None and run.recipe.assigns:
+    if _answers(run.recipe):
         if round is not None:
             raise RecipeError(NO_ROUNDS.format(run.path, run.recipe.method.name))
-        return _by_answers(run, newest(run, tell))
+        return _by_answers(run, newest(run, tell), tell)
     number = choose_round(run, round)
     return _by_round(run, checkpoint_of_round(run, number, tell), number)
 
@@ -95,11 +107,11 @@ def best_labeller_of(run: Run, tell: Tell = log.warning) -> Labeller:
     """Return the labeller of a run's best checkpoint, by the round that its weights made.
 
     Where none was made with them it is the round that they were trained on, and `tell` hears it.
-    Raises `RecipeError` for a run without clusters, or without a best checkpoint.
+    Raises `RecipeError` for a run without clusters or labels, or without a best checkpoint.
     """
     saved = load_best(run)
-    if run.recipe.cluster is None and run.recipe.assigns:
-        return _by_answers(run, saved)
+    if _answers(run.recipe):
+        return _by_answers(run, saved, tell)
     choose_round(run, None)  # raises for a run without clusters
     number = made_with(run, saved.state.step)
     if number is None:
@@ -121,11 +133,39 @@ def made_with(run: Run, step: int) -> int | None:
     return made[-1] if made else None
 
 
-def _by_answers(run: Run, saved: Checkpoint) -> Labeller:
-    embedder = embedder_of(run, saved)
+def namer_of(run: Run, labeller: Labeller, tell: Tell) -> Labeller | None:
+    """Return what names images by class: the labeller, or class means where its clusters have none.
+
+    It is None without labels, and where there are no class means: `tell` hears why.
+    """
+    if labeller.classes is not None:
+        return labeller
+    if run.recipe.seeds is None:
+        return None
+    try:
+        embedder = by_means(run, labeller.embedder, labeller.step, tell)
+    except DeepclustError as error:
+        tell(f"warning: images have clusters and no class: {error}")
+        return None
+    return _asked(run, embedder, labeller.step)
+
+
+def _answers(recipe: Recipe) -> bool:
+    """Return whether images are answered without rounds: by the network, or by class means."""
+    return recipe.cluster is None and (recipe.assigns or recipe.seeds is not None)
+
+
+def _by_answers(run: Run, saved: Checkpoint, tell: Tell) -> Labeller:
+    embedder, step = embedder_of(run, saved), saved.state.step
+    if not run.recipe.assigns:
+        embedder = by_means(run, embedder, step, tell)
+    return _asked(run, embedder, step)
+
+
+def _asked(run: Run, embedder: Embedder, step: int) -> Labeller:
     width = embedder.answered(no_image(run.recipe.data)).shape[1]
     classes = answered_classes(run, embedder.method)
-    return Labeller(embedder, Answers(width), None, None, saved.state.step, classes)
+    return Labeller(embedder, Answers(width), None, None, step, classes)
 
 
 def _by_round(run: Run, saved: Checkpoint, number: int) -> Labeller:
@@ -135,7 +175,7 @@ def _by_round(run: Run, saved: Checkpoint, number: int) -> Labeller:
 
 
 NO_ROUNDS = (
-    "{} is a run of method {}, which has no rounds: its network answers with a cluster. Leave "
+    "{} is a run of method {}, which has no rounds: its network answers for itself. Leave "
     "--round out"
 )
 
@@ -206,13 +246,18 @@ def seeded_supers(run: Run, number: int) -> int | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The clusters of some images, see `labelling.Labels`; class names are None for free ones."""
+    """The clusters of some images, see `labelling.Labels`, and their classes where labels are.
+
+    A class is None in a free cluster. `confidences` are probabilities of the classes, NaN without
+    one, and None where classes are those of clusters of a round.
+    """
 
     clusters: Int32[np.ndarray, " b"]
     classes: list[str | None] | None
     distances: Float32[np.ndarray, " b"]
     seconds: Int32[np.ndarray, " b"]
     margins: Float32[np.ndarray, " b"]
+    confidences: Float32[np.ndarray, " b"] | None = None
 
     def __repr__(self) -> str:
         used = len(np.unique(self.clusters))
@@ -237,6 +282,11 @@ class TrainedRun:
         return labeller_of(self.run)
 
     @cached_property
+    def namer(self) -> Labeller | None:
+        """What tells the classes, None for a run without labels."""
+        return namer_of(self.run, self.labeller, log.warning)
+
+    @cached_property
     def _embedder(self) -> Embedder:
         return embedder_of(self.run, newest(self.run, log.warning))
 
@@ -246,21 +296,32 @@ class TrainedRun:
         return np.concatenate(parts) if parts else np.zeros((0, self._dim), np.float32)
 
     def predict(self, images: Iterable[object], head: int = 0) -> Prediction:
-        """Return the clusters of images, of one of the run's clusterings.
+        """Return the clusters of images, of one of the run's clusterings, and their classes.
 
-        Raises `RecipeError` for a run without clusters, and `DataError` for what is not an image.
+        Raises `RecipeError` for a run without clusters and labels, and `DataError` for anything
+        that is not an image.
         """
-        rule = self.labeller.rule
+        rule, namer = self.labeller.rule, self.namer
         if not 0 <= head < rule.heads:
             raise RecipeError(f"head {head}: {self.run.path} has heads 0 to {rule.heads - 1}")
-        rows = [self.labeller.rows(part).cpu() for part in _cropped(images, self._data)]
-        parts = [label(rule, part, head) for part in rows]
+        parts = [self._labels(part, head) for part in _cropped(images, self._data)]
         if not parts:
             none = np.zeros(0, np.float32)
             return Prediction(none.astype(np.int32), [], none, none.astype(np.int32), none)
-        known, classes = Labels.joined(parts), self.labeller.classes
-        names = None if classes is None else classes[known.clusters].tolist()
-        return Prediction(known.clusters, names, known.distances, known.seconds, known.margins)
+        known, own = (Labels.joined(list(labels)) for labels in zip(*parts, strict=True))
+        names, sure = (None, None) if namer is None else namer.named(own)
+        classes = None if names is None else names.tolist()
+        return Prediction(
+            known.clusters, classes, known.distances, known.seconds, known.margins, sure
+        )
+
+    def _labels(self, images: UInt8[Tensor, "b 3 s s"], head: int) -> tuple[Labels, Labels]:
+        """Return the labels of crops, and those that say their classes."""
+        labeller, namer = self.labeller, self.namer
+        known = label(labeller.rule, labeller.rows(images).cpu(), head)
+        if namer is None or namer is labeller:
+            return known, known
+        return known, label(namer.rule, namer.rows(images).cpu())
 
     @property
     def _data(self) -> Data:
