@@ -252,13 +252,14 @@ def join(
     listens. It must run on that host. env:// is the store of `torchrun`.
     """
     if size > 1:
-        wait = timedelta(seconds=timeout_s)
+        wait, is_gpu = timedelta(seconds=timeout_s), device.type == "cuda"
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend="nccl" if is_gpu else "gloo",
             store=_store(str(rendezvous), rank, size, wait),
             rank=rank,
             world_size=size,
             timeout=wait,
+            device_id=device if is_gpu else None,  # NCCL connects now, and guesses no device
         )
     return World(rank, size, device)
 

@@ -90,7 +90,6 @@ def test_a_check_that_breaks_is_a_failure_and_the_json_has_all_of_them(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("waits", {"names": ["deepcluster"]}),
         ("search", {"n": 2000, "ks": (4, 260)}),
         ("clusters", {"n": 2000, "k": 20}),
         ("whitening", {"n": 2000, "wide": 64, "dim": 16}),
@@ -105,26 +104,35 @@ def test_the_checks_of_numbers_pass_where_the_device_is_the_cpu_itself(
     assert outcome.verdict == "pass", outcome
 
 
-def test_no_method_waits_in_a_step_but_those_of_the_table(
+def test_the_check_of_waits_passes_where_the_device_is_the_cpu_itself(
+    tool: Any, tmp_path: Path
+) -> None:
+    setting = tool["Setting"](torch.device("cpu"), tmp_path)
+    outcome = tool["waits"].waits(setting, ["deepcluster", "daino"])
+    assert outcome.verdict == "pass", outcome
+
+
+def test_no_step_batch_or_pass_waits_more_often_than_the_table_says(
     tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def no_waits(device: torch.device) -> Iterator[None]:
+    def counted(device: torch.device) -> Iterator[list[str]]:
+        seen: list[str] = []
+        log.waits.clear()
         with log.within("asked"):
-            yield
-        if seen := [where for phase, where in log.waits if phase == "asked"]:
-            log.waits.clear()
-            raise RuntimeError(", ".join(seen))
+            yield seen
+        seen += [where for (phase, where) in log.waits.elements() if phase == "asked"]
 
-    monkeypatch.setattr(tool["agreement"], "no_waits", no_waits)
+    monkeypatch.setattr(tool["waits"], "counted", counted)
     with pretended() as log:
         setting = tool["Setting"](torch.device("cuda", 0), tmp_path)
-        some = ["deepcluster", "dino"]  # all are in `waits.json` by the run
-        assert tool["agreement"].waits(setting, some).verdict == "pass"
-        monkeypatch.setattr(tool["agreement"], "TABLE", tmp_path / "table.json")
+        some = ["deepcluster", "dino", "supervised"]  # all are in `waits.json` by the run
+        assert tool["waits"].waits(setting, some).verdict == "pass"
+        monkeypatch.setattr(tool["waits"], "TABLE", tmp_path / "table.json")
         (tmp_path / "table.json").write_text("{}")
-        outcome = tool["agreement"].waits(setting, ["deepercluster", "daino"])
-    assert list(outcome.numbers["methods"]) == ["deepercluster"]
+        outcome = tool["waits"].waits(setting, ["deepercluster", "daino"])
+    parts = ("step", "batch of extraction", "pass of k-means")
+    assert list(outcome.numbers["more"]) == [f"{part} of deepercluster" for part in parts]
 
 
 def test_gradients_of_float32_parts_are_compared_with_float64(tool: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,28 @@ def test_two_ranks_cluster_and_batch_as_one_does(
     assert Run(tmp_path / "run").metrics("train")[-1]["step"] == 24
 
 
-def compiled_and_disturbed(recipe: str, folder: Path, step: int) -> int:
-    """Both runs with every graph that torch traces, but without machine code, which takes long."""
-    traced: list[object] = []
+def compiled_and_disturbed(recipe: str, folder: Path, step: int) -> None:
+    """Both runs with every graph that torch traces, but without machine code, which takes long.
+
+    Ranks are forks of this process. Each that traces a graph leaves a file.
+    """
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        traced.append(graph)
+        (folder / f"traced-{os.getpid()}").touch()
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch.compile = functools.partial(torch.compile, backend=backend)
     run_disturbed(recipe, folder, step)
-    return len(traced)
 
 
-def test_a_compiled_run_is_stopped_resumed_and_exported(shards: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(shards, "train.compile=true", "train.accumulate=2", "train.epochs=1")
-    assert in_fork(compiled_and_disturbed, recipe.dump(), tmp_path, 5) > 0
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_compiled_run_is_stopped_resumed_and_exported(
+    shards: Path, tmp_path: Path, ranks: int
+) -> None:
+    compiled = ("train.compile=true", "train.accumulate=2", "train.epochs=1")
+    recipe = tiny_recipe(shards, *compiled, f"train.ranks={ranks}")
+    in_fork(compiled_and_disturbed, recipe.dump(), tmp_path, 5)
+    assert len(list(tmp_path.glob("traced-*"))) >= ranks
     assert_same_run(tmp_path / "stopped", tmp_path / "straight")
     backbone = load_backbone(tmp_path / "stopped" / "export" / "backbone.safetensors")
     assert backbone(draw(0, 16, 16)[None].float()).shape == (1, backbone.dim)

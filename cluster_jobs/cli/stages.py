@@ -39,7 +39,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Ids = Annotated[Path | None, typer.Option(help="The names of the rows: a text file or Parquet.")]
 NewFolder = Annotated[Path | None, typer.Option(help="The new folder for the result.")]
 Source = Annotated[
-    Path, typer.Argument(metavar="RUN|FEATURES.npy", help="A run, or a file of features.")
+    Path,
+    typer.Argument(
+        metavar="RUN|FEATURES", help="A run, a file of features, or a folder of embed or vae."
+    ),
 ]
 
 
@@ -69,12 +72,13 @@ def cluster(
 ) -> None:
     """Cluster any features by k-means, or do the clustering stage of a run.
 
-    The options are for a file of features. A run has them in its recipe. With several numbers
+    The options are for features from elsewhere. A run has them in its recipe. With several numbers
     after --k, the features are clustered with each and the results are compared.
     """
     log(f"clustering {source}")
-    from cluster_jobs.results import choose_k, cluster_file
+    from cluster_jobs.results import choose_k, cluster_file, vae_files
 
+    source = vae_files.file_in(source)
     ks = choose_k.parse_ks(k)
     options = cluster_file.Options(
         ks[0] if ks else None,
@@ -114,7 +118,7 @@ def cluster(
     epilog=examples(
         "vae resnet.npy vit.npy --out latents",
         "vae features_of_a features_of_b --out latents",
-        "cluster latents/features.npy --k 1000 --whiten 64 --out clusters",
+        "cluster latents --k 1000 --whiten 64 --out clusters",
         "vae runs/a/rounds/0003/features/rows.npy --latent 16 --out latents",
     ),
 )

@@ -1,4 +1,4 @@
-"""Numbers of clusters beside each other: `deepclust cluster RUN|FEATURES.npy --k 50,100,200,500`.
+"""Numbers of clusters beside each other: `deepclust cluster RUN|FEATURES --k 50,100,200,500`.
 
 For each k the rows are clustered twice, from two seeds. What both agree on is in the data, and what
 they do not is the draw. No single number decides, so none is: the table is what users compare.

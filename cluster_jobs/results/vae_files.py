@@ -92,11 +92,20 @@ def rows_file(source: Path) -> Path:
 
     Raises `DataError` for a run without features, and for a folder of features in Parquet.
     """
-    if (source / FEATURES).is_file():  # of `deepclust embed`, or of this module
+    file = file_in(source)
+    return run_rows_file(file) if file.is_dir() else file
+
+
+def file_in(source: Path) -> Path:
+    """Return the features in a folder of `deepclust embed` or of this module, else the source.
+
+    Raises `DataError` for a folder of features in Parquet.
+    """
+    if (source / FEATURES).is_file():
         return source / FEATURES
     if (source / "features.parquet").is_file():
         raise DataError(f"{source} has features in Parquet: embed again with --format npy")
-    return run_rows_file(source) if source.is_dir() else source
+    return source
 
 
 def run_rows_file(source: Path) -> Path:

@@ -14,6 +14,7 @@ from deepclust.clustering import vae_fit
 from deepclust.clustering.vae import Vae, VaeOptions, divergence, scaling
 from deepclust.clustering.vae_fit import Fit, fit_vae
 from deepclust.errors import DataError, NumericalError, RecipeError
+from tools.bench import vae_halves
 
 QUICK = VaeOptions(latent=2, hidden=8, epochs=3, batch=16, lr=0.01)
 
@@ -72,6 +73,14 @@ def test_latents_that_say_nothing_are_zeros() -> None:
     features = vae.features(draw(rank=1))
     assert 1 <= vae.active < 6
     assert int((features != 0).any(0).sum()) == vae.active
+
+
+@pytest.mark.slow
+def test_vaes_of_both_halves_of_digits_have_better_clusters_than_one_of_either() -> None:
+    halves, _, classes = vae_halves.digits()
+    latents = vae_halves.latents_of(halves, epochs=100)
+    alone = [vae_halves.score(rows, classes) for rows in latents]
+    assert vae_halves.score(np.concatenate(latents, 1), classes) >= max(alone) + 0.10
 
 
 def test_every_epoch_has_the_rows_once_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:

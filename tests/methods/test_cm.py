@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.errors import RecipeError
-from deepclust.methods.base import Method, Output
+from deepclust.methods.base import Method, Output, Setting
+from deepclust.methods.supervised.config import Config as Supervised
+from deepclust.methods.terms.cm.config import Config
 from deepclust.methods.terms.cm.term import Term, energy, normed
 from deepclust.world import ALONE, World
 from tests.methods.cases import CLASSES, batch, method, recipe, share
@@ -86,6 +88,20 @@ def test_class_means_are_not_those_of_eq_2_as_printed_which_shrink_with_the_clas
     value(one, features, labels)
     printed = F.one_hot(torch.tensor(labels)).float().T @ features / len(labels)
     torch.testing.assert_close(term_of(one).means / CLASSES, printed)
+
+
+def test_means_by_the_count_of_all_steps_stay_far_from_1000_classes_and_ours_do_not() -> None:
+    torch.manual_seed(0)
+    names = tuple(map(str, range(1000)))
+    term = Term(Config(weight=1), 4, Setting(Supervised(), None, 0, ALONE, classes=names))
+    rows, by_steps = 1 + torch.rand(1000, 4), torch.zeros(1000, 4)  # a class has one row
+    for step in range(1, 501):
+        labels = torch.randint(1000, (50,))
+        term._follow(rows[labels], labels, ALONE)
+        present = labels.unique()
+        by_steps[present] += (rows[present] - by_steps[present]) / step  # as the authors do
+    torch.testing.assert_close(term.means, rows)
+    assert (by_steps / rows).mean() < 0.4
 
 
 def test_a_moving_average_begins_with_the_first_mean() -> None:

@@ -13,7 +13,8 @@ counted. What a run itself answers is scored: its classifier, or its pinned clus
 row is there once more with its labels shuffled, with 250 labels and seed 0: it must fall to chance.
 With --without the table has what the evaluator `classifier` says of the open answers: accuracy of
 all, share of free answers, and recall of the class without a label by its best free prototype or
-cluster. `suave-free` has one free prototype and a learned prior, `suave` is as published. --budget
+cluster. `suave` is as published. `suave-free` rows have one free prototype, and a learned prior, a
+uniform one, or shares of a tenth. Beside nine classes the last two are the same prior. --budget
 sets how often an image is seen, crops counted.
 
 Rows run in separate processes, --jobs of them side by side, and finished ones are kept in --out.
@@ -50,12 +51,15 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # the method of a row, and its
     "entropy-locality": ("supervised", (*ENTROPY, "terms.locality.weight=0.1")),
     "suave": ("suave", ()),
     "suave-free": ("suave", ("method.free=1", "method.prior=learned")),
+    "suave-free-uniform": ("suave", ("method.free=1", "method.prior=uniform")),
+    "suave-free-prior": ("suave", ("method.free=1", f"method.prior={[1 / 10] * 10}")),
     "daino": ("daino", ()),
     "seeded": ("deepcluster", ("seeds.pin_from=1", "seeds.refine=4")),
     "mean-deepcluster-v2": ("deepcluster-v2", ()),
     "mean-swav": ("swav", ()),
 }
-LEFT_OUT = ("suave", "suave-free", "seeded")  # rows where a class has no label
+FREE = tuple(kind for kind in ARMS if kind.startswith("suave-free"))
+LEFT_OUT = ("suave", *FREE, "seeded")  # rows where a class has no label
 OPEN = ("top1_open", "free", "recall_unlabelled")
 SHUFFLED = 250  # labels of the rows that are there with shuffled labels too
 CLASSES = 10
@@ -83,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="recipe values, for all rows")
     args = parser.parse_args()
     if args.rows is None:
-        labelled = [kind for kind in ARMS if kind != "suave-free"]
+        labelled = [kind for kind in ARMS if kind not in FREE]
         args.rows = labelled if args.without is None else LEFT_OUT
     kept = "validation" if args.validate else "rows"
     args.out = args.out or quality.MEASURED / f"{args.data}-few-{kept}"

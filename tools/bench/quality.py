@@ -29,6 +29,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -84,6 +85,7 @@ FACTS = {  # what a run cost: name and digits
     "s": ("train_seconds", 0),
     "images/s": ("images_per_s", 0),
     "not training": ("outside", 3),
+    "not training, a round": ("round_outside", 3),
 }
 HELD_OUT = 6  # with --validate every sixth training image is scored
 
@@ -315,18 +317,42 @@ def embed_splits(args: argparse.Namespace, embed: Any, data: Any) -> tuple[Any, 
 
 def cost(run: Any, batch: int) -> dict[str, Any]:
     """Seconds, images and images a second of a run, and the share of time it did not train."""
-    steps = run.metrics("train")
+    steps, events = run.metrics("train"), run.events()
     images = steps[-1]["step"] * batch
-    before = [0, *(line["step"] for line in steps)]
-    training = sum(
-        batch * (line["step"] - last) / line["images_per_s"]
-        for line, last in zip(steps, before, strict=False)
-    )
-    seconds = working_seconds(run.events())
+    seconds = working_seconds(events)
     return {
         "train_seconds": round(seconds, 1), "images": images, "images_per_s": images / seconds,
-        "outside": max(0.0, 1 - training / seconds),
+        "outside": max(0.0, 1 - training_seconds(steps, batch) / seconds),
+        "round_outside": round_outside(steps, events, batch),
     }  # fmt: skip
+
+
+def round_outside(steps: list[dict[str, Any]], events: list[dict[str, Any]], batch: int) -> float:
+    """Return the share of whole rounds in which a run did not train.
+
+    It begins with the first training and ends with that of the last round. So the first and the
+    final extraction are left out. Without a second round it ends with the export.
+    """
+    begun = [event for event in events if event["event"] == "training"]
+    first, last = begun[0], next(one for one in begun if one["round"] == begun[-1]["round"])
+    if last is first:
+        (*_, exported) = (event for event in events if event["event"] == "exported")
+        last = {**exported, "step": steps[-1]["step"]}
+    within = [event for event in events if first["time"] <= event["time"] <= last["time"]]
+    training = training_seconds(steps, batch, first["step"], last["step"])
+    return max(0.0, 1 - training / working_seconds(within))
+
+
+def training_seconds(
+    steps: list[dict[str, Any]], batch: int, after: int = 0, until: float = math.inf
+) -> float:
+    """Return how long the steps of a run took, or those after a step until another."""
+    before = [0, *(line["step"] for line in steps)]
+    return sum(
+        batch * (line["step"] - last) / line["images_per_s"]
+        for line, last in zip(steps, before, strict=False)
+        if after < line["step"] <= until
+    )
 
 
 def working_seconds(events: list[dict[str, Any]]) -> float:
@@ -376,9 +402,9 @@ def table(args: argparse.Namespace) -> str:
     lines = [f"| {args.data} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for kind, records in found.items():
         cells = [spread([r[a][b] for r in records]) for a, b in COLUMNS.values()]
-        facts = ([r.get(name, 0) for r in records] for name, _ in FACTS.values())
-        digits = (digits for _, digits in FACTS.values())
-        cells += [spread(*fact) for fact in zip(facts, digits, strict=True)]
+        for name, digits in FACTS.values():  # rows of before a fact was measured have none
+            given = [one[name] for one in records if name in one]
+            cells.append(spread(given, digits) if given else "-")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

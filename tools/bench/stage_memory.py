@@ -1,9 +1,10 @@
 """Peak memory and time of every clustering stage, each in its own process, from a file on disk.
 
 The original DeepCluster holds all features as float32 [n, D], copies them for PCA, and clusters in
-the same process. Here each stage streams a memory-mapped float16 file. Measured is RssAnon, what
-the process allocates beyond file pages that the kernel can drop, sampled every 2 ms, above its
-value after the imports and one small warm-up product.
+the same process. Here each stage streams a memory-mapped float16 file. The stage `vae` fits and
+encodes, as `deepclust vae` does. Measured is RssAnon, what the process allocates beyond file pages
+that the kernel can drop, sampled every 2 ms, above its value after the imports and one small
+warm-up product.
 
     python tools/bench/stage_memory.py --n 200000 --D 2048 --out memory.json
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 BLOCK = 4096
-STAGES = ("moments", "solve", "project", "kmeans")
+STAGES = ("moments", "solve", "project", "kmeans", "vae")
 
 
 def main() -> None:
@@ -76,6 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, float | str]:
     """Run one stage here and watch its anonymous memory."""
     import torch
 
+    import cluster_jobs.results.vae_files  # noqa: F401
     import deepclust.clustering.kmeans
     import deepclust.clustering.whiten  # noqa: F401
 
@@ -153,7 +155,15 @@ def kmeans(args: argparse.Namespace, folder: Path) -> None:
     cluster(rows, args.k, iterations=args.iterations)
 
 
-RUN = {"moments": moments, "solve": solve, "project": project, "kmeans": kmeans}
+def vae(args: argparse.Namespace, folder: Path) -> None:
+    """What `deepclust vae` does, for one epoch: those after it take no more memory."""
+    from cluster_jobs.results.vae_files import build_vaes
+    from deepclust.clustering.vae import VaeOptions
+
+    build_vaes([folder / "features.npy"], folder / "latents", VaeOptions(epochs=1), "cpu")
+
+
+RUN = {"moments": moments, "solve": solve, "project": project, "kmeans": kmeans, "vae": vae}
 
 
 def report(args: argparse.Namespace, rows: list[dict[str, float | str]]) -> None:

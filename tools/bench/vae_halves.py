@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/vae-halves.json"))
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # small networks: more threads wait for one another
-    images, classes = load_digits(return_X_y=True)
-    pixels = images.astype(np.float32)
-    halves = {"upper half": pixels[:, :32], "lower half": pixels[:, 32:]}
+    halves, pixels, classes = digits()
     table = {f"pixels, {name}": [score(rows, classes)] for name, rows in halves.items()}
     table["pixels, whole"] = [score(pixels, classes)]
     for seed in range(chosen.seeds):
@@ -60,10 +59,7 @@ def of_seed(
 ) -> dict[str, float]:
     """Return the scores of one seed by name."""
     shape = {"epochs": chosen.epochs, "beta": chosen.beta, "seed": seed}
-    latents = [
-        fit_vae(rows, VaeOptions(latent=8, **shape), number)[0].features(rows)
-        for number, rows in enumerate(halves.values())
-    ]
+    latents = latents_of(halves, **shape)
     whole = fit_vae(pixels, VaeOptions(latent=16, **shape))[0].features(pixels)
     both = np.concatenate(latents, 1)
     scores = {f"VAE, {n}": score(rows, classes) for n, rows in zip(halves, latents, strict=True)}
@@ -73,6 +69,21 @@ def of_seed(
         "both VAEs side by side": score(both, classes),
         "both, whitened": score(Whitening.fit(both, both.shape[1])(both), classes),
     }
+
+
+def digits() -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Return the halves of the digits by name, the whole digits, and their classes."""
+    images, classes = load_digits(return_X_y=True)
+    pixels = images.astype(np.float32)
+    return {"upper half": pixels[:, :32], "lower half": pixels[:, 32:]}, pixels, classes
+
+
+def latents_of(halves: dict[str, np.ndarray], **shape: Any) -> list[np.ndarray]:
+    """Return the features that a VAE of each half gives."""
+    return [
+        fit_vae(rows, VaeOptions(latent=8, **shape), number)[0].features(rows)
+        for number, rows in enumerate(halves.values())
+    ]
 
 
 def score(rows: np.ndarray, classes: np.ndarray) -> float:

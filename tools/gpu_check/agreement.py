@@ -5,12 +5,6 @@ Each runs on any device, so a machine without a GPU can test the checks themselv
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -29,78 +23,12 @@ from deepclust.data.images.colour import Colour
 from deepclust.data.images.crops import CentreCrop, RandomResizedCrop
 from deepclust.data.images.device_crops import crop, cut_of, pack
 from deepclust.data.images.rotate import rotate
-from deepclust.data.to_device import locked
-from deepclust.methods.base import Batch
-from deepclust.methods.embed import autocast
 from deepclust.methods.parts.heads import CentroidHead
 from deepclust.methods.simclr.method import nt_xent
 from deepclust.models.sobel import Sobel
 from deepclust.world import World
-from tests.methods import cases
 
-TABLE = Path(__file__).resolve().parents[2] / "tests" / "waits.json"
 KS = (4, 20, 260, 1000, 3332, 10_000)
-
-
-def waits(setting: Setting, names: list[str] = cases.NAMES) -> Outcome:
-    """Take a step of every method whose steps never wait, while each wait is an error.
-
-    Shapes that depend on data make a step wait: `tests/waits.json` says in which methods.
-    """
-    table = json.loads(TABLE.read_text())
-    asked = [name for name in names if not table.get(name, {}).get("step")]
-    waiting = {}
-    for name in asked:
-        recipe = cases.recipe(name)
-        method = cases.method(recipe).to(setting.device).train()
-        batch = moved(cases.batch(recipe), setting.device)
-        for _ in range(2):  # what is made once may wait
-            step(method, batch)
-        try:
-            with no_waits(setting.device):
-                step(method, batch)
-        except RuntimeError as error:
-            waiting[name] = str(error).splitlines()[0][:120]
-    text = f"{len(waiting)} of {len(asked)} methods wait in a step: {', '.join(waiting)}"
-    if not waiting:
-        text = f"{len(asked)} methods never wait in a step, {len(names) - len(asked)} are not asked"
-    return judged(not waiting, text, methods=waiting)
-
-
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device, but for its ids, which are page-locked, as training has it."""
-    names = ("turns", "pseudo_labels", "labels", "soft")
-    given = {name: value for name in names if (value := getattr(batch, name)) is not None}
-    return replace(
-        batch,
-        sample_ids=locked(batch.sample_ids, device),
-        crops=tuple(crop.to(device) for crop in batch.crops),
-        **{name: value.to(device) for name, value in given.items()},
-    )
-
-
-def step(method: torch.nn.Module, batch: Batch) -> None:
-    """One forward and backward, the way training does it."""
-    method.before_step(batch)
-    with autocast("auto", next(method.parameters()).device):
-        loss = method(batch)["loss"]
-    loss.backward()
-
-
-@contextmanager
-def no_waits(device: torch.device) -> Iterator[None]:
-    """Let a wait of the host for the GPU raise."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is a prototype, which torch says
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def white_rows(n: int, dim: int = 256, seed: int = 0) -> Tensor:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from agreement import moved
 from jobs import seconds_of
 from outcome import Outcome, Setting, judged
 from torch.nn import functional
 
 from deepclust import pretrain
+from deepclust.data.to_device import locked
 from deepclust.launch.role import cores
+from deepclust.methods.base import Batch
 from deepclust.methods.embed import autocast
 from deepclust.models import build_backbone
 from deepclust.optim.optimizers import Optimizers
@@ -79,6 +81,18 @@ def our_loop(setting: Setting, name: str, batch: int, size: int) -> Callable[[],
         optimizers.step()
 
     return step
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, but for its ids, which are page-locked, as training has it."""
+    names = ("turns", "pseudo_labels", "labels", "soft")
+    given = {name: value for name in names if (value := getattr(batch, name)) is not None}
+    return replace(
+        batch,
+        sample_ids=locked(batch.sample_ids, device),
+        crops=tuple(crop.to(device) for crop in batch.crops),
+        **{name: value.to(device) for name, value in given.items()},
+    )
 
 
 def bare_loop(setting: Setting, name: str, batch: int, size: int) -> Callable[[], None]:

@@ -11,13 +11,14 @@ import peaks
 import small_run
 import speed
 import two_ranks
+import waits
 from outcome import Check
 
 QUICK = 9  # the first ones, which take minutes
 CHECKS = (
     Check(1, "environment", "driver, kernels for the card, bf16, /dev/shm", machine.environment),
     Check(2, "tests", "all tests that need a GPU, none skipped", jobs.gpu_tests),
-    Check(3, "waits", "no step waits for the GPU, but for shapes of data", agreement.waits),
+    Check(3, "waits", "a step, batch, pass waits no more than pretended", waits.waits),
     Check(4, "search", "labels are the exact ones of the CPU", agreement.search),
     Check(5, "k-means", "twice the same bits, wherever the rows are", agreement.clusters),
     Check(6, "whitening", "angle < 1e-4, covariance 1 within 1e-3", agreement.whitening),

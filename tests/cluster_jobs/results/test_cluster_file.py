@@ -238,6 +238,15 @@ def test_the_command_distinguishes_a_run_from_a_file(tmp_path: Path) -> None:
     assert "does not exist" in missing.stderr
 
 
+@pytest.mark.parametrize("k", ["5", "5,8"])
+def test_a_folder_of_embed_or_vae_stands_for_its_features(k: str, tmp_path: Path) -> None:
+    source = save(tmp_path, draw())  # where both write them
+    words = ("cluster", tmp_path, "--k", k, "--out", tmp_path / "out", "--json")
+    assert str(source) in deepclust(*words).stdout
+    source.rename(tmp_path / "features.parquet")
+    assert "embed again with --format npy" in deepclust(*words, code=3).stderr
+
+
 def test_an_output_folder_that_is_not_empty_is_not_overwritten(tmp_path: Path) -> None:
     source = save(tmp_path, draw())
     (tmp_path / "out").mkdir()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from cluster_jobs.results import vae_files
-from cluster_jobs.results.cluster_file import Options, cluster_features
 from cluster_jobs.results.embed import EmbedOptions, embed
 from cluster_jobs.results.vae_files import build_vaes
 from deepclust.clustering.vae import Vae, VaeOptions
@@ -62,8 +61,9 @@ def test_the_command_writes_latent_means_that_the_next_one_clusters(
         vae = Vae.load(out / f"vae-{number}.safetensors")
         ours = features[:, 2 * number : 2 * number + 2]
         np.testing.assert_allclose(vae.features(np.load(source)), ours, atol=1e-5)
-    found = cluster_features(out / "features.npy", tmp_path / "clusters", Options(5, whiten=3))
-    assert found["n"] == 300
+    words = ("cluster", out, "--whiten", 3, "--out", tmp_path / "clusters", "--json", "--k")
+    statistics = json.loads(deepclust(*words, 5).stdout)
+    assert statistics["input"]["path"] == str(out / "features.npy")
 
 
 def stop_in(number: int, epoch: int) -> type:
