@@ -13,9 +13,8 @@ counted. What a run itself answers is scored: its classifier, or its pinned clus
 row is there once more with its labels shuffled, with 250 labels and seed 0: it must fall to chance.
 With --without the table has what the evaluator `classifier` says of the open answers: accuracy of
 all, share of free answers, and recall of the class without a label by its best free prototype or
-cluster. `suave` is as published. `suave-free` rows have one free prototype, and a learned prior, a
-uniform one, or shares of a tenth. Beside nine classes the last two are the same prior. --budget
-sets how often an image is seen, crops counted.
+cluster. `suave` is as published. `suave-free` rows have one free prototype, and a learned prior or
+a uniform one. --budget sets how often an image is seen, crops counted.
 
 Rows run in separate processes, --jobs of them side by side, and finished ones are kept in --out.
 With --validate the scored images are every sixth training image, and none of them has a label.
@@ -52,7 +51,6 @@ ARMS: dict[str, tuple[str, tuple[str, ...]]] = {  # the method of a row, and its
     "suave": ("suave", ()),
     "suave-free": ("suave", ("method.free=1", "method.prior=learned")),
     "suave-free-uniform": ("suave", ("method.free=1", "method.prior=uniform")),
-    "suave-free-prior": ("suave", ("method.free=1", f"method.prior={[1 / 10] * 10}")),
     "daino": ("daino", ()),
     "seeded": ("deepcluster", ("seeds.pin_from=1", "seeds.refine=4")),
     "mean-deepcluster-v2": ("deepcluster-v2", ()),
