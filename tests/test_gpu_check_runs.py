@@ -129,7 +129,10 @@ def test_a_cluster_worker_on_a_card_is_noticed(
     assert words in "".join(said)
 
 
-@pytest.mark.parametrize("words", [["nccl.py"], ["clustering", "gpu"]])
+@pytest.mark.parametrize(
+    "words",
+    [["nccl.py"], ["clustering", "gpu"], ["refresh", "--device", "cuda"], ["decode_paths.py"]],
+)
 def test_a_bench_of_gpus_says_that_there_are_none_and_ends_with_4(words: list[str]) -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("is about a machine without GPUs")

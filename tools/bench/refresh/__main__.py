@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 PATHS = [str(HERE), str(HERE.parent / "clustering"), str(HERE.parents[2])]
 sys.path[:0] = PATHS
@@ -40,6 +42,9 @@ COLUMNS = {
 def main() -> None:
     """Measure, print both tables, write the JSON."""
     options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("refresh: torch sees no GPU here (--device cpu)", file=sys.stderr)
+        sys.exit(4)
     machine, on_it = processes.machine(), {"device": options.device}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         rates = [processes.call("stages", "product_rates", on_it, options)]
@@ -70,7 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n", type=int, nargs="+", default=[250_000, 1_000_000])
     for name, value in {"raw": 2048, "dim": 256, "m": 4, "iterations": 10, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device", default="cpu", help="cuda: all stages but the writing")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: all stages but the writing"
+    )
     parser.add_argument("--work", type=Path, help="folder for rows.npy (default: TMPDIR)")
     parser.add_argument("--threads", type=int, help="default: what the environment says")
     parser.add_argument(
