@@ -6,8 +6,10 @@ apart. An image takes the class of the largest cosine. Rows of length one about 
 of SimpleShot (Wang et al. 2019, arXiv:1911.04623). Its centre is of all training rows, and this one
 needs no image but the labelled ones.
 
-Probabilities are the softmax of the cosines over TEMPERATURE. It is not fitted: there may be one
-label of a class.
+Probabilities are the softmax of the cosines over a temperature. It is the one at which the labelled
+rows are most probable, each by a mean of its class without itself (Guo et al. 2017,
+arXiv:1706.04599, section 4.2, with rows left out in place of a validation set). Where no class has
+two rows it is TEMPERATURE.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Float64, Int32
 from torch import Tensor, nn
 
 from deepclust.clustering.array_points import ArrayPoints
@@ -30,10 +32,15 @@ from deepclust.recipe.sections import MethodSection
 from deepclust.world import ALONE
 
 TEMPERATURE = 0.1  # that of cosines in SwAV and SUAVE
+TEMPERATURES = TEMPERATURE * 2.0 ** np.arange(-3, 5, 0.25)  # that are tried: 0.0125 to 1.3
+MOST = 10_000  # rows that are left out in turn
 
 
 class ClassMeans(nn.Module):
-    """Features [b, D] to logits [b, c]: their cosines with c class means [c, D] about a centre."""
+    """Features [b, D] to logits [b, c]: their products with c class means [c, D] about a centre.
+
+    Features are made rows of length one. A mean has the length 1 / temperature, or 0.
+    """
 
     centre: Tensor
     means: Tensor
@@ -46,7 +53,7 @@ class ClassMeans(nn.Module):
     def forward(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b c"]:
         """Return the logits; a row of zeros is equally far from all classes of one length."""
         rows = F.normalize(F.normalize(features.float()) - self.centre)
-        return rows @ self.means.T / TEMPERATURE
+        return rows @ self.means.T
 
 
 def class_means(
@@ -66,10 +73,46 @@ def class_means(
         )
     prototypes = class_prototypes(ArrayPoints(rows), classes, names).rows.astype(np.float64)
     centre = prototypes.mean(0) if len(names) > 1 else np.zeros(prototypes.shape[1])
-    about = prototypes - centre
-    norms = np.linalg.norm(about, axis=1, keepdims=True)
-    means = np.where(norms > SMALLEST, about / np.maximum(norms, SMALLEST), 0.0)
-    return ClassMeans(*(torch.from_numpy(part.astype(np.float32)) for part in (centre, means)))
+    means = _directions(prototypes - centre)
+    scaled = means / fitted_temperature(rows, classes, centre, means)
+    return ClassMeans(*(torch.from_numpy(part.astype(np.float32)) for part in (centre, scaled)))
+
+
+def fitted_temperature(
+    rows: Float32[np.ndarray, "m D"],
+    classes: Int32[np.ndarray, " m"],
+    centre: Float64[np.ndarray, " D"],
+    means: Float64[np.ndarray, "c D"],
+) -> float:
+    """Return the temperature at which rows are most probable by means without them.
+
+    At most MOST rows are looked at, at equal distances, and their means are of these alone.
+    """
+    step = max(1, -(-len(rows) // MOST))
+    units, classes = _directions(rows[::step].astype(np.float64)), classes[::step]
+    sums = np.zeros_like(means)
+    np.add.at(sums, classes, units)
+    several = np.bincount(classes, minlength=len(means))[classes] > 1
+    if not several.any():
+        return TEMPERATURE
+    left, own = units[several], classes[several]
+    about, rest = _directions(left - centre), _directions(_directions(sums[own] - left) - centre)
+    cosines = about @ means.T
+    cosines[np.arange(len(own)), own] = (about * rest).sum(1)
+    losses = [_cross_entropy(cosines / each, own) for each in TEMPERATURES]
+    return float(TEMPERATURES[int(np.argmin(losses))])
+
+
+def _cross_entropy(logits: Float64[np.ndarray, "m c"], classes: Int32[np.ndarray, " m"]) -> float:
+    highest = logits.max(1)
+    total = np.log(np.exp(logits - highest[:, None]).sum(1)) + highest
+    return float((total - logits[np.arange(len(classes)), classes]).mean())
+
+
+def _directions(rows: Float64[np.ndarray, "m D"]) -> Float64[np.ndarray, "m D"]:
+    """Return rows of length one; what has no direction is zeros."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(norms > SMALLEST, rows / np.maximum(norms, SMALLEST), 0.0)
 
 
 class NearestMeanSection(MethodSection):
