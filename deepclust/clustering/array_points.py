@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.arguments import as_array
+from deepclust.clustering.bounds import Moves
 from deepclust.clustering.exact_sums import (
     PARTIALS,
     ClusterSums,
@@ -37,7 +40,7 @@ from deepclust.clustering.points import (
     not_finite,
     unit_rows,
 )
-from deepclust.clustering.precision import full_precision
+from deepclust.clustering.precision import full_precision, one_blas_thread
 from deepclust.clustering.residence import (
     MAX_TILE_ROWS,
     MEMORY,
@@ -252,19 +255,19 @@ class ArrayPoints:
         cluster_ids = torch.empty(self.n, dtype=torch.int32, device=self.device)
         reach = torch.empty(self.n if distances else 0, device=self.device)
         sums, squares = self._sums(k), []
-        search = self._search(centroids)
+        search = self._search(centroids, before)
         late = Late(search, self.n) if isinstance(search, FusedNearest) else None
-        size = self._tile(k if late is None else 1)  # a fused search makes no scores to hold
+        size = self._tile(k if late is None else 1, 1 if isinstance(search, Moves) else None)
 
         def assign(start: int) -> None:
             piece = slice(start, min(start + size, self.n))
             tile, weights = Tile(piece, self._at), self._weights_of(start, piece.stop - start)
             if late is not None:
                 nearest = late.guess(start, tile.rows)
-            elif self.kept is not None and isinstance(search, Nearest):
+            elif isinstance(search, Moves | Nearest) and self.kept is not None:
                 nearest = self.kept.nearest(search, tile)
             else:
-                nearest = search(tile.rows)
+                nearest = cast(Search, search)(tile.rows)
             cluster_ids[piece] = nearest
             if distances:
                 reach[piece] = squared_distances(tile.rows, centroids, nearest)
@@ -275,8 +278,10 @@ class ArrayPoints:
             else:
                 sums.move(before.cluster_ids[piece], nearest, tile, weights)
 
-        with full_precision():
+        with full_precision(), one_blas_thread() if isinstance(search, Moves) else nullcontext():
             each_tile(assign, self.n, size, self.threads, self.alive)
+        if isinstance(search, Moves):
+            search.bounds.hold(centroids, cluster_ids)
         if late is not None:
             self._settle(late, centroids, cluster_ids, reach, sums)
         if self.sum_sq is None:  # on their grid, so exact in any order
@@ -285,16 +290,19 @@ class ArrayPoints:
         total = sums.partials if before is None else before.partials + sums.partials
         return self._finish(cluster_ids, reach, total, centroids)
 
-    def _search(self, centroids: Float32[Tensor, "k d"]) -> Search:
+    def _search(
+        self, centroids: Float32[Tensor, "k d"], before: Assignment | None
+    ) -> Search | Moves:
         """Return this pass's search; one that packs the rows finds them packed the next time."""
-        if self.kept is not None:
-            return Nearest(centroids, origin=self.kept.origin)
-        search = SEARCHES[self.backend](centroids, type_of(self.rows) == torch.float16)
-        if isinstance(search, Nearest):
+        if self.kept is None:
+            search = SEARCHES[self.backend](centroids, type_of(self.rows) == torch.float16)
+            if not isinstance(search, Nearest):
+                return search
             in_memory = self.n * self.rows[:1].nbytes if isinstance(self.rows, Tensor) else 0
-            if may_keep(self.n, search.row_bytes, in_memory):
-                self.kept = KeptRows.empty(self.n, search)
-        return search
+            if not may_keep(self.n, search.row_bytes, in_memory):
+                return search
+            self.kept = KeptRows.empty(self.n, search)
+        return self.kept.search(centroids, None if before is None else before.cluster_ids)
 
     def _settle(
         self,
@@ -441,11 +449,14 @@ class ArrayPoints:
         rows = rows.to(self.device).float()  # half as many bytes travel as the other way round
         return unit_rows(rows) if self.spherical else rows
 
-    def _tile(self, k: int) -> int:
-        """Return the rows of a tile of k scores each: few enough for cache and threads."""
+    def _tile(self, k: int, held: int | None = None) -> int:
+        """Return the rows of a tile of k products each: few enough for cache and threads.
+
+        held: how many of a row's scores are held until the end of the tile (None: all).
+        """
         if self.n * self.dim * k <= FEW_PRODUCTS:
             return MAX_TILE_ROWS
-        size = TILE.get(self.device.type, TILE["cpu"]) // max(k, self.dim)
+        size = TILE.get(self.device.type, TILE["cpu"]) // max(held or k, self.dim)
         # several a thread, where a tile is worth its overhead
         turns = 4 if self.n > FEW_ROWS else 1
         share = -(-self.n // (turns * self.threads))

@@ -109,9 +109,7 @@ class Nearest:
 
     def pack(self, rows: Float32[Tensor, "m d"]) -> Packed:
         """Return rows as `search` wants them."""
-        tile = packed_rows(rows, self.origin, self.packed)
-        lengths = torch.linalg.vector_norm(tile[:, : rows.shape[1]], dim=1, dtype=torch.float32)
-        return tile, 1.01 * lengths
+        return pack(rows, self.origin, self.width, self.dtype)
 
     def search(self, packed: Packed, take: Take) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of packed rows; `take` reads those that are left open."""
@@ -232,6 +230,15 @@ def first_of_equals(centroids: Float32[Tensor, "k d"]) -> Int64[Tensor, " k"]:
     return torch.empty_like(order).scatter_(0, order, lowest[group])
 
 
+def pack(
+    rows: Float32[Tensor, "m d"], origin: Float32[Tensor, " d"], width: int, dtype: torch.dtype
+) -> Packed:
+    """Return rows packed for a product, and a bound of their lengths."""
+    tile = packed_rows(rows, origin, width, dtype)
+    lengths = torch.linalg.vector_norm(tile[:, : rows.shape[1]], dim=1, dtype=torch.float32)
+    return tile, 1.01 * lengths
+
+
 def packed_columns(columns: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return columns [d, k] in half precision over the bias [k] in three parts, padded to 4.
 
@@ -258,11 +265,11 @@ def with_losers(packed: Tensor, dim: int) -> Tensor:
 
 
 def packed_rows(
-    rows: Float32[Tensor, "m d"], origin: Float32[Tensor, " d"], packed: Tensor
+    rows: Float32[Tensor, "m d"], origin: Float32[Tensor, " d"], width: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows - origin for a product with `packed`: half precision, then ones."""
+    """Return rows - origin for a product with packed columns: of this type, then ones."""
     dim = rows.shape[1]
-    tile = torch.empty(len(rows), len(packed), dtype=packed.dtype, device=rows.device)
+    tile = torch.empty(len(rows), width, dtype=dtype, device=rows.device)
     torch.sub(rows, origin, out=tile[:, :dim])
     tile[:, dim : dim + 3] = 1
     tile[:, dim + 3 :] = 0

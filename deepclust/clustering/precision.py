@@ -7,6 +7,7 @@ threads, which the environment chooses (OMP_NUM_THREADS, the cores of a job).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import threadpoolctl
@@ -29,3 +30,18 @@ def own_threads() -> Iterator[None]:
     """Let NumPy and SciPy use as many threads inside as torch, in a run `train.threads`."""
     with threadpoolctl.threadpool_limits(torch.get_num_threads(), "blas"):
         yield
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let each thread that calls SciPy's BLAS do its product alone, as those of a pass do."""
+    with _blas().limit(limits=1):
+        yield
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    """Return the BLAS libraries of this process; to look for them takes 20 ms."""
+    import scipy.linalg.cython_blas  # noqa: F401 - what Numba calls must be loaded before the look
+
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")

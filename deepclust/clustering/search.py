@@ -51,7 +51,8 @@ def gpu_search(centroids: Float32[Tensor, "k d"], half: bool) -> Search:
         nowhere = torch.zeros_like(origin)
 
         def search_half(rows: Tensor) -> Tensor:
-            tile = packed_rows((rows - origin) * scale.float(), nowhere, packed)
+            scaled = (rows - origin) * scale.float()
+            tile = packed_rows(scaled, nowhere, len(packed), packed.dtype)
             return first[torch.mm(tile, packed, out_dtype=torch.float32).argmin(1)]
 
         return search_half

@@ -1,0 +1,327 @@
+"""A pass of k-means over packed rows, compiled by Numba: bounds, products and what follows them.
+
+See `bounds.py` for the method. A block of rows is read once and stays in a core's cache for all
+that is done with it. The loops hold no lock of Python. Products are those of SciPy's BLAS, which
+Numba calls. Bounds are float32 and are rounded outwards: `near` up, `far` down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from deepclust.clustering.compiled import LOWEST, compiled
+
+BLOCK = 256  # rows of a product, as in scikit-learn's k-means
+SCORES = 2**21  # numbers of a product, at most
+UP, DOWN = 1 + 2.0**-22, 1 - 2.0**-22  # more than the rounding of a float32
+NOTHING = 1e-17  # less than this apart is not apart: squares would lose their digits
+LOSING = np.float32(-1e38)  # a score that is never the best
+STRETCH = 1.01  # lengths of packed rows are so much too long
+KEYED = 4096  # scores of a row, at most, whose columns may take the low bits
+EXTRA = 8  # columns that a search among all costs beside its product
+
+
+@compiled(any_order=True)
+def pack(rows: np.ndarray, origin: np.ndarray, out: np.ndarray, lengths: np.ndarray) -> None:
+    """Write rows - origin for a product with packed centroids, and bounds of their lengths.
+
+    rows: float32 [m, d]. out: float32 [m, w], of which three columns are 1 and the rest 0.
+    """
+    dim = rows.shape[1]
+    for row in range(len(rows)):
+        total = np.float32(0)
+        for column in range(dim):
+            offset = rows[row, column] - origin[column]
+            out[row, column] = offset
+            total += offset * offset
+        out[row, dim : dim + 3] = 1
+        out[row, dim + 3 :] = 0
+        lengths[row] = np.float32(STRETCH) * np.sqrt(total)
+
+
+@compiled(any_order=True)
+def _apart(row: np.ndarray, centroid: np.ndarray, dim: int) -> Any:
+    """Return the distance of a packed row to a packed centroid."""
+    total = np.float32(0)
+    for column in range(dim):
+        offset = row[column] - centroid[column]
+        total += offset * offset
+    return np.sqrt(np.float64(total))
+
+
+@compiled()
+def _ordered(bits: Any) -> Any:
+    """Return an integer that orders float32 numbers, given by their bits, as their values."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled()
+def _best(scores: np.ndarray) -> Any:
+    """Return the largest score of a row, as an ordered integer."""
+    best = LOWEST
+    for column in range(len(scores)):
+        best = max(best, _ordered(scores[column]))
+    return best
+
+
+@compiled()
+def _key(score: Any, high: Any, column: Any) -> Any:
+    """Return an ordered score with its column in the low bits."""
+    return np.int32(np.int32(_ordered(score) & high) | column)
+
+
+@compiled()
+def _best_two(scores: np.ndarray, high: Any, columns: np.ndarray) -> tuple[Any, Any]:
+    """Return the two largest keys of a row."""
+    best = LOWEST
+    for column in range(len(scores)):
+        best = max(best, _key(scores[column], high, columns[column]))
+    second = LOWEST
+    for column in range(len(scores)):
+        key = _key(scores[column], high, columns[column])
+        second = max(second, LOWEST if key == best else key)
+    return best, second
+
+
+@compiled()
+def _first_two(scores: np.ndarray) -> tuple[Any, Any, Any]:
+    """Return a place of the best score, that score, and the best at another place."""
+    best, place = _best(scores), 0
+    for column in range(len(scores)):
+        if _ordered(scores[column]) == best:
+            place = column
+            break
+    second = LOWEST
+    for column in range(len(scores)):
+        second = max(second, LOWEST if column == place else _ordered(scores[column]))
+    return place, best, second
+
+
+@compiled()
+def _value(ordered: Any, bits: np.ndarray, value: np.ndarray) -> Any:
+    """Return the score of an ordered integer; `value` sees the memory of `bits`."""
+    bits[0] = _ordered(ordered)
+    return np.float64(value[0])
+
+
+@compiled()
+def _gather(rows: np.ndarray, where: np.ndarray, space: np.ndarray) -> np.ndarray:
+    """Return some rows of a block, copied; all of them as they are."""
+    if len(where) == len(rows):
+        return rows
+    for one in range(len(where)):
+        row = where[one]
+        for column in range(rows.shape[1]):
+            space[one, column] = rows[row, column]
+    return space[: len(where)]
+
+
+@compiled()
+def _open(
+    near: np.ndarray,
+    far: np.ndarray,
+    own: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    centroids: np.ndarray,
+    positions: np.ndarray,
+    drifts: np.ndarray,
+    facts: tuple[int, float, float, float, float],
+    gaps: np.ndarray,
+) -> None:
+    """Move the bounds of a block by the drifts, in place, and write how much each row's differ.
+
+    Infinity stands for a row that keeps its centroid. Of others `near` is measured anew, and `far`
+    is not moved yet.
+    """
+    dim, margin, slack, reach, _ = facts
+    for row in range(len(own)):
+        place = positions[own[row]]
+        step = drifts[0] if place > 0 or len(drifts) == 1 else drifts[1]
+        below, above = far[row] - step, near[row] + drifts[place]
+        if not above < below:
+            distance = _apart(rows[row], centroids[place], dim)
+            near[row] = (distance * margin + slack * (lengths[row] + reach) + NOTHING) * UP
+            if not near[row] < below:
+                gap = far[row] - near[row]
+                gaps[row] = gap if gap < np.inf else 0  # also where it is not a number
+                continue
+            above = np.float64(near[row])
+        near[row], far[row], gaps[row] = above * UP, below * DOWN, np.inf
+
+
+@compiled()
+def _choose(gaps: np.ndarray, choices: np.ndarray, drifts: np.ndarray) -> Any:
+    """Return with how many columns open rows are compared first (0: with all) at the least cost."""
+    k, opened = len(drifts), 0
+    for row in range(len(gaps)):
+        opened += gaps[row] < np.inf
+    best, least = 0, opened * (k + EXTRA)
+    for columns in choices:
+        moved, full = drifts[columns], 0
+        for row in range(len(gaps)):
+            full += not gaps[row] > moved
+        cost = full * (k + EXTRA) + (opened - full) * (columns + 2)
+        if cost < least:
+            best, least = columns, cost
+    return best
+
+
+@compiled()
+def _compare(
+    scores: np.ndarray,
+    where: np.ndarray,
+    near: np.ndarray,
+    far: np.ndarray,
+    own: np.ndarray,
+    lengths: np.ndarray,
+    positions: np.ndarray,
+    moved: float,
+    facts: tuple[int, float, float, float, float],
+    gaps: np.ndarray,
+    seen: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Move `far` of rows by their scores for the columns that moved most; in doubt their gap is 0.
+
+    All other centroids moved by no more than `moved`.
+    """
+    _, margin, _, reach, share = facts
+    bits = scores.view(np.int32)
+    for one in range(len(where)):
+        row = where[one]
+        place = positions[own[row]]
+        if place < scores.shape[1]:
+            scores[one, place] = LOSING
+        norm = lengths[row] / STRETCH
+        best = _value(_best(bits[one]), seen[0], seen[1])
+        error = share * (lengths[row] + reach) ** 2
+        square = norm * norm * (2 - margin) - 2 * (best + error)
+        below = min(far[row] - moved, np.sqrt(max(square, 0.0))) * DOWN
+        if square > 0 and near[row] < below:
+            far[row], gaps[row] = below, np.inf
+        else:
+            gaps[row] = 0
+
+
+@compiled()
+def _closest(
+    scores: np.ndarray, floor: float, row: np.ndarray, centroids: np.ndarray, dim: int
+) -> tuple[Any, Any, Any]:
+    """Return the place of the closest of a row's candidates, its distance and the second one's."""
+    best, second, place = np.inf, np.inf, 0
+    for column in range(len(scores)):
+        if scores[column] >= floor:
+            distance = _apart(row, centroids[column], dim)
+            if distance < best:
+                best, second, place = distance, best, column
+            elif distance < second:
+                second = distance
+    return place, best, second
+
+
+@compiled()
+def _decide(
+    scores: np.ndarray,
+    where: np.ndarray,
+    near: np.ndarray,
+    far: np.ndarray,
+    nearest: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    centroids: np.ndarray,
+    order: np.ndarray,
+    facts: tuple[int, float, float, float, float],
+    seen: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Write the nearest centroid of rows by their scores, and new bounds; -1 is left to others.
+
+    The square of the distance to another centroid is that to the own one and twice what the scores
+    differ by. Where they differ too little, distances decide.
+    """
+    dim, margin, slack, reach, share = facts
+    bits, k = scores.view(np.int32), scores.shape[1]
+    low = np.int32(2 ** np.ceil(np.log2(k)) - 1)
+    high, columns = np.int32(~low), np.arange(k).astype(np.int32)
+    for one in range(len(where)):
+        row = where[one]
+        if k <= KEYED:
+            top, second = _best_two(bits[one], high, columns)
+            place = top & low
+            top, second = top & high, second | low
+        else:
+            place, top, second = _first_two(bits[one])
+        highest = _value(top, seen[0], seen[1])
+        apart = highest - _value(second, seen[0], seen[1])
+        error = 4 * share * (lengths[row] + reach) ** 2  # of both scores, and what float32 confuses
+        off = slack * (lengths[row] + reach) + NOTHING
+        if apart > error:
+            distance, other = _apart(rows[row], centroids[place], dim), np.inf
+        else:
+            floor, apart = highest - error, 1.5 * error
+            place, distance, other = _closest(scores[one], floor, rows[row], centroids, dim)
+        if not distance * margin + 2 * off < other * (2 - margin):  # also where it is infinite
+            nearest[row], near[row], far[row] = -1, np.inf, 0
+            continue
+        least = max(0.0, distance * (2 - margin) - off)
+        rest = np.sqrt(least * least + 2 * (apart - error))
+        near[row] = (distance * margin + off) * UP
+        far[row] = min(rest, other * (2 - margin) - off) * DOWN
+        nearest[row] = order[place]
+
+
+@compiled()
+def assign(
+    near: np.ndarray,
+    far: np.ndarray,
+    own: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    centroids: np.ndarray,
+    order: np.ndarray,
+    positions: np.ndarray,
+    drifts: np.ndarray,
+    choices: np.ndarray,
+    facts: tuple[int, float, float, float, float],
+) -> np.ndarray:
+    """Return the nearest centroid of every row, int64 [m]; -1 where scores cannot tell.
+
+    near, far: float32 [m], renewed in place. own: int32 [m], the centroids before, or empty. rows:
+    packed [m, w]. centroids: packed [k, w] in the order of `drifts`, float64 [k], descending.
+    order: their ids. positions: the place of each id. choices: numbers of columns. facts: see
+    `bounds.Moves`.
+    """
+    m, k = len(rows), len(centroids)
+    size = max(1, min(BLOCK, SCORES // k))
+    nearest, gaps = np.empty(m, np.int64), np.zeros(size, np.float32)
+    space, numbers = np.empty((size, rows.shape[1]), np.float32), np.empty(size * k, np.float32)
+    bits = np.zeros(1, np.int32)
+    seen = bits, bits.view(np.float32)
+    for start in range(0, m, size):
+        stop = min(start + size, m)
+        block = rows[start:stop]
+        mine = slice(start, stop)
+        gap = gaps[: stop - start]
+        gap[:] = 0
+        if len(own):
+            nearest[mine] = own[mine]
+            _open(near[mine], far[mine], own[mine], block, lengths[mine], centroids, positions,
+                  drifts, facts, gap)  # fmt: skip
+            columns = _choose(gap, choices, drifts)
+            if columns:
+                moved = drifts[columns]
+                where = np.flatnonzero((gap > moved) & (gap < np.inf))
+                some = _gather(block, where, space)
+                scores = numbers[: len(where) * columns].reshape(len(where), columns)
+                np.dot(some, centroids[:columns].T, scores)
+                _compare(scores, where, near[mine], far[mine], own[mine], lengths[mine], positions,
+                         moved, facts, gap, seen)  # fmt: skip
+        where = np.flatnonzero(gap < np.inf)
+        if len(where):
+            some = _gather(block, where, space)
+            scores = numbers[: len(where) * k].reshape(len(where), k)
+            np.dot(some, centroids.T, scores)
+            _decide(scores, where, near[mine], far[mine], nearest[mine], block, lengths[mine],
+                    centroids, order, facts, seen)  # fmt: skip
+    return nearest
