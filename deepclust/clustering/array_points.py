@@ -60,6 +60,7 @@ from deepclust.errors import DataError, NumericalError
 TILE = {"cpu": 2**21, "cuda": 2**27}
 FEW_ROWS = 16_384  # so few are cut into one tile a thread: a tile costs a millisecond
 FEW_PRODUCTS = 2**25  # so few multiplications are one tile: a thread takes longer to begin
+FEW_COMPILED = 2**22  # of a pass with bounds, which has less of Python
 GATHERED = 4096  # rows of a memory map that are read between two signs of life
 
 
@@ -454,7 +455,7 @@ class ArrayPoints:
 
         held: how many of a row's scores are held until the end of the tile (None: all).
         """
-        if self.n * self.dim * k <= FEW_PRODUCTS:
+        if self.n * self.dim * k <= (FEW_COMPILED if held else FEW_PRODUCTS):
             return MAX_TILE_ROWS
         size = TILE.get(self.device.type, TILE["cpu"]) // max(held or k, self.dim)
         # several a thread, where a tile is worth its overhead
