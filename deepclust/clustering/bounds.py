@@ -1,7 +1,7 @@
 """Bounds of distances, kept between passes of k-means: most rows need no full search any more.
 
-After a search two numbers are known of a row: its distance to the own centroid is at most `near`,
-and to any other at least `far`. When centroids move, both change by no more than these moved
+After a search two numbers are known of a row. Its distance to the own centroid is at most `near`,
+and to any other it is at least `far`. When centroids move, both change by no more than these moved
 (Hamerly, "Making k-means even faster", SDM 2010). A row whose `near` stays below `far` keeps its
 centroid. In most passes a few centroids move far and the rest hardly. So rows that the farthest
 moves leave open are compared with the centroids that moved most, by a product with those columns
@@ -56,9 +56,9 @@ class Bounds:
 class Moves:
     """A pass: where the centroids are about the origin of packed rows, and how far they moved.
 
-    facts: (d, m, s, r, e). A distance of float32 to a centroid, of a row of length l, is right
-    within the shares m - 1 of itself and s of l + r, where r is the reach of the centroids. Two
-    that differ by more are not confused. A score is right within the share e of (l + r)^2.
+    facts: (d, m, s, r, e). r is the reach of the centroids. For a row of length l, a distance in
+    float32 is right within the shares m - 1 of itself and s of l + r. Two that differ by more are
+    not confused. A score is right within the share e of (l + r)^2.
     """
 
     def __init__(

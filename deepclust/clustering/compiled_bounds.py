@@ -133,8 +133,8 @@ def _open(
 ) -> None:
     """Move the bounds of a block by the drifts, in place, and write how much each row's differ.
 
-    Infinity stands for a row that keeps its centroid. Of others `near` is measured anew, and `far`
-    is not moved yet.
+    Infinity stands for a row that keeps its centroid. Of others `near` is measured again, and
+    `far` is not moved yet.
     """
     dim, margin, slack, reach, _ = facts
     for row in range(len(own)):
