@@ -54,12 +54,7 @@ class Bounds:
 
 
 class Moves:
-    """A pass: where the centroids are about the origin of packed rows, and how far they moved.
-
-    facts: (d, m, s, r, e). r is the reach of the centroids. For a row of length l, a distance in
-    float32 is right within the shares m - 1 of itself and s of l + r. Two that differ by more are
-    not confused. A score is right within the share e of (l + r)^2.
-    """
+    """A pass: where the centroids are about the origin of packed rows, and how far they moved."""
 
     def __init__(
         self,
@@ -80,12 +75,12 @@ class Moves:
             drifts, order = torch.sort(moved, descending=True, stable=True)
         offsets = wide[order] - origin.double()
         squares = offsets.square().sum(1)
-        positions = torch.empty_like(order).scatter_(0, order, torch.arange(k))
-        self._moved = (
-            packed_columns(offsets.T, -squares / 2, torch.float32).T.contiguous().numpy(),
-            order.numpy(), positions.numpy(), drifts.numpy(), _choices(k),
-            (dim, margin, 4 * U32, 1.01 * float(squares.max().sqrt()), (dim + 16) / 2 * U32),
-        )  # fmt: skip
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(k))
+        packed = packed_columns(offsets.T, -squares / 2, torch.float32).T.contiguous()
+        found = (one.numpy() for one in (packed, order, places, drifts))
+        self._moved = loops().Centroids(*found, _choices(k))
+        reach = 1.01 * float(squares.max().sqrt())
+        self._facts = loops().Facts(dim, margin, 4 * U32, reach, (dim + 16) / 2 * U32)
 
     @functools.cached_property
     def search(self) -> Nearest:
@@ -95,10 +90,11 @@ class Moves:
     def nearest(self, packed: Packed, tile: Tile) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of every row of a tile, and renew the bounds."""
         rows, lengths = packed
-        near, far, own = (
-            part[tile.piece] for part in (self.bounds.near, self.bounds.far, self._own)
+        own, near, far = (
+            part[tile.piece] for part in (self._own, self.bounds.near, self.bounds.far)
         )
-        found = loops().assign(near, far, own, rows.numpy(), lengths.numpy(), *self._moved)
+        known = loops().Known(rows.numpy(), lengths.numpy(), own, near, far)
+        found = loops().assign(known, self._moved, self._facts)
         nearest = torch.from_numpy(found)
         left = (nearest < 0).nonzero().flatten()
         if len(left):

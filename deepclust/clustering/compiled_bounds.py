@@ -7,7 +7,7 @@ Numba calls. Bounds are float32 and are rounded outwards: `near` up, `far` down.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,41 @@ LOSING = np.float32(-1e38)  # a score that is never the best
 STRETCH = 1.01  # lengths of packed rows are so much too long
 KEYED = 4096  # scores of a row, at most, whose columns may take the low bits
 EXTRA = 8  # columns that a search among all costs beside its product
+
+
+class Facts(NamedTuple):
+    """What bounds rest on.
+
+    A distance in float32, of a row of length l, is right within the shares `margin` - 1 of itself
+    and `slack` of l + `reach`. Two that differ by more are not confused. A score is right within
+    the share `share` of (l + reach)^2.
+    """
+
+    dim: int
+    margin: float
+    slack: float
+    reach: float  # the longest centroid, about the origin of packed rows
+    share: float
+
+
+class Centroids(NamedTuple):
+    """The centroids of a pass, those that moved most first."""
+
+    packed: np.ndarray  # float32 [k, w]: f, and -|f|^2 / 2 in three parts; f is about the origin
+    order: np.ndarray  # int64 [k]: their ids
+    places: np.ndarray  # int64 [k]: where each id is
+    drifts: np.ndarray  # float64 [k]: how far they moved, descending
+    choices: np.ndarray  # int64: how many of them a row may be compared with first
+
+
+class Known(NamedTuple):
+    """Packed rows, and what is known of them."""
+
+    rows: np.ndarray  # float32 [m, w]
+    lengths: np.ndarray  # float32 [m], up to a hundredth too long
+    own: np.ndarray  # int32 [m]: the centroid before, or empty
+    near: np.ndarray  # float32 [m]: at most so far is the own one
+    far: np.ndarray  # float32 [m]: at least so far is any other
 
 
 @compiled(any_order=True)
@@ -119,31 +154,21 @@ def _gather(rows: np.ndarray, where: np.ndarray, space: np.ndarray) -> np.ndarra
 
 
 @compiled()
-def _open(
-    near: np.ndarray,
-    far: np.ndarray,
-    own: np.ndarray,
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    centroids: np.ndarray,
-    positions: np.ndarray,
-    drifts: np.ndarray,
-    facts: tuple[int, float, float, float, float],
-    gaps: np.ndarray,
-) -> None:
+def _open(known: Known, centroids: Centroids, facts: Facts, gaps: np.ndarray) -> None:
     """Move the bounds of a block by the drifts, in place, and write how much each row's differ.
 
     Infinity stands for a row that keeps its centroid. Of others `near` is measured again, and
     `far` is not moved yet.
     """
-    dim, margin, slack, reach, _ = facts
-    for row in range(len(own)):
-        place = positions[own[row]]
+    near, far, drifts = known.near, known.far, centroids.drifts
+    for row in range(len(near)):
+        place = centroids.places[known.own[row]]
         step = drifts[0] if place > 0 or len(drifts) == 1 else drifts[1]
         below, above = far[row] - step, near[row] + drifts[place]
         if not above < below:
-            distance = _apart(rows[row], centroids[place], dim)
-            near[row] = (distance * margin + slack * (lengths[row] + reach) + NOTHING) * UP
+            distance = _apart(known.rows[row], centroids.packed[place], facts.dim)
+            off = facts.slack * (known.lengths[row] + facts.reach) + NOTHING
+            near[row] = (distance * facts.margin + off) * UP
             if not near[row] < below:
                 gap = far[row] - near[row]
                 gaps[row] = gap if gap < np.inf else 0  # also where it is not a number
@@ -153,14 +178,14 @@ def _open(
 
 
 @compiled()
-def _choose(gaps: np.ndarray, choices: np.ndarray, drifts: np.ndarray) -> Any:
+def _choose(gaps: np.ndarray, centroids: Centroids) -> Any:
     """Return with how many columns open rows are compared first (0: with all) at the least cost."""
-    k, opened = len(drifts), 0
+    k, opened = len(centroids.drifts), 0
     for row in range(len(gaps)):
         opened += gaps[row] < np.inf
     best, least = 0, opened * (k + EXTRA)
-    for columns in choices:
-        moved, full = drifts[columns], 0
+    for columns in centroids.choices:
+        moved, full = centroids.drifts[columns], 0
         for row in range(len(gaps)):
             full += not gaps[row] > moved
         cost = full * (k + EXTRA) + (opened - full) * (columns + 2)
@@ -173,31 +198,27 @@ def _choose(gaps: np.ndarray, choices: np.ndarray, drifts: np.ndarray) -> Any:
 def _compare(
     scores: np.ndarray,
     where: np.ndarray,
-    near: np.ndarray,
-    far: np.ndarray,
-    own: np.ndarray,
-    lengths: np.ndarray,
-    positions: np.ndarray,
-    moved: float,
-    facts: tuple[int, float, float, float, float],
+    known: Known,
+    centroids: Centroids,
+    facts: Facts,
     gaps: np.ndarray,
     seen: tuple[np.ndarray, np.ndarray],
 ) -> None:
     """Move `far` of rows by their scores for the columns that moved most; in doubt their gap is 0.
 
-    All other centroids moved by no more than `moved`.
+    scores: float32 [c, columns], of the rows `where`. No other centroid moved as far.
     """
-    _, margin, _, reach, share = facts
-    bits = scores.view(np.int32)
+    near, far, columns = known.near, known.far, scores.shape[1]
+    bits, moved = scores.view(np.int32), centroids.drifts[columns]
     for one in range(len(where)):
         row = where[one]
-        place = positions[own[row]]
-        if place < scores.shape[1]:
+        place = centroids.places[known.own[row]]
+        if place < columns:
             scores[one, place] = LOSING
-        norm = lengths[row] / STRETCH
+        length = np.float64(known.lengths[row])
         best = _value(_best(bits[one]), seen[0], seen[1])
-        error = share * (lengths[row] + reach) ** 2
-        square = norm * norm * (2 - margin) - 2 * (best + error)
+        error = facts.share * (length + facts.reach) ** 2
+        square = (length / STRETCH) ** 2 * (2 - facts.margin) - 2 * (best + error)
         below = min(far[row] - moved, np.sqrt(max(square, 0.0))) * DOWN
         if square > 0 and near[row] < below:
             far[row], gaps[row] = below, np.inf
@@ -225,22 +246,25 @@ def _closest(
 def _decide(
     scores: np.ndarray,
     where: np.ndarray,
-    near: np.ndarray,
-    far: np.ndarray,
-    nearest: np.ndarray,
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    centroids: np.ndarray,
-    order: np.ndarray,
-    facts: tuple[int, float, float, float, float],
+    known: Known,
+    centroids: Centroids,
+    facts: Facts,
     seen: tuple[np.ndarray, np.ndarray],
+    nearest: np.ndarray,
 ) -> None:
     """Write the nearest centroid of rows by their scores, and new bounds; -1 is left to others.
 
-    The square of the distance to another centroid is that to the own one and twice what the scores
-    differ by. Where they differ too little, distances decide.
+    scores: float32 [c, k], of the rows `where`. The square of the distance to another centroid is
+    that to the own one and twice what the scores differ by. Where they differ too little, distances
+    decide.
     """
-    dim, margin, slack, reach, share = facts
+    near, far, packed, dim, margin = (
+        known.near,
+        known.far,
+        centroids.packed,
+        facts.dim,
+        facts.margin,
+    )
     bits, k = scores.view(np.int32), scores.shape[1]
     low = np.int32(2 ** np.ceil(np.log2(k)) - 1)
     high, columns = np.int32(~low), np.arange(k).astype(np.int32)
@@ -252,76 +276,61 @@ def _decide(
             top, second = top & high, second | low
         else:
             place, top, second = _first_two(bits[one])
-        highest = _value(top, seen[0], seen[1])
+        highest, length = _value(top, seen[0], seen[1]), known.lengths[row] + facts.reach
         apart = highest - _value(second, seen[0], seen[1])
-        error = 4 * share * (lengths[row] + reach) ** 2  # of both scores, and what float32 confuses
-        off = slack * (lengths[row] + reach) + NOTHING
+        error = 4 * facts.share * length**2  # of both scores, and what float32 confuses
+        off = facts.slack * length + NOTHING
         if apart > error:
-            distance, other = _apart(rows[row], centroids[place], dim), np.inf
+            distance, other = _apart(known.rows[row], packed[place], dim), np.inf
         else:
             floor, apart = highest - error, 1.5 * error
-            place, distance, other = _closest(scores[one], floor, rows[row], centroids, dim)
+            place, distance, other = _closest(scores[one], floor, known.rows[row], packed, dim)
         if not distance * margin + 2 * off < other * (2 - margin):  # also where it is infinite
             nearest[row], near[row], far[row] = -1, np.inf, 0
             continue
         least = max(0.0, distance * (2 - margin) - off)
         rest = np.sqrt(least * least + 2 * (apart - error))
-        near[row] = (distance * margin + off) * UP
+        nearest[row], near[row] = centroids.order[place], (distance * margin + off) * UP
         far[row] = min(rest, other * (2 - margin) - off) * DOWN
-        nearest[row] = order[place]
 
 
 @compiled()
-def assign(
-    near: np.ndarray,
-    far: np.ndarray,
-    own: np.ndarray,
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    centroids: np.ndarray,
-    order: np.ndarray,
-    positions: np.ndarray,
-    drifts: np.ndarray,
-    choices: np.ndarray,
-    facts: tuple[int, float, float, float, float],
+def _products(
+    known: Known, where: np.ndarray, columns: np.ndarray, space: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
+    """Return the scores of some rows for some columns."""
+    scores = space[1][: len(where) * len(columns)].reshape(len(where), len(columns))
+    if len(where):
+        np.dot(_gather(known.rows, where, space[0]), columns.T, scores)
+    return scores
+
+
+@compiled()
+def assign(known: Known, centroids: Centroids, facts: Facts) -> np.ndarray:
     """Return the nearest centroid of every row, int64 [m]; -1 where scores cannot tell.
 
-    near, far: float32 [m], renewed in place. own: int32 [m], the centroids before, or empty. rows:
-    packed [m, w]. centroids: packed [k, w] in the order of `drifts`, float64 [k], descending.
-    order: their ids. positions: the place of each id. choices: numbers of columns. facts: see
-    `bounds.Moves`.
+    Bounds are renewed in place.
     """
-    m, k = len(rows), len(centroids)
+    m, k = len(known.rows), len(centroids.packed)
     size = max(1, min(BLOCK, SCORES // k))
-    nearest, gaps = np.empty(m, np.int64), np.zeros(size, np.float32)
-    space, numbers = np.empty((size, rows.shape[1]), np.float32), np.empty(size * k, np.float32)
-    bits = np.zeros(1, np.int32)
+    nearest, gaps, bits = np.empty(m, np.int64), np.empty(size, np.float32), np.zeros(1, np.int32)
+    space = np.empty((size, known.rows.shape[1]), np.float32), np.empty(size * k, np.float32)
     seen = bits, bits.view(np.float32)
     for start in range(0, m, size):
-        stop = min(start + size, m)
-        block = rows[start:stop]
-        mine = slice(start, stop)
-        gap = gaps[: stop - start]
+        mine = slice(start, min(start + size, m))
+        block = Known(known.rows[mine], known.lengths[mine], known.own[mine], known.near[mine],
+                      known.far[mine])  # fmt: skip
+        gap = gaps[: len(block.rows)]
         gap[:] = 0
-        if len(own):
-            nearest[mine] = own[mine]
-            _open(near[mine], far[mine], own[mine], block, lengths[mine], centroids, positions,
-                  drifts, facts, gap)  # fmt: skip
-            columns = _choose(gap, choices, drifts)
+        if len(known.own):
+            nearest[mine] = block.own
+            _open(block, centroids, facts, gap)
+            columns = _choose(gap, centroids)
             if columns:
-                moved = drifts[columns]
-                where = np.flatnonzero((gap > moved) & (gap < np.inf))
-                some = _gather(block, where, space)
-                scores = numbers[: len(where) * columns].reshape(len(where), columns)
-                np.dot(some, centroids[:columns].T, scores)
-                _compare(scores, where, near[mine], far[mine], own[mine], lengths[mine], positions,
-                         moved, facts, gap, seen)  # fmt: skip
+                where = np.flatnonzero((gap > centroids.drifts[columns]) & (gap < np.inf))
+                scores = _products(block, where, centroids.packed[:columns], space)
+                _compare(scores, where, block, centroids, facts, gap, seen)
         where = np.flatnonzero(gap < np.inf)
-        if len(where):
-            some = _gather(block, where, space)
-            scores = numbers[: len(where) * k].reshape(len(where), k)
-            np.dot(some, centroids.T, scores)
-            _decide(scores, where, near[mine], far[mine], nearest[mine], block, lengths[mine],
-                    centroids, order, facts, seen)  # fmt: skip
+        scores = _products(block, where, centroids.packed, space)
+        _decide(scores, where, block, centroids, facts, seen, nearest[mine])
     return nearest

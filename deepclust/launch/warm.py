@@ -32,7 +32,7 @@ from deepclust.launch.signals import held_back
 PROGRAM = "deepclust.launch.warm"
 RANK = "deepclust.launch.worker"
 LATER = (  # what a rank imports when it comes to it
-    "deepclust.clustering.compiled",
+    "deepclust.clustering.compiled_bounds",
     "scipy.optimize",
     "tensorboard.compat.proto.event_pb2",
     "tensorboard.summary.writer.record_writer",
