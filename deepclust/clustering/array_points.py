@@ -42,7 +42,6 @@ from deepclust.clustering.points import (
 )
 from deepclust.clustering.precision import full_precision, one_blas_thread
 from deepclust.clustering.residence import (
-    MAX_TILE_ROWS,
     MEMORY,
     copied,
     is_on,
@@ -50,17 +49,12 @@ from deepclust.clustering.residence import (
     type_of,
 )
 from deepclust.clustering.search import SEARCHES, Search
+from deepclust.clustering.tile_sizes import compiled_tile_rows, tile_rows
 from deepclust.clustering.tiles import Tile, do_nothing, each_tile
 from deepclust.clustering.tiles_ahead import TilesAhead
 from deepclust.copies import sent
 from deepclust.errors import DataError, NumericalError
 
-# numbers of a tile: what a core's cache holds, and on a GPU (not measured there) what keeps it busy
-# between launches, half a GB of scores; 2**23 would be 104 rows for 80,000 centroids
-TILE = {"cpu": 2**21, "cuda": 2**27}
-FEW_ROWS = 16_384  # so few are cut into one tile a thread: a tile costs a millisecond
-FEW_PRODUCTS = 2**25  # so few multiplications are one tile: a thread takes longer to begin
-FEW_COMPILED = 2**22  # of a pass with bounds, which has less of Python
 GATHERED = 4096  # rows of a memory map that are read between two signs of life
 
 
@@ -258,7 +252,10 @@ class ArrayPoints:
         sums, squares = self._sums(k), []
         search = self._search(centroids, before)
         late = Late(search, self.n) if isinstance(search, FusedNearest) else None
-        size = self._tile(k if late is None else 1, 1 if isinstance(search, Moves) else None)
+        if isinstance(search, Moves):
+            size = compiled_tile_rows(self.n, self.dim, k, self.threads)
+        else:
+            size = self._tile(k if late is None else 1)  # a fused search has no scores to hold
 
         def assign(start: int) -> None:
             piece = slice(start, min(start + size, self.n))
@@ -450,18 +447,9 @@ class ArrayPoints:
         rows = rows.to(self.device).float()  # half as many bytes travel as the other way round
         return unit_rows(rows) if self.spherical else rows
 
-    def _tile(self, k: int, held: int | None = None) -> int:
-        """Return the rows of a tile of k products each: few enough for cache and threads.
-
-        held: how many of a row's scores are held until the end of the tile (None: all).
-        """
-        if self.n * self.dim * k <= (FEW_COMPILED if held else FEW_PRODUCTS):
-            return MAX_TILE_ROWS
-        size = TILE.get(self.device.type, TILE["cpu"]) // max(held or k, self.dim)
-        # several a thread, where a tile is worth its overhead
-        turns = 4 if self.n > FEW_ROWS else 1
-        share = -(-self.n // (turns * self.threads))
-        return min(max(min(size, share), 64), MAX_TILE_ROWS)
+    def _tile(self, k: int) -> int:
+        """Return the rows of a tile of k scores each."""
+        return tile_rows(self.n, self.dim, k, self.threads, self.device.type)
 
     @functools.cached_property
     def _tiles_ahead(self) -> TilesAhead:

@@ -10,9 +10,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from deepclust.clustering.points import Rows, as_tensor
+from deepclust.clustering.tile_sizes import MAX_TILE_ROWS
 from deepclust.clustering.tiles import do_nothing
-
-MAX_TILE_ROWS = 65_536  # rows that are read at once
 
 
 def _free_on_gpu(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.clustering import array_points, residence
+from deepclust.clustering import residence, tile_sizes
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.nearest import first_of_equals
 from deepclust.clustering.points import unit_rows
@@ -247,7 +247,7 @@ def test_tiles_that_are_sent_to_a_gpu_one_by_one_are_not_waited_for(
     x, c = noise(1000).astype(kind), torch.from_numpy(noise(5))
     np.save(tmp_path / "x.npy", x)
     mapped, ids = np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(0, 1000, 3)
-    monkeypatch.setattr(array_points, "MAX_TILE_ROWS", 64)
+    monkeypatch.setattr(tile_sizes, "MAX_TILE_ROWS", 64)
     told = []
     with pretended() as log:
         for there, fits in ((x, True), (mapped, False), (torch.from_numpy(x), False)):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from stages import BATCH
 
-from deepclust.clustering.array_points import MAX_TILE_ROWS, TILE
 from deepclust.clustering.moments import PANELS
+from deepclust.clustering.tile_sizes import MAX_TILE_ROWS, TILE
 from deepclust.stages.extract import LARGEST_CHUNK
 
 HALF, SINGLE, BANDWIDTH = 0.6, 0.75, 0.8  # shares of a GPU's peaks that we assume
