@@ -51,22 +51,26 @@ def main() -> None:
     shutil.rmtree(args.work, ignore_errors=True)
     os.environ.update({"RAY_worker_niceness": "0"})  # 15 by default: others would come first
     nodes = Nodes(args.nodes) if args.nodes else None
+    facts: dict[str, Any] = {"pairs": [], "load": os.getloadavg()}
     try:
-        pairs = [
-            {where: one(args, nodes, where, number) for where in order(number)}
-            for number in range(args.pairs)
-        ]
-        same = compared(args.work / "local-0", args.work / "ray-0")
-        worker = {
-            mode: waits(args, nodes, mode, setting)
-            for mode, setting in (("off", "cluster.overlap=false"), ("on", "cluster.overlap=true"))
-        }
+        for number in range(args.pairs):
+            facts["pairs"].append(
+                {where: one(args, nodes, where, number) for where in order(number)}
+            )
+            args.out.write_text(json.dumps(facts, indent=1))
+        facts["same"] = compared(args.work / "local-0", args.work / "ray-0")
+        if args.epochs:
+            facts["cluster worker"] = {
+                mode: waits(args, nodes, mode, f"cluster.overlap={value}")
+                for mode, value in (("off", "false"), ("on", "true"))
+            }
     finally:
         if nodes:
             nodes.close()
-    facts = {"pairs": pairs, "same": same, "cluster worker": worker, "load": os.getloadavg()}
     args.out.write_text(json.dumps(facts, indent=1))
-    print(table(pairs), same, worker_table(worker), sep="\n\n")
+    print(table(facts["pairs"]), facts["same"], sep="\n\n")
+    if args.epochs:
+        print(worker_table(facts["cluster worker"]))
 
 
 def arguments() -> argparse.Namespace:
@@ -75,13 +79,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--nodes", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4, help="of the runs for the cluster worker")
+    parser.add_argument("--epochs", type=int, default=4, help="of the cluster worker; 0: none")
     parser.add_argument("--shards", type=Path, default=Path("/tmp/deepclust-quality/fashion/train"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/deepclust-ray-overhead"))
     parser.add_argument("--out", type=Path, default=Path("/tmp/deepclust-ray-overhead.json"))
     parser.add_argument("overrides", nargs="*", help="recipe values, for both")
     args = parser.parse_args()
-    if args.epochs < 3:
+    if 0 < args.epochs < 3:
         parser.error("--epochs 3 or more: with overlap the last round begins no other one")
     return args
 
@@ -167,7 +171,12 @@ def waits(args: argparse.Namespace, nodes: Nodes | None, mode: str, setting: str
     """Where the cluster worker's time goes, and how long the ranks wait, a round."""
     run = args.work / f"overlap-{mode}"
     prepare_run(recipe(args, f"train.epochs={args.epochs}", "cluster.k=1000", setting), run)
-    controller(nodes, run).communicate(timeout=PATIENCE_S)
+    process: Any = controller(nodes, run)
+    try:
+        process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.terminate()  # with the Ray that it has started
+        process.wait()
     done = [e for e in events(run, "published") if e["round"] > 0]
     waited = [
         e["seconds"]
