@@ -23,6 +23,7 @@ from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from deepclust.clustering.nearest import U32, Nearest, Packed, packed_columns
+from deepclust.clustering.tile_sizes import searched_rows
 from deepclust.clustering.tiles import Tile
 
 PARTS = (32, 16, 8, 4, 2)  # of the columns: one of these is compared with rows in doubt
@@ -96,11 +97,16 @@ class Moves:
         known = loops().Known(rows.numpy(), lengths.numpy(), own, near, far)
         found = loops().assign(known, self._moved, self._facts)
         nearest = torch.from_numpy(found)
-        left = (nearest < 0).nonzero().flatten()
-        if len(left):
-            some = rows.index_select(0, left), lengths[left]
-            nearest[left] = self.search.search(some, lambda places: tile.take(left[places]))
+        left, size = (nearest < 0).nonzero().flatten(), searched_rows(len(self._centroids))
+        for start in range(0, len(left), size):
+            places = left[start : start + size]
+            nearest[places] = self._search(packed, places, tile)
         return nearest
+
+    def _search(self, packed: Packed, places: Tensor, tile: Tile) -> Int64[Tensor, " m"]:
+        """Return the nearest centroid of the rows at some places of a tile, searched in full."""
+        some = packed[0].index_select(0, places), packed[1][places]
+        return self.search.search(some, lambda open_: tile.take(places[open_]))
 
 
 def _choices(k: int) -> np.ndarray:

@@ -9,6 +9,7 @@ TILE = {"cpu": 2**21, "cuda": 2**27}
 FEW_ROWS = 16_384  # so few are cut into one tile a thread: a tile costs a millisecond
 FEW_PRODUCTS = 2**25  # so few multiplications are one tile: a thread takes longer to begin
 FEW_COMPILED = 2**22  # of a pass with bounds, which has less of Python
+MOST_COMPILED = 2**33  # a core's multiplications in about half a second: tiles show that it lives
 
 
 def tile_rows(n: int, dim: int, k: int, threads: int, device: str) -> int:
@@ -26,7 +27,13 @@ def compiled_tile_rows(n: int, dim: int, k: int, threads: int) -> int:
     """
     if n * dim * k <= FEW_COMPILED:
         return MAX_TILE_ROWS
-    return _share(n, 4 * TILE["cpu"] // dim, threads * (4 if n > MAX_TILE_ROWS else 1))
+    most = min(4 * TILE["cpu"] // dim, MOST_COMPILED // (dim * k))
+    return _share(n, most, threads * (4 if n > MAX_TILE_ROWS else 1))
+
+
+def searched_rows(k: int) -> int:
+    """Return how many rows that bounds leave open are searched at once, each with k scores."""
+    return max(1, TILE["cpu"] // k)
 
 
 def _share(n: int, most: int, parts: int) -> int:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepclust import kmeans
-from deepclust.clustering import nearest
+from deepclust.clustering import nearest, tile_sizes
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.exact_sums import ClusterSums
+from deepclust.clustering.nearest import Nearest, Packed, Take
 from deepclust.clustering.points import Assignment
 from tests.clustering.test_nearest import noise, reference
 
@@ -79,6 +80,22 @@ def test_a_row_that_keeps_its_centroid_is_not_looked_at() -> None:
     points.kept.rows.fill_(torch.nan)
     after = points.assign_to(20 * centroids + 0.01, before, distances=False)
     assert torch.equal(after.cluster_ids, before.cluster_ids)
+
+
+def test_rows_that_bounds_leave_open_are_searched_with_few_scores_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, search = [], Nearest.search
+
+    def noted(self: Nearest, packed: Packed, take: Take) -> Tensor:
+        sizes.append(len(packed[0]))
+        return search(self, packed, take)
+
+    monkeypatch.setattr(Nearest, "search", noted)
+    monkeypatch.setitem(tile_sizes.TILE, "cpu", 2**12)
+    check(ArrayPoints(noise(900, 6, 0), threads=1), noise(1, 6, 1).repeat(40, 1), None)
+    assert sum(sizes) == 900
+    assert max(sizes) * 40 <= 2**12
 
 
 def test_bounds_of_another_pass_are_not_used() -> None:

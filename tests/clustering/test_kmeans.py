@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.kmeans import kmeans
 from deepclust.clustering.options import Progress
+from deepclust.clustering.tile_sizes import MOST_COMPILED, compiled_tile_rows
 from deepclust.errors import DataError, NumericalError, RecipeError, ResourceError
 
 
@@ -460,7 +461,13 @@ def test_a_clustering_that_settles_early_ends_its_progress() -> None:
 
 def test_every_tile_is_a_sign_of_life() -> None:
     tiles: list[None] = []
-    rows = np.random.default_rng(0).standard_normal((30_000, 32), dtype=np.float32)
+    rows = np.random.default_rng(0).standard_normal((70_000, 32), dtype=np.float32)
     points = ArrayPoints(rows, threads=2, alive=lambda: tiles.append(None))
     kmeans(points, 40, iterations=3)
     assert len(tiles) > 4 * 3  # a scan and at least three passes, of several tiles
+
+
+@pytest.mark.parametrize(("dim", "k"), [(32, 100), (256, 10_000), (768, 320_000)])
+def test_a_tile_of_a_pass_with_bounds_takes_about_half_a_second_at_most(dim: int, k: int) -> None:
+    rows = compiled_tile_rows(10**8, dim, k, threads=2)
+    assert rows * dim * k <= max(MOST_COMPILED, 64 * dim * k)
