@@ -66,7 +66,19 @@ DATA = {  # the shipped recipe of a method, that of DeepCluster, and what all ha
     ),
 }
 CLUSTERED = ["train.lr=0.3", "train.head_lr=0.1"]
-OWN = {"photos": {"deepcluster": CLUSTERED, "deepercluster": [*CLUSTERED, "cluster.supers=4"]}}
+FEW = "train.batch=128"  # so that a few thousand images make enough steps an epoch
+OWN = {
+    "photos": {
+        "deepcluster": CLUSTERED,
+        "deepercluster": [*CLUSTERED, "cluster.supers=4"],
+        "simclr": [FEW, "train.lr=0.3"],
+        "swav": [FEW, "train.lr=0.3"],
+        "dino": [FEW, "train.lr=0.001"],
+        "moco-v2": [FEW, "train.lr=0.1"],
+        "moco-v3": [FEW],
+        "byol": [FEW, "train.lr=0.2"],
+    }
+}
 CHAINS = {
     "dino+deepcluster": ("dino", "deepcluster"),
     "simclr+deepcluster": ("simclr", "deepcluster"),
