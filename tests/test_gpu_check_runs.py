@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +93,14 @@ def test_the_tensors_of_each_stage_take_what_the_estimate_prints_at_most(
     assert all(0.2 * numbers["printed"][name] < peak for name, peak in numbers["peaks"].items())
 
 
+def script(path: Path, words: list[str]) -> tuple[Any, str]:
+    """Be a script of tools/bench; its exit code, and what it says of errors."""
+    sys.argv, sys.path[0] = [str(path), *words], str(path if path.is_dir() else path.parent)
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    return ended.value.code, said.getvalue()
+
+
 UUIDS = [f"GPU-{letter * 4}" for letter in "abcd"]
 
 
@@ -136,10 +147,9 @@ def test_a_cluster_worker_on_a_card_is_noticed(
 def test_a_bench_of_gpus_says_that_there_are_none_and_ends_with_4(words: list[str]) -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("is about a machine without GPUs")
-    command = [sys.executable, str(FOLDER.parent / "bench" / words[0]), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 4, done.stderr
-    assert "GPU" in done.stderr
+    code, said = in_fork(script, FOLDER.parent / "bench" / words[0], words[1:])
+    assert code == 4, said
+    assert "GPU" in said
 
 
 @pytest.mark.slow

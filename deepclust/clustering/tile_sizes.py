@@ -8,7 +8,6 @@ MAX_TILE_ROWS = 65_536  # rows that are read at once
 TILE = {"cpu": 2**21, "cuda": 2**27}
 FEW_ROWS = 16_384  # so few are cut into one tile a thread: a tile costs a millisecond
 FEW_PRODUCTS = 2**25  # so few multiplications are one tile: a thread takes longer to begin
-FEW_COMPILED = 2**22  # of a pass with bounds, which has less of Python
 MOST_COMPILED = 2**33  # a core's multiplications in about half a second: tiles show that it lives
 
 
@@ -25,7 +24,7 @@ def compiled_tile_rows(n: int, dim: int, k: int, threads: int) -> int:
 
     On two cores one tile a thread took a tenth less time than four, up to 50,000 rows.
     """
-    if n * dim * k <= FEW_COMPILED:
+    if n <= FEW_ROWS and n * dim * k <= FEW_PRODUCTS:
         return MAX_TILE_ROWS
     most = min(4 * TILE["cpu"] // dim, MOST_COMPILED // (dim * k))
     return _share(n, most, threads * (4 if n > MAX_TILE_ROWS else 1))
