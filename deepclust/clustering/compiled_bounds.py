@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepclust.clustering.compiled import LOWEST, compiled
+from deepclust.clustering.nearest import FAINT
 
 BLOCK = 256  # rows of a product, as in scikit-learn's k-means
 SCORES = 2**21  # numbers of a product, at most
 UP, DOWN = 1 + 2.0**-22, 1 - 2.0**-22  # more than the rounding of a float32
-NOTHING = 1e-17  # less than this apart is not apart: squares would lose their digits
+NOTHING = FAINT**0.5  # less than this apart is not apart: squares would lose their digits
+FARTHEST = 1e18  # longer rows are left to the full search: squares come near float32's largest
 LOSING = np.float32(-1e38)  # a score that is never the best
 STRETCH = 1.01  # lengths of packed rows are so much too long
 KEYED = 4096  # scores of a row, at most, whose columns may take the low bits
@@ -28,7 +30,7 @@ class Facts(NamedTuple):
 
     A distance in float32, of a row of length l, is right within the shares `margin` - 1 of itself
     and `slack` of l + `reach`. Two that differ by more are not confused. A score is right within
-    the share `share` of (l + reach)^2.
+    the share `share` of (l + reach)^2, and `FAINT` for numbers too small for float32.
     """
 
     dim: int
@@ -165,11 +167,11 @@ def _open(known: Known, centroids: Centroids, facts: Facts, gaps: np.ndarray) ->
         place = centroids.places[known.own[row]]
         step = drifts[0] if place > 0 or len(drifts) == 1 else drifts[1]
         below, above = far[row] - step, near[row] + drifts[place]
-        if not above < below:
+        if not above < min(below, FARTHEST):
             distance = _apart(known.rows[row], centroids.packed[place], facts.dim)
             off = facts.slack * (known.lengths[row] + facts.reach) + NOTHING
             near[row] = (distance * facts.margin + off) * UP
-            if not near[row] < below:
+            if not near[row] < min(below, FARTHEST):
                 gap = far[row] - near[row]
                 gaps[row] = gap if gap < np.inf else 0  # also where it is not a number
                 continue
@@ -217,10 +219,10 @@ def _compare(
             scores[one, place] = LOSING
         length = np.float64(known.lengths[row])
         best = _value(_best(bits[one]), seen[0], seen[1])
-        error = facts.share * (length + facts.reach) ** 2
+        error = facts.share * (length + facts.reach) ** 2 + FAINT
         square = (length / STRETCH) ** 2 * (2 - facts.margin) - 2 * (best + error)
         below = min(far[row] - moved, np.sqrt(max(square, 0.0))) * DOWN
-        if square > 0 and near[row] < below:
+        if square > 0 and near[row] < below and length + facts.reach < FARTHEST:
             far[row], gaps[row] = below, np.inf
         else:
             gaps[row] = 0
@@ -278,14 +280,15 @@ def _decide(
             place, top, second = _first_two(bits[one])
         highest, length = _value(top, seen[0], seen[1]), known.lengths[row] + facts.reach
         apart = highest - _value(second, seen[0], seen[1])
-        error = 4 * facts.share * length**2  # of both scores, and what float32 confuses
+        error = 4 * facts.share * length**2 + FAINT  # of both, and what float32 confuses
         off = facts.slack * length + NOTHING
         if apart > error:
             distance, other = _apart(known.rows[row], packed[place], dim), np.inf
         else:
             floor, apart = highest - error, 1.5 * error
             place, distance, other = _closest(scores[one], floor, known.rows[row], packed, dim)
-        if not distance * margin + 2 * off < other * (2 - margin):  # also where it is infinite
+        closer = distance * margin + 2 * off < other * (2 - margin)  # not where it is infinite
+        if not (closer and length < FARTHEST):
             nearest[row], near[row], far[row] = -1, np.inf, 0
             continue
         least = max(0.0, distance * (2 - margin) - off)

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
-from deepclust.clustering.nearest import U32, Nearest, first_of_equals, squared_distances
+from deepclust.clustering.nearest import FAINT, U32, Nearest, first_of_equals, squared_distances
 from deepclust.copies import copied_to_host, sent
 
 WIDTH = 16  # columns of a packed row come in multiples of this: aligned loads, whole products
@@ -124,7 +124,7 @@ class FusedNearest:
         sums = (4 * packed.shape[1] + 16) * U32 * lengths * self.reach
         product = 1.01 * (lost * self.reach + lengths * self.lost) + sums + 8 * U32 * self.reach**2
         differences = (dim + 4) * U32 * (self.reach + lengths + lost) ** 2  # what decides rounds
-        margins = 2.02 * (product + differences)
+        margins = 2.02 * (product + differences + FAINT)
         return packed, torch.stack([1 / (scales * self.scale), margins]).float()
 
 

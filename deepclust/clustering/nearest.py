@@ -40,6 +40,7 @@ Packed: TypeAlias = tuple[Tensor, Float32[Tensor, " m"]]
 Take: TypeAlias = Callable[[Int64[Tensor, " c"]], Float32[Tensor, "c d"]]
 
 U32 = 2.0**-24
+FAINT = 1e-34  # of a score: what numbers too small for float32 may lose
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: U32}  # of the types of a guess, and
 INTEGER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # how their scores are compared
 SCORES = 2**22  # float32 scores made at once, and
@@ -97,7 +98,7 @@ class Nearest:
         # of a product, for a row of length one
         error = 1.01 * (unit + 2 * dim * U32) * self.reach + 1.01 * float(lost)
         reach = self.reach + away
-        self._bounds = error, 8 * U32 * self.reach * reach, (dim + 4) * U32, reach, unit
+        self._bounds = error, 8 * U32 * self.reach * reach + FAINT, (dim + 4) * U32, reach, unit
 
     def __call__(self, rows: Float32[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """Return the nearest centroid of every row."""
@@ -169,7 +170,7 @@ class Nearest:
         centred = rows.sub_(self.mean)
         lengths = torch.linalg.vector_norm(centred, dim=1)
         scores = torch.addmm(self.bias, centred, self.columns)
-        product = (2 * rows.shape[1] + 16) * U32 * (self.reach + lengths) ** 2
+        product = (2 * rows.shape[1] + 16) * U32 * (self.reach + lengths) ** 2 + FAINT
         return scores, scores.max(1).values - 4 * product
 
     def _compare(self, take: Take, open_rows: Candidates, out: np.ndarray) -> None:

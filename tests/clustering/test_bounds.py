@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepclust import kmeans
-from deepclust.clustering import nearest, tile_sizes
+from deepclust.clustering import array_points, nearest, tile_sizes
 from deepclust.clustering.array_points import ArrayPoints
 from deepclust.clustering.exact_sums import ClusterSums
 from deepclust.clustering.nearest import Nearest, Packed, Take
 from deepclust.clustering.points import Assignment
+from deepclust.errors import NumericalError
 from tests.clustering.test_nearest import noise, reference
 
 
@@ -150,3 +151,49 @@ def test_rows_whose_distances_overflow_end_the_pass_like_before() -> None:
     first = points.assign_to(centroids, None, distances=False)
     second = points.assign_to(centroids + 0.1, first, distances=False)
     assert first.cluster_ids[3] == second.cluster_ids[3] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e-19, 1e-20, 3e-21, 1e-21, 1e-22])
+def test_numbers_whose_squares_float32_hardly_holds_find_the_smallest_distances(
+    scale: float,
+) -> None:
+    points, centroids, before = ArrayPoints(noise(900, 16, 0) * scale), noise(20, 16, 1), None
+    for step in range(3):
+        before = check(points, centroids * scale, before)
+        centroids = moved(centroids, 0.2, step)
+
+
+def test_faint_columns_beside_a_constant_one_give_the_same_bits_as_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = np.concatenate([np.ones((3000, 17)), 1e-21 * noise(3000, 16, 0).numpy()], 1)
+    bounded = kmeans(rows.astype(np.float32), 20, iterations=15)
+    monkeypatch.setattr("deepclust.clustering.array_points.may_keep", lambda *_: False)
+    plain = kmeans(rows.astype(np.float32), 20, iterations=15)
+    np.testing.assert_array_equal(bounded.assignments, plain.assignments)
+
+
+@pytest.mark.parametrize(
+    ("rows", "passes"),
+    [
+        ([[1.8e19], [0]], ([[1], [-1]], [[0], [2.7e19]])),  # the far score is not a number
+        ([[1.5e19], [0]], ([[1], [-1], [0]], [[2.4e19], [1e19], [0]])),  # it is infinite
+    ],
+)
+def test_rows_whose_scores_overflow_find_the_smallest_distances(
+    rows: list[list[float]], passes: tuple[list[list[float]], ...]
+) -> None:
+    points, before = ArrayPoints(torch.tensor(rows)), None
+    for centroids in passes:
+        before = check(points, torch.tensor(centroids, dtype=torch.float32), before)
+
+
+def test_rows_that_are_too_long_are_the_same_error_as_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = np.random.default_rng(1).standard_normal((3000, 8)).astype(np.float32)
+    rows[::100, 0] *= np.float32(1e19)
+    for keep in (array_points.may_keep, lambda *_: False):
+        monkeypatch.setattr(array_points, "may_keep", keep)
+        with pytest.raises(NumericalError):
+            kmeans(rows, 20, iterations=15, empty="relocate")

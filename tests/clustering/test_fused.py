@@ -107,7 +107,7 @@ def check_hard_numbers() -> None:
     agrees(plane, plane[:30])  # rank 2
     agrees(noise(100, 24), torch.zeros(1, 24))
     agrees(noise(100, 24), torch.zeros(3, 24))
-    for spread in (1e-12, 1e-3, 1e3, 1e12):
+    for spread in (1e-22, 1e-20, 1e-12, 1e-3, 1e3, 1e12):
         for offset in (0.0, 3.0):
             agrees(*(spread * (noise(m, 20, m) + offset) for m in (150, 33)))
     agrees(noise(100, 17) + 1e4, noise(9, 17, 1) + 1e4)  # float32 has few digits left

@@ -27,7 +27,7 @@ def noise(n: int, dim: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("half", [True, False])
 @given(
     n=st.integers(1, 600), dim=st.integers(1, 70), k=st.integers(1, 90), seed=st.integers(0, 99),
-    offset=st.sampled_from([0.0, 3.0, 1e4]), spread=st.sampled_from([1e-3, 1.0, 1e3]),
+    offset=st.sampled_from([0.0, 3.0, 1e4]), spread=st.sampled_from([1e-22, 1e-20, 1e-3, 1.0, 1e3]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_every_row_goes_to_the_smallest_distance(

@@ -72,11 +72,11 @@ OWN = {
         "deepcluster": CLUSTERED,
         "deepercluster": [*CLUSTERED, "cluster.supers=4"],
         "simclr": [FEW, "train.lr=0.3"],
-        "swav": [FEW, "train.lr=0.3"],
-        "dino": [FEW, "train.lr=0.001"],
+        "swav": [FEW],
+        "dino": [FEW],
         "moco-v2": [FEW, "train.lr=0.1"],
         "moco-v3": [FEW],
-        "byol": [FEW, "train.lr=0.2"],
+        "byol": [FEW],
     }
 }
 CHAINS = {
