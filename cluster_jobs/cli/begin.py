@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster_jobs.cli import complete, going_on
-from cluster_jobs.cli.common import Json, Overrides, RecipeName, examples
+from cluster_jobs.cli.common import Json, Overrides, RecipeName, begun, examples
 from cluster_jobs.terminal import visible
 from deepclust.errors import shown
 
@@ -29,7 +29,7 @@ def demo(
     from cluster_jobs.demo.demo import run_demo
 
     with going_on.resumed_by(going_on.typed_again):
-        run_demo(run_dir, data, overrides or [])
+        run_demo(run_dir, data, overrides or [], begun)
 
 
 @verbs.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -16,8 +17,11 @@ from deepclust.recipe import Recipe
 from deepclust.run import directory
 
 
-def run_demo(run_dir: Path, data: Path, overrides: list[str]) -> None:
-    """Fetch, pack, pretrain (or resume), evaluate, report, and print the next commands."""
+def run_demo(run_dir: Path, data: Path, overrides: list[str], begun: Callable[[str], None]) -> None:
+    """Fetch, pack, pretrain (or resume), evaluate, report, and print the next commands.
+
+    `begun` is given what begins without a display, and says that it goes on.
+    """
     shards = {split: _packed(data, split) for split in ("train", "t10k")}
     with Display() as display:
         if directory.exists(run_dir):
@@ -26,6 +30,7 @@ def run_demo(run_dir: Path, data: Path, overrides: list[str]) -> None:
         else:
             recipe = Recipe.load("demo-fashion", f"data.shards={shards['train']}", *overrides)
             pretrain(recipe, run_dir, display)
+    begun("evaluating on the test images (the only use of the labels)")
     _conclude(run_dir, shards)
 
 
@@ -42,7 +47,6 @@ def _conclude(run_dir: Path, shards: dict[str, Path]) -> None:
     from cluster_jobs.report import write_report
     from cluster_jobs.results.evaluate import evaluate_run
 
-    sys.stderr.write("evaluating on the test images (the only use of the labels)\n")
     scores = evaluate_run(run_dir, str(shards["train"]), str(shards["t10k"]))
     page = write_report(run_dir, run_dir / "report.html")
     console = Console()

@@ -24,6 +24,7 @@ def test_the_demo_ends_with_a_table_a_report_and_weights(tmp_path: Path) -> None
     run, size = tmp_path / "run", ("train.epochs=1", "cluster.k=20", "cluster.iterations=3")
     done = deepclust("demo", "--run", run, "--data", tmp_path / "data", *size)
     assert "knn: top1" in done.stdout
+    assert "evaluating on the test images (the only use of the labels)" in done.stderr
     assert "clusters: nmi" in done.stdout
     assert str(run / "report.html") in done.stdout
     assert (run / "report.html").stat().st_size > 100_000  # charts and galleries are inside
